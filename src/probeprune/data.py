@@ -1,0 +1,391 @@
+"""Text corpora and the token windows cut from them.
+
+It turns a corpus name into texts, texts into windows of token ids, and sequences of unequal length into a
+padded batch. It knows nothing of models, methods or metrics, and never touches a global random state.
+"""
+
+import difflib
+import gzip
+import itertools
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from probeprune.errors import UsageError
+from probeprune.hub import quiet_libraries
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+
+ROW_SEPARATOR = "\n\n"
+"""What rows of a data set are joined with to one text: the convention behind published perplexities."""
+
+HUB_ROWS = 20_000
+"""How many rows of a hub data set are read unless told otherwise: C4 in full has 365 million."""
+
+
+@dataclass(frozen=True)
+class EmbeddedCorpus:
+    """A corpus that ships with the package; assets/README.md has its origin.
+
+    Attributes:
+        files: names in the assets folder, read in this order.
+        description: one line for people.
+        licence: of the text, not of this package.
+        rows_per_line: True where every line is a row of the data set and the rows are still to be joined.
+    """
+
+    files: tuple[str, ...]
+    description: str
+    licence: str
+    rows_per_line: bool = False
+
+
+EMBEDDED_CORPORA = {
+    "c4": EmbeddedCorpus(
+        files=("c4_en_train_1000.jsonl.gz", "c4_en_train_2000.jsonl.gz"),
+        description="3000 documents of C4 (en, train); the usual calibration text",
+        licence="ODC-BY, Common Crawl terms of use",
+    ),
+    "wikitext2": EmbeddedCorpus(
+        files=("wikitext2_raw_test.txt.gz",),
+        description="WikiText-2 raw, test split, as one text; the usual perplexity text",
+        licence="CC BY-SA 3.0 / GFDL",
+    ),
+    "wikitext2-valid": EmbeddedCorpus(
+        files=("wikitext2_raw_valid.txt.gz",),
+        description="WikiText-2 raw, validation split, as one text; in-domain calibration for wikitext2",
+        licence="CC BY-SA 3.0 / GFDL",
+        rows_per_line=True,
+    ),
+}
+
+TEXT_SUFFIXES = (".txt", ".txt.gz")
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
+PARQUET_SUFFIXES = (".parquet",)
+FILE_SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Corpora
+
+
+def load_corpus(
+    name: str,
+    *,
+    subset: str | None = None,
+    split: str | None = None,
+    column: str = "text",
+    hub_rows: int = HUB_ROWS,
+) -> list[str]:
+    """The documents of a corpus, in the corpus' own order.
+
+    Args:
+        name: an embedded corpus (`c4`, `wikitext2`, `wikitext2-valid`), a local file (`.txt`: one document;
+            `.jsonl`, `.parquet`: one document a row; `.txt` and `.jsonl` also with `.gz`), or a hub data set
+            as `owner/name`.
+        subset: configuration of a hub data set, such as `en` of `allenai/c4`.
+        split: split of a hub data set; `train` when not given.
+        column: which field of a row holds the text (`.jsonl`, `.parquet`, hub).
+        hub_rows: how many rows of a hub data set are streamed at most; a warning says when there were more.
+
+    Returns:
+        One string a document, never empty as a whole (single blank rows are kept: they belong to the text).
+
+    Raises:
+        UsageError: unknown name, missing file, missing column, nothing but white space, unreachable hub.
+    """
+    if name in EMBEDDED_CORPORA or _is_file_name(name):
+        if subset is not None or split is not None:
+            raise UsageError(
+                f"Corpus '{name}' is no hub data set and has no subset or split: leave them out."
+            )
+        documents = _read_embedded(name) if name in EMBEDDED_CORPORA else _read_file(Path(name), column)
+    elif "/" in name:
+        documents = _stream_hub(name, subset, split or "train", column, hub_rows)
+    else:
+        close = difflib.get_close_matches(name.lower(), EMBEDDED_CORPORA, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise UsageError(
+            f"Unknown corpus '{name}': give one of {', '.join(EMBEDDED_CORPORA)}, a file"
+            f" ({', '.join(FILE_SUFFIXES)}) or a hub data set as owner/name.{hint}"
+        )
+    if not any(document.strip() for document in documents):
+        raise UsageError(f"Corpus '{name}' holds no text.")
+    return documents
+
+
+def _is_file_name(name: str) -> bool:
+    return name.endswith(FILE_SUFFIXES) or Path(name).is_file()
+
+
+def _read_embedded(name: str) -> list[str]:
+    corpus = EMBEDDED_CORPORA[name]
+    documents = [text for file in corpus.files for text in _read_file(ASSETS / file, column="text")]
+    if corpus.rows_per_line:
+        # As the hub serves WikiText: a row keeps its line end, a blank row is the empty string.
+        (text,) = documents
+        rows = [line if line.strip() else "" for line in text.splitlines(keepends=True)]
+        documents = [ROW_SEPARATOR.join(rows)]
+    return documents
+
+
+def _read_file(path: Path, column: str) -> list[str]:
+    """One text of a `.txt` file, or one text a row of a `.jsonl` or `.parquet` file."""
+    if not path.is_file():
+        raise UsageError(f"There is no corpus file '{path}'.")
+    if path.name.endswith(TEXT_SUFFIXES):
+        return [_read_text(path)]
+    if path.name.endswith(JSON_SUFFIXES):
+        return _read_json_lines(path, column)
+    if path.name.endswith(PARQUET_SUFFIXES):
+        return _read_parquet(path, column)
+    raise UsageError(f"Corpus file '{path}' is of no known kind: it must end in {', '.join(FILE_SUFFIXES)}.")
+
+
+def _read_text(path: Path) -> str:
+    """The file's content as it is: line ends are not translated, they are tokens too."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UsageError(f"Corpus file '{path}' cannot be read as UTF-8 text: {error}.") from error
+
+
+def _read_json_lines(path: Path, column: str) -> list[str]:
+    documents = []
+    # Not str.splitlines: that also breaks at characters which may stand inside a JSON string.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"Line {number} of '{path}' is not JSON: {error}.") from error
+        documents.append(_text_of(row, column, where=f"line {number} of '{path}'"))
+    return documents
+
+
+def _read_parquet(path: Path, column: str) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        columns = pq.read_schema(path).names
+        if column in columns:
+            rows = pq.read_table(path, columns=[column]).to_pylist()
+        else:
+            rows = [dict.fromkeys(columns)]  # _text_of says what is missing
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"Corpus file '{path}' cannot be read as Parquet: {error}.") from error
+    return [_text_of(row, column, where=f"row {number} of '{path}'") for number, row in enumerate(rows)]
+
+
+def _stream_hub(name: str, subset: str | None, split: str, column: str, limit: int) -> list[str]:
+    """The first `limit` rows of a hub data set, without downloading the rest."""
+    import datasets  # a second's import that embedded and local corpora need not pay
+
+    try:
+        with quiet_libraries():
+            rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+            head = list(itertools.islice(rows, limit + 1))
+    except (OSError, ValueError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UsageError(
+            f"Data set '{name}' (subset {subset}, split {split}) could not be read from the hub:"
+            f" {first_line}; check name and network, or use an embedded corpus"
+            f" ({', '.join(EMBEDDED_CORPORA)}) or a file."
+        ) from error
+    if len(head) > limit:
+        logger.warning(
+            "Only the first %d rows of '%s' were read; ask for more where you need them.", limit, name
+        )
+    return [_text_of(row, column, where=f"data set '{name}'") for row in head[:limit]]
+
+
+def _text_of(row: object, column: str, *, where: str) -> str:
+    """The text in one row, or a UsageError that names the columns there are."""
+    if not isinstance(row, dict):
+        raise UsageError(f"Expected an object with a '{column}' field in {where}.")
+    if column not in row:
+        raise UsageError(f"There is no column '{column}' in {where}; it has: {', '.join(map(str, row))}.")
+    text = row[column]
+    if not isinstance(text, str):
+        raise UsageError(f"Column '{column}' in {where} holds {type(text).__name__}, not text.")
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Windows
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text of any length, without special tokens and without a warning about the length."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def calibration_windows(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int
+) -> torch.Tensor:
+    """Random crops of random documents: what statistics are collected on.
+
+    The protocol of SparseGPT, Wanda and Probe Pruning: take a random document, skip it when it has no more
+    than `length` tokens, cut one window at a random offset out of it. Here the documents come in a shuffled
+    order instead of being drawn with replacement, so none comes twice before every long enough one came once;
+    then they go round again, each time at a new offset. One long text so gives windows at random offsets.
+
+    Args:
+        documents: as from `load_corpus`.
+        tokenizer: of the model to calibrate; no special tokens are added.
+        count: how many windows.
+        length: tokens a window.
+        seed: the same seed gives the same windows; no global random state is read or changed.
+
+    Returns:
+        LongTensor (count, length).
+
+    Raises:
+        UsageError: no document is long enough.
+    """
+    _require_positive(count=count, length=length)
+    generator = random.Random(seed)
+    order = list(range(len(documents)))
+    generator.shuffle(order)
+
+    windows: list[list[int]] = []
+
+    def crop(ids: list[int]) -> None:
+        start = generator.randrange(len(ids) - length)
+        windows.append(ids[start : start + length])
+
+    long_enough: list[list[int]] = []
+    longest = 0
+    for index in order:
+        if len(windows) == count:
+            break
+        ids = tokenize(documents[index], tokenizer)
+        longest = max(longest, len(ids))
+        if len(ids) > length:
+            long_enough.append(ids)
+            crop(ids)
+    if not long_enough:
+        raise UsageError(
+            f"No document has more than {length} tokens, the longest has {longest}:"
+            f" ask for windows of at most {max(longest - 1, 0)} tokens or give longer texts."
+        )
+    for ids in itertools.islice(itertools.cycle(long_enough), count - len(windows)):
+        crop(ids)
+    return torch.tensor(windows)
+
+
+Sampling = Literal["in-order", "published"]
+
+
+def evaluation_windows(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    limit: int | None = None,
+    sampling: Sampling = "in-order",
+    seed: int = 0,
+) -> torch.Tensor:
+    """Windows of a text for measuring perplexity.
+
+    Several documents are joined with a blank line and the whole is tokenised at once, without special tokens.
+
+    Args:
+        documents: as from `load_corpus`.
+        tokenizer: of the model to evaluate.
+        length: tokens a window.
+        limit: at most so many windows; all when None.
+        sampling: `in-order` cuts the text front to back and drops the incomplete last window (the log, level
+            INFO, says how many tokens that leaves out); every token counts at most once. `published` is what
+            the Probe Pruning code does: as many windows, but at uniformly random offsets, so they overlap and
+            miss parts of the text; for comparing with published tables only.
+        seed: for `published`.
+
+    Returns:
+        LongTensor (windows, length).
+
+    Raises:
+        UsageError: the text is shorter than one window, or the sampling is unknown.
+    """
+    _require_positive(length=length, **({} if limit is None else {"limit": limit}))
+    tokens = torch.tensor(tokenize(ROW_SEPARATOR.join(documents), tokenizer), dtype=torch.long)
+    available = len(tokens) // length
+    if available == 0:
+        raise UsageError(
+            f"The text has {len(tokens)} tokens, less than one window of {length}: use shorter windows."
+        )
+    count = available if limit is None else min(limit, available)
+    if sampling == "in-order":
+        logger.info(
+            "%d windows of %d tokens; %d tokens of the text left out",
+            count,
+            length,
+            len(tokens) - count * length,
+        )
+        return tokens[: count * length].view(count, length)
+    if sampling == "published":
+        generator = random.Random(seed)
+        starts = [generator.randrange(max(len(tokens) - length, 1)) for _ in range(count)]
+        return torch.stack([tokens[start : start + length] for start in starts])
+    raise UsageError(f"Unknown sampling '{sampling}': use 'in-order' or 'published'.")
+
+
+def batches(windows: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
+    """Views of `batch_size` rows of `windows` each; the last is shorter where it does not divide."""
+    _require_positive(batch_size=batch_size)
+    return windows.split(batch_size)
+
+
+def pad_batch(
+    sequences: Sequence[Sequence[int]], pad_id: int | None, side: Literal["left", "right"] = "left"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One batch from sequences of unequal length.
+
+    Args:
+        sequences: token ids, at least one each.
+        pad_id: the id to fill up with, usually `tokenizer.pad_token_id`.
+        side: where the padding goes: `left` to generate, `right` to score.
+
+    Returns:
+        `input_ids` and `attention_mask`, LongTensors (batch, longest); the mask is 1 on real tokens.
+
+    Raises:
+        UsageError: no pad id, nothing to pad, or an empty sequence.
+    """
+    if pad_id is None:
+        raise UsageError(
+            "The tokenizer has no padding token: set tokenizer.pad_token, for example to tokenizer.eos_token."
+        )
+    if not sequences or not all(len(sequence) for sequence in sequences):
+        raise UsageError("A batch needs at least one sequence, and every sequence at least one token.")
+    if side not in ("left", "right"):
+        raise UsageError(f"Unknown padding side '{side}': use 'left' or 'right'.")
+    longest = max(len(sequence) for sequence in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), None) if side == "left" else slice(len(sequence))
+        input_ids[row, place] = torch.as_tensor(sequence)
+        attention_mask[row, place] = 1
+    return input_ids, attention_mask
+
+
+def _require_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}.")

@@ -1,0 +1,300 @@
+"""The runtime: `attach` a method to a model, run the model's own forward on what is kept, `detach`.
+
+Static methods order and cut once, then cost nothing. Dynamic ones do, for each block and each batch, the
+stages of Probe Pruning: choose the probe, run it ahead, fuse with history, score and cut, run the full batch,
+update history. A pass that continues a KV cache keeps the units its prompt chose.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from probeprune import allocation
+from probeprune.blocks import Block, find_blocks
+from probeprune.calibration import Statistics
+from probeprune.compensation import lost_bias
+from probeprune.errors import UsageError
+from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
+from probeprune.methods import Method, get_method
+from probeprune.partition import Partition
+from probeprune.passes import Pass, on_pass
+from probeprune.probe import choose, fused_energy, run_ahead
+from probeprune.statistics import History, Moments
+
+_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one block keeps at present: original unit ids, ascending."""
+
+    name: str
+    units: tuple[int, ...]
+    of: int
+
+
+def attach(
+    model: nn.Module,
+    method: str | Method,
+    ratio: float = 0.0,
+    *,
+    statistics: Statistics | None = None,
+) -> Handle:
+    """Prune `model` while it runs, until the handle is detached.
+
+    Example:
+        >>> with probeprune.attach(model, "probe", ratio=0.4, statistics=statistics):
+        ...     model(**batch)
+
+    Args:
+        model: a transformers causal LM of a supported family, in eval mode, with sdpa or eager attention
+            for dynamic methods. Its weights are permuted in place and put back by `detach`.
+        method: a name from `METHODS`, or a `Method`.
+        ratio: share of the parameters of all blocks to prune, in [0, 1).
+        statistics: from `calibrate` on this model, where the method needs them.
+
+    Raises:
+        UsageError: unsupported model, method, ratio or statistics; a model in training mode or one that
+            is attached already.
+    """
+    method = get_method(method)
+    allocation.check_ratio(ratio)
+    if model.training:
+        raise UsageError("pruning works on a model in eval mode; call model.eval() first.")
+    if model in _ATTACHED:
+        raise UsageError("this model already has a method attached; detach it first.")
+    blocks = find_blocks(model, method.units)
+    if method.needs_calibration:
+        if statistics is None:
+            raise UsageError(f"method {method.name!r} needs statistics=calibrate(model, windows).")
+        statistics.check(blocks)
+    if method.when == "batch" and _attention(model) not in ("sdpa", "eager"):
+        raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
+    return Handle(model, method, ratio, blocks, statistics)
+
+
+def _attention(model: nn.Module) -> str:
+    config: Any = model.config
+    return str(config._attn_implementation)
+
+
+class Handle:
+    """A method attached to a model; a context manager that detaches on exit.
+
+    Attributes:
+        model, method, ratio: as given to `attach`.
+        blocks: every prunable block of the model.
+        kept: units each block keeps; the same at every batch.
+        swapped: units brought into windows so far, by all blocks together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        ratio: float,
+        blocks: Sequence[Block],
+        statistics: Statistics | None,
+    ) -> None:
+        self.model, self.method, self.ratio = model, method, ratio
+        self.blocks = blocks
+        self.swapped = 0
+        self._hooks: list[RemovableHandle] = []
+        self._pass: Pass | None = None
+        self._cache: weakref.ref[object] | None = None
+        moments = {} if statistics is None else statistics.moments
+        scores = [_static_scores(method, b, moments.get(b.name)) for b in blocks]
+        self.kept = _widths(method, ratio, blocks, scores)
+        self._runtimes = [
+            _BlockRuntime(self, b, keep, s, moments.get(b.name))
+            for b, keep, s in zip(blocks, self.kept, scores, strict=True)
+            if keep < b.units
+        ]
+        _ATTACHED.add(model)
+        try:
+            for runtime in self._runtimes:
+                runtime.start()
+            if method.when == "batch":
+                self._hooks.append(on_pass(model, self._begin))
+                for runtime in self._runtimes:
+                    self._hooks += runtime.hooks()
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def removed_share(self) -> float:
+        """Share of all blocks' parameters that the cut leaves out."""
+        return allocation.removed_share(self.blocks, self.kept)
+
+    def kept_units(self) -> list[Kept]:
+        """What every block keeps at present."""
+        partitions = {r.block.name: r.partition for r in self._runtimes}
+        report = []
+        for b in self.blocks:
+            units = partitions[b.name].kept_units.tolist() if b.name in partitions else range(b.units)
+            report.append(Kept(b.name, tuple(units), b.units))
+        return report
+
+    def detach(self) -> None:
+        """Give the model back as it was, bit for bit. Harmless when called twice."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for runtime in self._runtimes:
+            runtime.partition.restore()
+        self._runtimes = []
+        _ATTACHED.discard(self.model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _begin(self, now: Pass) -> None:
+        if self.model.training:
+            raise UsageError("pruning works on a model in eval mode; call model.eval() first.")
+        if now.past and (self._cache is None or self._cache() is not now.cache):
+            raise UsageError(
+                "this KV cache was not filled by the last prompt that ran under this method, so its heads "
+                "are not the ones kept now; run the prompt again."
+            )
+        if not now.past:
+            self._cache = None if now.cache is None else weakref.ref(now.cache)
+        self._pass = now
+
+
+class _BlockRuntime:
+    """One pruned block of an attached model: its partition and, for dynamic methods, its stages."""
+
+    def __init__(
+        self, handle: Handle, block: Block, keep: int, scores: torch.Tensor | None, moments: Moments | None
+    ) -> None:
+        self.handle, self.block, self.keep = handle, block, keep
+        self.method = handle.method
+        self.norms = ColumnNorms.of(block)
+        self.partition = Partition(block)
+        self._first_scores = scores
+        self._score = IMPORTANCES[self.method.importance].score
+        device = block.consumer.weight.device
+        probe = self.method.probe
+        self.history: History | None = None
+        if probe is not None and probe.fusion != "none":
+            assert moments is not None
+            self.history = History(moments.to(device), probe.decay)
+            self.partition.followers.append(self.history.energy)
+        self.mean: torch.Tensor | None = None
+        if self.method.compensation == "bias":
+            assert moments is not None
+            self.mean = moments.mean.to(device).clone()
+            self.partition.followers.append(self.mean)
+        self._residual: torch.Tensor | None = None
+        self._probing = False
+
+    def start(self) -> None:
+        """The first cut: for good if static, a place to start from if dynamic."""
+        if self._first_scores is not None:
+            self._cut(self._first_scores)
+
+    def hooks(self) -> list[RemovableHandle]:
+        block = self.block
+        hooks = [
+            block.entry.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            block.consumer.register_forward_pre_hook(self._before_consumer),
+        ]
+        if block.norm is not None:
+            hooks.append(block.norm.register_forward_pre_hook(self._before_norm))
+        return hooks
+
+    def _before_norm(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._residual = args[0]
+
+    @torch.no_grad()
+    def _before_block(
+        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
+    ) -> None:
+        now = self.handle._pass
+        if self._probing or now is None or now.past:
+            return
+        kwargs = dict(kwargs)
+        flat = args[0] if args else kwargs.pop("hidden_states")
+        x = self._shaped(flat, now)
+        residual = x if self._residual is None else self._shaped(self._residual, now)
+        self._residual = None
+        assert self.method.probe is not None
+        selection = choose(residual, now.tokens, self.method.probe)
+        self.partition.widen()
+        self._probing = True
+        try:
+            z = run_ahead(self.block, x, selection, kwargs)
+        finally:
+            self._probing = False
+        energy = fused_energy(z, selection, now.tokens, self.history, self.method.probe)
+        in_order = torch.empty_like(energy)
+        in_order[self.partition.channels] = energy
+        self._cut(self._score(Evidence(self.block, self.norms, energy=in_order, seed=self.method.seed)))
+
+    def _before_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        now = self.handle._pass
+        if self._probing or self.history is None or now is None or now.past:
+            return
+        self.history.update(self._shaped(args[0], now), now.tokens)
+
+    def _cut(self, scores: torch.Tensor) -> None:
+        if not scores.is_meta and not torch.isfinite(scores).all():
+            raise FloatingPointError(
+                f"the importance of {self.block.name} is NaN or infinite; the model's activations overflowed."
+            )
+        units = allocation.choose_units(scores, self.keep, self.block)
+        self.handle.swapped += self.partition.keep(units)
+        if self.mean is not None:
+            channels = self.keep * self.block.unit_width
+            self.partition.add_bias(lost_bias(self.partition.consumer_weight, self.mean, channels))
+
+    @staticmethod
+    def _shaped(x: torch.Tensor, now: Pass) -> torch.Tensor:
+        """(batch, sequence, width); some layers flatten the first two in front of their MLP."""
+        return x.view(now.tokens.batch, now.tokens.length, x.shape[-1])
+
+
+def _static_scores(method: Method, block: Block, moments: Moments | None) -> torch.Tensor | None:
+    """Scores of a block's units from calibration, or None where a method has none to give."""
+    importance = IMPORTANCES[method.importance]
+    if method.when == "never" or (moments is None and importance.needs != "nothing"):
+        return None
+    evidence = Evidence(block, ColumnNorms.of(block), seed=method.seed)
+    if moments is not None:
+        moments = moments.to(block.consumer.weight.device)
+        evidence = Evidence(
+            block, evidence.norms, energy=moments.sample_energy, variance=moments.variance, seed=method.seed
+        )
+    return importance.score(evidence)
+
+
+def _widths(
+    method: Method, ratio: float, blocks: Sequence[Block], scores: Sequence[torch.Tensor | None]
+) -> list[int]:
+    """Units each block keeps under the method's allocation."""
+    if method.when == "never" or not ratio:
+        return [b.units for b in blocks]
+    if method.allocation == "global":
+        known = [s for s in scores if s is not None]
+        return allocation.global_threshold(blocks, known, ratio, skip_layers=method.skip_layers)
+    return allocation.uniform(
+        blocks,
+        ratio,
+        skip_layers=method.skip_layers,
+        round_to=method.round_to,
+        exact=method.allocation == "uniform",
+    )

@@ -1,0 +1,117 @@
+"""The methods, as data: one row each, composed of named strategies.
+
+A new method is a row here or a `Method` of the caller's own; no class is needed.
+"""
+
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Literal
+
+from probeprune.allocation import ALLOCATIONS
+from probeprune.blocks import UnitKind
+from probeprune.errors import UsageError
+from probeprune.importance import IMPORTANCES
+from probeprune.probe import Probe
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method: an order and a cut for every block, and when they are made.
+
+    Raises `UsageError` for an unknown strategy or a combination that cannot work.
+    """
+
+    name: str
+    importance: str = "ppsp"
+    """A key of `IMPORTANCES`."""
+    allocation: Literal["uniform", "nominal", "global"] = "uniform"
+    """`uniform`: the same share from every block, MLPs making up what whole heads cannot hit; `nominal`: the
+    research code's rounding of each block on its own; `global`: FLAP's one threshold over all blocks."""
+    compensation: Literal["none", "bias"] = "none"
+    when: Literal["never", "once", "batch"] = "once"
+    """`once` after calibration, or again at every `batch`."""
+    probe: Probe | None = None
+    """How a batch is probed; only and always with `when="batch"`."""
+    skip_layers: int = 3
+    """First layers that stay dense (Probe Pruning, section 5)."""
+    round_to: int = 1
+    """MLP widths are rounded up to a multiple of this (64 in the research code, for speed)."""
+    units: UnitKind = "query"
+    """What an attention unit is under grouped-query attention."""
+    seed: int = 0
+    """For importances that draw numbers."""
+    source: str = ""
+    """Where the method was published."""
+
+    def __post_init__(self) -> None:
+        if self.importance not in IMPORTANCES:
+            raise UsageError(unknown("importance", self.importance, IMPORTANCES))
+        if self.allocation not in ALLOCATIONS:
+            raise UsageError(unknown("allocation", self.allocation, ALLOCATIONS))
+        if self.compensation not in ("none", "bias"):
+            raise UsageError(unknown("compensation", self.compensation, ("none", "bias")))
+        if self.when not in ("never", "once", "batch"):
+            raise UsageError(unknown("moment of pruning", self.when, ("never", "once", "batch")))
+        if self.skip_layers < 0 or self.round_to < 1:
+            raise UsageError("skip_layers must be at least 0 and round_to at least 1.")
+        if (self.when == "batch") != (self.probe is not None):
+            raise UsageError("a method has a probe if and only if it prunes at every batch.")
+        if self.when == "batch" and IMPORTANCES[self.importance].needs != "energy":
+            raise UsageError(
+                f"importance {self.importance!r} cannot be scored from a probe; use ppsp or wanda-sp."
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `attach` must be given calibration statistics."""
+        if self.when == "never":
+            return False
+        history = self.probe is not None and self.probe.fusion != "none"
+        static = self.when == "once" and IMPORTANCES[self.importance].needs != "nothing"
+        return history or static or self.allocation == "global" or self.compensation == "bias"
+
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("dense", when="never", source="the unpruned model"),
+        Method("wanda-sp", importance="wanda-sp", source="An et al., AAAI 2024 (FLAP), after Wanda"),
+        Method("flap", "flap", "global", "bias", source="An et al., AAAI 2024"),
+        Method("probe", when="batch", probe=Probe(), source="Probe Pruning, ICLR 2025"),
+        Method(
+            "full-batch",
+            when="batch",
+            probe=Probe(tokens=1.0, samples=1.0, fusion="none"),
+            source="Probe Pruning, ICLR 2025: its upper bound, at more than dense cost",
+        ),
+        Method("ppsp", source="Probe Pruning's importance, ordered once"),
+        Method("magnitude", importance="magnitude", source="control"),
+        Method("random", importance="random", source="control"),
+    )
+}
+
+
+def get_method(method: str | Method) -> Method:
+    """The method of that name, or the one given. Raises `UsageError` for an unknown name."""
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise UsageError(unknown("method", method, METHODS))
+    return METHODS[method]
+
+
+def compose(base: str | Method, **changes: object) -> Method:
+    """A method like `base` with some fields changed, named after both unless a name is given."""
+    method = get_method(base)
+    if "name" not in changes:
+        parts = [f"{key}={value}" for key, value in changes.items()]
+        changes["name"] = "+".join([method.name, *parts])
+    return replace(method, **changes)  # type: ignore[arg-type]
+
+
+def unknown(what: str, given: str, known: object) -> str:
+    """One sentence for an unknown name, with the nearest known one and all of them."""
+    names = sorted(str(k) for k in known)  # type: ignore[attr-defined]
+    near = get_close_matches(str(given), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {given!r}; {hint}Known: {', '.join(names)}."

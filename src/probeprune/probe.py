@@ -1,0 +1,192 @@
+"""Probe Pruning's own part: choose the probe, run it ahead, fuse it with history.
+
+The paper's stages by name: `choose` (residual importance), `run_ahead` (probing), `fuse` (importance-scaled
+fusion with history). Scoring is `importance.py`, the cut `partition.py`, the loop over a model's blocks
+`dynamic.py`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from probeprune.blocks import Block
+from probeprune.errors import UsageError
+from probeprune.statistics import History, Tokens
+
+Fusion = Literal["importance", "fixed", "none"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a batch is probed. Defaults are Probe Pruning's (ICLR 2025, section 5 and appendix).
+
+    Raises `UsageError` for shares outside (0, 1].
+    """
+
+    tokens: float = 0.5
+    """Share of the positions in the probe."""
+    samples: float = 0.05
+    """Share of the batch's samples in the probe (at least one)."""
+    min_tokens: int = 2
+    """A probe never has fewer positions (where the batch has as many)."""
+    keep_first_below: int = 10
+    """A probe of at most this many positions always has the first one, the attention sink."""
+    fusion: Fusion = "importance"
+    """`importance`: each part weighted by its own share; `fixed`: by `history_share`; `none`: probe alone."""
+    history_share: float = 0.5
+    """Weight of history under `fixed` fusion."""
+    decay: float = 0.99
+    """History keeps this share of itself at every batch."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "samples"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(f"probe {name}={getattr(self, name):g} must lie in (0, 1].")
+        for name in ("history_share", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"probe {name}={getattr(self, name):g} must lie in [0, 1].")
+        if self.fusion not in ("importance", "fixed", "none"):
+            raise UsageError(f"unknown fusion {self.fusion!r}; choose importance, fixed or none.")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The probe of one block and batch: which samples and columns, ascending LongTensors."""
+
+    samples: torch.Tensor
+    tokens: torch.Tensor
+
+
+def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
+    """Pick tokens, then samples, by residual importance (Probe Pruning, section 4.1).
+
+    `u_bs = norm2(R_bs)`; a position's score is the 2-norm of `u` over samples; a sample's the 2-norm over
+    the chosen positions. Padding scores zero.
+
+    Args:
+        residual: `R` (batch, sequence, hidden), the input of the norm in front of the block.
+        tokens: which tokens are real.
+        probe: the budget.
+    """
+    u = torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)
+    if tokens.valid is not None:
+        u = u * tokens.valid
+    batch, length = u.shape
+    count = min(max(math.ceil(probe.tokens * length), probe.min_tokens), length)
+    score = torch.linalg.vector_norm(u, dim=0)
+    if count <= probe.keep_first_below:
+        first = 0 if tokens.valid is None else tokens.valid.any(0).long().argmax()
+        score[first] = torch.inf
+    columns = score.argsort(descending=True, stable=True)[:count].sort().values
+    per_sample = torch.linalg.vector_norm(u[:, columns], dim=1)
+    wanted = math.ceil(probe.samples * batch)
+    samples = per_sample.argsort(descending=True, stable=True)[:wanted].sort().values
+    return Selection(samples, columns)
+
+
+def run_ahead(block: Block, x: torch.Tensor, selection: Selection, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The coupled activation `z^p` (samples, tokens, n) of the probe, through the block's own forward.
+
+    The consumer, in tap mode, hands back its input instead of multiplying.
+
+    Args:
+        block: a block showing all its units.
+        x: the block's normalised input (batch, sequence, hidden).
+        selection: which part of it to run.
+        kwargs: what else the model passed to the block; masks and positions are cut to the probe's own.
+    """
+    part = x.index_select(0, selection.samples).index_select(1, selection.tokens)
+    tapped: list[torch.Tensor] = []
+
+    def tap(z: torch.Tensor) -> torch.Tensor:
+        tapped.append(z)
+        return z
+
+    consumer: Any = block.consumer
+    own_forward = consumer.__dict__.get("forward")  # accelerate's hooks put one there
+    consumer.forward = tap
+    try:
+        block.run(part, **restrict(kwargs, selection, x.shape[0]))
+    finally:
+        if own_forward is None:
+            del consumer.forward
+        else:
+            consumer.forward = own_forward
+    return tapped[0]
+
+
+def restrict(kwargs: dict[str, Any], selection: Selection, batch: int) -> dict[str, Any]:
+    """A block's keyword arguments, cut to the probe: real mask, real positions, no cache.
+
+    Raises `UsageError` for a mask of a kind that cannot be cut.
+    """
+
+    def rows(t: torch.Tensor) -> torch.Tensor:
+        return t.index_select(0, selection.samples) if t.shape[0] == batch and batch > 1 else t
+
+    cut = dict(kwargs)
+    for name, value in kwargs.items():
+        if value is None:
+            continue
+        if name == "position_embeddings":
+            cut[name] = tuple(rows(t).index_select(1, selection.tokens) for t in value)
+        elif name == "attention_mask":
+            if not (isinstance(value, torch.Tensor) and value.ndim == 4):
+                raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
+            mask = rows(value).index_select(2, selection.tokens)
+            cut[name] = mask.index_select(3, selection.tokens)
+        elif name == "position_ids":
+            cut[name] = rows(value).index_select(1, selection.tokens)
+        elif name == "cache_position":
+            cut[name] = value.index_select(0, selection.tokens)
+        elif name == "past_key_values":
+            cut[name] = None
+        elif name == "use_cache":
+            cut[name] = False
+    return cut
+
+
+def probe_energy(z: torch.Tensor, selection: Selection, tokens: Tokens) -> torch.Tensor:
+    """`E^p` (tokens, n): mean over the probe's samples of `z^2`, padding left out."""
+    z = z.float()
+    if tokens.valid is None:
+        return (z * z).mean(0) if len(z) > 1 else (z * z)[0]
+    real = tokens.valid[selection.samples][:, selection.tokens]
+    z = z.masked_fill(~real[..., None], 0)
+    return (z * z).sum(0) / real.sum(0).clamp_min(1)[:, None]
+
+
+def fuse(energy: torch.Tensor, history: torch.Tensor, probe: Probe) -> torch.Tensor:
+    """Probe energy `E^p` with history `E^h`, both (tokens, n) (Probe Pruning, section 4.3).
+
+    `importance`: `(E^p^2 + E^h^2) / (E^p + E^h)`, each weighted by its own share of the sum.
+    """
+    if probe.fusion == "none":
+        return energy
+    if probe.fusion == "fixed":
+        return torch.lerp(energy, history, probe.history_share)
+    total = energy + history
+    # The squares are divided first: energies of 1e20 would overflow float32 when squared.
+    tiny = torch.finfo(total.dtype).tiny
+    return (energy / total.clamp_min(tiny)) * energy + (history / total.clamp_min(tiny)) * history
+
+
+def fused_energy(
+    z: torch.Tensor, selection: Selection, tokens: Tokens, history: History | None, probe: Probe
+) -> torch.Tensor:
+    """`e_j` (n,): the probe's energy, fused with history, summed over the probe's positions.
+
+    Raises `FloatingPointError` for a NaN or infinite energy.
+    """
+    energy = probe_energy(z, selection, tokens)
+    if history is not None and probe.fusion != "none":
+        positions, real = None, None
+        if tokens.valid is not None:
+            all_positions = tokens.positions
+            assert all_positions is not None
+            positions = all_positions[selection.samples][:, selection.tokens]
+            real = tokens.valid[selection.samples][:, selection.tokens]
+        energy = fuse(energy, history.at(selection.tokens, positions, real), probe)
+    return energy.sum(0)

@@ -1,0 +1,192 @@
+"""Streaming moments of the coupled activation `z`, and the history that keeps moving while a model is used.
+
+Everything is float32, per channel in original order, merges exactly, and never sees padding. Positions are
+those of a token within its own sequence, so padding on either side gives the same numbers. Positions below
+a limit have an energy of their own and all later ones share one: memory is bounded and any length works.
+Nothing here knows which units will be pruned.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+OWN_POSITIONS = 16
+"""How many first positions of a sequence keep an energy of their own (see docs/choices.md)."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which tokens of a batch are real, and where each stands in its sequence.
+
+    `valid` is a BoolTensor (batch, sequence) or None when there is no padding.
+    """
+
+    batch: int
+    length: int
+    valid: torch.Tensor | None = None
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """LongTensor (batch, sequence): position within the sequence; None when it is the column."""
+        if self.valid is None:
+            return None
+        return (self.valid.long().cumsum(1) - 1).clamp_min(0)
+
+
+class Moments:
+    """Count, mean, centred second moment and per-position energy of one block's `z`.
+
+    Attributes:
+        count: float tensor (), tokens seen.
+        samples: float tensor (), sequences seen.
+        mean: (n,), mean over tokens.
+        m2: (n,), sum over tokens of the squared distance from the mean.
+        energy: (own + 1, n), sum of `z^2` at each own position; the last row sums all later ones.
+        tokens: (own + 1,), how many tokens each row of `energy` holds.
+    """
+
+    def __init__(self, width: int, own: int = OWN_POSITIONS, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros((), device=device)
+        self.samples = torch.zeros((), device=device)
+        self.mean = torch.zeros(width, device=device)
+        self.m2 = torch.zeros(width, device=device)
+        self.energy = torch.zeros(own + 1, width, device=device)
+        self.tokens = torch.zeros(own + 1, device=device)
+
+    @property
+    def own(self) -> int:
+        """Positions with an energy of their own."""
+        return len(self.tokens) - 1
+
+    @torch.no_grad()
+    def update(self, z: torch.Tensor, tokens: Tokens) -> None:
+        """Take in one batch of `z` (batch, sequence, n); padding is left out."""
+        batch = Moments(z.shape[-1], self.own, z.device)
+        position_sums(z, tokens, batch.energy, batch.tokens)
+        flat = (z.flatten(0, 1) if tokens.valid is None else z[tokens.valid]).float()
+        if not len(flat):
+            return
+        batch.count += len(flat)
+        batch.samples += z.shape[0] if tokens.valid is None else tokens.valid.any(1).sum()
+        # Two passes: one pass (mean of squares minus square of mean) cancels in float32.
+        batch.mean = flat.mean(0)
+        batch.m2 = (flat - batch.mean).square_().sum(0)
+        self.merge(batch)
+
+    @torch.no_grad()
+    def merge(self, other: "Moments") -> None:
+        """Take in moments of other tokens (Chan, Golub and LeVeque 1979); order does not matter."""
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        self.m2 += other.m2 + delta.square() * (self.count * other.count / total.clamp_min(1))
+        self.mean += delta * (other.count / total.clamp_min(1))
+        self.count = total
+        self.samples = self.samples + other.samples
+        self.energy += other.energy
+        self.tokens += other.tokens
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Variance of each channel over all tokens, around the mean (population): (n,)."""
+        return self.m2 / self.count.clamp_min(1)
+
+    @property
+    def sample_energy(self) -> torch.Tensor:
+        """`e_j`: mean over samples of `z_j^2`, summed over positions: (n,)."""
+        return self.energy.sum(0) / self.samples.clamp_min(1)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, as `from_state` takes them."""
+        return dict(vars(self))
+
+    def to(self, device: torch.device | str) -> "Moments":
+        """The same moments on a device."""
+        return Moments.from_state({k: v.to(device) for k, v in self.state().items()})
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> "Moments":
+        """The inverse of `state`."""
+        moments = cls(0, 0)
+        for name in vars(moments):
+            setattr(moments, name, state[name])
+        return moments
+
+
+@torch.no_grad()
+def position_sums(z: torch.Tensor, tokens: Tokens, energy: torch.Tensor, counts: torch.Tensor) -> None:
+    """Add a batch's `z^2` to the rows of its positions.
+
+    Args:
+        z: (batch, sequence, k).
+        tokens: which tokens are real.
+        energy: (own + 1, k), added to in place: sums of `z^2`; the last row takes all later positions.
+        counts: (own + 1,), added to in place: tokens a row took.
+    """
+    own = len(counts) - 1
+    if tokens.valid is None:
+        first = min(own, z.shape[1])
+        energy[:first] += _squares(z[:, :first]).sum(0)
+        counts[:first] += z.shape[0]
+        if z.shape[1] > own:
+            # One sample at a time: the squares of a whole batch would be as large as z itself.
+            for sample in z[:, own:]:
+                energy[own] += _squares(sample).sum(0)
+            counts[own] += z.shape[0] * (z.shape[1] - own)
+    else:
+        positions = tokens.positions
+        assert positions is not None
+        rows = positions[tokens.valid].clamp_max(own)
+        energy.index_add_(0, rows, _squares(z[tokens.valid]))
+        counts.index_add_(0, rows, torch.ones_like(rows, dtype=counts.dtype))
+
+
+def _squares(z: torch.Tensor) -> torch.Tensor:
+    z = z.float()
+    return z * z
+
+
+class History:
+    """Running energy of one block's channels, by position: `E^h` of Probe Pruning.
+
+    `energy` (own + 1, n) holds, for each own position and once for all later ones, the mean over samples of
+    `z^2`. It follows the block's partition, so its first columns are the kept units' channels.
+    """
+
+    def __init__(self, moments: Moments, decay: float) -> None:
+        self.decay = decay
+        self.energy = moments.energy / moments.tokens.clamp_min(1)[:, None]
+        # A position that calibration never reached starts from the mean over those it did.
+        unseen = moments.tokens == 0
+        self.energy[unseen] = moments.energy.sum(0) / moments.count.clamp_min(1)
+
+    @property
+    def own(self) -> int:
+        """Positions with an energy of their own."""
+        return len(self.energy) - 1
+
+    def at(
+        self, columns: torch.Tensor, positions: torch.Tensor | None, valid: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`E^h` at some columns of a batch: (len(columns), n).
+
+        Args:
+            columns: LongTensor (s,), ascending columns of the batch.
+            positions: LongTensor (b, s), the tokens' own positions, or None where they are the columns.
+            valid: BoolTensor (b, s); a column's energy is the mean over its real tokens' positions.
+        """
+        if positions is None or valid is None:
+            return self.energy[columns.clamp_max(self.own)]
+        rows = self.energy[positions.clamp_max(self.own)] * valid[..., None]
+        return rows.sum(0) / valid.sum(0).clamp_min(1)[:, None]
+
+    @torch.no_grad()
+    def update(self, z: torch.Tensor, tokens: Tokens) -> None:
+        """Move the first `z.shape[-1]` channels towards this batch; rows it did not reach stay."""
+        k = z.shape[-1]
+        energy = torch.zeros(self.own + 1, k, device=z.device)
+        counts = torch.zeros(self.own + 1, device=z.device)
+        position_sums(z, tokens, energy, counts)
+        weight = (1 - self.decay) * (counts > 0)
+        kept = self.energy[:, :k]
+        kept += weight[:, None] * (energy / counts.clamp_min(1)[:, None] - kept)

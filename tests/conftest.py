@@ -1,0 +1,32 @@
+"""Fixtures shared by all tests. The hub is switched off: whatever needs it must fail at once, and say so."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported: they read it once
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from probeprune.models import LoadedModel, load_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The embedded model in float32, from the user's cache; a test that changes it must put it back."""
+    return load_model("smollm2-135m", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def number_tokenizer() -> PreTrainedTokenizerFast:
+    """Token id = the number written: "7 8 9" is [7, 8, 9]. So a window says where in the text it was cut.
+
+    It starts a text with token 1000 when asked for special tokens, and calls more than 16 tokens too long.
+    """
+    vocabulary = {str(number): number for number in range(1000)} | {"<s>": 1000, "<pad>": 1001}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1000)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", pad_token="<pad>", model_max_length=16
+    )
