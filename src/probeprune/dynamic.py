@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from probeprune import allocation
@@ -233,23 +234,30 @@ class _BlockRuntime:
         residual = x if self._residual is None else self._shaped(self._residual, now)
         self._residual = None
         assert self.method.probe is not None
-        selection = choose(residual, now.tokens, self.method.probe)
+        with record_function("probeprune::choose"):
+            selection = choose(residual, now.tokens, self.method.probe)
         self.partition.widen()
         self._probing = True
         try:
-            z = run_ahead(self.block, x, selection, kwargs)
+            with record_function("probeprune::run_ahead"):
+                z = run_ahead(self.block, x, selection, kwargs)
         finally:
             self._probing = False
-        energy = fused_energy(z, selection, now.tokens, self.history, self.method.probe)
-        in_order = torch.empty_like(energy)
-        in_order[self.partition.channels] = energy
-        self._cut(self._score(Evidence(self.block, self.norms, energy=in_order, seed=self.method.seed)))
+        with record_function("probeprune::score"):
+            energy = fused_energy(z, selection, now.tokens, self.history, self.method.probe)
+            in_order = torch.empty_like(energy)
+            in_order[self.partition.channels] = energy
+            evidence = Evidence(self.block, self.norms, energy=in_order, seed=self.method.seed)
+            scores = self._score(evidence)
+        with record_function("probeprune::swap"):
+            self._cut(scores)
 
     def _before_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         now = self.handle._pass
         if self._probing or self.history is None or now is None or now.past:
             return
-        self.history.update(self._shaped(args[0], now), now.tokens)
+        with record_function("probeprune::history"):
+            self.history.update(self._shaped(args[0], now), now.tokens)
 
     def _cut(self, scores: torch.Tensor) -> None:
         if not scores.is_meta and not torch.isfinite(scores).all():

@@ -59,6 +59,12 @@ class Selection:
     tokens: torch.Tensor
 
 
+def probe_size(probe: Probe, batch: int, length: int) -> tuple[int, int]:
+    """How many samples and positions of a (batch, length) batch the probe takes."""
+    tokens = min(max(math.ceil(probe.tokens * length), probe.min_tokens), length)
+    return math.ceil(probe.samples * batch), tokens
+
+
 def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
     """Pick tokens, then samples, by residual importance (Probe Pruning, section 4.1).
 
@@ -73,15 +79,13 @@ def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
     u = torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)
     if tokens.valid is not None:
         u = u * tokens.valid
-    batch, length = u.shape
-    count = min(max(math.ceil(probe.tokens * length), probe.min_tokens), length)
+    wanted, count = probe_size(probe, *u.shape)
     score = torch.linalg.vector_norm(u, dim=0)
     if count <= probe.keep_first_below:
         first = 0 if tokens.valid is None else tokens.valid.any(0).long().argmax()
         score[first] = torch.inf
     columns = score.argsort(descending=True, stable=True)[:count].sort().values
     per_sample = torch.linalg.vector_norm(u[:, columns], dim=1)
-    wanted = math.ceil(probe.samples * batch)
     samples = per_sample.argsort(descending=True, stable=True)[:wanted].sort().values
     return Selection(samples, columns)
 

@@ -1,0 +1,1 @@
+"""Measuring: perplexity and cost, alike for dense and pruned models."""
