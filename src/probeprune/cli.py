@@ -96,8 +96,8 @@ def compare(
     calibration: Annotated[str, typer.Option(help="Calibration text, likewise.")] = "c4",
     calibration_windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     units: Annotated[
-        str, typer.Option(help="Attention units under grouped-query attention: query, group, balanced.")
-    ] = "query",
+        str, typer.Option(help="Attention units under grouped-query attention: group, balanced, query.")
+    ] = "group",
     skip_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 3,
     sampling: Annotated[
         str,

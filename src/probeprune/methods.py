@@ -36,8 +36,8 @@ class Method:
     """First layers that stay dense (Probe Pruning, section 5)."""
     round_to: int = 1
     """MLP widths are rounded up to a multiple of this (64 in the research code, for speed)."""
-    units: UnitKind = "query"
-    """What an attention unit is under grouped-query attention."""
+    units: UnitKind = "group"
+    """What an attention unit is under grouped-query attention (measured in docs/choices.md)."""
     seed: int = 0
     """For importances that draw numbers."""
     source: str = ""

@@ -1,0 +1,107 @@
+"""The command line: help that helps, bad input in one sentence with exit code 2 and nothing written."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+
+from probeprune import cli
+from probeprune.cli import app, run
+from probeprune.methods import METHODS
+
+
+def call(*arguments: str) -> int:
+    return run(lambda: app(list(arguments)))
+
+
+def test_help_has_an_example_for_every_command(capsys):
+    for command in ("compare", "bench", "methods", "models"):
+        assert call(command, "--help") == 0
+        assert "Example: probeprune" in capsys.readouterr().out
+
+
+def test_methods_and_models_are_listed(capsys):
+    assert call("methods", "--json") == 0
+    listed = [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()]
+    assert listed == list(METHODS)
+    assert call("models") == 0
+    assert "gemma3_text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["compare", "--methods", "prob"], "did you mean 'probe'"),
+        (["compare", "--methods", ","], "--methods is empty"),
+        (["compare", "--ratios", "1.0"], "outside [0, 1)"),
+        (["compare", "--ratios", "-0.1"], "outside [0, 1)"),
+        (["compare", "--ratios", "many"], "not a number"),
+        (["compare", "--units", "grup"], "did you mean 'group'"),
+        (["compare", "--batch-size", "0"], "--batch-size is too small"),
+        (["compare", "no/such/model"], "no/such/model"),
+        (["compare", "--dtype", "int3"], "int3"),
+        (["bench", "--methods", "prob"], "did you mean 'probe'"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, says, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(*arguments, "--out", str(out)) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not out.exists()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ratios", "0.95"], "would remove all units"),
+        (["--skip-layers", "30"], "leaves none of the model's 30 layers"),
+        (["--length", "9000", "--windows", "1"], "longer than the model's 8192 positions"),
+        (["--calibration", "short.txt", "--length", "64"], "than 64 tokens"),
+        (["--calibration", "empty.txt"], "empty"),
+        (["--calibration", "c5"], "c5"),
+        (["--sampling", "odd"], "odd"),
+    ],
+)
+def test_bad_input_found_on_the_model_is_one_sentence(
+    arguments, says, tmp_path, capsys, monkeypatch, smollm2
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "empty.txt").write_text("")
+    small = ["--methods", "dense,wanda-sp", "--ratios", "0.3", "--windows", "1", "--calibration-windows", "1"]
+    assert call("compare", *small, "--dtype", "float32", *arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error and "Traceback" not in error
+    assert "\ndone" not in error, "it should fail before anything is measured"
+
+
+def test_interrupt_and_full_disk_end_in_a_sentence(capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "results.jsonl")
+
+    assert run(interrupted) == 2
+    assert "the same command continues" in capsys.readouterr().err
+    assert run(full) == 2
+    assert "No space left on device: results.jsonl" in capsys.readouterr().err
+
+    def bug() -> None:
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError):  # our own mistakes keep their traceback
+        run(bug)
+
+
+def test_it_starts_fast_enough_to_ask_for_help():
+    # The command line must not import what a listing does not need.
+    code = "import sys; import probeprune.cli; print('matplotlib' in sys.modules, 'datasets' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+    assert cli.names(" a, b ,", "x") == ["a", "b"]
