@@ -93,6 +93,7 @@ def calibrate(
     windows: torch.Tensor,
     *,
     batch_size: int = 16,
+    own_positions: int = OWN_POSITIONS,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
@@ -102,6 +103,8 @@ def calibrate(
         model: a supported causal LM, in eval mode, nothing attached.
         windows: LongTensor, from `data.calibration_windows` say.
         batch_size: windows a forward pass.
+        own_positions: first positions of a sequence whose energy is kept apart (the window length is the
+            paper's choice).
         cache: a folder to keep results in; the same model and windows are then read back, and a broken run
             goes on. None keeps nothing.
         progress: called with (windows done, windows in all).
@@ -111,7 +114,7 @@ def calibrate(
     check_windows(model, windows)
     if model.training:
         raise UsageError("calibration needs a model in eval mode; call model.eval() first.")
-    path = None if cache is None else cache / f"{_key(model, windows)}.safetensors"
+    path = None if cache is None else cache / f"{_key(model, windows, own_positions)}.safetensors"
     done, statistics = _load(path)
     report = progress or (lambda done, total: None)
     report(done, len(windows))
@@ -121,7 +124,7 @@ def calibrate(
     device = next(model.parameters()).device
     decoder = find_decoder(model)
     saved = time.monotonic()
-    with collecting(model) as fresh, torch.inference_mode():
+    with collecting(model, own_positions) as fresh, torch.inference_mode():
         if statistics is not None:
             fresh.merge(Statistics({n: m.to(device) for n, m in statistics.moments.items()}))
         for batch in batches(windows[done:], batch_size):
@@ -148,9 +151,9 @@ def check_windows(model: nn.Module, windows: torch.Tensor) -> None:
         )
 
 
-def _key(model: nn.Module, windows: torch.Tensor) -> str:
+def _key(model: nn.Module, windows: torch.Tensor, own_positions: int) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([_FORMAT, OWN_POSITIONS, list(windows.shape)]).encode())
+    digest.update(json.dumps([_FORMAT, own_positions, list(windows.shape)]).encode())
     digest.update(windows.contiguous().numpy().tobytes())
     digest.update(model_fingerprint(model).encode())
     return digest.hexdigest()

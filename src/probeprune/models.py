@@ -63,7 +63,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Open a causal language model and its tokenizer.
@@ -73,7 +73,7 @@ def load_model(
             order. GGUF weights are converted to float32 safetensors once and kept in `cache_dir()`.
         dtype: `bfloat16`, `float16`, `float32`, or `auto` for `fastest_dtype` of the device.
         device: `auto` (CUDA where there is one, else CPU) or what `torch.device` understands.
-        attn_implementation: as in transformers.
+        attn_implementation: as in transformers; None for its choice (sdpa where the family has it).
         trust_remote_code: run code that comes with the model. Only for sources you trust.
 
     Raises:

@@ -3,6 +3,7 @@
 Everything is float32, per channel in original order, merges exactly, and never sees padding. Positions are
 those of a token within its own sequence, so padding on either side gives the same numbers. Positions below
 a limit have an energy of their own and all later ones share one: memory is bounded and any length works.
+The limit is 0 by default: keeping positions apart was measured to gain nothing.
 Nothing here knows which units will be pruned.
 """
 
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-OWN_POSITIONS = 16
-"""How many first positions of a sequence keep an energy of their own (see docs/choices.md)."""
+OWN_POSITIONS = 0
+"""How many first positions of a sequence keep an energy of their own. Probe Pruning keeps all up to a fixed
+length; here none, at no cost in quality (docs/choices.md, benchmarks/history_positions.py)."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""Tiny random models of every supported family, with weights large enough that pruning shows."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 100,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
+}
+OPT_SHAPE = {
+    "hidden_size": 48,
+    "ffn_dim": 100,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
+}
+
+
+def _lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
+    """The usual initialisation is so small that a whole block can go without changing a logit."""
+
+    def make() -> PreTrainedModel:
+        torch.manual_seed(0)
+        model = build()
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.normal_(std=0.2)
+                    if module.bias is not None:
+                        module.bias.normal_(std=0.2)
+                elif isinstance(module, nn.Embedding):
+                    module.weight.normal_(std=1.0)
+        return model.eval()
+
+    return make
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    name: _lively(build)
+    for name, build in {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 6})),
+        "llama-gqa": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+        "llama-bias": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
+        "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, sliding_window=8)),
+        "gemma3": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(**{**SHAPE, "num_hidden_layers": 6}, sliding_window=8)
+        ),
+        "opt": lambda: OPTForCausalLM(OPTConfig(**OPT_SHAPE, word_embed_proj_dim=48)),
+        "opt-post-norm": lambda: OPTForCausalLM(
+            OPTConfig(**OPT_SHAPE, word_embed_proj_dim=32, do_layer_norm_before=False)
+        ),
+    }.items()
+}
+
+
+def token_ids(batch: int = 4, length: int = 24, seed: int = 1) -> torch.Tensor:
+    """Random token ids (batch, length)."""
+    return torch.randint(3, 120, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(side: str, batch: int = 4, length: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of sequences of different lengths, padded on one side."""
+    ids, mask = token_ids(batch, length), torch.ones(batch, length, dtype=torch.long)
+    if side != "none":
+        for row, pads in enumerate([0, 7, 1, 13][:batch]):
+            mask[row, :pads] = 0
+        if side == "right":
+            mask = mask.flip(1)
+    return ids * mask, mask
+
+
+class masked:
+    """Context: units outside `kept` (block, ids) are zero in front of the dense model's consumers."""
+
+    def __init__(self, kept) -> None:
+        self.kept, self.hooks = kept, []
+
+    def __enter__(self) -> None:
+        for block, units in self.kept:
+            keep = torch.zeros(block.units)
+            keep[torch.as_tensor(units)] = 1
+            channels = keep.repeat_interleave(block.unit_width)
+            self.hooks.append(
+                block.consumer.register_forward_pre_hook(lambda _, args, c=channels: (args[0] * c,))
+            )
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
