@@ -120,10 +120,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
         axes.errorbar(
             [100 * r["flops_per_token"] / dense["flops_per_token"] for r in points],
             [r["value"] for r in points],
-            yerr=[
-                0.0,
-                *(r["value"] / dense["value"] and paired_factor(r, dense)[1] * dense["value"] for r in own),
-            ],
+            yerr=[0.0, *(paired_factor(r, dense)[1] * dense["value"] for r in own)],
             marker="osD^vP*"[i % 7],
             color=colours[i % len(colours)],
             capsize=3,

@@ -1,0 +1,101 @@
+"""Calibration is cached by content and goes on after a kill with the same result."""
+
+import pytest
+import torch
+from tiny import FAMILIES, token_ids
+
+from probeprune import UsageError, calibrate, calibration
+from probeprune.calibration import Statistics, model_fingerprint
+
+WINDOWS = token_ids(10, 12)
+
+
+def same(a: Statistics, b: Statistics, **tolerance) -> None:
+    assert a.moments.keys() == b.moments.keys()
+    for name, moments in a.moments.items():
+        for key, value in moments.state().items():
+            torch.testing.assert_close(value, b.moments[name].state()[key], **tolerance)
+
+
+def count_passes(model) -> list:
+    passes: list = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def test_a_second_calibration_reads_the_first(tmp_path):
+    model = FAMILIES["llama-gqa"]()
+    first = calibrate(model, WINDOWS, batch_size=4, cache=tmp_path)
+    passes = count_passes(model)
+    same(calibrate(model, WINDOWS, batch_size=4, cache=tmp_path), first, rtol=0, atol=0)
+    assert not passes
+    # Other text, other weights: other statistics.
+    calibrate(model, WINDOWS + 1, batch_size=4, cache=tmp_path)
+    assert len(passes) == 3
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
+    calibrate(model, WINDOWS, batch_size=4, cache=tmp_path)
+    assert len(passes) == 6
+
+
+def test_a_broken_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "_SAVE_EVERY", 0.0)
+    model = FAMILIES["llama-gqa"]()
+    whole = calibrate(model, WINDOWS, batch_size=2)
+
+    def kill(done: int, total: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, WINDOWS, batch_size=2, cache=tmp_path, progress=kill)
+    seen: list[int] = []
+    passes = count_passes(model)
+    resumed = calibrate(model, WINDOWS, batch_size=2, cache=tmp_path, progress=lambda n, _: seen.append(n))
+    assert seen == [4, 6, 8, 10] and len(passes) == 3
+    same(resumed, whole, rtol=1e-4, atol=1e-5)
+    assert not [p for p in tmp_path.iterdir() if p.suffix != ".safetensors"], "half a file left behind"
+
+
+def test_a_damaged_cache_entry_is_made_again(tmp_path):
+    model = FAMILIES["opt"]()
+    first = calibrate(model, WINDOWS, batch_size=4, cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    entry.write_bytes(entry.read_bytes()[:100])
+    same(calibrate(model, WINDOWS, batch_size=4, cache=tmp_path), first, rtol=0, atol=0)
+
+
+def test_shares_of_the_text_merge_to_the_whole():
+    # As two processes would each take a part.
+    model = FAMILIES["llama"]()
+    first, second = calibrate(model, WINDOWS[:3]), calibrate(model, WINDOWS[3:])
+    first.merge(second)
+    same(first, calibrate(model, WINDOWS), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_calibrated_is_refused():
+    model = FAMILIES["llama"]()
+    with pytest.raises(UsageError, match="longer than the model's 128 positions"):
+        calibrate(model, torch.ones(1, 129, dtype=torch.long))
+    with pytest.raises(UsageError, match=r"model.eval\(\)"):
+        calibrate(model.train(), WINDOWS)
+
+
+def test_overflowed_statistics_name_their_block():
+    model = FAMILIES["llama"]()
+    with torch.no_grad():
+        model.model.layers[4].mlp.up_proj.weight[0] = float("inf")
+    statistics = calibrate(model, WINDOWS)
+    from probeprune import attach
+
+    with pytest.raises(FloatingPointError, match=r"layers\.4\.mlp"):
+        attach(model, "wanda-sp", 0.2, statistics=statistics)
+
+
+def test_the_fingerprint_reads_every_weight():
+    model = FAMILIES["llama"]()
+    before = model_fingerprint(model)
+    assert model_fingerprint(FAMILIES["llama"]()) == before
+    with torch.no_grad():
+        model.lm_head.weight[-1, -1] += 1e-6
+    assert model_fingerprint(model) != before
