@@ -20,6 +20,8 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # forward of a 135M model in float32 on two cores.
 compare bench: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 compare bench: export MALLOC_MMAP_THRESHOLD_ := 4294967296
+# torch's profiler, which tells the stages apart, logs its starts and stops unless told not to.
+bench: export KINETO_LOG_LEVEL := 6
 
 compare: $(STAMP)
 	$(BIN)/probeprune compare --out runs/compare

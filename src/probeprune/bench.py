@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from probeprune.calibration import calibrate
+from probeprune.calibration import calibrate, collecting
 from probeprune.data import calibration_windows, load_corpus
 from probeprune.dynamic import attach
 from probeprune.evaluation.cost import PeakMemory, counting_flops
@@ -50,14 +50,12 @@ def bench(
     count = (rounds + 2) * batch_size
     windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=count, length=length, seed=0)
     batches = [b.to(loaded.device) for b in windows.split(batch_size)]
-    started = time.perf_counter()
     collected = calibrate(
         model,
         windows[: 2 * batch_size],
         batch_size=batch_size,
         progress=lambda n, of: progress("calibration", n, of),
     )
-    calibration_rate = 2 * batch_size * length / (time.perf_counter() - started)
 
     def forward(ids: torch.Tensor) -> float:
         start = time.perf_counter()
@@ -69,6 +67,7 @@ def bench(
 
     everything = [METHODS["dense"], *(m for m in methods if m.when != "never")]
     seconds: dict[str, list[float]] = {m.name: [] for m in everything}
+    calibrating: list[float] = []
     memory: dict[str, int] = {m.name: 0 for m in everything}
     flops: dict[str, int] = {}
     stages: dict[str, dict[str, float]] = {}
@@ -87,9 +86,12 @@ def bench(
                     seconds[m.name].append(forward(batch))
             if not warm:
                 memory[m.name] = max(memory[m.name], peak.bytes)
+        if not warm:
+            with collecting(model):
+                calibrating.append(forward(batch))
         progress("rounds", done, len(batches) - 1)
     dense = seconds["dense"]
-    dense_rate = batch_size * length / statistics.median(dense)
+    calibration_rate = statistics.median(d / c for d, c in zip(dense, calibrating, strict=True))
     figures = []
     for m in everything:
         speedups = [d / s for d, s in zip(dense, seconds[m.name], strict=True)]
@@ -110,7 +112,7 @@ def bench(
                 "stages": stages[m.name],
                 "peak_memory": memory[m.name],
                 "memory_over_dense": memory[m.name] / memory["dense"],
-                "calibration_over_dense": calibration_rate / dense_rate,
+                "calibration_over_dense": calibration_rate,
                 "dtype": str(loaded.dtype).removeprefix("torch."),
                 "device": str(loaded.device),
                 "threads": torch.get_num_threads(),

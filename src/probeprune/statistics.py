@@ -65,7 +65,6 @@ class Moments:
     def update(self, z: torch.Tensor, tokens: Tokens) -> None:
         """Take in one batch of `z` (batch, sequence, n); padding is left out."""
         batch = Moments(z.shape[-1], self.own, z.device)
-        position_sums(z, tokens, batch.energy, batch.tokens)
         flat = (z.flatten(0, 1) if tokens.valid is None else z[tokens.valid]).float()
         if not len(flat):
             return
@@ -74,6 +73,11 @@ class Moments:
         # Two passes: one pass (mean of squares minus square of mean) cancels in float32.
         batch.mean = flat.mean(0)
         batch.m2 = (flat - batch.mean).square_().sum(0)
+        if self.own:
+            position_sums(z, tokens, batch.energy, batch.tokens)
+        else:  # one row for all: no third pass
+            batch.energy[0] = batch.m2 + batch.count * batch.mean.square()
+            batch.tokens[0] = batch.count
         self.merge(batch)
 
     @torch.no_grad()
