@@ -2,8 +2,10 @@
 
 import errno
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -97,6 +99,30 @@ def test_interrupt_and_full_disk_end_in_a_sentence(capsys):
 
     with pytest.raises(RuntimeError):  # our own mistakes keep their traceback
         run(bug)
+
+
+@pytest.mark.real
+def test_ctrl_c_says_how_to_go_on(tmp_path, smollm2):
+    command = [
+        sys.executable,
+        "-c",
+        "from probeprune.cli import main; main()",
+        "compare",
+        "--methods",
+        "dense",
+    ]
+    process = subprocess.Popen(
+        [*command, "--windows", "64", "--dtype", "float32", "--out", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "results.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and "the same command continues" in error and "Traceback" not in error
 
 
 def test_it_starts_fast_enough_to_ask_for_help():

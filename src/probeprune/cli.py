@@ -38,6 +38,8 @@ app = typer.Typer(
 )
 err = Console(stderr=True)
 
+INTERRUPTED = "interrupted; what was measured is saved, the same command continues from there."
+
 MODEL = Annotated[
     str, typer.Argument(help="`smollm2-135m` (embedded), a local directory, a GGUF file or a hub id.")
 ]
@@ -271,13 +273,15 @@ def run(command: Callable[[], Any]) -> int:
     except (UsageError, FloatingPointError) as error:
         complain(str(error))
     except KeyboardInterrupt:
-        complain("interrupted; what was measured is saved, the same command continues from there.")
+        complain(INTERRUPTED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         complain(f"{error.strerror}: {error.filename or 'output'}; free space or choose another --out.")
     except SystemExit as end:
-        return int(end.code or 0)
+        if end.code != 130:
+            return int(end.code or 0)
+        complain(INTERRUPTED)  # typer ends a command that was interrupted in silence
     else:
         return 0
     return 2
