@@ -90,3 +90,45 @@ def test_what_cannot_be_is_refused():
         uniform(find_blocks(FAMILIES["llama-gqa"]()), 0.97, skip_layers=0)
     with pytest.raises(UsageError, match="cannot be reached"):
         global_threshold(blocks, scores, 0.99, skip_layers=0)
+
+
+def test_nominal_and_exact_at_20_percent_of_the_papers_shape(llama_7b):
+    kept = uniform(llama_7b, 0.2, exact=False)  # r' = 0.2 * 32 / 29 = 0.2207
+    assert set(kept[6::2]) == {32 - 7} and set(kept[7::2]) == {11008 - 2429}
+    for ratio in (0.2, 0.4, 0.6):
+        exact = uniform(llama_7b, ratio)
+        total = sum(b.parameters for b in llama_7b)
+        assert abs(removed_share(llama_7b, exact) - ratio) * total <= 3 * 4096
+        assert exact[6::2] == uniform(llama_7b, ratio, exact=False)[6::2]
+        assert max(exact[7::2]) - min(exact[7::2]) <= 1, "the same share from every block"
+
+
+@pytest.mark.parametrize("allocate", [uniform, lambda *a, **k: uniform(*a, **k, exact=False)])
+def test_nothing_asked_is_nothing_cut(llama_7b, allocate):
+    assert allocate(llama_7b, 0.0) == [b.units for b in llama_7b]
+    assert allocate(llama_7b, 0.0, skip_layers=99) == [b.units for b in llama_7b]
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3])
+def test_global_threshold_keeps_balanced_groups_balanced_and_every_block_alive(ratio):
+    blocks = find_blocks(FAMILIES["llama-gqa"](), "balanced")
+    g = torch.Generator().manual_seed(1)
+    scores = [torch.randn(b.units, generator=g) - 100 * (i == 6) for i, b in enumerate(blocks)]
+    kept = global_threshold(blocks, scores, ratio, skip_layers=3)
+    assert kept[:6] == [6, 100] * 3
+    assert all(k % 2 == 0 and k >= 2 for k in kept[::2])
+    assert kept[6] == 2, "the block with the worst scores goes first, to its last head a group"
+    # Rounding up by less than one head a group and block is the only way to miss the ratio.
+    slack = (2 * 768 + 144) / sum(b.parameters for b in blocks)
+    assert ratio - slack <= removed_share(blocks, kept) <= ratio + slack
+
+
+def test_removed_share_is_counted_in_parameters():
+    blocks = find_blocks(FAMILIES["llama-bias"]())
+    kept = [b.units for b in blocks]
+    kept[0] -= 1
+    kept[3] -= 10
+    # One group: 24 q, 8 k, 8 v rows with biases and 24 output columns; a channel: 3 * 48 and two biases.
+    removed = (40 * 49 + 24 * 48) + 10 * (3 * 48 + 2)
+    whole = 5 * ((48 + 16 + 16) * 49 + 48 * 49 + 2 * 100 * 49 + 48 * 101)
+    assert removed_share(blocks, kept) == pytest.approx(removed / whole)

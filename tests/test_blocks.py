@@ -84,3 +84,85 @@ def test_quantised_wrapped_and_offloaded_weights_are_refused():
     model.model.layers[1].mlp.up_proj._hf_hook = Hook()
     with pytest.raises(UsageError, match="offloaded"):
         find_blocks(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "index", "units", "width", "unit_parameters"),
+    [
+        ("llama", 1, 100, 1, 3 * 48),
+        ("llama-bias", 1, 100, 1, 3 * 48 + 2),  # gate and up have a bias entry a channel, down has not
+        ("opt", 1, 100, 1, 2 * 48 + 1),
+        ("gemma2", 1, 100, 1, 3 * 48),
+        ("llama-bias", 0, 2, 24, 64 * 48 + 40),
+        ("qwen2", 0, 2, 24, 64 * 48 + 40),
+        ("qwen3", 0, 2, 24, 64 * 48),
+    ],
+)
+def test_units_of_mlps_and_of_linear_maps_with_biases(family, index, units, width, unit_parameters):
+    block = find_blocks(FAMILIES[family]())[index]
+    assert (block.units, block.unit_width, block.unit_parameters) == (units, width, unit_parameters)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_norm_reads_the_residual_and_the_entry_what_the_norm_gives(family):
+    # The probe is chosen by the norm's input: the wrong norm of a sandwich would choose by something else.
+    model = FAMILIES[family]()
+    for block in find_blocks(model):
+        layer = model.get_submodule(block.name.rpartition(".")[0])
+        seen: dict[str, torch.Tensor] = {}
+
+        def note(name, seen=seen):
+            def hook(module, args, kwargs):
+                seen[name] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+            return hook
+
+        hooks = [
+            layer.register_forward_pre_hook(note("layer"), with_kwargs=True),
+            block.entry.register_forward_pre_hook(note("entry"), with_kwargs=True),
+            # A block that adds nothing: what is left of the stream behind it is its residual.
+            block.consumer.register_forward_hook(lambda _, args, out: torch.zeros_like(out)),
+            layer.register_forward_hook(lambda _, a, out, s=seen: s.update(out=out.detach())),
+        ]
+        if block.norm is not None:
+            hooks.append(block.norm.register_forward_pre_hook(note("residual"), with_kwargs=True))
+            hooks.append(block.norm.register_forward_hook(lambda _, a, out, s=seen: s.update(normed=out)))
+        with torch.no_grad():
+            model(torch.arange(12).view(2, 6))
+        for h in hooks:
+            h.remove()
+        if family == "opt-post-norm":
+            assert block.norm is None
+            if block.kind == "attention":
+                assert seen["entry"].equal(seen["layer"])
+        else:
+            residual = seen["layer" if block.kind == "attention" else "out"]
+            torch.testing.assert_close(seen["residual"].view_as(residual), residual)
+            assert seen["entry"].equal(seen["normed"])
+
+
+def test_a_view_nested_behind_another_is_refused_too():
+    # One flat parameter with views at its start and further on: sorted by address, the second view's
+    # neighbour is the first view, not the flat parameter it overlaps.
+    model = FAMILIES["llama"]()
+    flat = nn.Parameter(torch.randn(20000))
+    model.register_parameter("flat", flat)
+    model.model.norm.weight = nn.Parameter(flat.data[48:96])
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(flat.data[4800:9600].view(100, 48))
+    with pytest.raises(UsageError, match="shares memory"):
+        find_blocks(model)
+
+
+def test_a_tied_language_model_head_is_no_obstacle():
+    # Embedding and head are in no block: most small models tie them.
+    model = FAMILIES["llama"]()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert len(find_blocks(model)) == 10
+
+
+def test_integer_weights_are_refused():
+    model = FAMILIES["opt"]()
+    fc1 = model.model.decoder.layers[2].fc1
+    fc1.weight = nn.Parameter(torch.zeros(100, 48, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UsageError, match=r"layers\.2\.fc1 .*not a plain floating-point"):
+        find_blocks(model)

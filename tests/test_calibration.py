@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import FAMILIES, token_ids
 
-from probeprune import UsageError, calibrate, calibration
+from probeprune import UsageError, attach, calibrate, calibration
 from probeprune.calibration import Statistics, model_fingerprint
 
 WINDOWS = token_ids(10, 12)
@@ -86,8 +88,6 @@ def test_overflowed_statistics_name_their_block():
     with torch.no_grad():
         model.model.layers[4].mlp.up_proj.weight[0] = float("inf")
     statistics = calibrate(model, WINDOWS)
-    from probeprune import attach
-
     with pytest.raises(FloatingPointError, match=r"layers\.4\.mlp"):
         attach(model, "wanda-sp", 0.2, statistics=statistics)
 
@@ -99,3 +99,65 @@ def test_the_fingerprint_reads_every_weight():
     with torch.no_grad():
         model.lm_head.weight[-1, -1] += 1e-6
     assert model_fingerprint(model) != before
+
+
+def _damage(entry, how: str) -> None:
+    good = entry.read_bytes()
+    with safe_open(entry, framework="pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    if how == "empty":
+        entry.write_bytes(b"")
+    elif how == "garbage":
+        entry.write_bytes(b"\xff" * len(good))
+    elif how == "no record of what was done":
+        save_file(tensors, entry)
+    elif how == "a count that is no number":
+        save_file(tensors, entry, metadata={"done": "all"})
+    elif how == "a tensor missing":
+        tensors.popitem()
+        save_file(tensors, entry, metadata={"done": str(len(WINDOWS))})
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["empty", "garbage", "no record of what was done", "a count that is no number", "a tensor missing"],
+)
+def test_whatever_the_damage_the_entry_is_made_again(tmp_path, how):
+    # A cache must never be the reason that nothing works until somebody finds and deletes a file.
+    model = FAMILIES["llama-gqa"]()
+    first = calibrate(model, WINDOWS, batch_size=4, cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    _damage(entry, how)
+    same(calibrate(model, WINDOWS, batch_size=4, cache=tmp_path), first, rtol=0, atol=0)
+    passes = count_passes(model)
+    calibrate(model, WINDOWS, batch_size=4, cache=tmp_path)
+    assert not passes, "the mended entry is not used"
+
+
+def test_settings_that_change_the_result_change_the_key(tmp_path):
+    model = FAMILIES["llama-gqa"]()
+    pooled = calibrate(model, WINDOWS, cache=tmp_path)
+    apart = calibrate(model, WINDOWS, cache=tmp_path, own_positions=4)
+    calibrate(model, WINDOWS[:, :6], cache=tmp_path)
+    calibrate(model, WINDOWS.view(20, 6), cache=tmp_path)  # the same bytes, other windows
+    assert len(list(tmp_path.iterdir())) == 4
+    assert {m.own for m in pooled.moments.values()} == {0}
+    assert {m.own for m in apart.moments.values()} == {4}
+
+
+def test_statistics_do_not_depend_on_the_batch_size():
+    model = FAMILIES["gemma3"]()
+    same(
+        calibrate(model, WINDOWS, batch_size=3),
+        calibrate(model, WINDOWS, batch_size=10),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_statistics_made_in_inference_mode_serve_outside():
+    model = FAMILIES["llama-gqa"]()
+    with torch.inference_mode():
+        statistics = calibrate(model, WINDOWS)
+    with torch.no_grad(), attach(model, "probe", 0.2, statistics=statistics):
+        assert model(WINDOWS).logits.isfinite().all()

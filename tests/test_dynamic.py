@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import FAMILIES, masked, padded, token_ids
+from transformers import DynamicCache
 
 from probeprune import Probe, UsageError, attach, calibrate, compose
 from probeprune.blocks import find_blocks
@@ -289,3 +290,430 @@ def test_compositions_run_and_equal_the_masked_model(llama, changes):
     else:
         with masked(choice):
             assert (got - logits(model, *inputs)).abs().max() > 1e-3, "the bias is missing"
+
+
+# -- the whole pipeline, for attention -----------------------------------------------------------
+
+
+def dense_pass(model, block, ids, mask):
+    """What a dense pass gives one block: its input, keyword arguments, residual and `z`, full length."""
+    seen: dict = {}
+
+    def entered(module, args, kwargs):
+        seen["kwargs"] = dict(kwargs)
+        seen["x"] = args[0] if args else seen["kwargs"].pop("hidden_states")
+
+    hooks = [
+        block.entry.register_forward_pre_hook(entered, with_kwargs=True),
+        block.consumer.register_forward_pre_hook(lambda _, a: seen.update(z=a[0])),
+    ]
+    if block.norm is not None:
+        hooks.append(block.norm.register_forward_pre_hook(lambda _, a: seen.update(residual=a[0])))
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    for h in hooks:
+        h.remove()
+    seen.setdefault("residual", seen["x"])
+    return seen
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_probe_of_attention_against_a_slow_version(calibrated, side):
+    # The first pruned block: all in front of it is dense. The probe's attention is that of the whole block
+    # with the keys of all other tokens hidden; the rest is the formulas, in float64.
+    model, statistics = calibrated
+    ids, mask = padded(side)
+    real = mask.bool()
+    block = next(b for b in find_blocks(model) if b.layer == 3 and b.kind == "attention")
+    seen = dense_pass(model, block, ids, mask)
+    u = seen["residual"].double().view(4, 24, -1).norm(dim=-1) * real
+    columns = sorted(sorted(range(24), key=lambda s: -float(u[:, s].norm()))[:12])
+    samples = sorted(sorted(range(4), key=lambda b: -float(u[b, columns].norm()))[:2])
+
+    visible = seen["kwargs"].get("attention_mask")
+    visible = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril() if visible is None else visible.clone()
+    hidden = [s for s in range(24) if s not in columns]
+    visible[..., hidden] = False if visible.dtype == torch.bool else torch.finfo(visible.dtype).min
+    tapped: list[torch.Tensor] = []
+    hook = block.consumer.register_forward_pre_hook(lambda _, a: tapped.append(a[0].double()))
+    with torch.no_grad():
+        block.run(seen["x"], **{**seen["kwargs"], "attention_mask": visible})
+    hook.remove()
+
+    moments = statistics.moments[block.name]
+    history = moments.energy[0].double() / float(moments.tokens[0])
+    e = torch.zeros(block.width, dtype=torch.float64)
+    for s in columns:
+        rows = [tapped[0][b, s] ** 2 for b in samples if real[b, s]]
+        if rows:
+            p = sum(rows) / len(rows)
+            e += (p**2 + history**2) / (p + history)
+    w = block.consumer.weight.detach().double()
+    score = (e[None] * w**2).square().sum(0).view(block.units, -1).sum(1).sqrt()
+
+    # The mean of the real tokens alone moves history, and in kept channels only.
+    probing = compose("probe", probe=Probe(samples=0.5))
+    with attach(model, probing, 0.3, statistics=statistics) as handle:
+        runtime = next(r for r in handle._runtimes if r.block.name == block.name)
+        logits(model, ids, mask)
+        units = runtime.partition.kept_units
+        in_order = torch.empty(block.width, dtype=torch.float64)
+        in_order[runtime.partition.channels] = runtime.history.energy[0].double()
+    best = score.argsort(descending=True)[: len(units)].sort().values
+    assert units.tolist() == best.tolist()
+    channels = (best[:, None] * block.unit_width + torch.arange(block.unit_width)).flatten()
+    z = seen["z"].double().view(4, 24, -1)[real]
+    moved = history.clone()
+    moved[channels] = 0.99 * history[channels] + 0.01 * (z**2).mean(0)[channels]
+    torch.testing.assert_close(in_order, moved, rtol=1e-4, atol=1e-7)
+
+
+def test_every_batch_is_chosen_anew_and_swaps_are_counted(llama):
+    # One cut for all batches would pass every test of a single batch.
+    model, statistics = llama
+    probing = compose("probe", probe=Probe(fusion="none", samples=1.0))
+    with attach(model, probing, 0.3, statistics=statistics) as handle:
+        logits(model, *padded("none"))
+        last, swapped, distinct = handle.kept_units(), handle.swapped, set()
+        for seed in range(6):
+            ids = token_ids(2, 12, seed=50 + seed)
+            logits(model, ids, torch.ones_like(ids))
+            now = handle.kept_units()
+            entered = sum(len(set(a.units) - set(b.units)) for a, b in zip(now, last, strict=True))
+            assert handle.swapped - swapped == entered
+            last, swapped = now, handle.swapped
+            distinct.add(now[-1].units)
+    assert len(distinct) > 1
+
+
+def test_history_moves_with_every_prompt_but_not_while_decoding(llama):
+    model, statistics = llama
+    ids = token_ids(2, 10)
+    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+        history = handle._runtimes[-1].history.energy
+        first = history.clone()
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        second, units = history.clone(), handle.kept_units()
+        assert not second.equal(first)
+        for step in range(3):
+            model(token_ids(2, 1, seed=step), past_key_values=cache)
+        assert history.equal(second) and handle.kept_units() == units
+        model(ids)
+        assert not history.equal(second)
+
+
+def test_history_decides_where_the_probe_says_little(llama):
+    # A history that is kept but never read would leave no other trace than its memory.
+    model, statistics = llama
+    choices = []
+    for share in (0.0, 1.0):
+        fixed = compose("probe", probe=Probe(fusion="fixed", history_share=share, decay=1.0))
+        with attach(model, fixed, 0.3, statistics=statistics) as handle:
+            runtime = handle._runtimes[-1]
+            seen = []
+            for seed in range(3):
+                ids = token_ids(2, 12, seed=seed)
+                logits(model, ids, torch.ones_like(ids))
+                seen.append(tuple(runtime.partition.kept_units.tolist()))
+            choices.append(seen)
+    assert len(set(choices[0])) > 1, "the probe alone follows the batch"
+    assert len(set(choices[1])) == 1, "history alone, never moved, always says the same"
+
+
+# -- what a pass may look like -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("method", DYNAMIC)
+def test_prompts_shorter_than_any_probe(calibrated, method, length):
+    model, statistics = calibrated
+    ids = token_ids(1, length)
+    with attach(model, method, 0.3, statistics=statistics) as handle:
+        got, choice = logits(model, ids, torch.ones_like(ids)), kept(handle)
+    with masked(choice):
+        close(got, logits(model, ids, torch.ones_like(ids)))
+
+
+@pytest.mark.parametrize("units", ["balanced", "query"])
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("side", SIDES)
+def test_dynamic_query_heads_in_every_grouped_family(family, units, side):
+    # Here attention goes through our own registered function, under the probe too.
+    model = FAMILIES[family]()
+    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    inputs = padded(side)
+    attributes = [dict(b.entry.__dict__) for b in find_blocks(model)]
+    dense = logits(model, *inputs)
+    with attach(model, compose("probe", units=units), 0.3, statistics=statistics) as handle:
+        logits(model, *padded("none"))
+        got, choice = logits(model, *inputs), kept(handle)
+    assert any(len(k) < b.units for b, k in choice if b.kind == "attention")
+    with masked(choice):
+        close(got, logits(model, *inputs))
+    assert logits(model, *inputs).equal(dense)
+    for block, old in zip(find_blocks(model), attributes, strict=True):
+        assert block.entry.config is old["config"]
+        assert block.entry.__dict__.keys() == old.keys()
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2", "opt"])
+def test_masks_of_other_forms_tell_the_same_padding(family):
+    model = FAMILIES[family]()
+    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    ids, mask = padded("left")
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    full = torch.ones(24, 24, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool()
+    additive = torch.zeros(full.shape).masked_fill(~full, torch.finfo(torch.float32).min)
+    forms = {"bool": mask.bool(), "float": mask.float()}
+    if family != "gemma2":  # a ready-made mask would do away with its sliding window
+        forms |= {"four dimensions": full, "additive": additive}
+    results = {}
+    for name, form in {"integers": mask, **forms}.items():
+        with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+            out = model(ids, attention_mask=form, position_ids=positions).logits[mask.bool()]
+            results[name] = (out, handle.kept_units())
+    want, units = results.pop("integers")
+    for name, (got, chosen) in results.items():
+        assert chosen == units, name
+        close(got, want)
+
+
+def test_a_mask_of_ones_is_no_mask(llama):
+    model, statistics = llama
+    ids = token_ids()
+    results = []
+    for kwargs in ({}, {"attention_mask": torch.ones_like(ids)}):
+        with attach(model, "probe", 0.3, statistics=statistics), torch.no_grad():
+            results.append(model(ids, **kwargs).logits)
+    assert results[0].equal(results[1])
+
+
+def test_embeddings_in_place_of_ids_and_the_decoder_alone(calibrated):
+    model, statistics = calibrated
+    ids, mask = padded("left")
+    with attach(model, "probe", 0.3, statistics=statistics) as handle:
+        want, units = logits(model, ids, mask), handle.kept_units()
+    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+        embedded = model.get_input_embeddings()(ids)
+        got = model(inputs_embeds=embedded, attention_mask=mask).logits[mask.bool()]
+        assert handle.kept_units() == units
+        close(got, want)
+    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+        find_decoder(model)(ids, mask)  # by position
+        assert handle.kept_units() == units
+
+
+@pytest.mark.parametrize("method", ["flap", *DYNAMIC])
+def test_inference_mode_gives_the_same_as_no_grad(calibrated, method):
+    model, statistics = calibrated
+    inputs = padded("left")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    results = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with attach(model, method, 0.3, statistics=statistics):
+            for _ in range(2):
+                with mode():
+                    out = model(*inputs).logits[inputs[1].bool()]
+            results.append(out.clone())
+    assert results[0].equal(results[1])
+    assert all(p.equal(before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["wanda-sp", "flap", "probe"])
+def test_attached_in_inference_mode_and_detached_outside(method):
+    # Detaching must not fail: the weights would stay permuted for good.
+    model = FAMILIES["llama-gqa"]()
+    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with torch.inference_mode():
+        handle = attach(model, method, 0.3, statistics=statistics)
+        model(*padded("left"))
+    with torch.no_grad():
+        model(*padded("right"))
+    handle.detach()
+    assert all(p.equal(before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)]
+)
+def test_batches_in_and_out_of_inference_mode_mix(modes):
+    # Without calibration the first cut is made by the first batch, in whatever mode that runs.
+    model = FAMILIES["llama-gqa"]()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with attach(model, "full-batch", 0.3):
+        for seed, mode in enumerate((*modes, *modes)):
+            with mode():
+                assert model(token_ids(2, 12, seed=seed)).logits.isfinite().all()
+    assert all(p.equal(before[n]) for n, p in model.named_parameters())
+
+
+def test_a_model_without_memory_can_be_attached():
+    # Costs of models too large for this machine are counted on the meta device.
+    statistics = calibrate(FAMILIES["llama-gqa"](), token_ids(6, 16, seed=9))
+    with torch.device("meta"):
+        model = FAMILIES["llama-gqa"]()
+    shapes: dict[str, tuple[int, ...]] = {}
+    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+        for b in handle.blocks:
+            b.consumer.register_forward_pre_hook(lambda _, a, n=b.name: shapes.update({n: a[0].shape}))
+        out = model(torch.ones(2, 9, dtype=torch.long, device="meta")).logits
+        assert out.shape == (2, 9, 128) and out.is_meta
+        widths = [k * b.unit_width for b, k in zip(handle.blocks, handle.kept, strict=True)]
+        assert [shapes[b.name][-1] for b in handle.blocks] == widths
+        assert handle.removed_share == pytest.approx(0.3, abs=0.005)
+    assert model.model.layers[4].mlp.down_proj.weight.shape == (48, 100)
+
+
+# -- generation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "gemma3", "opt"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 2}, {"cache_implementation": "static"}, {"prefill_chunk_size": 8}],
+    ids=["beams", "static cache", "prompt in chunks"],
+)
+def test_other_ways_to_fill_a_cache(family, options):
+    model = FAMILIES[family]()
+    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    ids, mask = padded("left")
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127, **options}
+    with attach(model, "probe", 0.3, statistics=statistics) as handle:
+        got, choice = model.generate(ids, attention_mask=mask, **options), kept(handle)
+    with masked(choice):
+        assert model.generate(ids, attention_mask=mask, **options).equal(got)
+
+
+@pytest.mark.parametrize("units", ["balanced", "query"])
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma3"])
+def test_generation_with_query_heads(family, units):
+    model = FAMILIES[family]()
+    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    ids, mask = padded("left")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
+    with attach(model, compose("probe", units=units), 0.3, statistics=statistics) as handle:
+        got, choice = model.generate(ids, attention_mask=mask, **options), kept(handle)
+    with masked(choice):
+        assert model.generate(ids, attention_mask=mask, **options).equal(got)
+
+
+def test_the_cache_holds_kept_key_value_heads_only(llama):
+    model, statistics = llama
+    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+        cache = model(token_ids(), use_cache=True).past_key_values
+        kept_heads = [k for b, k in zip(handle.blocks, handle.kept, strict=True) if b.kind == "attention"]
+    assert min(kept_heads) == 1
+    assert [layer.keys.shape[1] for layer in cache.layers] == kept_heads
+
+
+def test_the_cache_of_an_earlier_prompt_is_refused(llama):
+    # The later prompt chose other heads: the earlier cache would be read by the wrong ones.
+    model, statistics = llama
+    earlier, later = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with attach(model, "probe", 0.3, statistics=statistics), torch.no_grad():
+        model(token_ids(seed=3), past_key_values=earlier)
+        model(token_ids(seed=4), past_key_values=later)
+        with pytest.raises(UsageError, match="KV cache was not filled"):
+            model(token_ids(4, 1), past_key_values=earlier)
+        assert model(token_ids(4, 1), past_key_values=later).logits.isfinite().all()
+
+
+def test_a_cache_that_the_model_made_itself_can_be_continued(llama):
+    # The usual loop by hand: the prompt is run without a cache and gives one back.
+    model, statistics = llama
+    prompt, step = token_ids(2, 10), token_ids(2, 1, seed=5)
+    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        got, choice = model(step, past_key_values=cache).logits[:, -1], kept(handle)
+    whole = torch.cat([prompt, step], 1)
+    with masked(choice), torch.no_grad():
+        close(got, model(whole).logits[:, -1])
+
+
+# -- compensation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-bias", "opt"])
+def test_bias_of_a_dynamic_method_follows_every_batch(family):
+    # The bias of the first cut, or of the batch before, would be that of other units.
+    model = FAMILIES[family]()
+    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    inputs = padded("left")
+    with attach(model, compose("probe", compensation="bias"), 0.3, statistics=statistics) as handle:
+        for seed in range(3):
+            ids = token_ids(2, 12, seed=seed)
+            logits(model, ids, torch.ones_like(ids))
+        got, choice = logits(model, *inputs), kept(handle)
+    hooks = []
+    for block, units in choice:
+        gone = torch.ones(block.units)
+        gone[list(units)] = 0
+        lost = statistics.moments[block.name].mean * gone.repeat_interleave(block.unit_width)
+        bias = block.consumer.weight.detach() @ lost
+        hooks.append(block.consumer.register_forward_hook(lambda _, a, out, b=bias: out + b))
+    with masked(choice):
+        close(got, logits(model, *inputs))
+    for h in hooks:
+        h.remove()
+
+
+# -- what goes wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", DYNAMIC)
+def test_nan_activations_name_the_first_block_and_the_next_batch_works(llama, method, bad):
+    model, statistics = llama
+    ids, mask = padded("none")
+    with attach(model, method, 0.3, statistics=statistics) as handle, torch.no_grad():
+        embedded = model.get_input_embeddings()(ids)
+        with pytest.raises(FloatingPointError, match=r"layers\.3\.self_attn"):
+            model(inputs_embeds=torch.full_like(embedded, bad))
+        got, choice = logits(model, ids, mask), kept(handle)
+    with masked(choice):
+        close(got, logits(model, ids, mask))
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+@pytest.mark.parametrize("where", ["producer", "consumer"])
+def test_a_pass_after_an_exception_is_like_any_other(family, where):
+    # In a block, a probe may be running: a consumer left in tap mode, or a block left wide, would show.
+    model = FAMILIES[family]()
+    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    inputs = padded("left")
+    for block in find_blocks(model)[-2:]:
+        with attach(model, "probe", 0.3, statistics=statistics) as handle:
+            linear = block.producers[0] if where == "producer" else block.consumer
+            hook = linear.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
+            with pytest.raises(ZeroDivisionError):
+                logits(model, *inputs)
+            hook.remove()
+            got, choice = logits(model, *inputs), kept(handle)
+        with masked(choice):
+            close(got, logits(model, *inputs))
+
+
+def test_attaching_again_gives_the_same_and_a_failed_attach_leaves_nothing(llama):
+    model, statistics = llama
+    inputs = padded("left")
+    hooks = {id(m): len(m._forward_pre_hooks) for m in model.modules()}
+    results = []
+    for _ in range(2):
+        with attach(model, "probe", 0.3, statistics=statistics):
+            results.append(logits(model, *inputs))
+        assert {id(m): len(m._forward_pre_hooks) for m in model.modules()} == hooks
+        with pytest.raises(UsageError):
+            attach(model, "probe", 0.99, statistics=statistics)
+    assert results[0].equal(results[1])
+
+
+def test_probing_refuses_other_attention_before_anything_is_changed():
+    model = FAMILIES["llama-gqa"]()
+    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UsageError, match="sdpa or eager"):
+        attach(model, "probe", 0.3, statistics=statistics)
+    model.config._attn_implementation = "sdpa"
+    attach(model, "probe", 0.3, statistics=statistics).detach()

@@ -5,6 +5,7 @@ import torch
 from tiny import FAMILIES, masked, padded, token_ids
 
 from probeprune.blocks import find_blocks
+from probeprune.errors import UsageError
 from probeprune.partition import Partition
 
 KINDS = ("group", "balanced", "query")
@@ -139,3 +140,132 @@ def test_inference_mode_may_cut_and_restore():
         partition.keep(torch.tensor([1]))
         partition.restore()
     assert logits(model, token_ids(), torch.ones(4, 24, dtype=torch.long)).equal(before)
+
+
+@pytest.mark.parametrize("units", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_window_leaves_out_is_what_the_accounts_say(family, units):
+    # Ratios and tables are made from these accounts.
+    for block in find_blocks(FAMILIES[family](), units)[:2]:
+
+        def visible(block=block):
+            linears = [*block.producers, block.consumer]
+            return sum(p.numel() for linear in linears for p in linear.parameters())
+
+        assert visible() == block.parameters
+        partition = Partition(block)
+        chosen = some_units(block, 0)
+        partition.keep(chosen)
+        assert visible() == block.parameters - (block.units - len(chosen)) * block.unit_parameters
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("units", KINDS)
+def test_windows_that_change_width_end_where_one_cut_does(units, kind):
+    # A window of the old width, or an order laid out for it, would show the wrong units.
+    model = FAMILIES["llama-bias"]()
+    inputs = padded("right")
+    block = find_blocks(model, units)[kind]
+    parts = block.kv_heads if (units, block.kind) == ("balanced", "attention") else 1
+    size = block.units // parts
+    g = torch.Generator().manual_seed(0)
+    choices = []
+    for width in [size - 1, 1, size, max(size // 2, 1), 1, size - 1]:
+        picked = [torch.randperm(size, generator=g)[:width] + part * size for part in range(parts)]
+        choices.append(torch.cat(picked).sort().values)
+    expected = []
+    for choice in choices:
+        with masked([(block, choice)]):
+            expected.append(logits(model, *inputs))
+    partition = Partition(block)
+    for choice, want in zip(choices, expected, strict=True):
+        partition.keep(choice)
+        assert partition.kept == len(choice) and partition.kept_units.equal(choice)
+        assert_equal_to_rounding(logits(model, *inputs), want)
+
+
+def test_swaps_keep_a_balanced_window_balanced():
+    # A plain config can describe only as many query heads a group; a swap must not cross groups.
+    block = find_blocks(FAMILIES["llama-gqa"](), "balanced")[0]
+    partition = Partition(block)
+    for seed in range(30):
+        partition.keep(some_units(block, seed))
+        groups = (partition.order // block.group_size)[: partition.kept]
+        assert groups.bincount(minlength=2).tolist() == [2, 2]
+        assert groups.tolist() == sorted(groups.tolist()), "the heads of a group are no longer together"
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("units", KINDS)
+def test_followers_go_along_at_every_swap_and_come_back(units, kind):
+    # The history and FLAP's mean are such tensors: out of step they would score the wrong channels.
+    block = find_blocks(FAMILIES["llama-gqa"](), units)[kind]
+    partition = Partition(block)
+    one = torch.arange(block.width, dtype=torch.float32)
+    two = torch.stack([one, -one])
+    partition.followers += [one, two]
+    for seed in range(10):
+        partition.keep(some_units(block, seed))
+        assert one.equal(partition.channels.float()) and two.equal(torch.stack([one, -one]))
+        front = one[: partition.kept * block.unit_width].view(-1, block.unit_width)
+        assert (front[:, 0] / block.unit_width).sort().values.equal(some_units(block, seed).float())
+    partition.restore()
+    assert one.equal(torch.arange(block.width, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("units", KINDS)
+def test_as_many_units_are_reported_moved_as_came_in(units):
+    for block in find_blocks(FAMILIES["llama-gqa"](), units)[:2]:
+        partition = Partition(block)
+        partition.keep(some_units(block, 0))
+        for seed in range(1, 10):
+            before, now = set(some_units(block, seed - 1).tolist()), some_units(block, seed)
+            assert partition.keep(now) == len(set(now.tolist()) - before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama-bias", "opt"])
+def test_half_precision_comes_back_bit_for_bit(family, dtype):
+    model = FAMILIES[family]().to(dtype)
+    before = {n: (p, p.clone()) for n, p in model.named_parameters()}
+    partitions = [Partition(b) for b in find_blocks(model, "query")]
+    for seed in range(5):
+        for p in partitions:
+            p.keep(some_units(p.block, seed))
+            p.add_bias(torch.ones(48))
+    for p in partitions:
+        p.restore()
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[n] is p and after[n].equal(value) for n, (p, value) in before.items())
+
+
+@pytest.mark.parametrize("family", ["llama-bias", "opt", "qwen2"])
+def test_windows_on_biases_are_views_too(family):
+    for block in find_blocks(FAMILIES[family]())[:2]:
+        full = [linear.bias for linear in block.producers]
+        Partition(block).keep(torch.arange(block.units)[1:])
+        for linear, bias in zip(block.producers, full, strict=True):
+            if bias is not None:
+                assert linear.bias.data_ptr() == bias.data_ptr() and len(linear.bias) < len(bias)
+
+
+def test_attention_that_cannot_be_told_its_heads_is_refused():
+    model = FAMILIES["llama-gqa"]()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UsageError, match="units='group'"):
+        Partition(find_blocks(model, "query")[0])
+    Partition(find_blocks(model, "group")[0]).keep(torch.tensor([1]))
+
+
+def test_a_partition_made_in_inference_mode_can_be_undone_outside():
+    # What inference mode creates cannot be written outside: weights would stay permuted for good.
+    model = FAMILIES["llama-gqa"]()
+    block = find_blocks(model)[1]
+    before = block.consumer.weight.clone()
+    with torch.inference_mode():
+        partition = Partition(block)
+        partition.keep(some_units(block, 0))
+    partition.keep(some_units(block, 1))
+    partition.restore()
+    assert block.consumer.weight.equal(before)

@@ -230,3 +230,67 @@ def test_sequences_shorter_and_longer_than_the_own_positions_mix():
         model(token_ids(2, 20))
     moments = next(iter(statistics.moments.values()))
     assert moments.tokens.tolist() == [4.0] * 6 + [2.0] * 4 + [20.0]
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_merging_in_any_order_and_with_nothing(own):
+    # As many processes would: Chan's formula must not care who comes first, or divide by no tokens.
+    parts = []
+    whole = Moments(7, own)
+    whole.merge(Moments(7, own))
+    assert not whole.mean.any() and float(whole.count) == 0
+    for seed, side in enumerate(("left", "none", "right", "left")):
+        part = Moments(7, own)
+        part.update(*batch(side, seed))
+        whole.update(*batch(side, seed))
+        parts.append(part)
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
+        merged = Moments(7, own)
+        for i in order:
+            merged.merge(parts[i])
+        merged.merge(Moments(7, own))
+        for key, value in whole.state().items():
+            torch.testing.assert_close(merged.state()[key], value, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_padding_alone_counts_for_nothing(own):
+    z, _ = batch("none")
+    moments, rest = Moments(7, own), Moments(7, own)
+    moments.update(z, Tokens(5, 11, torch.zeros(5, 11, dtype=torch.bool)))
+    assert all(not value.any() for value in moments.state().values())
+    valid = torch.ones(5, 11, dtype=torch.bool)
+    valid[2] = False
+    moments.update(z, Tokens(5, 11, valid))
+    rest.update(z[[0, 1, 3, 4]], Tokens(4, 11))
+    assert float(moments.samples) == 4
+    for key, value in rest.state().items():
+        torch.testing.assert_close(moments.state()[key], value, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    # 300^2 is beyond float16; 2000 additions are beyond bfloat16.
+    z = (torch.randn(2, 1000, 3, generator=torch.Generator().manual_seed(0)) * 10 + 300).to(dtype)
+    for own in (0, 4):
+        moments = Moments(3, own)
+        moments.update(z, Tokens(2, 1000))
+        exact = z.double().flatten(0, 1)
+        torch.testing.assert_close(moments.mean.double(), exact.mean(0), rtol=1e-5, atol=0)
+        torch.testing.assert_close(moments.variance.double(), exact.var(0, correction=0), rtol=1e-4, atol=0)
+        energy = (exact**2).sum(0) / 2
+        torch.testing.assert_close(moments.sample_energy.double(), energy, rtol=1e-5, atol=0)
+
+
+def test_history_at_the_positions_of_the_tokens_not_of_the_columns():
+    moments = Moments(1, own=3)
+    moments.update(torch.tensor([1.0, 2, 3, 4, 5]).view(1, 5, 1), Tokens(1, 5))
+    history = History(moments, decay=0.99)
+    assert history.energy[:, 0].tolist() == [1, 4, 9, (16 + 25) / 2]
+    assert history.at(torch.tensor([0, 2, 4, 99]), None, None)[:, 0].tolist() == [1, 9, 20.5, 20.5]
+    # Two sequences padded on the left by 2 and by 0, columns 1, 2 and 4.
+    positions = torch.tensor([[0, 0, 2], [1, 2, 4]])
+    valid = torch.tensor([[False, True, True], [True, True, True]])
+    got = history.at(torch.tensor([1, 2, 4]), positions, valid)[:, 0]
+    assert got.tolist() == [4, (1 + 9) / 2, (9 + 20.5) / 2]
+    assert history.at(torch.tensor([1]), positions[:1, :1], valid[:1, :1]).tolist() == [[0]]

@@ -8,7 +8,6 @@ architecture, add a record to `FAMILIES`.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -320,7 +319,13 @@ def _refuse_shared_weights(model: nn.Module, blocks: list[Block]) -> None:
         for p in model.parameters()
         if not p.is_meta and p.numel()
     )
-    overlapping = {i for a, b in pairwise(spans) if b[0] < a[1] for i in (a[2], b[2])}
+    overlapping: set[int] = set()
+    end, reaching = 0, 0  # how far the spans so far reach, and which one
+    for first, last, owner in spans:
+        if first < end:
+            overlapping |= {reaching, owner}
+        if last > end:
+            end, reaching = last, owner
     for block in blocks:
         for linear in (*block.producers, block.consumer):
             if any(owners[id(p)] > 1 or id(p) in overlapping for p in linear.parameters()):

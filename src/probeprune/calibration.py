@@ -196,7 +196,7 @@ def _load(path: Path | None) -> tuple[int, Statistics | None]:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 name, _, field = key.rpartition("/")
                 states.setdefault(name, {})[field] = file.get_tensor(key)
-    except (SafetensorError, KeyError, OSError):
+        return done, Statistics({name: Moments.from_state(state) for name, state in states.items()})
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError):
         # A cache entry that cannot be read is a miss: it will be computed and written again.
         return 0, None
-    return done, Statistics({name: Moments.from_state(state) for name, state in states.items()})

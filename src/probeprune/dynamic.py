@@ -26,7 +26,7 @@ from probeprune.errors import UsageError
 from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.methods import Method, get_method
 from probeprune.partition import Partition
-from probeprune.passes import Pass, on_pass
+from probeprune.passes import Pass, find_decoder, on_pass
 from probeprune.probe import choose, fused_energy, run_ahead
 from probeprune.statistics import History, Moments
 
@@ -79,7 +79,8 @@ def attach(
         statistics.check(blocks)
     if method.when == "batch" and _attention(model) not in ("sdpa", "eager"):
         raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
-    return Handle(model, method, ratio, blocks, statistics)
+    with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be written outside
+        return Handle(model, method, ratio, blocks, statistics)
 
 
 def _attention(model: nn.Module) -> str:
@@ -125,6 +126,7 @@ class Handle:
                 runtime.start()
             if method.when == "batch":
                 self._hooks.append(on_pass(model, self._begin))
+                self._hooks.append(find_decoder(model).register_forward_hook(self._end))
                 for runtime in self._runtimes:
                     self._hooks += runtime.hooks()
         except BaseException:
@@ -174,6 +176,11 @@ class Handle:
         if not now.past:
             self._cache = None if now.cache is None else weakref.ref(now.cache)
         self._pass = now
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if self._pass is not None and not self._pass.past and cache is not None:
+            self._cache = weakref.ref(cache)
 
 
 class _BlockRuntime:

@@ -29,7 +29,8 @@ class Partition:
     def __init__(self, block: Block) -> None:
         self.block = block
         device = block.consumer.weight.device
-        self.order = torch.arange(block.units, device=device)
+        with torch.inference_mode(False):
+            self.order = torch.arange(block.units, device=device)
         self.kept = block.units
         self.followers: list[torch.Tensor] = []
         self._parameters = [(m.linear, dict(m.linear._parameters)) for m in block.members]
@@ -96,7 +97,7 @@ class Partition:
         source = position[order]
         for tensor, axis, width in self._tensors():
             tensor.copy_(tensor.index_select(axis, _spread(source, width)))
-        self.order = order
+        self.order.copy_(order)
 
     def _tensors(self) -> list[tuple[torch.Tensor, int, int]]:
         """Everything a permutation moves: (tensor, axis, entries a unit)."""

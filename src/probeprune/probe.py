@@ -61,8 +61,12 @@ class Selection:
 
 def probe_size(probe: Probe, batch: int, length: int) -> tuple[int, int]:
     """How many samples and positions of a (batch, length) batch the probe takes."""
-    tokens = min(max(math.ceil(probe.tokens * length), probe.min_tokens), length)
-    return math.ceil(probe.samples * batch), tokens
+    tokens = min(max(_ceil(probe.tokens * length), probe.min_tokens), length)
+    return max(_ceil(probe.samples * batch), 1), tokens
+
+
+def _ceil(x: float) -> int:
+    return math.ceil(x - 1e-9)
 
 
 def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
@@ -78,7 +82,7 @@ def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
     """
     u = torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)
     if tokens.valid is not None:
-        u = u * tokens.valid
+        u = u.masked_fill(~tokens.valid, 0)
     wanted, count = probe_size(probe, *u.shape)
     score = torch.linalg.vector_norm(u, dim=0)
     if count <= probe.keep_first_below:
