@@ -59,7 +59,7 @@ def test_bad_input_is_one_sentence(arguments, says, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--ratios", "0.95"], "would remove all units"),
+        (["--ratios", "0.95"], "would remove everything"),
         (["--skip-layers", "30"], "leaves none of the model's 30 layers"),
         (["--length", "9000", "--windows", "1"], "longer than the model's 8192 positions"),
         (["--calibration", "short.txt", "--length", "64"], "than 64 tokens"),

@@ -9,12 +9,16 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -40,6 +44,7 @@ OPT_SHAPE = {
     "vocab_size": 128,
     "max_position_embeddings": 128,
 }
+NEOX_SHAPE = {k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "head_dim")}
 
 
 def _lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
@@ -77,6 +82,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         "opt": lambda: OPTForCausalLM(OPTConfig(**OPT_SHAPE, word_embed_proj_dim=48)),
         "opt-post-norm": lambda: OPTForCausalLM(
             OPTConfig(**OPT_SHAPE, word_embed_proj_dim=32, do_layer_norm_before=False)
+        ),
+        "phi3": lambda: Phi3ForCausalLM(Phi3Config(**{**SHAPE, "num_key_value_heads": 6}, pad_token_id=0)),
+        "phi3-gqa": lambda: Phi3ForCausalLM(Phi3Config(**SHAPE, pad_token_id=0, sliding_window=8)),
+        "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX_SHAPE)),
+        "gpt-neox-sequential": lambda: GPTNeoXForCausalLM(
+            GPTNeoXConfig(**NEOX_SHAPE, use_parallel_residual=False, attention_bias=False)
         ),
     }.items()
 }

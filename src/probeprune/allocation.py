@@ -11,7 +11,8 @@ import torch
 from probeprune.blocks import Block
 from probeprune.errors import UsageError
 
-ALLOCATIONS = ("uniform", "nominal", "global")
+ALLOCATIONS = ("uniform", "even", "nominal", "nominal-kept", "global")
+KINDS = ("attention", "mlp")
 
 
 def check_ratio(ratio: float) -> None:
@@ -20,10 +21,13 @@ def check_ratio(ratio: float) -> None:
         raise UsageError(f"pruning ratio {ratio:g} is outside [0, 1); 0.4 prunes 40 % of the model's blocks.")
 
 
-def layer_ratio(blocks: Sequence[Block], ratio: float, skip_layers: int) -> float:
-    """The share `r' = r L / (L - skipped)` that each pruned layer loses (Probe Pruning, section 5).
+def candidates(
+    blocks: Sequence[Block], ratio: float, skip_layers: int, kinds: Sequence[str] = KINDS
+) -> tuple[list[int], float]:
+    """Which blocks may lose units, and what share of their parameters must go.
 
-    Raises `UsageError` where nothing would be left.
+    For equal layers the share is `r' = r L / (L - skipped)` (Probe Pruning, section 5). Raises `UsageError`
+    where nothing would be left.
     """
     check_ratio(ratio)
     layers = 1 + max(b.layer for b in blocks)
@@ -31,56 +35,141 @@ def layer_ratio(blocks: Sequence[Block], ratio: float, skip_layers: int) -> floa
         raise UsageError(
             f"skip_layers={skip_layers} leaves none of the model's {layers} layers to prune; lower it."
         )
-    share = ratio * layers / max(layers - skip_layers, 1)
+    pruned = [i for i, b in enumerate(blocks) if b.layer >= skip_layers and b.kind in kinds]
+    prunable = sum(blocks[i].parameters for i in pruned)
+    total = sum(b.parameters for b in blocks)
+    share = ratio * total / max(prunable, 1)
     if share >= 1:
         raise UsageError(
-            f"ratio {ratio:g} over {layers} layers with the first {skip_layers} dense would remove all units "
-            f"of the others; use at most {(layers - skip_layers) / layers - 0.01:.2f} or skip fewer layers."
+            f"ratio {ratio:g} of all blocks would remove everything that may be pruned "
+            f"({' and '.join(kinds)} behind the first {skip_layers} layers); use at most "
+            f"{prunable / total - 0.01:.2f}, or skip fewer."
         )
-    return share
+    return pruned, share
 
 
 def uniform(
-    blocks: Sequence[Block], ratio: float, *, skip_layers: int = 3, round_to: int = 1, exact: bool = True
+    blocks: Sequence[Block],
+    ratio: float,
+    *,
+    skip_layers: int = 3,
+    round_to: int = 1,
+    kinds: Sequence[str] = KINDS,
 ) -> list[int]:
-    """Every pruned block loses the same share; returns the units each block keeps.
+    """Every pruned block loses the same share, and the whole adds up; returns the units each block keeps.
 
-    Attention loses `int(r' * units)` units. MLPs lose `int(r' * n)` channels, or, with `exact`, whatever
-    makes the whole add up to `ratio` (few heads make coarse steps). Kept channels are rounded up to a
-    multiple of `round_to`.
+    Attention loses `int(r' * units)` units; MLPs lose whatever makes the whole add up to `ratio`, since few
+    heads make coarse steps. Widths of MLPs are the nearest multiples of `round_to`.
     """
-    share = layer_ratio(blocks, ratio, skip_layers)
+    pruned, share = candidates(blocks, ratio, skip_layers, kinds)
     kept = [b.units for b in blocks]
-    pruned = [i for i, b in enumerate(blocks) if b.layer >= skip_layers]
-    removed = 0
+    fine = [i for i in pruned if blocks[i].kind == "mlp"] or pruned
+    left = ratio * sum(b.parameters for b in blocks)
     for i in pruned:
-        block = blocks[i]
-        if block.kind == "attention":
-            parts = block.kv_heads if block.unit_kind == "balanced" else 1
-            kept[i] -= parts * _floor(share * block.units / parts)
-            removed += (block.units - kept[i]) * block.unit_parameters
-    mlps = [i for i in pruned if blocks[i].kind == "mlp"]
-    left = ratio * sum(b.parameters for b in blocks) - removed
-    for done, i in enumerate(mlps):
-        block = blocks[i]
-        if exact:  # what is still to go, spread over the MLPs still to come: errors do not add up
-            cut = max(round(left / (len(mlps) - done) / block.unit_parameters), 0)
-        else:
-            cut = _floor(share * block.units)
-        keep = block.units - cut
-        keep = min(-(-keep // round_to) * round_to, block.units)
-        if keep < 1:
-            raise UsageError(
-                f"ratio {ratio:g} leaves {block.name} without channels; lower the ratio or skip_layers, "
-                "or choose finer attention units."
-            )
-        kept[i] = keep
-        left -= (block.units - keep) * block.unit_parameters
+        if i not in fine:
+            kept[i] -= _heads(blocks[i], share)
+            left -= (blocks[i].units - kept[i]) * blocks[i].unit_parameters
+    to_come = sum(blocks[i].parameters for i in fine)
+    for i in fine:
+        # What is still to go is spread over the blocks still to come: rounding errors do not add up.
+        kept[i] = _nearest(blocks[i], left * blocks[i].parameters / to_come, round_to)
+        left -= (blocks[i].units - kept[i]) * blocks[i].unit_parameters
+        to_come -= blocks[i].parameters
     return kept
 
 
+def even(
+    blocks: Sequence[Block],
+    ratio: float,
+    *,
+    skip_layers: int = 0,
+    round_to: int = 1,
+    kinds: Sequence[str] = KINDS,
+) -> list[int]:
+    """As `uniform`, but one width for all layers, as a plain config needs: the budget is hit as near as one
+    common MLP width (a multiple of `round_to`) can.
+
+    Raises `UsageError` where layers are skipped or differ already.
+    """
+    if ratio and skip_layers:
+        raise UsageError("allocation 'even' gives all layers one width; it needs skip_layers=0.")
+    pruned, share = candidates(blocks, ratio, skip_layers, kinds)
+    if len({b.units for b in blocks}) > 2 or len({b.parameters for b in blocks}) > 2:
+        raise UsageError("this model's layers differ in width already; use another allocation than 'even'.")
+    kept = [b.units for b in blocks]
+    mlps = [i for i in pruned if blocks[i].kind == "mlp"]
+    left = ratio * sum(b.parameters for b in blocks)
+    for i in pruned:
+        if blocks[i].kind == "attention":
+            kept[i] -= _heads(blocks[i], share)
+            left -= (blocks[i].units - kept[i]) * blocks[i].unit_parameters
+    for i in mlps:
+        kept[i] = _nearest(blocks[i], left / len(mlps), round_to)
+    return kept
+
+
+def nominal(
+    blocks: Sequence[Block],
+    ratio: float,
+    *,
+    skip_layers: int = 3,
+    round_to: int = 1,
+    kinds: Sequence[str] = KINDS,
+    floor_kept: bool = False,
+) -> list[int]:
+    """The research code's rounding, each block on its own; returns the units each block keeps.
+
+    `r'` is rounded to two decimals, `int(r' * units)` units go, MLP widths are rounded up to a multiple of
+    `round_to`. With `floor_kept` (LLM-Pruner's code) what stays is rounded down instead: of C channels
+    `C - int(C (1 - r'))` go, in whole heads rounded down again.
+    """
+    pruned, share = candidates(blocks, ratio, skip_layers, kinds)
+    share = round(share, 2)
+    kept = [b.units for b in blocks]
+    for i in pruned:
+        block = blocks[i]
+        if block.kind == "attention":
+            channels = block.width - _floor(block.width * (1 - share))
+            kept[i] -= _heads(block, channels / block.width if floor_kept else share)
+        else:
+            keep = (
+                _floor(block.units * (1 - share)) if floor_kept else block.units - _floor(share * block.units)
+            )
+            kept[i] = min(-(-keep // round_to) * round_to, block.units)
+        _check_alive(block, kept[i])
+    return kept
+
+
+def _heads(block: Block, share: float) -> int:
+    """Attention units that go: the share rounded down, for `balanced` units in each group alike."""
+    parts = block.kv_heads if block.unit_kind == "balanced" else 1
+    return parts * _floor(share * block.units / parts)
+
+
+def _nearest(block: Block, parameters: float, round_to: int) -> int:
+    """Units a block keeps so that about so many parameters go."""
+    step = round_to if block.kind == "mlp" else block.kv_heads if block.unit_kind == "balanced" else 1
+    keep = block.units - max(parameters, 0) / block.unit_parameters
+    kept = min(max(round(keep / step), keep >= 1) * step, block.units)
+    _check_alive(block, kept)
+    return kept
+
+
+def _check_alive(block: Block, keep: int) -> None:
+    if keep < 1:
+        raise UsageError(
+            f"the ratio leaves {block.name} without units; lower the ratio or skip_layers, or choose finer "
+            "attention units."
+        )
+
+
 def global_threshold(
-    blocks: Sequence[Block], scores: Sequence[torch.Tensor], ratio: float, *, skip_layers: int = 3
+    blocks: Sequence[Block],
+    scores: Sequence[torch.Tensor],
+    ratio: float,
+    *,
+    skip_layers: int = 3,
+    kinds: Sequence[str] = KINDS,
 ) -> list[int]:
     """FLAP's allocation: one threshold over the scores of all blocks; returns the units each block keeps.
 
@@ -88,11 +177,10 @@ def global_threshold(
     unit on, units go until their parameters, which weigh a head against MLP channels, add up to `ratio` of
     all. A block always keeps its best unit; `balanced` units go in steps of one from every group.
     """
-    layer_ratio(blocks, ratio, skip_layers)
+    pruned, _ = candidates(blocks, ratio, skip_layers, kinds)
     budget = ratio * sum(b.parameters for b in blocks)
-    candidates = [i for i, b in enumerate(blocks) if b.layer >= skip_layers]
-    flat = torch.cat([scores[i].float().cpu() for i in candidates])
-    owner = torch.cat([torch.full((blocks[i].units,), i) for i in candidates]).tolist()
+    flat = torch.cat([scores[i].float().cpu() for i in pruned])
+    owner = torch.cat([torch.full((blocks[i].units,), i) for i in pruned]).tolist()
     kept = [b.units for b in blocks]
     for index in flat.argsort(stable=True).tolist():
         block = blocks[owner[index]]

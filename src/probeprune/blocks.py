@@ -33,9 +33,18 @@ class AttentionRecord:
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
+    """Query, key and value may name one linear map: see `fused`."""
     output: str = "o_proj"
-    heads_attribute: str | None = None
-    """The module's attribute with its number of query heads, where its forward reads one."""
+    fused: Literal["stacked", "by head"] | None = None
+    """Rows of a map that makes queries, keys and values together: all queries, then all keys, then all
+    values (`stacked`), or the three of one head after the other (`by head`)."""
+    head_dim: str = "head_dim"
+    """The module's attribute with its head size."""
+    query_count: str | None = None
+    """Where the module's forward reads its number of query heads, if it does: an attribute, or one of its
+    config (`config.num_attention_heads`)."""
+    kv_count: str | None = None
+    """Likewise for key-value heads."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class MlpRecord:
     """None where the layer's own forward computes the MLP."""
     norm: str = "post_attention_layernorm"
     producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """One map named twice makes both, the first one's rows stacked on the second's."""
     consumer: str = "mlp.down_proj"
     activation: str | None = None
     """Path of the activation; needed only where there is no module."""
@@ -80,9 +90,7 @@ FAMILIES: tuple[Family, ...] = (
         "OPT",
         ("opt",),
         layers="model.decoder.layers",
-        attention=AttentionRecord(
-            norm="self_attn_layer_norm", output="out_proj", heads_attribute="num_heads"
-        ),
+        attention=AttentionRecord(norm="self_attn_layer_norm", output="out_proj", query_count="num_heads"),
         mlp=MlpRecord(
             module=None,
             norm="final_layer_norm",
@@ -92,7 +100,38 @@ FAMILIES: tuple[Family, ...] = (
         ),
         norm_first="do_layer_norm_before",
     ),
+    Family(
+        "Phi-3, Phi-3.5, Phi-4",
+        ("phi3",),
+        attention=AttentionRecord(
+            query="qkv_proj",
+            key="qkv_proj",
+            value="qkv_proj",
+            fused="stacked",
+            query_count="config.num_attention_heads",
+            kv_count="num_key_value_heads",
+        ),
+        mlp=MlpRecord(producers=("mlp.gate_up_proj", "mlp.gate_up_proj")),
+    ),
+    Family(
+        "GPT-NeoX, Pythia",
+        ("gpt_neox",),
+        layers="gpt_neox.layers",
+        attention=AttentionRecord(
+            module="attention",
+            query="query_key_value",
+            key="query_key_value",
+            value="query_key_value",
+            output="dense",
+            fused="by head",
+            head_dim="head_size",
+        ),
+        mlp=MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h"),
+    ),
 )
+
+PRUNED_PREFIX = "pruned_"
+"""In front of a family's `model_type` where layers have widths of their own (`modeling_pruned.py`)."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +139,19 @@ class Member:
     """The part of one linear map that belongs to a block's units.
 
     Unit `u` owns `width` consecutive rows (`axis` 0, a producer) or columns (`axis` 1, the consumer),
-    from `u * width` on.
+    from `start + u * width` on.
     """
 
+    name: str
+    """Of the linear map: its path in the model."""
     linear: nn.Linear
     axis: int
     width: int
+    start: int = 0
+
+    def part(self, tensor: torch.Tensor, units: int) -> torch.Tensor:
+        """The view of a tensor shaped like the map's weight or bias that belongs to the first units."""
+        return tensor.narrow(self.axis if tensor.ndim > 1 else 0, self.start, units * self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +182,9 @@ class Block:
     query_heads: int = 0
     kv_heads: int = 0
     unit_kind: UnitKind = "group"
-    heads_attribute: str | None = None
+    query_count: str | None = None
+    kv_count: str | None = None
+    """As in `AttentionRecord`."""
 
     @property
     def width(self) -> int:
@@ -181,12 +229,24 @@ def find_family(model: nn.Module) -> Family:
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for family in FAMILIES:
-        if model_type in family.model_types:
+        if str(model_type).removeprefix(PRUNED_PREFIX) in family.model_types:
             return family
+    if _experts(model):
+        raise UsageError(
+            f"{type(model).__name__} is a mixture-of-experts model; its experts cannot be pruned: choose a "
+            f"dense model of one of these families: {supported_models()}."
+        )
     raise UsageError(
         f"model type {model_type!r} ({type(model).__name__}) is not supported; supported are: "
         f"{supported_models()}. To add it, write one Family record in probeprune/blocks.py "
         "(see CONTRIBUTING.md, 'Add a model family')."
+    )
+
+
+def _experts(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return any(
+        getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")
     )
 
 
@@ -229,20 +289,32 @@ def _attention_block(
     q, k, v, o = (
         _linear(module, path, name) for path in (record.query, record.key, record.value, record.output)
     )
-    head_dim = int(module.head_dim)  # type: ignore[arg-type]
-    query_heads, kv_heads = o.in_features // head_dim, k.out_features // head_dim
+    head_dim = int(getattr(module, record.head_dim))
+    query_heads = o.in_features // head_dim
+    if record.fused is None:
+        kv_heads = k.out_features // head_dim
+    elif record.fused == "by head":
+        kv_heads = query_heads
+    else:
+        kv_heads = (q.out_features // head_dim - query_heads) // 2
     group = query_heads // kv_heads
-    if units == "group" or group == 1:
+    by_group = units == "group" or group == 1
+    if by_group:
         units, count, width = "group", kv_heads, group * head_dim
-        members: tuple[Member, ...] = (
-            Member(q, 0, width),
-            Member(k, 0, head_dim),
-            Member(v, 0, head_dim),
-            Member(o, 1, width),
-        )
     else:
         count, width = query_heads, head_dim
-        members = (Member(q, 0, width), Member(o, 1, width))
+    if record.fused == "by head":
+        members: tuple[Member, ...] = (Member(f"{name}.{record.query}", q, 0, 3 * head_dim),)
+    else:
+        members = (Member(f"{name}.{record.query}", q, 0, width),)
+        if by_group:
+            first = query_heads * head_dim if record.fused else 0
+            second = first + kv_heads * head_dim if record.fused else 0
+            members += (
+                Member(f"{name}.{record.key}", k, 0, head_dim, first),
+                Member(f"{name}.{record.value}", v, 0, head_dim, second),
+            )
+    members += (Member(f"{name}.{record.output}", o, 1, width),)
     return Block(
         name=name,
         layer=index,
@@ -250,7 +322,7 @@ def _attention_block(
         units=count,
         unit_width=width,
         members=members,
-        producers=(q, k, v),
+        producers=tuple(dict.fromkeys((q, k, v))),
         consumer=o,
         entry=module,
         run=module,
@@ -259,7 +331,8 @@ def _attention_block(
         query_heads=query_heads,
         kv_heads=kv_heads,
         unit_kind=units,
-        heads_attribute=record.heads_attribute,
+        query_count=record.query_count,
+        kv_count=record.kv_count,
     )
 
 
@@ -284,8 +357,15 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         kind="mlp",
         units=consumer.in_features,
         unit_width=1,
-        members=(*(Member(p, 0, 1) for p in producers), Member(consumer, 1, 1)),
-        producers=producers,
+        members=(
+            # A map that comes twice holds the two parts one above the other.
+            *(
+                Member(f"{prefix}.{path}", p, 0, 1, consumer.in_features * record.producers[:i].count(path))
+                for i, (path, p) in enumerate(zip(record.producers, producers, strict=True))
+            ),
+            Member(f"{prefix}.{record.consumer}", consumer, 1, 1),
+        ),
+        producers=tuple(dict.fromkeys(producers)),
         consumer=consumer,
         entry=entry,
         run=run,
@@ -303,6 +383,8 @@ def _linear(root: nn.Module, path: str, name: str) -> nn.Linear:
             f"{where} is a {type(module).__name__}, not a plain floating-point linear layer; quantised or "
             "wrapped weights cannot be permuted: load the model unquantised (and merge adapters) first."
         )
+    if module.weight.shape != (module.out_features, module.in_features):
+        raise UsageError(f"a method is attached to this model ({where} shows a part only); detach it first.")
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and getattr(hook, "offload", False):
         raise UsageError(

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,12 +31,15 @@ _SAVE_EVERY = 30.0
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments of every block's coupled activation, by block name."""
+    """What calibration found out about a model's blocks; methods say which part they need."""
 
-    moments: dict[str, Moments]
+    moments: dict[str, Moments] = field(default_factory=dict)
+    """Of every block's coupled activation, by block name (`calibrate`)."""
+    saliences: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of every row or column of the blocks' linear maps, by their name (`gradients.saliences`)."""
 
-    def check(self, blocks: Sequence[Block]) -> None:
-        """Raise `UsageError` unless these are statistics of such blocks, and `FloatingPointError` for NaN."""
+    def check_moments(self, blocks: Sequence[Block]) -> None:
+        """Raise `UsageError` unless these are moments of such blocks, and `FloatingPointError` for NaN."""
         for block in blocks:
             moments = self.moments.get(block.name)
             if moments is None or len(moments.mean) != block.width:
@@ -47,6 +50,18 @@ class Statistics:
                 raise FloatingPointError(
                     f"calibration gave NaN or infinite statistics in {block.name}; use float32 or bfloat16."
                 )
+
+    def check_saliences(self, blocks: Sequence[Block]) -> None:
+        """Likewise for saliences."""
+        for m in (m for block in blocks for m in block.members):
+            found = self.saliences.get(m.name)
+            if found is None or len(found) != m.linear.weight.shape[m.axis]:
+                raise UsageError(
+                    f"there are no saliences that fit {m.name}; take them of this model with "
+                    "probeprune.gradients.saliences."
+                )
+            if not torch.isfinite(found).all():
+                raise FloatingPointError(f"the saliences of {m.name} are NaN or infinite.")
 
     def merge(self, other: "Statistics") -> None:
         """Take in statistics of other text on the same model (another process's share, say)."""
@@ -114,7 +129,8 @@ def calibrate(
     check_windows(model, windows)
     if model.training:
         raise UsageError("calibration needs a model in eval mode; call model.eval() first.")
-    path = None if cache is None else cache / f"{_key(model, windows, own_positions)}.safetensors"
+    key = None if cache is None else content_key(model, windows, "moments", _FORMAT, own_positions)
+    path = None if cache is None else cache / f"{key}.safetensors"
     done, statistics = _load(path)
     report = progress or (lambda done, total: None)
     report(done, len(windows))
@@ -151,9 +167,10 @@ def check_windows(model: nn.Module, windows: torch.Tensor) -> None:
         )
 
 
-def _key(model: nn.Module, windows: torch.Tensor, own_positions: int) -> str:
+def content_key(model: nn.Module, windows: torch.Tensor, *settings: object) -> str:
+    """A name for what these settings give on this model and these windows."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([_FORMAT, own_positions, list(windows.shape)]).encode())
+    digest.update(json.dumps([*settings, list(windows.shape)]).encode())
     digest.update(windows.contiguous().numpy().tobytes())
     digest.update(model_fingerprint(model).encode())
     return digest.hexdigest()
@@ -171,32 +188,46 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _save(path: Path, statistics: Statistics, done: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{name}/{key}": value.cpu().contiguous()
+        f"{name}/{key}": value
         for name, moments in statistics.moments.items()
         for key, value in moments.state().items()
     }
+    save_tensors(path, tensors, {"done": str(done)})
+
+
+def _load(path: Path | None) -> tuple[int, Statistics | None]:
+    """Windows done and their statistics, or (0, None)."""
+    found = None if path is None else load_tensors(path)
+    if found is None:
+        return 0, None
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in found[0].items():
+        name, _, part = key.rpartition("/")
+        states.setdefault(name, {})[part] = value
+    try:
+        return int(found[1]["done"]), Statistics({n: Moments.from_state(s) for n, s in states.items()})
+    except (KeyError, TypeError, ValueError):
+        return 0, None
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a cache entry; it appears under its name only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        save_file(tensors, beside, metadata={"done": str(done)})
+        save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, beside, metadata=metadata)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _load(path: Path | None) -> tuple[int, Statistics | None]:
-    """Windows done and their statistics, or (0, None)."""
-    if path is None or not path.exists():
-        return 0, None
-    states: dict[str, dict[str, torch.Tensor]] = {}
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """A cache entry and its metadata; one that cannot be read is a miss and will be written again."""
+    if not path.exists():
+        return None
     try:
         with safe_open(path, framework="pt") as file:
-            done = int(file.metadata()["done"])
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                name, _, field = key.rpartition("/")
-                states.setdefault(name, {})[field] = file.get_tensor(key)
-        return done, Statistics({name: Moments.from_state(state) for name, state in states.items()})
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError):
-        # A cache entry that cannot be read is a miss: it will be computed and written again.
-        return 0, None
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -27,19 +26,11 @@ from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.methods import Method, get_method
 from probeprune.partition import Partition
 from probeprune.passes import Pass, find_decoder, on_pass
+from probeprune.plan import Kept, check_finite, check_statistics, static_scores, widths
 from probeprune.probe import choose, fused_energy, run_ahead
 from probeprune.statistics import History, Moments
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What one block keeps at present: original unit ids, ascending."""
-
-    name: str
-    units: tuple[int, ...]
-    of: int
 
 
 def attach(
@@ -73,14 +64,11 @@ def attach(
     if model in _ATTACHED:
         raise UsageError("this model already has a method attached; detach it first.")
     blocks = find_blocks(model, method.units)
-    if method.needs_calibration:
-        if statistics is None:
-            raise UsageError(f"method {method.name!r} needs statistics=calibrate(model, windows).")
-        statistics.check(blocks)
+    known = check_statistics(method, blocks, statistics)
     if method.when == "batch" and _attention(model) not in ("sdpa", "eager"):
         raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
     with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be written outside
-        return Handle(model, method, ratio, blocks, statistics)
+        return Handle(model, method, ratio, blocks, known)
 
 
 def _attention(model: nn.Module) -> str:
@@ -104,7 +92,7 @@ class Handle:
         method: Method,
         ratio: float,
         blocks: Sequence[Block],
-        statistics: Statistics | None,
+        statistics: Statistics,
     ) -> None:
         self.model, self.method, self.ratio = model, method, ratio
         self.blocks = blocks
@@ -112,11 +100,10 @@ class Handle:
         self._hooks: list[RemovableHandle] = []
         self._pass: Pass | None = None
         self._cache: weakref.ref[object] | None = None
-        moments = {} if statistics is None else statistics.moments
-        scores = [_static_scores(method, b, moments.get(b.name)) for b in blocks]
-        self.kept = _widths(method, ratio, blocks, scores)
+        scores = [static_scores(method, b, statistics) for b in blocks]
+        self.kept = widths(method, ratio, blocks, scores)
         self._runtimes = [
-            _BlockRuntime(self, b, keep, s, moments.get(b.name))
+            _BlockRuntime(self, b, keep, s, statistics.moments.get(b.name))
             for b, keep, s in zip(blocks, self.kept, scores, strict=True)
             if keep < b.units
         ]
@@ -144,7 +131,7 @@ class Handle:
         report = []
         for b in self.blocks:
             units = partitions[b.name].kept_units.tolist() if b.name in partitions else range(b.units)
-            report.append(Kept(b.name, tuple(units), b.units))
+            report.append(Kept(b.name, b.kind, tuple(units), b.units))
         return report
 
     def detach(self) -> None:
@@ -267,10 +254,7 @@ class _BlockRuntime:
             self.history.update(self._shaped(args[0], now), now.tokens)
 
     def _cut(self, scores: torch.Tensor) -> None:
-        if not scores.is_meta and not torch.isfinite(scores).all():
-            raise FloatingPointError(
-                f"the importance of {self.block.name} is NaN or infinite; the model's activations overflowed."
-            )
+        check_finite(scores, self.block)
         units = allocation.choose_units(scores, self.keep, self.block)
         self.handle.swapped += self.partition.keep(units)
         if self.mean is not None:
@@ -281,35 +265,3 @@ class _BlockRuntime:
     def _shaped(x: torch.Tensor, now: Pass) -> torch.Tensor:
         """(batch, sequence, width); some layers flatten the first two in front of their MLP."""
         return x.view(now.tokens.batch, now.tokens.length, x.shape[-1])
-
-
-def _static_scores(method: Method, block: Block, moments: Moments | None) -> torch.Tensor | None:
-    """Scores of a block's units from calibration, or None where a method has none to give."""
-    importance = IMPORTANCES[method.importance]
-    if method.when == "never" or (moments is None and importance.needs != "nothing"):
-        return None
-    evidence = Evidence(block, ColumnNorms.of(block), seed=method.seed)
-    if moments is not None:
-        moments = moments.to(block.consumer.weight.device)
-        evidence = Evidence(
-            block, evidence.norms, energy=moments.sample_energy, variance=moments.variance, seed=method.seed
-        )
-    return importance.score(evidence)
-
-
-def _widths(
-    method: Method, ratio: float, blocks: Sequence[Block], scores: Sequence[torch.Tensor | None]
-) -> list[int]:
-    """Units each block keeps under the method's allocation."""
-    if method.when == "never" or not ratio:
-        return [b.units for b in blocks]
-    if method.allocation == "global":
-        known = [s for s in scores if s is not None]
-        return allocation.global_threshold(blocks, known, ratio, skip_layers=method.skip_layers)
-    return allocation.uniform(
-        blocks,
-        ratio,
-        skip_layers=method.skip_layers,
-        round_to=method.round_to,
-        exact=method.allocation == "uniform",
-    )

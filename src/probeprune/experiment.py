@@ -23,6 +23,7 @@ from probeprune.evaluation.cost import PeakMemory, blocks_flops, probe_flops
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.methods import Method
 from probeprune.models import LoadedModel, cache_dir
+from probeprune.surgery import method_saliences
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, windows done, windows in all)."""
@@ -185,14 +186,15 @@ def run(
         sampling=settings.sampling,  # type: ignore[arg-type]
         seed=settings.seed,
     )
-    statistics = None
-    if any(cell.method.needs_calibration for cell in todo):
+    statistics = Statistics()
+    if any(cell.method.needs_moments for cell in todo):
         statistics = calibrated(loaded, settings, progress)
+    known = {cell: with_gradients(loaded, settings, cell.method, statistics, progress) for cell in todo}
     # A ratio that cannot be reached should fail now, not after the cells before it.
     for cell in todo:
-        attach(loaded.model, cell.method, cell.ratio, statistics=statistics).detach()
+        attach(loaded.model, cell.method, cell.ratio, statistics=known[cell]).detach()
     for cell in todo:
-        row = measure(loaded, settings, cell, text, statistics, progress)
+        row = measure(loaded, settings, cell, text, known[cell], progress)
         results.add(row)
         done(cell, row)
 
@@ -215,12 +217,35 @@ def calibrated(loaded: LoadedModel, settings: Settings, progress: Progress) -> S
     )
 
 
+def with_gradients(
+    loaded: LoadedModel, settings: Settings, method: Method, statistics: Statistics, progress: Progress
+) -> Statistics:
+    """The statistics with the saliences that `method` needs, from the cache where they are there."""
+    if not method.needs_gradients or method.gradients is None:
+        return statistics
+    windows = calibration_windows(
+        load_corpus(settings.calibration),
+        loaded.tokenizer,
+        count=method.gradients.windows,
+        length=method.gradients.length,
+        seed=settings.seed,
+    )
+    found = method_saliences(
+        loaded.model,
+        method,
+        windows,
+        cache=cache_dir() / "statistics",
+        progress=lambda n, of: progress(f"gradients {method.name}", n, of),
+    )
+    return Statistics(statistics.moments, found)
+
+
 def measure(
     loaded: LoadedModel,
     settings: Settings,
     cell: Cell,
     text: torch.Tensor,
-    statistics: Statistics | None,
+    statistics: Statistics,
     progress: Progress,
 ) -> dict[str, Any]:
     """One line of results: perplexity and cost of a cell."""

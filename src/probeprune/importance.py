@@ -4,7 +4,7 @@ Scores are float32 and larger is more important. Channels come in original order
 write a function and give it a row in `IMPORTANCES`; nothing here decides how many units go.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +43,9 @@ class Evidence:
     """`e_j` (n,): mean over samples of `z_j^2`, summed over positions."""
     variance: torch.Tensor | None = None
     """Var(z_j) (n,) over calibration tokens."""
+    saliences: tuple[torch.Tensor, ...] = ()
+    """One for each of the block's members, summed to units: (units,)."""
+    reduction: Literal["sum", "mean", "max", "prod"] = "sum"
     seed: int = 0
 
 
@@ -71,11 +74,32 @@ def flap(evidence: Evidence) -> torch.Tensor:
     return _units(scores, evidence.block).mean(1)
 
 
+def taylor(evidence: Evidence) -> torch.Tensor:
+    """LLM-Pruner (Ma et al. 2023): saliences of a unit's rows and columns, put together over its members."""
+    parts = torch.stack(evidence.saliences)
+    if evidence.reduction == "max":
+        return parts.amax(0)
+    if evidence.reduction == "prod":
+        return parts.prod(0)
+    return parts.mean(0) if evidence.reduction == "mean" else parts.sum(0)
+
+
+def lora_guided(evidence: Evidence) -> torch.Tensor:
+    """LoRAPrune (Zhang et al. 2023): each member's saliences over their 2-norm, summed over members."""
+    return sum_of_shares(evidence.saliences)
+
+
+def sum_of_shares(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`sum_m s_m / (norm2(s_m) + 1e-8)`: (units,) of one tensor (units,) a linear map."""
+    return torch.stack([s / (torch.linalg.vector_norm(s) + 1e-8) for s in parts]).sum(0)
+
+
 def magnitude(evidence: Evidence) -> torch.Tensor:
     """Control: 2-norm of all weights that a cut of the unit removes."""
     total = torch.zeros(evidence.block.units, device=evidence.norms.squared.device)
     for m in evidence.block.members:
-        squares = m.linear.weight.detach().float().square().sum(1 - m.axis)
+        weight = m.part(m.linear.weight.detach(), evidence.block.units)
+        squares = weight.float().square().sum(1 - m.axis)
         total += squares.view(evidence.block.units, m.width).sum(1)
     return total.sqrt()
 
@@ -90,10 +114,10 @@ def random(evidence: Evidence) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Importance:
-    """An importance function and the statistics of `z` it needs."""
+    """An importance function and what it needs: statistics of `z`, or gradients."""
 
     score: Callable[[Evidence], torch.Tensor]
-    needs: Literal["nothing", "energy", "variance"]
+    needs: Literal["nothing", "energy", "variance", "gradients"]
     formula: str
 
 
@@ -101,6 +125,11 @@ IMPORTANCES: dict[str, Importance] = {
     "ppsp": Importance(ppsp, "energy", "e_j sqrt(sum_i W_ij^4)"),
     "wanda-sp": Importance(wanda_sp, "energy", "sqrt(e_j) sum_i |W_ij|"),
     "flap": Importance(flap, "variance", "Var(z_j) sum_i W_ij^2, standardised"),
+    "param_first": Importance(taylor, "gradients", "sum |w g|"),
+    "vectorize": Importance(taylor, "gradients", "|sum w g| a row or column"),
+    "param_second": Importance(taylor, "gradients", "sum |w A w|, A = mean g_n^2"),
+    "param_mix": Importance(taylor, "gradients", "sum |w g - w A w / 2|"),
+    "lora-guided": Importance(lora_guided, "gradients", "sum |(dB A) w|, over its norm in each map"),
     "magnitude": Importance(magnitude, "nothing", "norm2 of the unit's weights"),
     "random": Importance(random, "nothing", "uniform random numbers"),
 }

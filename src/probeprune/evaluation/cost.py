@@ -51,12 +51,11 @@ def block_flops(block: Block, kept: int, batch: int, length: int, *, consumer: b
     """
     tokens = batch * length
     hidden = block.consumer.out_features
-    producers = 0
-    owned = {id(m.linear): m.width for m in block.members if m.axis == 0}
+    gone = block.units - kept
+    total = 0
     for linear in block.producers:
-        rows = kept * owned[id(linear)] if id(linear) in owned else linear.out_features
-        producers += 2 * tokens * linear.in_features * rows
-    total = producers
+        rows = linear.out_features - gone * sum(m.width for m in block.members if m.linear is linear)
+        total += 2 * tokens * linear.in_features * rows
     if consumer:
         total += 2 * tokens * hidden * kept * block.unit_width
     if block.kind == "attention":

@@ -1,0 +1,292 @@
+"""From a model to a pruned checkpoint: calibrate, prune, measure before and after, save with a model card."""
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from probeprune.blocks import find_blocks
+from probeprune.checkpoint import Layout, check_free, check_space, empty_model, export, save
+from probeprune.data import calibration_windows, evaluation_windows, load_corpus
+from probeprune.errors import UsageError
+from probeprune.evaluation.cost import PeakMemory
+from probeprune.evaluation.perplexity import perplexity
+from probeprune.methods import Method, compose
+from probeprune.models import LoadedModel, cache_dir
+from probeprune.surgery import Pruning, check_static, prune
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text a model is calibrated or measured on."""
+
+    corpus: str
+    windows: int
+    length: int = 512
+
+
+def prune_to(
+    loaded: LoadedModel,
+    method: Method,
+    ratio: float,
+    out: Path,
+    *,
+    layout: Layout,
+    calibration: Text,
+    evaluation: Text,
+    steps: int = 1,
+    batch_size: int = 16,
+    seed: int = 0,
+    save_dtype: torch.dtype | None = None,
+    progress: Progress = lambda what, done, of: None,
+) -> dict[str, Any]:
+    """Prune a loaded model and write the checkpoint; returns its record, as in pruning.json.
+
+    Args:
+        loaded: changed in place.
+        method, ratio, steps, batch_size: as in `surgery.prune`.
+        out: a directory that does not exist or is empty.
+        layout: of the checkpoint; `uniform` needs a method that cuts all layers alike (`evenly`).
+        calibration: windows for statistics. Methods with gradients take theirs from the same text, as many
+            and as long as the method says.
+        evaluation: perplexity before and after is measured on these and written on the card; 0 windows: not.
+        seed: draws the calibration windows.
+        save_dtype: of the weights on disk; None as they are.
+
+    Raises:
+        UsageError: whatever `prune` and `save` refuse; nothing has been written.
+        FloatingPointError: NaN statistics, gradients or losses.
+    """
+    check_free(out)
+    check_space(
+        out, rehearse(loaded.model, method, ratio, layout, steps) * (save_dtype or loaded.dtype).itemsize
+    )
+    windows = _calibration(loaded, method, calibration, seed)
+    text = None
+    if evaluation.windows:
+        text = evaluation_windows(
+            load_corpus(evaluation.corpus),
+            loaded.tokenizer,
+            length=evaluation.length,
+            limit=evaluation.windows,
+            sampling="in-order",
+            seed=seed,
+        )
+    figures: dict[str, float] = {}
+
+    def measure(what: str) -> None:
+        if text is not None:
+            found = perplexity(
+                loaded.model,
+                text,
+                batch_size=batch_size,
+                progress=lambda n, of: progress(f"perplexity {what}", n, of),
+            )
+            figures[what], figures[f"{what}_error"] = found.value, found.standard_error
+
+    measure("dense")
+    started = time.monotonic()
+    with PeakMemory(loaded.device) as memory:
+        done = prune(
+            loaded.model,
+            method,
+            ratio,
+            calibration=windows,
+            steps=steps,
+            batch_size=batch_size,
+            cache=cache_dir() / "statistics",
+            progress=progress,
+        )
+    seconds = time.monotonic() - started
+    measure("pruned")
+    record = {
+        "base_model": loaded.name,
+        "method": json.loads(json.dumps(asdict(method))),
+        "ratio": ratio,
+        "removed_share": done.removed_share,
+        "parameters": list(done.parameters),
+        "layout": layout,
+        "steps": steps,
+        "seed": seed,
+        "calibration": _calibration_record(method, calibration),
+        "evaluation": {**asdict(evaluation), "perplexity": figures} if text is not None else None,
+        "seconds": round(seconds, 1),
+        "peak_memory": memory.bytes,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "versions": {p: importlib.metadata.version(p) for p in ("probeprune", "torch", "transformers")},
+        "kept": {k.name: {"units": list(k.units), "of": k.of} for k in done.kept},
+    }
+    if save_dtype is not None:
+        loaded.model.to(save_dtype)
+    save(
+        loaded.model,
+        out,
+        tokenizer=loaded.tokenizer,
+        layout=layout,
+        card=card(done, record, out.name),
+        record=record,
+    )
+    return record
+
+
+def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: int = 1) -> int:
+    """Prune and export a model of the same shape without weights: what cannot be fails before the work.
+
+    Returns the number of parameters that will be saved. Raises what `prune` and `export` raise.
+    """
+    check_static(method)
+    shape = empty_model(model.config, model.dtype)
+    drawn = compose(method, importance="random", gradients=None, compensation="none")
+    done = prune(shape.eval(), drawn, ratio, steps=steps)
+    if method.compensation == "bias":
+        cut = {k.name for k in done.kept if len(k.units) < k.of}
+        for block in find_blocks(shape):
+            if block.name in cut and block.consumer.bias is None:
+                block.consumer.bias = nn.Parameter(torch.empty(block.consumer.out_features, device="meta"))
+    exported = export(shape, layout)
+    return sum(p.numel() for p in exported.parameters())
+
+
+def _calibration(loaded: LoadedModel, method: Method, text: Text, seed: int) -> torch.Tensor | None:
+    """Windows enough and long enough for all that the method needs."""
+    counts, lengths = [], []
+    if method.needs_moments:
+        counts.append(text.windows)
+        lengths.append(text.length)
+    if method.gradients is not None:
+        counts.append(method.gradients.windows)
+        lengths.append(method.gradients.length)
+    if not counts:
+        return None
+    if min(counts) < 1:
+        raise UsageError(f"method {method.name!r} needs calibration; give it at least one window.")
+    return calibration_windows(
+        load_corpus(text.corpus), loaded.tokenizer, count=max(counts), length=max(lengths), seed=seed
+    )
+
+
+def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:
+    if not method.needs_calibration:
+        return None
+    record: dict[str, Any] = {"corpus": text.corpus}
+    if method.needs_moments:
+        record["statistics"] = {"windows": text.windows, "length": text.length}
+    if method.gradients is not None:
+        record["gradients"] = {"windows": method.gradients.windows, "length": method.gradients.length}
+    return record
+
+
+def card(done: Pruning, record: dict[str, Any], name: str) -> str:
+    """The model card (Markdown): what was done, with which data, and what it cost."""
+    before, after = done.parameters
+    method = done.method
+    rows = [
+        ("method", f"{method.name} ({method.source})" if method.source else method.name),
+        (
+            "importance, allocation, compensation",
+            f"{method.importance}, {method.allocation}, {method.compensation}",
+        ),
+        ("asked for", f"{done.ratio:.1%} of the attention and MLP blocks' parameters"),
+        ("removed", f"{done.removed_share:.1%} of them"),
+        ("parameters, embeddings included", f"{before / 1e6:.1f} M before, {after / 1e6:.1f} M after"),
+        ("kept", _kept_line(done)),
+        ("seed", str(record["seed"])),
+    ]
+    if record["calibration"] is not None:
+        used = [
+            f"{what} on {part['windows']} windows of {part['length']} tokens"
+            for what, part in record["calibration"].items()
+            if what != "corpus"
+        ]
+        rows.append(("calibration", f"{record['calibration']['corpus']}: {'; '.join(used)}"))
+    if done.steps > 1:
+        rows.append(("steps", str(done.steps)))
+    rows.append(
+        (
+            "time and memory of pruning",
+            f"{record['seconds']:.0f} s, {record['peak_memory'] / 2**30:.2f} GiB at most",
+        )
+    )
+    rows.append(("dtype and device while pruning", f"{record['dtype']}, {record['device']}"))
+    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+    rows.append(("made with", versions))
+    if record["layout"] == "uniform":
+        opening = "All layers have one width, so this is a plain model: nothing but transformers is needed."
+        remote = ""
+    else:
+        opening = (
+            "Layers have widths of their own. With `import probeprune` it opens as any model; without, the "
+            "small `modeling_pruned.py` beside the weights is run when you allow it:"
+        )
+        remote = ", trust_remote_code=True"
+    parts = [
+        "---",
+        *([f"base_model: {record['base_model']}"] if _is_hub_id(record["base_model"]) else []),
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [pruned, structured-pruning, probeprune]",
+        "---",
+        "",
+        f"# {record['base_model']}, pruned by {done.removed_share:.0%}",
+        "",
+        "Structured pruning: whole attention heads and MLP channels are gone, so the model is smaller and "
+        "faster in any engine.",
+        "",
+        "| what | |",
+        "| --- | --- |",
+        *(f"| {what} | {value} |" for what, value in rows),
+        "",
+        "## What it cost",
+        "",
+    ]
+    if record["evaluation"] is None:
+        parts.append("Quality was not measured.")
+    else:
+        text, found = record["evaluation"], record["evaluation"]["perplexity"]
+        parts += [
+            f"Perplexity on {text['corpus']} (first {text['windows']} windows of {text['length']} tokens): "
+            f"**{found['dense']:.2f}** dense, **{found['pruned']:.2f}** pruned "
+            f"({found['pruned'] / found['dense']:.2f} times). It was not trained after pruning.",
+        ]
+    parts += [
+        "",
+        "## Use",
+        "",
+        opening,
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}"{remote})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})',
+        "```",
+        "",
+        "Which heads and channels of the dense model are left is listed in `pruning.json`. The licence is "
+        "that of the dense model.",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not Path(name).expanduser().exists()
+
+
+def _kept_line(done: Pruning) -> str:
+    """The range of widths over the layers: `2-3 of 3 attention units, 1100-1536 of 1536 channels`."""
+    parts = []
+    for kind, noun in (("attention", "attention units"), ("mlp", "MLP channels")):
+        own = [k for k in done.kept if k.kind == kind]
+        low, high = min(len(k.units) for k in own), max(len(k.units) for k in own)
+        parts.append(f"{low if low == high else f'{low}-{high}'} of {max(k.of for k in own)} {noun}")
+    return f"{', '.join(parts)} a layer"

@@ -1,0 +1,237 @@
+"""Surgery: prune a model once, for good. What is left is an ordinary, smaller model.
+
+The order and the cut are those of the runtime (`plan.py`, `partition.py`); the window is made permanent.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from probeprune import allocation
+from probeprune.blocks import Block, find_blocks
+from probeprune.calibration import Statistics, calibrate
+from probeprune.compensation import lost_bias
+from probeprune.errors import UsageError
+from probeprune.gradients import Criterion, saliences
+from probeprune.methods import METHODS, Method, get_method
+from probeprune.partition import Partition
+from probeprune.plan import Kept, Scores, check_finite, check_statistics, static_scores, widths
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What was done to a model."""
+
+    method: Method
+    ratio: float
+    """Asked for: share of the parameters of all blocks."""
+    removed_share: float
+    """Reached."""
+    parameters: tuple[int, int]
+    """Of the whole model, tied ones once: before, after."""
+    kept: tuple[Kept, ...]
+    """Of every block, by ids in the model as it was given."""
+    steps: int = 1
+
+
+def prune(
+    model: nn.Module,
+    method: str | Method,
+    ratio: float,
+    *,
+    calibration: torch.Tensor | None = None,
+    statistics: Statistics | None = None,
+    steps: int = 1,
+    batch_size: int = 16,
+    cache: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Pruning:
+    """Cut units out of `model`, in place and for good; `save` writes what is left.
+
+    Example:
+        >>> probeprune.prune(model, "flap", ratio=0.2, calibration=windows)
+        >>> probeprune.save(model, "out/", tokenizer=tokenizer)
+
+    Args:
+        model: a transformers causal LM of a supported family, in eval mode, nothing attached.
+        method: a static one: a name from `METHODS`, or a `Method`. `evenly(method)` gives all layers one
+            width, so that the checkpoint opens with plain transformers.
+        ratio: share of the parameters of all blocks to remove, in (0, 1).
+        calibration: windows of token ids (count, length), where the method needs statistics or gradients.
+            Gradients are taken on the first `method.gradients.windows` of them and their first
+            `method.gradients.length` tokens.
+        statistics: instead of `calibration`, collected on this very model; for one step only.
+        steps: the ratio is reached in this many equal steps, calibrated anew before each (LLM-Pruner's
+            iterative pruning). An error in a later step leaves the model as the steps before made it.
+        batch_size: windows a forward pass of calibration.
+        cache: a folder to keep statistics in, by content; None keeps nothing.
+        progress: called with (what, windows done, windows in all).
+
+    Raises:
+        UsageError: unsupported model, method or ratio, a ratio too small to remove a unit, missing or
+            unfitting calibration; nothing has been changed.
+        FloatingPointError: NaN or infinite statistics, losses or gradients; likewise.
+    """
+    method = get_method(method)
+    allocation.check_ratio(ratio)
+    check_static(method)
+    if model.training:
+        raise UsageError("pruning works on a model in eval mode; call model.eval() first.")
+    if steps < 1 or (steps > 1 and statistics is not None):
+        raise UsageError(
+            "steps must be at least 1, and more than one step needs calibration=, not statistics=."
+        )
+    blocks = find_blocks(model, method.units)
+    if any(b.unit_kind == "query" for b in blocks):
+        raise UsageError(
+            "units='query' keeps different numbers of query heads from group to group, which no checkpoint "
+            "can hold; use units='group' or 'balanced'."
+        )
+    before = _parameters(model)
+    total = sum(b.parameters for b in blocks)
+    whole = [b.units for b in blocks]
+    ids = [torch.arange(n) for n in whole]
+    shares = [ratio * (i + 1) / steps for i in range(steps)]
+    planned = None
+    if method.allocation != "global":  # widths follow from the ratio alone, so a bad one fails at once
+        planned = [widths(method, share, blocks, []) for share in shares]
+        _check_removes(planned[-1], blocks, whole, ratio)
+    for step, share in enumerate(shares):
+        known = statistics
+        if known is None and method.needs_calibration:
+            known = _collect(model, method, calibration, batch_size, cache, progress)
+        known = check_statistics(method, blocks, known)
+        scores = [_scores(method, b, known) for b in blocks]
+        if planned is not None:
+            keep = planned[step]
+        else:
+            left = sum(b.parameters for b in blocks)
+            keep = widths(method, max(1 - total * (1 - share) / left, 0.0), blocks, scores)
+        if step == steps - 1:
+            _check_removes(keep, blocks, whole, ratio)
+        for i, block in enumerate(blocks):
+            if keep[i] < block.units:
+                ids[i] = ids[i][_cut(method, block, keep[i], scores[i], known)]
+        blocks = find_blocks(model, method.units)
+    return Pruning(
+        method=method,
+        ratio=ratio,
+        removed_share=1 - sum(b.parameters for b in blocks) / total,
+        parameters=(before, _parameters(model)),
+        kept=tuple(
+            Kept(b.name, b.kind, tuple(u.tolist()), n) for b, u, n in zip(blocks, ids, whole, strict=True)
+        ),
+        steps=steps,
+    )
+
+
+def check_static(method: Method) -> None:
+    """Raise `UsageError` unless `method` prunes once."""
+    if method.when == "once":
+        return
+    static = ", ".join(m.name for m in METHODS.values() if m.when == "once")
+    why = "it prunes anew at every batch" if method.when == "batch" else "it does not prune"
+    raise UsageError(f"method {method.name!r} leaves nothing to cut for good ({why}); use one of {static}.")
+
+
+def _collect(
+    model: nn.Module,
+    method: Method,
+    windows: torch.Tensor | None,
+    batch_size: int,
+    cache: Path | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> Statistics:
+    if windows is None:
+        raise UsageError(f"method {method.name!r} needs calibration=, windows of token ids (count, length).")
+    report = progress or (lambda what, done, of: None)
+    found = Statistics()
+    if method.needs_gradients:
+        assert method.gradients is not None
+        found = Statistics(
+            saliences=method_saliences(
+                model, method, windows, cache=cache, progress=lambda n, of: report("gradients", n, of)
+            )
+        )
+    if method.needs_moments:
+        moments = calibrate(
+            model,
+            windows,
+            batch_size=batch_size,
+            cache=cache,
+            progress=lambda n, of: report("calibration", n, of),
+        ).moments
+        found = Statistics(moments, found.saliences)
+    return found
+
+
+def method_saliences(
+    model: nn.Module,
+    method: Method,
+    windows: torch.Tensor,
+    *,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The saliences `method` scores by, on the first of these windows, as many and as long as it wants.
+
+    Raises `UsageError` for windows that are fewer or shorter, and what `gradients.saliences` raises.
+    """
+    want = method.gradients
+    assert want is not None
+    if len(windows) < want.windows or windows.shape[1] < want.length:
+        raise UsageError(
+            f"method {method.name!r} takes gradients on {want.windows} windows of {want.length} tokens, and "
+            f"calibration has {len(windows)} of {windows.shape[1]}; give more, or compose the method with "
+            "gradients=Gradients(windows=..., length=...)."
+        )
+    return saliences(
+        model,
+        windows[: want.windows, : want.length],
+        cast(Criterion, method.importance),
+        rank=want.rank,
+        draws=want.draws,
+        seed=method.seed,
+        cache=cache,
+        progress=progress,
+    )
+
+
+def _scores(method: Method, block: Block, statistics: Statistics) -> Scores:
+    scores = static_scores(method, block, statistics)
+    assert scores is not None
+    check_finite(scores, block)
+    return scores
+
+
+def _cut(method: Method, block: Block, keep: int, scores: Scores, statistics: Statistics) -> torch.Tensor:
+    """Cut one block down to its `keep` best units; returns their ids, ascending."""
+    partition = Partition(block)
+    mean = None
+    if method.compensation == "bias":
+        mean = statistics.moments[block.name].mean.to(scores.device).clone()
+        partition.followers.append(mean)
+    # Without weights (shapes only) it makes no difference which units stay.
+    units = torch.arange(keep) if scores.is_meta else allocation.choose_units(scores, keep, block)
+    partition.keep(units)
+    if mean is not None:
+        partition.add_bias(lost_bias(partition.consumer_weight, mean, keep * block.unit_width))
+    partition.cut()
+    return units.cpu()
+
+
+def _check_removes(keep: Sequence[int], blocks: Sequence[Block], whole: Sequence[int], ratio: float) -> None:
+    if all(k >= n for k, n in zip(keep, whole, strict=True)):
+        smallest = min(b.unit_parameters for b in blocks) / sum(b.parameters for b in blocks)
+        raise UsageError(
+            f"ratio {ratio:g} is too small to remove a single unit at these widths (the smallest unit is "
+            f"{smallest:.2g} of all blocks, and widths come in steps); raise it, or lower round_to."
+        )
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

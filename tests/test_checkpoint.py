@@ -1,0 +1,242 @@
+"""Checkpoints: same logits and bytes after a round trip, with and without this package, or nothing at all."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import FAMILIES, SHAPE, token_ids
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from probeprune import calibrate, checkpoint, compose, evenly, find_blocks, load_model, prune, save
+from probeprune.checkpoint import export
+from probeprune.errors import UsageError
+
+IDS = token_ids(3, 20)
+
+OPENED = """
+import json, sys
+if sys.argv[1] == "without":
+    sys.modules["probeprune"] = None  # importing it fails
+else:
+    import probeprune
+import torch
+from transformers import AutoModelForCausalLM
+for line in sys.stdin:
+    path, trust = json.loads(line)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust).eval()
+    ids = torch.load(path + "/../ids.pt", weights_only=True)
+    with torch.no_grad():
+        torch.save(model(ids).logits, path + "/../logits.pt")
+    tokens = model.generate(ids[:, :6], max_new_tokens=5, do_sample=False, pad_token_id=0)
+    plain = model.generate(ids[:, :6], max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=False)
+    model.save_pretrained(path + "/../again")
+    print(json.dumps([type(model).__name__, type(model).__module__, tokens.equal(plain)]))
+"""
+
+
+def pruned(family: str, layout: str):
+    """A pruned model; `per-layer` leaves layers dense, `uniform` cuts all alike, `mlp` cuts MLPs alone."""
+    model = FAMILIES[family]()
+    if layout == "per-layer":
+        prune(model, compose("random", skip_layers=2), 0.4 if family == "gemma3" else 0.2)
+    else:
+        blocks = ("mlp",) if layout == "mlp" else ("attention", "mlp")
+        prune(model, compose(evenly("random"), blocks=blocks), 0.2)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform", "mlp"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(family, layout, tmp_path):
+    model = pruned(family, layout)
+    exported = save(model, tmp_path / "one")
+    expected = logits(model)
+    assert logits(exported).equal(expected)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one").eval()
+    assert logits(loaded).equal(expected)
+    # A plain config cannot hold OPT's and GPT-NeoX's head size apart from the head count.
+    needs_own = layout == "per-layer" or (layout == "uniform" and family.startswith(("opt", "gpt")))
+    assert type(loaded).__name__.startswith("Pruned") == needs_own
+    assert (tmp_path / "one/modeling_pruned.py").exists() == needs_own
+    # Saved again, by transformers and by us: the same bytes of weights.
+    loaded.save_pretrained(tmp_path / "two")
+    save(loaded, tmp_path / "three")
+    weights = (tmp_path / "one/model.safetensors").read_bytes()
+    assert weights == (tmp_path / "two/model.safetensors").read_bytes()
+    assert weights == (tmp_path / "three/model.safetensors").read_bytes()
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    assert config == json.loads((tmp_path / "three/config.json").read_text())
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".pth")]
+    # Found in the loaded model, and pruned again.
+    assert [b.units for b in find_blocks(loaded)] == [b.units for b in find_blocks(model)]
+    prune(loaded, compose("magnitude", skip_layers=3), 0.1)
+    save(loaded, tmp_path / "four")
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "four")).equal(logits(loaded))
+
+
+@pytest.mark.parametrize("package", ["with", "without"])
+def test_new_processes_open_it_with_and_without_the_package(package, tmp_path):
+    cases = [
+        ("llama", "uniform"),
+        ("llama-gqa", "per-layer"),
+        ("opt", "per-layer"),
+        ("opt", "mlp"),
+        ("phi3-gqa", "per-layer"),
+        ("gpt-neox", "uniform"),
+    ]
+    expected, lines = [], []
+    for i, (family, layout) in enumerate(cases):
+        folder = tmp_path / str(i)
+        model = pruned(family, layout)
+        save(model, folder / "model")
+        torch.save(IDS, folder / "ids.pt")
+        expected.append(logits(model))
+        own = (folder / "model/modeling_pruned.py").exists()
+        lines.append(json.dumps([str(folder / "model"), own and package == "without"]))
+    done = subprocess.run(
+        [sys.executable, "-c", OPENED, package],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(cases)
+    for i, (_, module, cache_agrees) in enumerate(answers):
+        got = torch.load(tmp_path / str(i) / "logits.pt", weights_only=True)
+        torch.testing.assert_close(got, expected[i], rtol=1e-5, atol=1e-5)
+        assert cache_agrees
+        assert (tmp_path / str(i) / "model/model.safetensors").read_bytes() == (
+            tmp_path / str(i) / "again/model.safetensors"
+        ).read_bytes()
+        if package == "without":
+            assert not module.startswith("probeprune")
+    assert answers[0][0] == "MistralForCausalLM" and answers[1][0] == "PrunedLlamaForCausalLM"
+
+
+def test_heads_that_do_not_divide_the_hidden_size_make_a_llama_a_mistral(tmp_path):
+    model = pruned("llama", "uniform")
+    heads = {b.query_heads for b in find_blocks(model) if b.kind == "attention"}
+    assert heads == {5}, "48 is no multiple of 5"
+    save(model, tmp_path / "out", layout="uniform")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_type"] == "mistral" and config["sliding_window"] is None
+    assert config["num_attention_heads"] == 5 and config["head_dim"] == 8
+
+
+def test_rotary_scaling_survives_the_change_of_family(tmp_path):
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    shape = {**SHAPE, "num_key_value_heads": 6}
+    model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope, tie_word_embeddings=True)).eval()
+    prune(model, evenly("random"), 0.2)
+    save(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded).__name__ == "MistralForCausalLM" and logits(loaded).equal(logits(model))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt", "gpt-neox"])
+def test_biases_go_into_a_plain_config_where_it_has_room(family, tmp_path):
+    model = FAMILIES[family]()
+    statistics = calibrate(model, IDS)
+    blocks = ("attention", "mlp") if family == "llama-gqa" else ("mlp",)
+    prune(model, compose(evenly("flap"), blocks=blocks), 0.5, statistics=statistics)
+    save(model, tmp_path / "out", layout="uniform")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not type(loaded).__name__.startswith("Pruned")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    if family == "llama-gqa":
+        assert loaded.config.attention_bias and loaded.config.mlp_bias
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_a_bias_that_no_plain_config_holds_is_an_error_that_names_alternatives(family, tmp_path):
+    model = FAMILIES[family]()
+    prune(model, evenly("flap"), 0.2, statistics=calibrate(model, IDS))
+    with pytest.raises(UsageError, match=r"bias.*layout per-layer.*without compensation"):
+        save(model, tmp_path / "out", layout="uniform")
+    assert not list(tmp_path.iterdir())
+    save(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded).__name__.startswith("Pruned") and logits(loaded).equal(logits(model))
+
+
+def test_layers_of_different_width_have_no_uniform_layout(tmp_path):
+    with pytest.raises(UsageError, match="its layers have different widths"):
+        save(pruned("llama", "per-layer"), tmp_path / "out", layout="uniform")
+    with pytest.raises(UsageError, match="unknown layout"):
+        save(pruned("llama", "uniform"), tmp_path / "out", layout="even")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    assert type(export(pruned("llama", "uniform"), "per-layer")).__name__ == "PrunedLlamaForCausalLM"
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+    model = pruned("llama", "uniform")
+
+    class Tokenizer:
+        def save_pretrained(self, path):
+            assert (path / "model.safetensors").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save(model, tmp_path / "out", tokenizer=Tokenizer())
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    save(model, tmp_path / "out")
+    assert (tmp_path / "out/config.json").exists() and len(list(tmp_path.iterdir())) == 1
+    assert oct((tmp_path / "out").stat().st_mode)[-3:] != "700"
+
+
+def test_a_directory_in_use_and_a_full_disk_are_refused(tmp_path, monkeypatch):
+    model = pruned("llama", "uniform")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/file").write_text("mine")
+    for path in (tmp_path / "used", tmp_path / "used/file"):
+        with pytest.raises(UsageError, match="exists and is not empty"):
+            save(model, path)
+    assert (tmp_path / "used/file").read_text() == "mine"
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UsageError, match=r"needs 0\.06 GiB and its disk has 0\.00 GiB left"):
+        save(model, tmp_path / "deep/er/out")
+    assert [p.name for p in tmp_path.iterdir()] == ["used"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage"])
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_a_damaged_checkpoint_is_one_sentence(damage, layout, tmp_path, number_tokenizer):
+    model = pruned("llama-gqa", layout)
+    save(model, tmp_path / "out", tokenizer=number_tokenizer)
+    # As large models come: in several files.
+    export(model).save_pretrained(tmp_path / "out", max_shard_size="100KB")
+    (tmp_path / "out/model.safetensors").unlink()
+    assert logits(load_model(str(tmp_path / "out"), dtype="float32").model).equal(logits(model))
+    shard = sorted((tmp_path / "out").glob("model-*.safetensors"))[1]
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    else:
+        shard.write_bytes(b"nothing of the kind")
+    with pytest.raises(UsageError, match=r"(could not be loaded|incomplete)") as error:
+        load_model(str(tmp_path / "out"), dtype="float32")
+    assert "\n" not in str(error.value)

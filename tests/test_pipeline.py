@@ -1,0 +1,144 @@
+"""`probeprune prune` as a user runs it, on a tiny model with real files."""
+
+import json
+
+import pytest
+from tiny import FAMILIES, token_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from probeprune import find_blocks
+from probeprune.blocks import supported_models
+from probeprune.cli import app, run
+
+
+def call(*arguments: object) -> int:
+    return run(lambda: app([str(a) for a in arguments]))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, number_tokenizer):
+    """A model directory and texts it can read."""
+    folder = tmp_path_factory.mktemp("files")
+    for family in ("llama", "opt"):
+        FAMILIES[family]().save_pretrained(folder / family)
+        number_tokenizer.save_pretrained(folder / family)
+    lines = [" ".join(str(i) for i in row) for row in token_ids(40, 60).tolist()]
+    (folder / "calibration.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    (folder / "test.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def prune(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROBEPRUNE_CACHE", str(tmp_path / "cache"))
+
+    def command(*arguments, model="llama", out="out"):
+        text = ["--calibration", files / "calibration.jsonl", "--corpus", files / "test.txt"]
+        sizes = ["--calibration-windows", 12, "--length", 32, "--windows", 4, "--batch-size", 4]
+        return call("prune", files / model, "--out", tmp_path / out, *text, *sizes, *arguments)
+
+    return command
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_a_checkpoint_with_all_that_belongs_to_it(prune, tmp_path, capsys, layout):
+    assert prune("--method", "wanda-sp", "--ratio", 0.2, "--layout", layout, "--round-to", 4, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    out = tmp_path / "out"
+    record = json.loads((out / "pruning.json").read_text())
+    assert record == printed
+    model = AutoModelForCausalLM.from_pretrained(out)
+    units = {b.name: b.units for b in find_blocks(model)}
+    assert units == {name: len(k["units"]) for name, k in record["kept"].items()}
+    assert all(n % 4 == 0 for name, n in units.items() if name.endswith("mlp"))
+    assert record["removed_share"] == pytest.approx(0.2, abs=0.03)
+    assert record["parameters"][1] == sum(p.numel() for p in model.parameters())
+    assert record["calibration"]["statistics"] == {"windows": 12, "length": 32}
+    card = (out / "README.md").read_text()
+    figures = record["evaluation"]["perplexity"]
+    for said in (
+        "wanda-sp",
+        "asked for | 20.0%",
+        f"{record['removed_share']:.1%}",
+        f"**{figures['pruned']:.2f}**",
+    ):
+        assert said in card
+    assert ("trust_remote_code" in card) == (layout == "per-layer")
+    assert AutoTokenizer.from_pretrained(out)("7 8 9")["input_ids"][-3:] == [7, 8, 9]
+    assert (out / "generation_config.json").exists()
+
+
+def test_gradients_take_windows_of_their_own_size(prune, tmp_path, capsys):
+    # LLM-Pruner wants 10 windows of 64 tokens; no line here is that long.
+    assert prune("--method", "llm-pruner", "--ratio", 0.2) == 2
+    assert "No document has more than 64 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_and_blocks_and_no_measurement(prune, tmp_path, capsys):
+    options = ["--blocks", "mlp", "--compensation", "bias", "--windows", 0, "--steps", 2, "--round-to", 1]
+    assert prune("--method", "wanda-sp", "--ratio", 0.2, *options, model="opt") == 0
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert record["steps"] == 2 and record["evaluation"] is None
+    assert {len(k["units"]) == k["of"] for n, k in record["kept"].items() if "attn" in n} == {True}
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "OPTForCausalLM"
+    assert "not measured" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "says"),
+    [
+        ("llama", ["--method", "probe"], "at every batch"),
+        ("llama", ["--method", "flapp"], "did you mean 'flap'"),
+        ("llama", ["--method", "random", "--layout", "even"], "unknown layout"),
+        ("llama", ["--method", "random", "--layout", "uniform", "--skip-layers", "2"], "--layout per-layer"),
+        ("llama", ["--method", "random", "--allocation", "global"], "--layout per-layer"),
+        ("llama", ["--method", "random", "--blocks", "mlps"], "some of attention, mlp"),
+        (
+            "llama",
+            ["--method", "random", "--units", "query", "--layout", "per-layer", "--steps", "0"],
+            "steps",
+        ),
+        ("llama", ["--method", "flap"], "without compensation"),
+        ("opt", ["--method", "random"], "no plain config describes this model"),
+        ("llama", ["--method", "random", "--ratio", "1e-7"], "too small to remove a single unit"),
+        ("llama", ["--method", "random", "--ratio", "1.5"], "outside [0, 1)"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(prune, tmp_path, capsys, model, arguments, says):
+    ratio = [] if "--ratio" in arguments else ["--ratio", "0.2"]
+    assert prune(*arguments, *ratio, model=model) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache/statistics").exists()
+
+
+def test_a_directory_in_use_is_refused_before_anything_else(prune, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("mine")
+    assert prune("--method", "random", "--ratio", 0.2, model="no-such-model") == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_quantised_and_expert_models_are_refused(prune, files, capsys):
+    config = json.loads((files / "llama/config.json").read_text())
+    for name, changes, says in (
+        ("quantised", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
+        ("experts", {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "mixture-of-experts"),
+    ):
+        (files / name).mkdir(exist_ok=True)
+        for file in (files / "llama").iterdir():
+            (files / name / file.name).write_bytes(file.read_bytes())
+        if name == "experts":
+            from transformers import MixtralConfig, MixtralForCausalLM
+
+            shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 128}
+            MixtralForCausalLM(
+                MixtralConfig(**shape, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+            ).save_pretrained(files / name)
+        else:
+            (files / name / "config.json").write_text(json.dumps({**config, **changes}))
+        assert prune("--method", "random", "--ratio", 0.2, model=name) == 2
+        assert says in capsys.readouterr().err
+    assert "Phi-3" in supported_models() and "Pythia" in supported_models()
