@@ -32,6 +32,8 @@ def test_an_importance_needs_no_more_than_its_row_says(name, kind):
     block = find_blocks(FAMILIES["llama-gqa"]())[kind]
     known = {"energy": torch.rand(block.width), "variance": torch.rand(block.width)}
     needed = {k: v for k, v in known.items() if k == IMPORTANCES[name].needs}
+    if IMPORTANCES[name].needs == "gradients":
+        needed["saliences"] = tuple(torch.rand(block.units) for _ in block.members)
     scores = IMPORTANCES[name].score(Evidence(block, ColumnNorms.of(block), **needed))
     assert scores.shape == (block.units,) and scores.dtype == torch.float32
     assert scores.isfinite().all() and scores.unique().numel() == block.units
