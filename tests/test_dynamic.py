@@ -1,5 +1,7 @@
 """The runtime: what a pruned pass computes, what it chooses, and that nothing of it stays behind."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny import FAMILIES, masked, padded, token_ids
@@ -167,11 +169,9 @@ def test_attaching_moves_no_ones_history():
     assert isinstance(History(next(iter(statistics.moments.values())), 0.9).energy, torch.Tensor)
 
 
-def test_flap_bias_is_what_the_formula_says(calibrated):
-    model, statistics = calibrated
-    inputs = padded("right")
-    with attach(model, "flap", 0.3, statistics=statistics) as handle:
-        choice, got = kept(handle), logits(model, *inputs)
+@contextmanager
+def lost_means_added(choice, statistics):
+    """What the lost channels give on average, added behind the dense model's consumers."""
     hooks = []
     for block, units in choice:
         gone = torch.ones(block.units)
@@ -179,10 +179,18 @@ def test_flap_bias_is_what_the_formula_says(calibrated):
         lost = statistics.moments[block.name].mean * gone.repeat_interleave(block.unit_width)
         bias = block.consumer.weight.detach() @ lost
         hooks.append(block.consumer.register_forward_hook(lambda _, a, out, b=bias: out + b))
-    with masked(choice):
-        close(got, logits(model, *inputs))
+    yield
     for h in hooks:
         h.remove()
+
+
+def test_flap_bias_is_what_the_formula_says(calibrated):
+    model, statistics = calibrated
+    inputs = padded("right")
+    with attach(model, "flap", 0.3, statistics=statistics) as handle:
+        choice, got = kept(handle), logits(model, *inputs)
+    with masked(choice), lost_means_added(choice, statistics):
+        close(got, logits(model, *inputs))
 
 
 @pytest.mark.parametrize("method", ["wanda-sp", "probe"])
@@ -646,17 +654,8 @@ def test_bias_of_a_dynamic_method_follows_every_batch(family):
             ids = token_ids(2, 12, seed=seed)
             logits(model, ids, torch.ones_like(ids))
         got, choice = logits(model, *inputs), kept(handle)
-    hooks = []
-    for block, units in choice:
-        gone = torch.ones(block.units)
-        gone[list(units)] = 0
-        lost = statistics.moments[block.name].mean * gone.repeat_interleave(block.unit_width)
-        bias = block.consumer.weight.detach() @ lost
-        hooks.append(block.consumer.register_forward_hook(lambda _, a, out, b=bias: out + b))
-    with masked(choice):
+    with masked(choice), lost_means_added(choice, statistics):
         close(got, logits(model, *inputs))
-    for h in hooks:
-        h.remove()
 
 
 # -- what goes wrong -----------------------------------------------------------------------------

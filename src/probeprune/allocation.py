@@ -65,10 +65,7 @@ def uniform(
     kept = [b.units for b in blocks]
     fine = [i for i in pruned if blocks[i].kind == "mlp"] or pruned
     left = ratio * sum(b.parameters for b in blocks)
-    for i in pruned:
-        if i not in fine:
-            kept[i] -= _heads(blocks[i], share)
-            left -= (blocks[i].units - kept[i]) * blocks[i].unit_parameters
+    left -= _cut_heads(blocks, [i for i in pruned if i not in fine], share, kept)
     to_come = sum(blocks[i].parameters for i in fine)
     for i in fine:
         # What is still to go is spread over the blocks still to come: rounding errors do not add up.
@@ -99,10 +96,7 @@ def even(
     kept = [b.units for b in blocks]
     mlps = [i for i in pruned if blocks[i].kind == "mlp"]
     left = ratio * sum(b.parameters for b in blocks)
-    for i in pruned:
-        if blocks[i].kind == "attention":
-            kept[i] -= _heads(blocks[i], share)
-            left -= (blocks[i].units - kept[i]) * blocks[i].unit_parameters
+    left -= _cut_heads(blocks, [i for i in pruned if i not in mlps], share, kept)
     for i in mlps:
         kept[i] = _nearest(blocks[i], left / len(mlps), round_to)
     return kept
@@ -138,6 +132,16 @@ def nominal(
             kept[i] = min(-(-keep // round_to) * round_to, block.units)
         _check_alive(block, kept[i])
     return kept
+
+
+def _cut_heads(blocks: Sequence[Block], which: Sequence[int], share: float, kept: list[int]) -> int:
+    """Take the share of these attention blocks off `kept`; returns the parameters that go with it."""
+    gone = 0
+    for i in which:
+        heads = _heads(blocks[i], share)
+        kept[i] -= heads
+        gone += heads * blocks[i].unit_parameters
+    return gone
 
 
 def _heads(block: Block, share: float) -> int:

@@ -21,7 +21,7 @@ from torch import nn
 from probeprune.blocks import Block, find_blocks
 from probeprune.data import batches
 from probeprune.errors import UsageError
-from probeprune.passes import Pass, find_decoder, on_pass
+from probeprune.passes import Pass, check_eval, find_decoder, on_pass
 from probeprune.statistics import OWN_POSITIONS, Moments
 
 _FORMAT = 1
@@ -127,8 +127,7 @@ def calibrate(
     Raises `UsageError` for windows longer than the model's positions or a model in training mode.
     """
     check_windows(model, windows)
-    if model.training:
-        raise UsageError("calibration needs a model in eval mode; call model.eval() first.")
+    check_eval(model, "calibration needs")
     key = None if cache is None else content_key(model, windows, "moments", _FORMAT, own_positions)
     path = None if cache is None else cache / f"{key}.safetensors"
     done, statistics = _load(path)

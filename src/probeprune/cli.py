@@ -132,8 +132,7 @@ def compare(
     for name, value in (("windows", windows + 1), ("length", length - 1), ("batch-size", batch_size)):
         if value < 1:
             raise UsageError(f"--{name} is too small.")
-    if units not in get_args(UnitKind):
-        raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
+    one_of("unit kind", units, get_args(UnitKind))
     chosen = [
         m if m.when == "never" else compose(m, name=m.name, units=units, skip_layers=skip_layers)
         for m in map(get_method, names(methods, "methods"))
@@ -275,10 +274,8 @@ def static_method(
     seed: int,
 ) -> Method:
     """The method that the options of `prune` compose. Raises `UsageError` for what does not go together."""
-    if layout not in get_args(Layout):
-        raise UsageError(unknown("layout", layout, get_args(Layout)))
-    if units not in get_args(UnitKind):
-        raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
+    one_of("layout", layout, get_args(Layout))
+    one_of("unit kind", units, get_args(UnitKind))
     method = get_method(name)
     changes: dict[str, Any] = {"units": units, "round_to": round_to, "blocks": tuple(blocks), "seed": seed}
     if compensation is not None:
@@ -375,6 +372,12 @@ def names(text: str, option: str) -> list[str]:
     if not parts:
         raise UsageError(f"--{option} is empty; give at least one, separated by commas.")
     return parts
+
+
+def one_of(what: str, given: str, known: tuple[str, ...]) -> None:
+    """Raise `UsageError` unless `given` is one of the known names."""
+    if given not in known:
+        raise UsageError(unknown(what, given, known))
 
 
 def number(text: str) -> float:

@@ -25,7 +25,7 @@ from probeprune.errors import UsageError
 from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.methods import Method, get_method
 from probeprune.partition import Partition
-from probeprune.passes import Pass, find_decoder, on_pass
+from probeprune.passes import Pass, check_eval, find_decoder, on_pass
 from probeprune.plan import Kept, check_finite, check_statistics, static_scores, widths
 from probeprune.probe import choose, fused_energy, run_ahead
 from probeprune.statistics import History, Moments
@@ -59,8 +59,7 @@ def attach(
     """
     method = get_method(method)
     allocation.check_ratio(ratio)
-    if model.training:
-        raise UsageError("pruning works on a model in eval mode; call model.eval() first.")
+    check_eval(model)
     if model in _ATTACHED:
         raise UsageError("this model already has a method attached; detach it first.")
     blocks = find_blocks(model, method.units)
@@ -153,8 +152,7 @@ class Handle:
         self.detach()
 
     def _begin(self, now: Pass) -> None:
-        if self.model.training:
-            raise UsageError("pruning works on a model in eval mode; call model.eval() first.")
+        check_eval(self.model)
         if now.past and (self._cache is None or self._cache() is not now.cache):
             raise UsageError(
                 "this KV cache was not filled by the last prompt that ran under this method, so its heads "

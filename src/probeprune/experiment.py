@@ -124,7 +124,7 @@ class Results:
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """The line of that cell, if it has been measured."""
-        wanted = json.loads(json.dumps(asdict(cell.method)))
+        wanted = cell.method.record()
         for row in self.rows:
             if row["method"] == wanted and row["ratio"] == cell.ratio:
                 return row
@@ -189,14 +189,21 @@ def run(
     statistics = Statistics()
     if any(cell.method.needs_moments for cell in todo):
         statistics = calibrated(loaded, settings, progress)
-    known = {cell: with_gradients(loaded, settings, cell.method, statistics, progress) for cell in todo}
+    # Once a method, not once a ratio.
+    methods = dict.fromkeys(cell.method for cell in todo)
+    known = {m: with_gradients(loaded, settings, m, statistics, progress) for m in methods}
     # A ratio that cannot be reached should fail now, not after the cells before it.
     for cell in todo:
-        attach(loaded.model, cell.method, cell.ratio, statistics=known[cell]).detach()
+        attach(loaded.model, cell.method, cell.ratio, statistics=known[cell.method]).detach()
     for cell in todo:
-        row = measure(loaded, settings, cell, text, known[cell], progress)
+        row = measure(loaded, settings, cell, text, known[cell.method], progress)
         results.add(row)
         done(cell, row)
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    return {p: importlib.metadata.version(p) for p in ("probeprune", "torch", "transformers")}
 
 
 def calibrated(loaded: LoadedModel, settings: Settings, progress: Progress) -> Statistics:
@@ -269,7 +276,7 @@ def measure(
         "kind": "result",
         "model": settings.model,
         "name": method.name,
-        "method": json.loads(json.dumps(asdict(method))),
+        "method": method.record(),
         "ratio": cell.ratio,
         "removed_share": removed,
         "task": settings.corpus,
@@ -287,5 +294,5 @@ def measure(
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
         "seed": settings.seed,
-        "versions": {p: importlib.metadata.version(p) for p in ("probeprune", "torch", "transformers")},
+        "versions": versions(),
     }

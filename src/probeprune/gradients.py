@@ -18,6 +18,7 @@ from torch import nn
 from probeprune.blocks import Member, find_blocks
 from probeprune.calibration import check_windows, content_key, load_tensors, save_tensors
 from probeprune.errors import UsageError
+from probeprune.passes import check_eval
 
 Criterion = Literal["param_first", "vectorize", "param_second", "param_mix", "lora-guided"]
 """What one row or column counts, of a weight `w` with gradient `g` (sums over the row or column):
@@ -92,8 +93,7 @@ def saliences(
     check_windows(model, windows)
     if windows.shape[1] < 2:
         raise UsageError("gradients need windows of at least 2 tokens: one to read, one to predict.")
-    if model.training:
-        raise UsageError("gradients for pruning need a model in eval mode; call model.eval() first.")
+    check_eval(model, "gradients for pruning need")
     members = {m.name: m for block in find_blocks(model) for m in block.members}
     path = None
     if cache is not None:

@@ -3,9 +3,10 @@
 A new method is a row here or a `Method` of the caller's own; no class is needed.
 """
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal, cast
 
 from probeprune.allocation import ALLOCATIONS, KINDS
 from probeprune.blocks import UnitKind
@@ -71,6 +72,10 @@ class Method:
             raise UsageError("a method has gradients if and only if its importance needs them.")
         if not self.blocks or not set(self.blocks) <= set(KINDS):
             raise UsageError(f"blocks to prune must be some of {', '.join(KINDS)}.")
+
+    def record(self) -> dict[str, Any]:
+        """All its parameters as JSON has them: what result lines and checkpoints keep."""
+        return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
 
     @property
     def needs_gradients(self) -> bool:

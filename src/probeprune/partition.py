@@ -211,11 +211,7 @@ class Partition:
         different numbers of them, which no model code can run.
         """
         block = self.block
-        if block.unit_kind == "query":
-            raise UsageError(
-                "with units='query' groups keep different numbers of query heads, which no checkpoint can "
-                "hold; use units='group' or 'balanced'."
-            )
+        check_can_cut(block)
         self.widen()
         for linear, parameters in self._parameters.items():
             kept = self._kept_ranges(linear)
@@ -281,6 +277,15 @@ class Partition:
         module = self.block.entry
         self._attributes.setdefault(name, module.__dict__.get(name, _ABSENT))
         setattr(module, name, value)
+
+
+def check_can_cut(block: Block) -> None:
+    """Raise `UsageError` for units that can be hidden by a window but not cut for good."""
+    if block.unit_kind == "query":
+        raise UsageError(
+            "units='query' keeps different numbers of query heads from group to group, which no checkpoint "
+            "can hold; use units='group' or 'balanced'."
+        )
 
 
 def _spread(units: torch.Tensor, width: int) -> torch.Tensor:

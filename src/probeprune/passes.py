@@ -32,6 +32,12 @@ def find_decoder(model: nn.Module) -> nn.Module:
     return model.get_submodule(find_family(model).layers.rpartition(".")[0])
 
 
+def check_eval(model: nn.Module, what: str = "pruning works on") -> None:
+    """Raise `UsageError` for a model in training mode; `what` begins the sentence."""
+    if model.training:
+        raise UsageError(f"{what} a model in eval mode; call model.eval() first.")
+
+
 def on_pass(model: nn.Module, begin: Callable[[Pass], None]) -> RemovableHandle:
     """Call `begin` before every forward pass of the model's decoder; remove the handle to stop."""
     decoder = find_decoder(model)

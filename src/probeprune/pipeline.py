@@ -1,9 +1,6 @@
 """From a model to a pruned checkpoint: calibrate, prune, measure before and after, save with a model card."""
 
-import importlib.metadata
-import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +14,10 @@ from probeprune.data import calibration_windows, evaluation_windows, load_corpus
 from probeprune.errors import UsageError
 from probeprune.evaluation.cost import PeakMemory
 from probeprune.evaluation.perplexity import perplexity
+from probeprune.experiment import Progress, versions
 from probeprune.methods import Method, compose
 from probeprune.models import LoadedModel, cache_dir
 from probeprune.surgery import Pruning, check_static, prune
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ def prune_to(
     measure("pruned")
     record = {
         "base_model": loaded.name,
-        "method": json.loads(json.dumps(asdict(method))),
+        "method": method.record(),
         "ratio": ratio,
         "removed_share": done.removed_share,
         "parameters": list(done.parameters),
@@ -123,7 +118,7 @@ def prune_to(
         "peak_memory": memory.bytes,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
-        "versions": {p: importlib.metadata.version(p) for p in ("probeprune", "torch", "transformers")},
+        "versions": versions(),
         "kept": {k.name: {"units": list(k.units), "of": k.of} for k in done.kept},
     }
     if save_dtype is not None:

@@ -18,7 +18,8 @@ from probeprune.compensation import lost_bias
 from probeprune.errors import UsageError
 from probeprune.gradients import Criterion, saliences
 from probeprune.methods import METHODS, Method, get_method
-from probeprune.partition import Partition
+from probeprune.partition import Partition, check_can_cut
+from probeprune.passes import check_eval
 from probeprune.plan import Kept, Scores, check_finite, check_statistics, static_scores, widths
 
 
@@ -79,18 +80,14 @@ def prune(
     method = get_method(method)
     allocation.check_ratio(ratio)
     check_static(method)
-    if model.training:
-        raise UsageError("pruning works on a model in eval mode; call model.eval() first.")
+    check_eval(model)
     if steps < 1 or (steps > 1 and statistics is not None):
         raise UsageError(
             "steps must be at least 1, and more than one step needs calibration=, not statistics=."
         )
     blocks = find_blocks(model, method.units)
-    if any(b.unit_kind == "query" for b in blocks):
-        raise UsageError(
-            "units='query' keeps different numbers of query heads from group to group, which no checkpoint "
-            "can hold; use units='group' or 'balanced'."
-        )
+    for block in blocks:
+        check_can_cut(block)
     before = _parameters(model)
     total = sum(b.parameters for b in blocks)
     whole = [b.units for b in blocks]
@@ -151,7 +148,6 @@ def _collect(
     report = progress or (lambda what, done, of: None)
     found = Statistics()
     if method.needs_gradients:
-        assert method.gradients is not None
         found = Statistics(
             saliences=method_saliences(
                 model, method, windows, cache=cache, progress=lambda n, of: report("gradients", n, of)
