@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ def save(
     layout: Layout | None = None,
     card: str | None = None,
     record: dict[str, Any] | None = None,
+    also: Callable[[Path], None] | None = None,
 ) -> PreTrainedModel:
     """Write a pruned (or dense) model as a checkpoint directory.
 
@@ -53,6 +55,7 @@ def save(
             an error where it cannot be had.
         card: the model card, Markdown, written as README.md.
         record: what was done, written as pruning.json.
+        also: writes what else belongs into the directory.
 
     Returns:
         The model as the checkpoint describes it; its weights are those of `model`, not copies.
@@ -63,26 +66,34 @@ def save(
     target = Path(path)
     check_free(target)
     exported = export(model, layout)
-    size = sum(
-        t.numel() * t.element_size() for t in {id(t): t for t in exported.state_dict().values()}.values()
-    )
-    check_space(target, size)
+    tensors = {id(t): t for t in exported.state_dict().values()}.values()
+    check_space(target, sum(t.numel() * t.element_size() for t in tensors))
+    with writing(target) as folder:
+        with quiet_libraries(bars=False):
+            exported.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        if record is not None:
+            (folder / "pruning.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        if also is not None:
+            also(folder)
+    return exported
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A directory to write to; it takes the target's name when all went well, else it is gone."""
+    check_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
-        with quiet_libraries(bars=False):
-            exported.save_pretrained(partial)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-        if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        if record is not None:
-            (partial / "pruning.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        yield partial
         partial.chmod(0o777 & ~_umask())  # mkdtemp's own is for one user alone
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return exported
 
 
 def check_free(target: Path) -> None:

@@ -49,6 +49,15 @@ class EmbeddedCorpus:
     rows_per_line: bool = False
 
 
+@dataclass(frozen=True)
+class Text:
+    """Windows of a text that a model is calibrated or measured on."""
+
+    corpus: str
+    windows: int
+    length: int = 512
+
+
 EMBEDDED_CORPORA = {
     "c4": EmbeddedCorpus(
         files=("c4_en_train_1000.jsonl.gz", "c4_en_train_2000.jsonl.gz"),
@@ -287,6 +296,64 @@ def calibration_windows(
     for ids in itertools.islice(itertools.cycle(long_enough), count - len(windows)):
         crop(ids)
     return torch.tensor(windows)
+
+
+def training_windows(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    packing: bool = False,
+    held_out: float = 0.04,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences to train on and sequences held out, from different documents.
+
+    Args:
+        documents: as from `load_corpus`; shuffled by the seed.
+        tokenizer: of the model; no special tokens are added.
+        length: tokens a sequence.
+        packing: False: the first `length` tokens of every document that has more (LLM-Pruner, LoRAPrune).
+            True: documents one after the other, the end-of-text token between them, cut anywhere; nothing
+            is lost but a rest.
+        held_out: share of the documents held out, at least one (800 of 20000 in the published runs).
+        seed: draws the order and the held-out documents.
+
+    Returns:
+        Two LongTensors (count, length); the second may be empty where there is little text.
+
+    Raises:
+        UsageError: no sequence of that length, or no end-of-text token to pack with.
+    """
+    _require_positive(length=length)
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    split = max(round(held_out * len(order)), 1) if len(order) > 1 else 0
+    if packing and tokenizer.eos_token_id is None:
+        raise UsageError("packing needs a tokenizer with an end-of-text token; train without packing.")
+
+    def windows(chosen: Sequence[int]) -> torch.Tensor:
+        rows: list[list[int]] = []
+        rest: list[int] = []
+        for index in chosen:
+            ids = tokenize(documents[index], tokenizer)
+            if not packing:
+                if len(ids) > length:
+                    rows.append(ids[:length])
+                continue
+            rest += [*ids, tokenizer.eos_token_id]
+            whole = len(rest) // length * length
+            rows += [rest[i : i + length] for i in range(0, whole, length)]
+            rest = rest[whole:]
+        return torch.tensor(rows, dtype=torch.long).view(-1, length)
+
+    train = windows(order[split:])
+    if not len(train):
+        raise UsageError(
+            f"the training text has no {'' if packing else 'document of more than '}{length} tokens; give "
+            "longer text, ask for shorter sequences, or pack documents together."
+        )
+    return train, windows(order[:split])
 
 
 Sampling = Literal["in-order", "published"]

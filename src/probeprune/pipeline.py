@@ -1,7 +1,7 @@
 """From a model to a pruned checkpoint: calibrate, prune, measure before and after, save with a model card."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +9,16 @@ import torch
 from torch import nn
 
 from probeprune.blocks import find_blocks
+from probeprune.cards import pruning_card
 from probeprune.checkpoint import Layout, check_free, check_space, empty_model, export, save
-from probeprune.data import calibration_windows, evaluation_windows, load_corpus
+from probeprune.data import Text, calibration_windows, evaluation_windows, load_corpus
 from probeprune.errors import UsageError
 from probeprune.evaluation.cost import PeakMemory
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.experiment import Progress, versions
 from probeprune.methods import Method, compose
 from probeprune.models import LoadedModel, cache_dir
-from probeprune.surgery import Pruning, check_static, prune
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text a model is calibrated or measured on."""
-
-    corpus: str
-    windows: int
-    length: int = 512
+from probeprune.surgery import check_static, prune
 
 
 def prune_to(
@@ -128,7 +120,7 @@ def prune_to(
         out,
         tokenizer=loaded.tokenizer,
         layout=layout,
-        card=card(done, record, out.name),
+        card=pruning_card(done, record, out.name),
         record=record,
     )
     return record
@@ -179,109 +171,3 @@ def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:
     if method.gradients is not None:
         record["gradients"] = {"windows": method.gradients.windows, "length": method.gradients.length}
     return record
-
-
-def card(done: Pruning, record: dict[str, Any], name: str) -> str:
-    """The model card (Markdown): what was done, with which data, and what it cost."""
-    before, after = done.parameters
-    method = done.method
-    rows = [
-        ("method", f"{method.name} ({method.source})" if method.source else method.name),
-        (
-            "importance, allocation, compensation",
-            f"{method.importance}, {method.allocation}, {method.compensation}",
-        ),
-        ("asked for", f"{done.ratio:.1%} of the attention and MLP blocks' parameters"),
-        ("removed", f"{done.removed_share:.1%} of them"),
-        ("parameters, embeddings included", f"{before / 1e6:.1f} M before, {after / 1e6:.1f} M after"),
-        ("kept", _kept_line(done)),
-        ("seed", str(record["seed"])),
-    ]
-    if record["calibration"] is not None:
-        used = [
-            f"{what} on {part['windows']} windows of {part['length']} tokens"
-            for what, part in record["calibration"].items()
-            if what != "corpus"
-        ]
-        rows.append(("calibration", f"{record['calibration']['corpus']}: {'; '.join(used)}"))
-    if done.steps > 1:
-        rows.append(("steps", str(done.steps)))
-    rows.append(
-        (
-            "time and memory of pruning",
-            f"{record['seconds']:.0f} s, {record['peak_memory'] / 2**30:.2f} GiB at most",
-        )
-    )
-    rows.append(("dtype and device while pruning", f"{record['dtype']}, {record['device']}"))
-    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    rows.append(("made with", versions))
-    if record["layout"] == "uniform":
-        opening = "All layers have one width, so this is a plain model: nothing but transformers is needed."
-        remote = ""
-    else:
-        opening = (
-            "Layers have widths of their own. With `import probeprune` it opens as any model; without, the "
-            "small `modeling_pruned.py` beside the weights is run when you allow it:"
-        )
-        remote = ", trust_remote_code=True"
-    parts = [
-        "---",
-        *([f"base_model: {record['base_model']}"] if _is_hub_id(record["base_model"]) else []),
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [pruned, structured-pruning, probeprune]",
-        "---",
-        "",
-        f"# {record['base_model']}, pruned by {done.removed_share:.0%}",
-        "",
-        "Structured pruning: whole attention heads and MLP channels are gone, so the model is smaller and "
-        "faster in any engine.",
-        "",
-        "| what | |",
-        "| --- | --- |",
-        *(f"| {what} | {value} |" for what, value in rows),
-        "",
-        "## What it cost",
-        "",
-    ]
-    if record["evaluation"] is None:
-        parts.append("Quality was not measured.")
-    else:
-        text, found = record["evaluation"], record["evaluation"]["perplexity"]
-        parts += [
-            f"Perplexity on {text['corpus']} (first {text['windows']} windows of {text['length']} tokens): "
-            f"**{found['dense']:.2f}** dense, **{found['pruned']:.2f}** pruned "
-            f"({found['pruned'] / found['dense']:.2f} times). It was not trained after pruning.",
-        ]
-    parts += [
-        "",
-        "## Use",
-        "",
-        opening,
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{remote})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})',
-        "```",
-        "",
-        "Which heads and channels of the dense model are left is listed in `pruning.json`. The licence is "
-        "that of the dense model.",
-        "",
-    ]
-    return "\n".join(parts)
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not Path(name).expanduser().exists()
-
-
-def _kept_line(done: Pruning) -> str:
-    """The range of widths over the layers: `2-3 of 3 attention units, 1100-1536 of 1536 channels`."""
-    parts = []
-    for kind, noun in (("attention", "attention units"), ("mlp", "MLP channels")):
-        own = [k for k in done.kept if k.kind == kind]
-        low, high = min(len(k.units) for k in own), max(len(k.units) for k in own)
-        parts.append(f"{low if low == high else f'{low}-{high}'} of {max(k.of for k in own)} {noun}")
-    return f"{', '.join(parts)} a layer"

@@ -3,7 +3,7 @@
 The order and the cut are those of the runtime (`plan.py`, `partition.py`); the window is made permanent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from probeprune import allocation
-from probeprune.blocks import Block, find_blocks
+from probeprune.blocks import Block, UnitKind, find_blocks
 from probeprune.calibration import Statistics, calibrate
 from probeprune.compensation import lost_bias
 from probeprune.errors import UsageError
@@ -124,6 +124,21 @@ def prune(
         ),
         steps=steps,
     )
+
+
+def cut(model: nn.Module, kept: Mapping[str, torch.Tensor], units: UnitKind = "group") -> None:
+    """Cut the named blocks of `model` down to these units, for good.
+
+    Args:
+        model: a supported causal LM, nothing attached.
+        kept: by block name the ids that stay, LongTensor (k,), k >= 1; other blocks stay whole.
+        units: what an attention unit is.
+    """
+    for block in find_blocks(model, units):
+        if block.name in kept and len(kept[block.name]) < block.units:
+            partition = Partition(block)
+            partition.keep(kept[block.name].to(block.consumer.weight.device))
+            partition.cut()
 
 
 def check_static(method: Method) -> None:

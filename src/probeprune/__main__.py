@@ -1,0 +1,5 @@
+"""`python -m probeprune`, as torchrun and accelerate launch want it."""
+
+from probeprune.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Training: recovery of pruned models, and LoRAPrune, which prunes while it trains."""

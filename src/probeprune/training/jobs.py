@@ -1,0 +1,252 @@
+"""From a model and a text to a trained checkpoint: measure, train, measure, save with a model card."""
+
+import importlib.metadata
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from probeprune.blocks import find_blocks
+from probeprune.cards import training_card
+from probeprune.checkpoint import Layout, check_free, save, writing
+from probeprune.data import Text, evaluation_windows, load_corpus, training_windows
+from probeprune.evaluation.perplexity import perplexity
+from probeprune.models import LoadedModel
+from probeprune.training.loraprune import loraprune
+from probeprune.training.recovery import (
+    Progress,
+    Trained,
+    Training,
+    base_model,
+    is_first,
+    merged,
+    one_writer,
+    processes,
+    recover,
+)
+
+_PACKAGES = ("probeprune", "torch", "transformers", "peft")
+
+
+def recover_to(
+    loaded: LoadedModel,
+    out: Path,
+    training: Training,
+    *,
+    corpus: str,
+    packing: bool = False,
+    evaluation: Text,
+    merge: bool = False,
+    save_dtype: torch.dtype | None = None,
+    progress: Progress = lambda what, done, of: None,
+) -> dict[str, Any]:
+    """Train a loaded model and write the result; returns its record, as in training.json.
+
+    Work in progress lies in `<out>.training` until it is done; the same call goes on from there. With several
+    processes all call this alike and the first one writes.
+
+    Args:
+        loaded: changed in place.
+        out: a directory that does not exist or is empty. It becomes a PEFT adapter; with `merge` a checkpoint
+            that holds the adapter in `adapter/`; a checkpoint when all weights were trained.
+        training: what to do.
+        corpus: text to train on: an embedded name, a file or a hub id.
+        packing: put documents one after the other instead of cutting one sequence out of each.
+        evaluation: perplexity before and after is measured on these; 0 windows: not.
+        merge: fold the adapter into the weights.
+        save_dtype: of the weights on disk; None as they are.
+
+    Raises:
+        UsageError, FloatingPointError: what `training.recover` and `save` raise.
+    """
+    check_free(out)
+    measure = _Measure(loaded, evaluation, progress)
+    text = _training_text(loaded, corpus, packing, training)
+    measure("before")
+    trained = recover(loaded.model, *text, training, _work(out), progress=progress)
+    model = trained.model
+    measure("after", model)
+    record = _training_record(loaded, corpus, packing, training, trained, evaluation, measure.figures)
+    with one_writer() as first:
+        if first:
+            _write_trained(loaded, out, model, merge, record, save_dtype)
+    return record
+
+
+def loraprune_to(
+    loaded: LoadedModel,
+    ratio: float,
+    out: Path,
+    training: Training,
+    *,
+    layout: Layout,
+    round_to: int = 1,
+    skip_layers: int | None = None,
+    corpus: str,
+    packing: bool = False,
+    evaluation: Text,
+    save_dtype: torch.dtype | None = None,
+    progress: Progress = lambda what, done, of: None,
+) -> dict[str, Any]:
+    """Prune a loaded model while it trains and write the checkpoint; see `recover_to` and `loraprune`."""
+    check_free(out)
+    measure = _Measure(loaded, evaluation, progress)
+    text = _training_text(loaded, corpus, packing, training)
+    before = sum(p.numel() for p in loaded.model.parameters())
+    blocks = {b.name: (b.units, b.parameters) for b in find_blocks(loaded.model)}
+    measure("before")
+    model, trained, kept = loraprune(
+        loaded.model,
+        *text,
+        ratio,
+        training,
+        _work(out),
+        skip_layers=skip_layers,
+        round_to=round_to,
+        allocation="even" if layout == "uniform" else "uniform",
+        progress=progress,
+    )
+    measure("after", model)
+    left = sum(b.parameters for b in find_blocks(model))
+    record = {
+        **_training_record(loaded, corpus, packing, training, trained, evaluation, measure.figures),
+        "method": "loraprune, while training",
+        "ratio": ratio,
+        "removed_share": 1 - left / sum(p for _, p in blocks.values()),
+        "parameters": [before, sum(p.numel() for p in model.parameters())],
+        "layout": layout,
+        "kept": {
+            name: {"units": kept[name].tolist() if name in kept else list(range(units)), "of": units}
+            for name, (units, _) in blocks.items()
+        },
+    }
+    with one_writer() as first:
+        if first:
+            if save_dtype is not None:
+                model.to(save_dtype)
+            save(
+                model,
+                out,
+                tokenizer=loaded.tokenizer,
+                layout=layout,
+                card=training_card(record, out.name, "checkpoint"),
+                also=lambda folder: _write_log(folder, _work(out), record),
+            )
+            shutil.rmtree(_work(out), ignore_errors=True)
+    return record
+
+
+class _Measure:
+    """Perplexity on the evaluation text, in the first process."""
+
+    def __init__(self, loaded: LoadedModel, text: Text, progress: Progress) -> None:
+        self.loaded, self.progress = loaded, progress
+        self.figures: dict[str, float] = {}
+        self.windows = None
+        if text.windows:
+            self.windows = evaluation_windows(
+                load_corpus(text.corpus), loaded.tokenizer, length=text.length, limit=text.windows
+            )
+
+    def __call__(self, what: str, model: Any = None) -> None:
+        if self.windows is None or not is_first():
+            return
+        found = perplexity(
+            base_model(self.loaded.model if model is None else model),
+            self.windows,
+            progress=lambda n, of: self.progress(f"perplexity {what}", n, of),
+        )
+        self.figures[what], self.figures[f"{what}_error"] = found.value, found.standard_error
+
+
+def _work(out: Path) -> Path:
+    return out.with_name(f"{out.name}.training")
+
+
+def _training_text(
+    loaded: LoadedModel, corpus: str, packing: bool, training: Training
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return training_windows(
+        load_corpus(corpus), loaded.tokenizer, length=training.length, packing=packing, seed=training.seed
+    )
+
+
+def _training_record(
+    loaded: LoadedModel,
+    corpus: str,
+    packing: bool,
+    training: Training,
+    trained: Trained,
+    evaluation: Text,
+    figures: dict[str, float],
+) -> dict[str, Any]:
+    return {
+        "base_model": loaded.name,
+        "training": asdict(training),
+        "corpus": corpus,
+        "packing": packing,
+        "steps": trained.steps,
+        "best_step": trained.best_step,
+        "tokens": trained.steps * training.batch_size * training.length,
+        "held_out_loss": list(trained.held_out),
+        "evaluation": {**asdict(evaluation), "perplexity": figures} if figures else None,
+        "seconds": round(trained.seconds, 1),
+        "peak_memory": trained.peak_memory,
+        "processes": processes(),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "versions": {
+            p: importlib.metadata.version(p) for p in ("probeprune", "torch", "transformers", "peft")
+        },
+        "history": trained.history,
+    }
+
+
+def _write_trained(
+    loaded: LoadedModel,
+    out: Path,
+    model: Any,
+    merge: bool,
+    record: dict[str, Any],
+    save_dtype: torch.dtype | None,
+) -> None:
+    adapter = isinstance(model, PeftModel)
+    if adapter and not merge:
+        with writing(out) as folder:
+            model.peft_config["default"].base_model_name_or_path = loaded.name
+            model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(training_card(record, out.name, "adapter"), encoding="utf-8")
+            _write_log(folder, _work(out), record)
+    else:
+        beside = _work(out) / "adapter"
+        if adapter:
+            model.peft_config["default"].base_model_name_or_path = loaded.name
+            model.save_pretrained(beside)
+
+        def also(folder: Path) -> None:
+            if adapter:
+                shutil.copytree(beside, folder / "adapter")
+            _write_log(folder, _work(out), record)
+
+        whole = merged(model)
+        if save_dtype is not None:
+            whole.to(save_dtype)
+        save(
+            whole,
+            out,
+            tokenizer=loaded.tokenizer,
+            card=training_card(record, out.name, "checkpoint"),
+            also=also,
+        )
+    shutil.rmtree(_work(out), ignore_errors=True)
+
+
+def _write_log(folder: Path, work: Path, record: dict[str, Any]) -> None:
+    (folder / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    if (work / "tensorboard").is_dir():
+        shutil.copytree(work / "tensorboard", folder / "tensorboard")
