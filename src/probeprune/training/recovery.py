@@ -194,7 +194,7 @@ def recover(
         if training.patience is not None:
             trainer.add_callback(_Patience(training.patience))
         with PeakMemory(device) as memory, _explained(work):
-            before = _before(work, trainer)
+            before = _before(work, trained, held_out, training.micro_batch)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trained.eval()
     model.requires_grad_(False)
@@ -292,9 +292,7 @@ def _begin(
         PartialState().wait_for_everyone()  # all have looked before the first one writes
         if PartialState().is_main_process:
             work.mkdir(parents=True, exist_ok=True)
-            beside = file.with_suffix(".tmp")
-            beside.write_text(json.dumps(ours, indent=1), encoding="utf-8")
-            beside.replace(file)
+            _write_json(file, ours)
         PartialState().wait_for_everyone()
         return None
     theirs = json.loads(file.read_text(encoding="utf-8"))
@@ -311,17 +309,36 @@ def _begin(
     return last_checkpoint(work)
 
 
-def _before(work: Path, trainer: Trainer) -> float:
-    """Held-out loss before training; kept, since a resumed run can no longer measure it."""
+def _before(work: Path, model: Any, held_out: torch.Tensor, micro_batch: int) -> float:
+    """Held-out loss before training; kept, since a resumed run can no longer measure it.
+
+    Not by the Trainer: after `Trainer.evaluate` a later `train` does not wrap the model for several processes.
+    """
     file = work / "before.json"
     if file.exists():
         return float(json.loads(file.read_text(encoding="utf-8")))
-    loss = float(trainer.evaluate()["eval_loss"])
-    if PartialState().is_main_process:
-        beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(loss), encoding="utf-8")
-        beside.replace(file)
+    model.eval()
+    device = next(model.parameters()).device
+    total = 0.0
+    with torch.no_grad():
+        for batch in held_out.split(micro_batch):
+            ids = batch.to(device)
+            total += float(model(input_ids=ids, labels=ids).loss) * len(ids)
+    loss = total / len(held_out)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            "the held-out loss is NaN or infinite before training; use float32 or bfloat16, or check the model."
+        )
+    if is_first():
+        _write_json(file, loss)
     return loss
+
+
+def _write_json(file: Path, value: object) -> None:
+    """Write and rename, so that a kill leaves all or nothing."""
+    beside = file.with_suffix(".tmp")
+    beside.write_text(json.dumps(value), encoding="utf-8")
+    beside.replace(file)
 
 
 @contextmanager
@@ -379,7 +396,6 @@ def _arguments(
         report_to="none",  # the writer is ours: the Trainer's would log the first evaluation elsewhere
         seed=training.seed,
         data_seed=training.seed,
-        dataloader_drop_last=True,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         disable_tqdm=True,
