@@ -319,7 +319,7 @@ def recover(
     from probeprune.checkpoint import check_free
     from probeprune.data import Text
     from probeprune.training import jobs
-    from probeprune.training.recovery import Lora, Training
+    from probeprune.training.settings import Lora, Training
 
     check_free(out_dir)
     training = Training(
@@ -388,7 +388,7 @@ def loraprune(
     from probeprune.checkpoint import check_free
     from probeprune.data import Text
     from probeprune.training import jobs
-    from probeprune.training.recovery import Lora, Training
+    from probeprune.training.settings import Lora, Training
 
     check_free(out_dir)
     check_ratio(ratio)
@@ -430,20 +430,22 @@ def loraprune(
 
 def load_for_training(model: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
     """The model in every process, each on its own device."""
-    from accelerate import PartialState
-
     from probeprune.models import load_model
+    from probeprune.training import processes
 
-    PartialState(cpu=device == "cpu")
+    processes.join(device)
     with err.status("loading the model"):
-        return load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        chosen = processes.agreed(loaded.dtype)  # auto measures, so processes could differ
+        loaded.model.to(chosen)
+    return dataclasses.replace(loaded, dtype=chosen)
 
 
 def say_trained(record: dict[str, Any], out_dir: Path, as_json: bool) -> None:
     """The outcome of a training run, once."""
-    from probeprune.training.recovery import is_first
+    from probeprune.training import processes
 
-    if not is_first():
+    if not processes.is_first():
         return
     if as_json:
         print(json.dumps(record))

@@ -4,7 +4,6 @@ The results file starts with the settings that all its lines share; a run that i
 with the same settings continues where it was. Knows nothing of how results are shown (`report.py`).
 """
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -23,10 +22,9 @@ from probeprune.evaluation.cost import PeakMemory, blocks_flops, probe_flops
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.methods import Method
 from probeprune.models import LoadedModel, cache_dir
+from probeprune.progress import Progress
+from probeprune.provenance import versions
 from probeprune.surgery import method_saliences
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, windows done, windows in all)."""
 
 RESULTS = "results.jsonl"
 
@@ -199,11 +197,6 @@ def run(
         row = measure(loaded, settings, cell, text, known[cell.method], progress)
         results.add(row)
         done(cell, row)
-
-
-def versions() -> dict[str, str]:
-    """The versions a result depends on."""
-    return {p: importlib.metadata.version(p) for p in ("probeprune", "torch", "transformers")}
 
 
 def calibrated(loaded: LoadedModel, settings: Settings, progress: Progress) -> Statistics:

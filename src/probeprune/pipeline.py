@@ -15,9 +15,10 @@ from probeprune.data import Text, calibration_windows, evaluation_windows, load_
 from probeprune.errors import UsageError
 from probeprune.evaluation.cost import PeakMemory
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.experiment import Progress, versions
 from probeprune.methods import Method, compose
 from probeprune.models import LoadedModel, cache_dir
+from probeprune.progress import Progress, silent
+from probeprune.provenance import versions
 from probeprune.surgery import check_static, prune
 
 
@@ -34,7 +35,7 @@ def prune_to(
     batch_size: int = 16,
     seed: int = 0,
     save_dtype: torch.dtype | None = None,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Prune a loaded model and write the checkpoint; returns its record, as in pruning.json.
 

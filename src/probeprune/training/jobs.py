@@ -1,6 +1,5 @@
 """From a model and a text to a trained checkpoint: measure, train, measure, save with a model card."""
 
-import importlib.metadata
 import json
 import shutil
 from dataclasses import asdict
@@ -16,20 +15,12 @@ from probeprune.checkpoint import Layout, check_free, save, writing
 from probeprune.data import Text, evaluation_windows, load_corpus, training_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.models import LoadedModel
+from probeprune.progress import Progress, silent
+from probeprune.provenance import versions
+from probeprune.training import processes
 from probeprune.training.loraprune import loraprune
-from probeprune.training.recovery import (
-    Progress,
-    Trained,
-    Training,
-    base_model,
-    is_first,
-    merged,
-    one_writer,
-    processes,
-    recover,
-)
-
-_PACKAGES = ("probeprune", "torch", "transformers", "peft")
+from probeprune.training.recovery import Trained, base_model, merged, recover
+from probeprune.training.settings import Training
 
 
 def recover_to(
@@ -42,7 +33,7 @@ def recover_to(
     evaluation: Text,
     merge: bool = False,
     save_dtype: torch.dtype | None = None,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train a loaded model and write the result; returns its record, as in training.json.
 
@@ -71,7 +62,7 @@ def recover_to(
     model = trained.model
     measure("after", model)
     record = _training_record(loaded, corpus, packing, training, trained, evaluation, measure.figures)
-    with one_writer() as first:
+    with processes.one_writer() as first:
         if first:
             _write_trained(loaded, out, model, merge, record, save_dtype)
     return record
@@ -90,7 +81,7 @@ def loraprune_to(
     packing: bool = False,
     evaluation: Text,
     save_dtype: torch.dtype | None = None,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Prune a loaded model while it trains and write the checkpoint; see `recover_to` and `loraprune`."""
     check_free(out)
@@ -124,7 +115,7 @@ def loraprune_to(
             for name, (units, _) in blocks.items()
         },
     }
-    with one_writer() as first:
+    with processes.one_writer() as first:
         if first:
             if save_dtype is not None:
                 model.to(save_dtype)
@@ -153,7 +144,7 @@ class _Measure:
             )
 
     def __call__(self, what: str, model: Any = None) -> None:
-        if self.windows is None or not is_first():
+        if self.windows is None or not processes.is_first():
             return
         found = perplexity(
             base_model(self.loaded.model if model is None else model),
@@ -191,17 +182,16 @@ def _training_record(
         "packing": packing,
         "steps": trained.steps,
         "best_step": trained.best_step,
+        "epochs": trained.epochs,
         "tokens": trained.steps * training.batch_size * training.length,
         "held_out_loss": list(trained.held_out),
         "evaluation": {**asdict(evaluation), "perplexity": figures} if figures else None,
         "seconds": round(trained.seconds, 1),
         "peak_memory": trained.peak_memory,
-        "processes": processes(),
+        "processes": processes.count(),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
-        "versions": {
-            p: importlib.metadata.version(p) for p in ("probeprune", "torch", "transformers", "peft")
-        },
+        "versions": versions("peft"),
         "history": trained.history,
     }
 

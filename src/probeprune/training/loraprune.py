@@ -18,8 +18,10 @@ from probeprune import allocation as allocations
 from probeprune.blocks import Block, Member, find_blocks
 from probeprune.errors import UsageError
 from probeprune.importance import sum_of_shares
+from probeprune.progress import Progress, silent
 from probeprune.surgery import cut
-from probeprune.training.recovery import Progress, Trained, Training, merged, recover
+from probeprune.training.recovery import Trained, merged, recover
+from probeprune.training.settings import Training
 
 
 def schedule(progress: float, ramp: float = 0.1) -> float:
@@ -184,7 +186,7 @@ def loraprune(
     skip_layers: int | None = None,
     round_to: int = 1,
     allocation: Literal["uniform", "even"] = "uniform",
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
 ) -> tuple[PreTrainedModel, Trained, dict[str, torch.Tensor]]:
     """Prune `model` while LoRA trains it; cut and merged at the end.
 
