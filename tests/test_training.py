@@ -236,6 +236,50 @@ def test_resumed_is_the_same_as_unbroken(kind, killed_at, tmp_path):
         assert all(m.equal(b.masked[n]) and a.scores[n].equal(b.scores[n]) for n, m in a.masked.items())
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_gradient_checkpointing_and_micro_batches_change_nothing(kind, tmp_path):
+    lora = None if kind == "full" else Lora(dropout=0.0)
+    plain = changed(SMALL, lora=lora)
+    one = recover(FAMILIES["llama-gqa"](), TEXT, HELD_OUT, plain, tmp_path / "one")
+    runs = [changed(plain, gradient_checkpointing=True), changed(plain, micro_batch=2)]
+    for i, training in enumerate(runs):
+        seen = []
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, seen=seen, **kwargs):
+                seen.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
+
+        model = FAMILIES["llama-gqa"]()
+        two = recover(model, TEXT, HELD_OUT, training, tmp_path / str(i), callbacks=[Watch()])
+        assert seen == [training.gradient_checkpointing] * 6
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        for (name, a), b in zip(weights(one.model).items(), weights(two.model).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_half_precision_trains_in_float32(tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append({p.dtype for p in model.parameters() if p.requires_grad})
+
+    for lora in (Lora(), None):
+        model = FAMILIES["llama-gqa"]().to(torch.bfloat16)
+        trained = recover(
+            model,
+            TEXT,
+            HELD_OUT,
+            changed(SMALL, lora=lora),
+            tmp_path / str(lora is None),
+            callbacks=[Watch()],
+        )
+        assert len(seen) == 6 and all(dtypes == {torch.float32} for dtypes in seen)
+        assert {p.dtype for n, p in model.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+        assert trained.held_out[1] < trained.held_out[0]
+        seen.clear()
+
+
 def test_a_run_begun_differently_is_refused(tmp_path):
     recover(FAMILIES["llama"](), TEXT, HELD_OUT, changed(SMALL, steps=1), tmp_path / "w")
     for model, text, training, says in (

@@ -105,7 +105,7 @@ def recover(
         with quiet_libraries():
             trained = get_peft_model(trained, lora_config(model, training.lora))
     if training.gradient_checkpointing:
-        trained.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     seconds = Seconds()
     with quiet_libraries():
         trainer = CheckedTrainer(
@@ -127,6 +127,8 @@ def recover(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trained.eval()
     model.requires_grad_(False)
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
     if training.lora is None:
         model.to(dtype)
     log = trainer.state.log_history

@@ -174,8 +174,6 @@ def trainer_arguments(
         lr_scheduler_type="linear",
         weight_decay=training.weight_decay,
         max_grad_norm=training.clip,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
