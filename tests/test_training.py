@@ -339,7 +339,7 @@ def test_text_and_batches_that_do_not_fit(tmp_path, number_tokenizer):
         recover(FAMILIES["llama"](), TEXT, HELD_OUT, changed(SMALL, batch_size=6), tmp_path / "w")
     with pytest.raises(UsageError, match="positions"):
         recover(FAMILIES["llama"](), token_ids(8, 200), HELD_OUT, SMALL, tmp_path / "w")
-    for bad in ({"steps": 0}, {"learning_rate": 0.0}, {"lora": Lora(rank=0)} if False else {"length": 1}):
+    for bad in ({"steps": 0}, {"learning_rate": 0.0}, {"lora": Lora(rank=0)}, {"length": 1}):
         with pytest.raises(UsageError):
             changed(SMALL, **bad)
     documents = [" ".join(str(i) for i in range(n)) for n in (5, 30, 40, 12)]

@@ -21,6 +21,7 @@ from probeprune.evaluation.cost import PeakMemory, counting_flops
 from probeprune.methods import METHODS, Method
 from probeprune.models import LoadedModel
 from probeprune.passes import find_decoder
+from probeprune.progress import Progress
 
 OVERHEAD = ("choose", "score", "swap", "history")
 """Stages that are neither the probe's nor the pruned block's own arithmetic."""
@@ -34,7 +35,7 @@ def bench(
     batch_size: int,
     length: int,
     rounds: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Prefill through the decoder: one dictionary for dense and one a method.
 

@@ -38,8 +38,7 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
         )
     )
     rows.append(("dtype and device while pruning", f"{record['dtype']}, {record['device']}"))
-    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    rows.append(("made with", versions))
+    rows.append(("made with", _versions(record)))
     if record["layout"] == "uniform":
         opening = "All layers have one width, so this is a plain model: nothing but transformers is needed."
         remote = ""
@@ -49,23 +48,15 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
             "small `modeling_pruned.py` beside the weights is run when you allow it:"
         )
         remote = ", trust_remote_code=True"
+    base = [f"base_model: {record['base_model']}"] if _is_hub_id(record["base_model"]) else []
     parts = [
-        "---",
-        *([f"base_model: {record['base_model']}"] if _is_hub_id(record["base_model"]) else []),
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [pruned, structured-pruning, probeprune]",
-        "---",
-        "",
+        *_front("transformers", *base),
         f"# {record['base_model']}, pruned by {done.removed_share:.0%}",
         "",
         "Structured pruning: whole attention heads and MLP channels are gone, so the model is smaller and "
         "faster in any engine.",
         "",
-        "| what | |",
-        "| --- | --- |",
-        *(f"| {what} | {value} |" for what, value in rows),
-        "",
+        *_table(rows),
         "## What it cost",
         "",
     ]
@@ -74,8 +65,7 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
     else:
         text, found = record["evaluation"], record["evaluation"]["perplexity"]
         parts += [
-            f"Perplexity on {text['corpus']} (first {text['windows']} windows of {text['length']} tokens): "
-            f"**{found['dense']:.2f}** dense, **{found['pruned']:.2f}** pruned "
+            f"{_measured_on(text)}: **{found['dense']:.2f}** dense, **{found['pruned']:.2f}** pruned "
             f"({found['pruned'] / found['dense']:.2f} times). It was not trained after pruning.",
         ]
     parts += [
@@ -112,20 +102,16 @@ def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "c
         ("held-out loss", "{:.3f} before, {:.3f} after".format(*record["held_out_loss"])),
         ("time and memory", f"{record['seconds']:.0f} s, {record['peak_memory'] / 2**30:.2f} GiB at most"),
         ("processes, dtype, device", f"{record['processes']}, {record['dtype']}, {record['device']}"),
-        ("made with", ", ".join(f"{k} {v}" for k, v in record["versions"].items())),
+        ("made with", _versions(record)),
     ]
-    if "removed_share" in record:
-        rows.insert(1, ("pruned", f"{record['removed_share']:.1%} of the blocks, by {record['method']}"))
     title = f"{record['base_model']}, trained after pruning"
     if "removed_share" in record:
         title = f"{record['base_model']}, pruned by {record['removed_share']:.0%} while training"
+        rows.insert(1, ("pruned", f"{record['removed_share']:.1%} of the blocks, by {record['method']}"))
     quality = "Perplexity was not measured."
     if record["evaluation"] is not None:
         text, found = record["evaluation"], record["evaluation"]["perplexity"]
-        quality = (
-            f"Perplexity on {text['corpus']} (first {text['windows']} windows of {text['length']} tokens): "
-            f"{found['before']:.2f} before, **{found['after']:.2f}** after."
-        )
+        quality = f"{_measured_on(text)}: {found['before']:.2f} before, **{found['after']:.2f}** after."
     if kind == "adapter":
         base = f'AutoModelForCausalLM.from_pretrained("{record["base_model"]}")'
         use = f'PeftModel.from_pretrained({base}, "{name}")'
@@ -133,18 +119,10 @@ def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "c
         use = f'AutoModelForCausalLM.from_pretrained("{name}")'
     return "\n".join(
         [
-            "---",
-            "library_name: " + ("peft" if kind == "adapter" else "transformers"),
-            "pipeline_tag: text-generation",
-            "tags: [pruned, structured-pruning, probeprune]",
-            "---",
-            "",
+            *_front("peft" if kind == "adapter" else "transformers"),
             f"# {title}",
             "",
-            "| what | |",
-            "| --- | --- |",
-            *(f"| {what} | {value} |" for what, value in rows),
-            "",
+            *_table(rows),
             quality,
             "",
             "```python",
@@ -156,6 +134,31 @@ def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "c
             "",
         ]
     )
+
+
+def _front(library: str, *more: str) -> list[str]:
+    """The metadata that the hub reads."""
+    return [
+        "---",
+        *more,
+        f"library_name: {library}",
+        "pipeline_tag: text-generation",
+        "tags: [pruned, structured-pruning, probeprune]",
+        "---",
+        "",
+    ]
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    return ["| what | |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows), ""]
+
+
+def _measured_on(text: dict[str, Any]) -> str:
+    return f"Perplexity on {text['corpus']} (first {text['windows']} windows of {text['length']} tokens)"
+
+
+def _versions(record: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in record["versions"].items())
 
 
 def _is_hub_id(name: str) -> bool:

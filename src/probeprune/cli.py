@@ -264,19 +264,12 @@ def prune(
             save_dtype=loaded.stored_dtype if dtype == "auto" else loaded.dtype,
             progress=show,
         )
-    if as_json:
-        print(json.dumps(record))
-        return
     before, after = record["parameters"]
-    err.print(
-        f"[green]saved[/green] {out_dir}: {record['removed_share']:.1%} of the blocks removed, "
-        f"{before / 1e6:.1f} M -> {after / 1e6:.1f} M parameters, in {record['seconds']:.0f} s",
-        highlight=False,
-        soft_wrap=True,
+    did = (
+        f"{record['removed_share']:.1%} of the blocks removed, {before / 1e6:.1f} M -> {after / 1e6:.1f} M "
+        f"parameters, in {record['seconds']:.0f} s"
     )
-    if record["evaluation"] is not None:
-        found = record["evaluation"]["perplexity"]
-        print(f"{corpus} perplexity: dense {found['dense']:.2f}, pruned {found['pruned']:.2f}")
+    say_saved(record, out_dir, did, ("dense", "pruned"), as_json)
 
 
 @app.command()
@@ -392,8 +385,7 @@ def loraprune(
 
     check_free(out_dir)
     check_ratio(ratio)
-    if layout not in get_args(Layout):
-        raise UsageError(unknown("layout", layout, get_args(Layout)))
+    one_of("layout", layout, get_args(Layout))
     if layout == "uniform" and skip_layers:
         raise UsageError("the uniform layout gives all layers one width: leave --skip-layers out.")
     training = Training(
@@ -447,20 +439,26 @@ def say_trained(record: dict[str, Any], out_dir: Path, as_json: bool) -> None:
 
     if not processes.is_first():
         return
+    before, after = record["held_out_loss"]
+    did = (
+        f"{record['steps']} steps, {record['tokens']:,} tokens in {record['seconds']:.0f} s; held-out loss "
+        f"{before:.3f} -> {after:.3f}"
+    )
+    say_saved(record, out_dir, did, ("before", "after"), as_json)
+
+
+def say_saved(
+    record: dict[str, Any], out_dir: Path, did: str, measured: tuple[str, str], as_json: bool
+) -> None:
+    """What was written and what it gave: the record as JSON, or two lines."""
     if as_json:
         print(json.dumps(record))
         return
-    before, after = record["held_out_loss"]
-    err.print(
-        f"[green]saved[/green] {out_dir}: {record['steps']} steps, {record['tokens']:,} tokens in "
-        f"{record['seconds']:.0f} s; held-out loss {before:.3f} -> {after:.3f}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    err.print(f"[green]saved[/green] {out_dir}: {did}", highlight=False, soft_wrap=True)
     if record["evaluation"] is not None:
         found = record["evaluation"]["perplexity"]
-        corpus = record["evaluation"]["corpus"]
-        print(f"{corpus} perplexity: before {found['before']:.2f}, after {found['after']:.2f}")
+        figures = ", ".join(f"{what} {found[what]:.2f}" for what in measured)
+        print(f"{record['evaluation']['corpus']} perplexity: {figures}")
 
 
 def static_method(

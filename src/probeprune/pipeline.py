@@ -59,29 +59,8 @@ def prune_to(
         out, rehearse(loaded.model, method, ratio, layout, steps) * (save_dtype or loaded.dtype).itemsize
     )
     windows = _calibration(loaded, method, calibration, seed)
-    text = None
-    if evaluation.windows:
-        text = evaluation_windows(
-            load_corpus(evaluation.corpus),
-            loaded.tokenizer,
-            length=evaluation.length,
-            limit=evaluation.windows,
-            sampling="in-order",
-            seed=seed,
-        )
-    figures: dict[str, float] = {}
-
-    def measure(what: str) -> None:
-        if text is not None:
-            found = perplexity(
-                loaded.model,
-                text,
-                batch_size=batch_size,
-                progress=lambda n, of: progress(f"perplexity {what}", n, of),
-            )
-            figures[what], figures[f"{what}_error"] = found.value, found.standard_error
-
-    measure("dense")
+    measure = Measure(loaded, evaluation, progress, batch_size)
+    measure("dense", loaded.model)
     started = time.monotonic()
     with PeakMemory(loaded.device) as memory:
         done = prune(
@@ -95,7 +74,7 @@ def prune_to(
             progress=progress,
         )
     seconds = time.monotonic() - started
-    measure("pruned")
+    measure("pruned", loaded.model)
     record = {
         "base_model": loaded.name,
         "method": method.record(),
@@ -106,7 +85,7 @@ def prune_to(
         "steps": steps,
         "seed": seed,
         "calibration": _calibration_record(method, calibration),
-        "evaluation": {**asdict(evaluation), "perplexity": figures} if text is not None else None,
+        "evaluation": measure.record(),
         "seconds": round(seconds, 1),
         "peak_memory": memory.bytes,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -125,6 +104,42 @@ def prune_to(
         record=record,
     )
     return record
+
+
+class Measure:
+    """Perplexity on one text, again and again: before and after something is done to a model.
+
+    Args:
+        loaded: whose tokenizer cuts the text.
+        text: to measure on; 0 windows measures nothing.
+        progress: called with (what, windows done, windows in all).
+        batch_size: windows a forward pass.
+    """
+
+    def __init__(self, loaded: LoadedModel, text: Text, progress: Progress, batch_size: int = 16) -> None:
+        self.text, self.progress, self.batch_size = text, progress, batch_size
+        self.figures: dict[str, float] = {}
+        self.windows = None
+        if text.windows:
+            self.windows = evaluation_windows(
+                load_corpus(text.corpus), loaded.tokenizer, length=text.length, limit=text.windows
+            )
+
+    def __call__(self, what: str, model: Any) -> None:
+        """Measure `model` and keep the figure under this name."""
+        if self.windows is None:
+            return
+        found = perplexity(
+            model,
+            self.windows,
+            batch_size=self.batch_size,
+            progress=lambda n, of: self.progress(f"perplexity {what}", n, of),
+        )
+        self.figures[what], self.figures[f"{what}_error"] = found.value, found.standard_error
+
+    def record(self) -> dict[str, Any] | None:
+        """The text and the figures; None where nothing was measured."""
+        return {**asdict(self.text), "perplexity": self.figures} if self.figures else None
 
 
 def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: int = 1) -> int:

@@ -21,6 +21,7 @@ from probeprune.methods import METHODS, Method, get_method
 from probeprune.partition import Partition, check_can_cut
 from probeprune.passes import check_eval
 from probeprune.plan import Kept, Scores, check_finite, check_statistics, static_scores, widths
+from probeprune.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def prune(
     steps: int = 1,
     batch_size: int = 16,
     cache: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Pruning:
     """Cut units out of `model`, in place and for good; `save` writes what is left.
 
@@ -156,7 +157,7 @@ def _collect(
     windows: torch.Tensor | None,
     batch_size: int,
     cache: Path | None,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> Statistics:
     if windows is None:
         raise UsageError(f"method {method.name!r} needs calibration=, windows of token ids (count, length).")

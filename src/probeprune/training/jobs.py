@@ -12,9 +12,9 @@ from peft import PeftModel
 from probeprune.blocks import find_blocks
 from probeprune.cards import training_card
 from probeprune.checkpoint import Layout, check_free, save, writing
-from probeprune.data import Text, evaluation_windows, load_corpus, training_windows
-from probeprune.evaluation.perplexity import perplexity
+from probeprune.data import Text, load_corpus, training_windows
 from probeprune.models import LoadedModel
+from probeprune.pipeline import Measure
 from probeprune.progress import Progress, silent
 from probeprune.provenance import versions
 from probeprune.training import processes
@@ -55,13 +55,15 @@ def recover_to(
         UsageError, FloatingPointError: what `training.recover` and `save` raise.
     """
     check_free(out)
-    measure = _Measure(loaded, evaluation, progress)
+    measure = Measure(loaded, evaluation, progress)
     text = _training_text(loaded, corpus, packing, training)
-    measure("before")
+    if processes.is_first():
+        measure("before", loaded.model)
     trained = recover(loaded.model, *text, training, _work(out), progress=progress)
     model = trained.model
-    measure("after", model)
-    record = _training_record(loaded, corpus, packing, training, trained, evaluation, measure.figures)
+    if processes.is_first():
+        measure("after", base_model(model))
+    record = _training_record(loaded, corpus, packing, training, trained, measure)
     with processes.one_writer() as first:
         if first:
             _write_trained(loaded, out, model, merge, record, save_dtype)
@@ -85,11 +87,12 @@ def loraprune_to(
 ) -> dict[str, Any]:
     """Prune a loaded model while it trains and write the checkpoint; see `recover_to` and `loraprune`."""
     check_free(out)
-    measure = _Measure(loaded, evaluation, progress)
+    measure = Measure(loaded, evaluation, progress)
     text = _training_text(loaded, corpus, packing, training)
     before = sum(p.numel() for p in loaded.model.parameters())
     blocks = {b.name: (b.units, b.parameters) for b in find_blocks(loaded.model)}
-    measure("before")
+    if processes.is_first():
+        measure("before", loaded.model)
     model, trained, kept = loraprune(
         loaded.model,
         *text,
@@ -101,10 +104,11 @@ def loraprune_to(
         allocation="even" if layout == "uniform" else "uniform",
         progress=progress,
     )
-    measure("after", model)
+    if processes.is_first():
+        measure("after", model)
     left = sum(b.parameters for b in find_blocks(model))
     record = {
-        **_training_record(loaded, corpus, packing, training, trained, evaluation, measure.figures),
+        **_training_record(loaded, corpus, packing, training, trained, measure),
         "method": "loraprune, while training",
         "ratio": ratio,
         "removed_share": 1 - left / sum(p for _, p in blocks.values()),
@@ -117,41 +121,8 @@ def loraprune_to(
     }
     with processes.one_writer() as first:
         if first:
-            if save_dtype is not None:
-                model.to(save_dtype)
-            save(
-                model,
-                out,
-                tokenizer=loaded.tokenizer,
-                layout=layout,
-                card=training_card(record, out.name, "checkpoint"),
-                also=lambda folder: _write_log(folder, _work(out), record),
-            )
-            shutil.rmtree(_work(out), ignore_errors=True)
+            _write_trained(loaded, out, model, True, record, save_dtype, layout)
     return record
-
-
-class _Measure:
-    """Perplexity on the evaluation text, in the first process."""
-
-    def __init__(self, loaded: LoadedModel, text: Text, progress: Progress) -> None:
-        self.loaded, self.progress = loaded, progress
-        self.figures: dict[str, float] = {}
-        self.windows = None
-        if text.windows:
-            self.windows = evaluation_windows(
-                load_corpus(text.corpus), loaded.tokenizer, length=text.length, limit=text.windows
-            )
-
-    def __call__(self, what: str, model: Any = None) -> None:
-        if self.windows is None or not processes.is_first():
-            return
-        found = perplexity(
-            base_model(self.loaded.model if model is None else model),
-            self.windows,
-            progress=lambda n, of: self.progress(f"perplexity {what}", n, of),
-        )
-        self.figures[what], self.figures[f"{what}_error"] = found.value, found.standard_error
 
 
 def _work(out: Path) -> Path:
@@ -172,8 +143,7 @@ def _training_record(
     packing: bool,
     training: Training,
     trained: Trained,
-    evaluation: Text,
-    figures: dict[str, float],
+    measure: Measure,
 ) -> dict[str, Any]:
     return {
         "base_model": loaded.name,
@@ -185,7 +155,7 @@ def _training_record(
         "epochs": trained.epochs,
         "tokens": trained.steps * training.batch_size * training.length,
         "held_out_loss": list(trained.held_out),
-        "evaluation": {**asdict(evaluation), "perplexity": figures} if figures else None,
+        "evaluation": measure.record(),
         "seconds": round(trained.seconds, 1),
         "peak_memory": trained.peak_memory,
         "processes": processes.count(),
@@ -203,7 +173,9 @@ def _write_trained(
     merge: bool,
     record: dict[str, Any],
     save_dtype: torch.dtype | None,
+    layout: Layout | None = None,
 ) -> None:
+    """An adapter, or a checkpoint with the adapter folded in; then the work in progress goes."""
     adapter = isinstance(model, PeftModel)
     if adapter and not merge:
         with writing(out) as folder:
@@ -230,6 +202,7 @@ def _write_trained(
             whole,
             out,
             tokenizer=loaded.tokenizer,
+            layout=layout,
             card=training_card(record, out.name, "checkpoint"),
             also=also,
         )

@@ -14,14 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from probeprune import allocation as allocations
 from probeprune.blocks import Block, Member, find_blocks
 from probeprune.errors import UsageError
 from probeprune.importance import sum_of_shares
+from probeprune.methods import compose
+from probeprune.plan import widths
 from probeprune.progress import Progress, silent
 from probeprune.surgery import cut
 from probeprune.training.recovery import Trained, merged, recover
 from probeprune.training.settings import Training
+from probeprune.training.trainer import remembered
 
 
 def schedule(progress: float, ramp: float = 0.1) -> float:
@@ -95,9 +97,7 @@ class LoraPrune(TrainerCallback, ExportableState):
     # -- the Trainer's events ------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        earlier = state.stateful_callbacks.get(type(self).__name__)
-        if earlier:
-            found = earlier["attributes"]
+        if found := remembered(self, state):
             self.scores = {n: torch.tensor(s) for n, s in found["scores"].items()}
             self.masked = {n: torch.tensor(m, dtype=torch.bool) for n, m in found["masked"].items()}
             self.left_out = found["left_out"]
@@ -110,10 +110,9 @@ class LoraPrune(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         self._observe(model)
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps - 1:
-            self._mask(schedule(state.global_step / state.max_steps, self.ramp))
-        if state.global_step == state.max_steps - 1:
-            self._mask(1.0)
+        last = state.global_step == state.max_steps - 1
+        if last or state.global_step % self.every == 0:
+            self._mask(1.0 if last else schedule(state.global_step / state.max_steps, self.ramp))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for hook in self._hooks:
@@ -212,9 +211,13 @@ def loraprune(
     blocks = find_blocks(model)
     layers = 1 + max(b.layer for b in blocks)
     skip = layers // 10 if skip_layers is None else skip_layers
-    allocate = allocations.even if allocation == "even" else allocations.uniform
-    keep = allocate(blocks, ratio, skip_layers=0 if allocation == "even" else skip, round_to=round_to)
-    pruner = LoraPrune(blocks, keep)
+    method = compose(
+        "loraprune",
+        allocation=allocation,
+        skip_layers=0 if allocation == "even" else skip,
+        round_to=round_to,
+    )
+    pruner = LoraPrune(blocks, widths(method, ratio, blocks, []))
     trained = recover(model, windows, held_out, training, work, callbacks=[pruner], progress=progress)
     kept = pruner.kept()
     smaller = merged(trained.model)

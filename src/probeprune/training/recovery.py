@@ -4,6 +4,7 @@ Defaults are LLM-Pruner's published recovery. A run that is killed at any point 
 checkpoint with the same result as an unbroken one. Knows nothing of how the model was pruned.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_
 from transformers.integrations import TensorBoardCallback
 
 from probeprune.blocks import find_blocks
-from probeprune.calibration import check_windows, content_key
+from probeprune.calibration import check_windows, model_fingerprint
 from probeprune.errors import UsageError
 from probeprune.evaluation.cost import PeakMemory
 from probeprune.hub import quiet_libraries
@@ -201,8 +202,8 @@ def _begin(
     """The checkpoint to go on from. Raises `UsageError` where the directory is of another run."""
     ours = {
         "training": asdict(training),
-        "model": content_key(model, windows[:0]),
-        "text": content_key(model, torch.cat([windows, held_out])),
+        "model": model_fingerprint(model),
+        "text": hashlib.blake2b(torch.cat([windows, held_out]).numpy().tobytes(), digest_size=16).hexdigest(),
     }
     file = work / "run.json"
     if not file.exists():

@@ -53,8 +53,3 @@ class Training:
             raise UsageError("training needs sequences of at least 2 tokens and a positive learning rate.")
         if self.lora is not None and self.lora.rank < 1:
             raise UsageError("the rank of LoRA must be at least 1; to train all weights, leave LoRA out.")
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen in all steps."""
-        return self.steps * self.batch_size * self.length

@@ -94,31 +94,35 @@ class Patience(EarlyStoppingCallback):
     """Early stopping that remembers its count over an interruption."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        earlier = state.stateful_callbacks.get(type(self).__name__)
-        if earlier:
-            self.early_stopping_patience_counter = earlier["attributes"]["early_stopping_patience_counter"]
+        if found := remembered(self, state):
+            self.early_stopping_patience_counter = found["early_stopping_patience_counter"]
 
 
 class Seconds(TrainerCallback, ExportableState):
     """Seconds spent in training; kept in checkpoints, so that a resumed run knows its earlier part."""
 
-    def __init__(self, total: float = 0.0) -> None:
-        self.total = total
+    def __init__(self) -> None:
+        self.total = 0.0
         self._since = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"total": self.total}, "attributes": {}}
+        return {"args": {}, "attributes": {"total": self.total}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        earlier = state.stateful_callbacks.get(type(self).__name__)
-        if earlier:
-            self.total = earlier["args"]["total"]
+        if found := remembered(self, state):
+            self.total = found["total"]
         self._since = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()
         self.total += now - self._since
         self._since = now
+
+
+def remembered(callback: TrainerCallback, state: Any) -> dict[str, Any]:
+    """What the checkpoint that the Trainer goes on from kept of this callback; empty at a fresh start."""
+    earlier = state.stateful_callbacks.get(type(callback).__name__)
+    return earlier["attributes"] if earlier else {}
 
 
 def last_checkpoint(work: Path) -> Path | None:
