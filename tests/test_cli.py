@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from probeprune import cli
-from probeprune.cli import app, run
+from probeprune.cli import app, common, run
 from probeprune.methods import METHODS
 
 
@@ -130,4 +129,4 @@ def test_it_starts_fast_enough_to_ask_for_help():
     code = "import sys; import probeprune.cli; print('matplotlib' in sys.modules, 'datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
-    assert cli.names(" a, b ,", "x") == ["a", "b"]
+    assert common.names(" a, b ,", "x") == ["a", "b"]
