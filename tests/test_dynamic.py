@@ -4,8 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import FAMILIES, masked, padded, token_ids
-from transformers import DynamicCache
+from tiny import FAMILIES, close, kept, masked, padded, token_ids
 
 from probeprune import Probe, UsageError, attach, calibrate, compose
 from probeprune.blocks import find_blocks
@@ -32,14 +31,6 @@ def llama():
 def logits(model, ids, mask):
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-
-
-def close(got, want) -> None:
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
-
-
-def kept(handle):
-    return [(b, k.units) for b, k in zip(handle.blocks, handle.kept_units(), strict=True)]
 
 
 @pytest.mark.parametrize("method", ["wanda-sp", "ppsp", "magnitude", "random", *DYNAMIC])
@@ -191,29 +182,6 @@ def test_flap_bias_is_what_the_formula_says(calibrated):
         choice, got = kept(handle), logits(model, *inputs)
     with masked(choice), lost_means_added(choice, statistics):
         close(got, logits(model, *inputs))
-
-
-@pytest.mark.parametrize("method", ["wanda-sp", "probe"])
-def test_generation_with_a_cache_is_that_of_the_masked_model(calibrated, method):
-    model, statistics = calibrated
-    ids, mask = padded("left")
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
-    with attach(model, method, 0.3, statistics=statistics) as handle:
-        got = model.generate(ids, attention_mask=mask, **options)
-        choice = kept(handle)
-    with masked(choice):
-        assert model.generate(ids, attention_mask=mask, **options).equal(got)
-
-
-def test_a_cache_from_elsewhere_is_refused(llama):
-    model, statistics = llama
-    with torch.no_grad():
-        cache = model(token_ids(), use_cache=True).past_key_values
-        with (
-            attach(model, "probe", 0.3, statistics=statistics),
-            pytest.raises(UsageError, match="KV cache was not filled"),
-        ):
-            model(token_ids(4, 1), past_key_values=cache)
 
 
 def test_an_exception_in_a_pass_leaves_the_model_restorable(llama):
@@ -394,23 +362,6 @@ def test_every_batch_is_chosen_anew_and_swaps_are_counted(llama):
     assert len(distinct) > 1
 
 
-def test_history_moves_with_every_prompt_but_not_while_decoding(llama):
-    model, statistics = llama
-    ids = token_ids(2, 10)
-    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
-        history = handle._runtimes[-1].history.energy
-        first = history.clone()
-        cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
-        second, units = history.clone(), handle.kept_units()
-        assert not second.equal(first)
-        for step in range(3):
-            model(token_ids(2, 1, seed=step), past_key_values=cache)
-        assert history.equal(second) and handle.kept_units() == units
-        model(ids)
-        assert not history.equal(second)
-
-
 def test_history_decides_where_the_probe_says_little(llama):
     # A history that is kept but never read would leave no other trace than its memory.
     model, statistics = llama
@@ -572,72 +523,6 @@ def test_a_model_without_memory_can_be_attached():
         assert [shapes[b.name][-1] for b in handle.blocks] == widths
         assert handle.removed_share == pytest.approx(0.3, abs=0.005)
     assert model.model.layers[4].mlp.down_proj.weight.shape == (48, 100)
-
-
-# -- generation ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "gemma3", "opt"])
-@pytest.mark.parametrize(
-    "options",
-    [{"num_beams": 2}, {"cache_implementation": "static"}, {"prefill_chunk_size": 8}],
-    ids=["beams", "static cache", "prompt in chunks"],
-)
-def test_other_ways_to_fill_a_cache(family, options):
-    model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
-    ids, mask = padded("left")
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127, **options}
-    with attach(model, "probe", 0.3, statistics=statistics) as handle:
-        got, choice = model.generate(ids, attention_mask=mask, **options), kept(handle)
-    with masked(choice):
-        assert model.generate(ids, attention_mask=mask, **options).equal(got)
-
-
-@pytest.mark.parametrize("units", ["balanced", "query"])
-@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma3"])
-def test_generation_with_query_heads(family, units):
-    model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
-    ids, mask = padded("left")
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
-    with attach(model, compose("probe", units=units), 0.3, statistics=statistics) as handle:
-        got, choice = model.generate(ids, attention_mask=mask, **options), kept(handle)
-    with masked(choice):
-        assert model.generate(ids, attention_mask=mask, **options).equal(got)
-
-
-def test_the_cache_holds_kept_key_value_heads_only(llama):
-    model, statistics = llama
-    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
-        cache = model(token_ids(), use_cache=True).past_key_values
-        kept_heads = [k for b, k in zip(handle.blocks, handle.kept, strict=True) if b.kind == "attention"]
-    assert min(kept_heads) == 1
-    assert [layer.keys.shape[1] for layer in cache.layers] == kept_heads
-
-
-def test_the_cache_of_an_earlier_prompt_is_refused(llama):
-    # The later prompt chose other heads: the earlier cache would be read by the wrong ones.
-    model, statistics = llama
-    earlier, later = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    with attach(model, "probe", 0.3, statistics=statistics), torch.no_grad():
-        model(token_ids(seed=3), past_key_values=earlier)
-        model(token_ids(seed=4), past_key_values=later)
-        with pytest.raises(UsageError, match="KV cache was not filled"):
-            model(token_ids(4, 1), past_key_values=earlier)
-        assert model(token_ids(4, 1), past_key_values=later).logits.isfinite().all()
-
-
-def test_a_cache_that_the_model_made_itself_can_be_continued(llama):
-    # The usual loop by hand: the prompt is run without a cache and gives one back.
-    model, statistics = llama
-    prompt, step = token_ids(2, 10), token_ids(2, 1, seed=5)
-    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
-        cache = model(prompt, use_cache=True).past_key_values
-        got, choice = model(step, past_key_values=cache).logits[:, -1], kept(handle)
-    whole = torch.cat([prompt, step], 1)
-    with masked(choice), torch.no_grad():
-        close(got, model(whole).logits[:, -1])
 
 
 # -- compensation --------------------------------------------------------------------------------

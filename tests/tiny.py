@@ -127,3 +127,13 @@ class masked:
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def kept(handle) -> list:
+    """What an attached method keeps at present: (block, unit ids)."""
+    return [(b, k.units) for b, k in zip(handle.blocks, handle.kept_units(), strict=True)]
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal to rounding: within 1e-5 of the largest value."""
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()

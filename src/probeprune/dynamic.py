@@ -193,8 +193,8 @@ class Handle:
             self._now.stage = "choose"
         elif self._choice is None or getattr(now.cache, _CHOICE, None) != self._choice:
             raise UsageError(
-                "this KV cache was not filled under the choice of heads in force (another prompt ran since, or "
-                "a pass failed); run its prompt again, and one generation at a time on one model."
+                "this KV cache was not filled under the heads kept now: another prompt ran since, or a pass "
+                "failed; run its prompt again, and only one generation at a time."
             )
         else:
             self._now.stage = "refresh" if self._is_refresh(now) else "keep"

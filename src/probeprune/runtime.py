@@ -1,8 +1,8 @@
 """One pruned block while its model runs: its partition and, for dynamic methods, the stages of Probe Pruning.
 
 A prompt is probed and cut; a pass that continues a cache keeps what its prompt chose, and a refresh chooses
-an MLP's channels anew. Which of the three a pass is, the handle says (`dynamic.py`). Nothing here waits for an
-accelerator: numbers stay on the device, sizes come from shapes.
+an MLP's channels anew. Which of the three a pass is, the handle says (`dynamic.py`). Nothing here waits for
+an accelerator: numbers stay on the device, sizes come from shapes.
 """
 
 from dataclasses import dataclass
