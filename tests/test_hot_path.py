@@ -4,6 +4,8 @@ There is no GPU in this test: operations whose result the host has to wait for a
 dispatched, between the first decoder layer and the last.
 """
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from tiny import FAMILIES, close, kept, masked, padded, token_ids
@@ -42,16 +44,17 @@ class NoWaiting(TorchDispatchMode):
 def no_waiting(monkeypatch):
     """Put `NoWaiting` around the decoder layers of a model, with swaps as on an accelerator."""
     monkeypatch.setattr(partition_module, "_places", lambda moved, most: most)
-    hooks = []
+    with ExitStack() as guarded:
 
-    def guard(model):
-        mode, layers = NoWaiting(), find_layers(model)
-        hooks.append(layers[0].register_forward_pre_hook(lambda *_: mode.__enter__() and None, prepend=True))
-        hooks.append(layers[-1].register_forward_hook(lambda *_: mode.__exit__(None, None, None)))
+        def enter(*_: object) -> None:
+            guarded.enter_context(NoWaiting())
 
-    yield guard
-    for hook in hooks:
-        hook.remove()
+        def guard(model) -> None:
+            layers = find_layers(model)
+            layers[0].register_forward_pre_hook(enter, prepend=True)
+            layers[-1].register_forward_hook(lambda *_: guarded.close())
+
+        yield guard
 
 
 @pytest.mark.parametrize("what", ["item", "mask", "nonzero"])
