@@ -23,7 +23,7 @@ from probeprune.calibration import Statistics
 from probeprune.compensation import lost_bias
 from probeprune.errors import UsageError
 from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
-from probeprune.methods import Method, get_method
+from probeprune.methods import Method, check_untrained, get_method
 from probeprune.partition import Partition
 from probeprune.passes import Pass, check_eval, find_decoder, on_pass
 from probeprune.plan import Kept, check_finite, check_statistics, static_scores, widths
@@ -58,6 +58,7 @@ def attach(
             is attached already.
     """
     method = get_method(method)
+    check_untrained(method)
     allocation.check_ratio(ratio)
     check_eval(model)
     if model in _ATTACHED:

@@ -129,6 +129,24 @@ def load_model(
     )
 
 
+def source_fingerprint(name: str) -> str:
+    """Tells two states of a local model directory apart without reading all of it; empty for other names.
+
+    Of its config and of each weight file's size, header and first megabyte: what training or pruning changes.
+    """
+    path = Path(name).expanduser()
+    if name == EMBEDDED_MODEL or not path.exists():
+        return ""
+    digest = hashlib.blake2b(digest_size=8)
+    files = [path] if path.is_file() else [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    for file in files:
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(1 << 20))
+    return digest.hexdigest()
+
+
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which this device multiplies matrices fastest.
 

@@ -77,12 +77,8 @@ def prune_to(
     measure("pruned", loaded.model)
     record = {
         "base_model": loaded.name,
-        "method": method.record(),
-        "ratio": ratio,
-        "removed_share": done.removed_share,
-        "parameters": list(done.parameters),
+        **done.record(),
         "layout": layout,
-        "steps": steps,
         "seed": seed,
         "calibration": _calibration_record(method, calibration),
         "evaluation": measure.record(),
@@ -91,7 +87,6 @@ def prune_to(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
         "versions": versions(),
-        "kept": {k.name: {"units": list(k.units), "of": k.of} for k in done.kept},
     }
     if save_dtype is not None:
         loaded.model.to(save_dtype)
