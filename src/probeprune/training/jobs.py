@@ -4,23 +4,24 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 
 from probeprune.blocks import find_blocks
 from probeprune.cards import training_card
-from probeprune.checkpoint import Layout, check_free, save, writing
+from probeprune.checkpoint import Layout, check_free, check_space, save
 from probeprune.data import Text, load_corpus, training_windows
+from probeprune.files import writing
 from probeprune.hub import quiet_libraries
 from probeprune.models import LoadedModel
-from probeprune.pipeline import Measure
+from probeprune.pipeline import Measure, rehearse
 from probeprune.progress import Progress, silent
 from probeprune.provenance import versions
 from probeprune.training import processes
-from probeprune.training.loraprune import loraprune
-from probeprune.training.recovery import Trained, base_model, merged, recover
+from probeprune.training.loraprune import loraprune, loraprune_method
+from probeprune.training.recovery import MEASURED, Trained, base_model, merged, recover
 from probeprune.training.settings import Training
 
 
@@ -58,7 +59,7 @@ def recover_to(
         UsageError, FloatingPointError: what `training.recover` and `save` raise.
     """
     check_free(out)
-    measure = Measure(loaded, evaluation, progress)
+    measure = Measure(loaded, evaluation, progress, keep=_work(out) / MEASURED)
     text = _training_text(loaded, corpus, packing, training)
     if processes.is_first():
         measure("before", loaded.model)
@@ -93,7 +94,11 @@ def loraprune_to(
 ) -> dict[str, Any]:
     """Prune a loaded model while it trains and write the checkpoint; see `recover_to` and `loraprune`."""
     check_free(out)
-    measure = Measure(loaded, evaluation, progress)
+    allocation: Literal["even", "uniform"] = "even" if layout == "uniform" else "uniform"
+    method = loraprune_method(loaded.model, allocation, skip_layers, round_to)
+    size = rehearse(loaded.model, method, ratio, layout) * (save_dtype or loaded.dtype).itemsize
+    check_space(out, size)
+    measure = Measure(loaded, evaluation, progress, keep=_work(out) / MEASURED)
     text = _training_text(loaded, corpus, packing, training)
     before = sum(p.numel() for p in loaded.model.parameters())
     blocks = {b.name: (b.units, b.parameters) for b in find_blocks(loaded.model)}
@@ -107,7 +112,7 @@ def loraprune_to(
         _work(out),
         skip_layers=skip_layers,
         round_to=round_to,
-        allocation="even" if layout == "uniform" else "uniform",
+        allocation=allocation,
         progress=progress,
     )
     if processes.is_first():
