@@ -53,10 +53,11 @@ def test_every_asset_belongs_to_a_corpus():
 
 def test_c4_is_both_files_the_smaller_first():
     documents = load_corpus("c4")
-    assert len(documents) == 3000
+    assert len(documents) == 2600
     assert documents[0].startswith("Posted on April 12, 2018 by admin")
     assert documents[1000].startswith("Beginners BBQ Class Taking Place in Missoula!")
-    assert len(set(documents)) == 3000
+    held_out = load_corpus("c4-held-out")
+    assert len(held_out) == 400 and len(set(documents + held_out)) == 3000
 
 
 def test_both_wikitext_splits_follow_the_published_join():
@@ -95,7 +96,7 @@ def test_parquet_is_one_document_a_row(tmp_path):
 
 
 def test_unknown_corpus_names_what_there_is_and_the_nearest():
-    with pytest.raises(UsageError, match=r"c4, wikitext2, wikitext2-valid.*mean 'wikitext2'\?"):
+    with pytest.raises(UsageError, match=r"c4, c4-held-out, wikitext2, wikitext2-valid.*mean 'wikitext2'\?"):
         load_corpus("wikitxt2")
 
 

@@ -7,11 +7,8 @@ file `modeling_pruned.py` beside them. A save appears under its name only when c
 
 import copy
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Pretra
 from probeprune import modeling_pruned
 from probeprune.blocks import PRUNED_PREFIX, Block, find_blocks
 from probeprune.errors import UsageError
+from probeprune.files import writing
 from probeprune.hub import quiet_libraries
 
 Layout = Literal["uniform", "per-layer"]
@@ -80,20 +78,6 @@ def save(
         if also is not None:
             also(folder)
     return exported
-
-
-@contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """A directory to write to; it takes the target's name when all went well, else it is gone."""
-    check_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's own is for one user alone
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_free(target: Path) -> None:
@@ -274,9 +258,3 @@ def _fitted(model: Any, config: PretrainedConfig) -> tuple[PreTrainedModel | Non
             exported.get_submodule(owner)._buffers[part] = model.get_buffer(name)
     exported.generation_config = copy.deepcopy(model.generation_config)
     return exported.eval(), ""
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

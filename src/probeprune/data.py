@@ -41,12 +41,14 @@ class EmbeddedCorpus:
         description: one line for people.
         licence: of the text, not of this package.
         rows_per_line: True where every line is a row of the data set and the rows are still to be joined.
+        documents: which of the files' documents belong to it: from, to; None for the last ones.
     """
 
     files: tuple[str, ...]
     description: str
     licence: str
     rows_per_line: bool = False
+    documents: tuple[int, int | None] = (0, None)
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,15 @@ class Text:
 EMBEDDED_CORPORA = {
     "c4": EmbeddedCorpus(
         files=("c4_en_train_1000.jsonl.gz", "c4_en_train_2000.jsonl.gz"),
-        description="3000 documents of C4 (en, train); the usual calibration text",
+        description="2600 documents of C4 (en, train); the usual calibration text",
         licence="ODC-BY, Common Crawl terms of use",
+        documents=(0, 2600),
+    ),
+    "c4-held-out": EmbeddedCorpus(
+        files=("c4_en_train_1000.jsonl.gz", "c4_en_train_2000.jsonl.gz"),
+        description="400 more documents of C4, in none of the calibration or training text; for perplexity",
+        licence="ODC-BY, Common Crawl terms of use",
+        documents=(2600, None),
     ),
     "wikitext2": EmbeddedCorpus(
         files=("wikitext2_raw_test.txt.gz",),
@@ -98,9 +107,9 @@ def load_corpus(
     """The documents of a corpus, in the corpus' own order.
 
     Args:
-        name: an embedded corpus (`c4`, `wikitext2`, `wikitext2-valid`), a local file (`.txt`: one document;
-            `.jsonl`, `.parquet`: one document a row; `.txt` and `.jsonl` also with `.gz`), or a hub data set
-            as `owner/name`.
+        name: an embedded corpus (a key of `EMBEDDED_CORPORA`), a local file (`.txt`: one document; `.jsonl`,
+            `.parquet`: one document a row; `.txt` and `.jsonl` also with `.gz`), or a hub data set as
+            `owner/name`.
         subset: configuration of a hub data set, such as `en` of `allenai/c4`.
         split: split of a hub data set; `train` when not given.
         column: which field of a row holds the text (`.jsonl`, `.parquet`, hub).
@@ -139,6 +148,7 @@ def _is_file_name(name: str) -> bool:
 def _read_embedded(name: str) -> list[str]:
     corpus = EMBEDDED_CORPORA[name]
     documents = [text for file in corpus.files for text in _read_file(ASSETS / file, column="text")]
+    documents = documents[slice(*corpus.documents)]
     if corpus.rows_per_line:
         # As the hub serves WikiText: a row keeps its line end, a blank row is the empty string.
         (text,) = documents

@@ -21,7 +21,7 @@ from probeprune import allocation
 from probeprune.blocks import Block, find_blocks
 from probeprune.calibration import Statistics
 from probeprune.errors import UsageError
-from probeprune.methods import Method, get_method
+from probeprune.methods import Method, check_untrained, get_method
 from probeprune.passes import Pass, check_eval, on_pass
 from probeprune.plan import Kept, check_statistics, overflow, static_scores, widths
 from probeprune.runtime import BlockRuntime, Now
@@ -58,6 +58,7 @@ def attach(
             is attached already.
     """
     method = get_method(method)
+    check_untrained(method)
     allocation.check_ratio(ratio)
     check_eval(model)
     if model in _ATTACHED:

@@ -1,5 +1,6 @@
 """Keeps the Hugging Face libraries quiet while we call them, and puts them back as they were."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,9 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
     if hide_bars:
         transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\.")
+            yield
     finally:
         transformers_logging.set_verbosity(before[0])
         hub_logging.set_verbosity(before[1])

@@ -47,6 +47,8 @@ class Method:
     """What an attention unit is under grouped-query attention (measured in docs/choices.md)."""
     seed: int = 0
     """For importances that draw numbers."""
+    training: Literal["none", "after", "during"] = "none"
+    """Whether the model is trained: after pruning (recovery), or `during` (LoRAPrune's own schedule)."""
     source: str = ""
     """Where the method was published."""
 
@@ -72,6 +74,12 @@ class Method:
             raise UsageError("a method has gradients if and only if its importance needs them.")
         if not self.blocks or not set(self.blocks) <= set(KINDS):
             raise UsageError(f"blocks to prune must be some of {', '.join(KINDS)}.")
+        if self.training not in ("none", "after", "during"):
+            raise UsageError(unknown("moment of training", self.training, ("none", "after", "during")))
+        if self.training != "none" and self.when == "batch":
+            raise UsageError("a method that prunes at every batch leaves no pruned model to train.")
+        if self.training == "during" and self.importance != "lora-guided":
+            raise UsageError("pruning during training is guided by LoRA: it needs importance 'lora-guided'.")
 
     def record(self) -> dict[str, Any]:
         """All its parameters as JSON has them: what result lines and checkpoints keep."""
@@ -80,7 +88,7 @@ class Method:
     @property
     def needs_gradients(self) -> bool:
         """Whether it needs `Statistics.saliences`."""
-        return self.when != "never" and self.gradients is not None
+        return self.when != "never" and self.training != "during" and self.gradients is not None
 
     @property
     def needs_moments(self) -> bool:
@@ -98,36 +106,60 @@ class Method:
         return self.needs_moments or self.needs_gradients
 
 
-METHODS: dict[str, Method] = {
-    m.name: m
-    for m in (
-        Method("dense", when="never", source="the unpruned model"),
-        Method("wanda-sp", importance="wanda-sp", source="An et al., AAAI 2024 (FLAP), after Wanda"),
-        Method("flap", "flap", "global", "bias", source="An et al., AAAI 2024"),
-        Method("probe", when="batch", probe=Probe(), source="Probe Pruning, ICLR 2025"),
-        Method(
-            "full-batch",
-            when="batch",
-            probe=Probe(tokens=1.0, samples=1.0, fusion="none"),
-            source="Probe Pruning, ICLR 2025: its upper bound, at more than dense cost",
-        ),
-        Method(
-            "llm-pruner",
-            importance="param_first",
-            gradients=Gradients(windows=10, length=64),
-            source="Ma et al., NeurIPS 2023, without training",
-        ),
-        Method(
-            "loraprune",
-            importance="lora-guided",
-            gradients=Gradients(windows=10, length=512),
-            source="Zhang et al., ACL 2024, one-shot: without training",
-        ),
-        Method("ppsp", source="Probe Pruning's importance, ordered once"),
-        Method("magnitude", importance="magnitude", source="control"),
-        Method("random", importance="random", source="control"),
+def with_lora(method: Method) -> Method:
+    """That method and LoRA: recovery after the cut, or for LoRAPrune the cut while LoRA trains."""
+    during = method.importance == "lora-guided"
+    how = "pruned while LoRA trains" if during else "then LoRA re-training"
+    return replace(
+        method,
+        name=f"{method.name}+lora",
+        training="during" if during else "after",
+        source=f"{method.source.removesuffix(', without training')}, {how}",
     )
+
+
+_UNTRAINED: tuple[Method, ...] = (
+    Method("dense", when="never", source="the unpruned model"),
+    Method("wanda-sp", importance="wanda-sp", source="An et al., AAAI 2024 (FLAP), after Wanda"),
+    Method("flap", "flap", "global", "bias", source="An et al., AAAI 2024"),
+    Method("probe", when="batch", probe=Probe(), source="Probe Pruning, ICLR 2025"),
+    Method(
+        "full-batch",
+        when="batch",
+        probe=Probe(tokens=1.0, samples=1.0, fusion="none"),
+        source="Probe Pruning, ICLR 2025: its upper bound, at more than dense cost",
+    ),
+    Method(
+        "llm-pruner",
+        importance="param_first",
+        gradients=Gradients(windows=10, length=64),
+        source="Ma et al., NeurIPS 2023, without training",
+    ),
+    Method(
+        "loraprune",
+        importance="lora-guided",
+        gradients=Gradients(windows=10, length=512),
+        source="Zhang et al., ACL 2024, without training",
+    ),
+    Method("ppsp", source="Probe Pruning's importance, ordered once"),
+    Method("magnitude", importance="magnitude", source="control"),
+    Method("random", importance="random", source="control"),
+)
+
+METHODS: dict[str, Method] = {
+    m.name: m for m in (*_UNTRAINED, *(with_lora(m) for m in _UNTRAINED if m.when != "batch"))
 }
+"""By name; every method that prunes once, and dense as the control, also with LoRA."""
+
+
+def check_untrained(method: Method) -> None:
+    """Raise `UsageError` for a method that trains: it cannot be had by cutting or attaching alone."""
+    if method.training == "none":
+        return
+    instead = "loraprune" if method.training == "during" else "prune and then recover"
+    raise UsageError(
+        f"method {method.name!r} trains the model; run it with `probeprune compare` or `table`, or {instead}."
+    )
 
 
 def get_method(method: str | Method) -> Method:

@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import io
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from transformers import (
 )
 
 from probeprune.errors import UsageError
+from probeprune.files import writing
 from probeprune.hub import quiet_libraries
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -129,6 +129,24 @@ def load_model(
     )
 
 
+def source_fingerprint(name: str) -> str:
+    """Tells two states of a local model directory apart without reading all of it; empty for other names.
+
+    Of its config and of each weight file's size, header and first megabyte: what training or pruning changes.
+    """
+    path = Path(name).expanduser()
+    if name == EMBEDDED_MODEL or not path.exists():
+        return ""
+    digest = hashlib.blake2b(digest_size=8)
+    files = [path] if path.is_file() else [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    for file in files:
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(1 << 20))
+    return digest.hexdigest()
+
+
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which this device multiplies matrices fastest.
 
@@ -198,6 +216,11 @@ def _locate(name: str) -> Path | str:
             raise UsageError(f"There is no GGUF file '{name}'.")
         return _converted(path)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise UsageError(
+                f"'{name}' is an adapter, not a model: give the model it was trained on, or recover with"
+                " --merge to get a model with the adapter in it."
+            )
         if not (path / "config.json").is_file():
             raise UsageError(f"Directory '{name}' holds no model: there is no config.json in it.")
         return path
@@ -263,27 +286,26 @@ def _converted(gguf: Path) -> Path:
         return final
     try:
         models.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=models))
+        tempfile.TemporaryFile(dir=models).close()
     except OSError as error:
         raise UsageError(
             f"The cache '{models}' cannot be written ({_first_line(error)}): set PROBEPRUNE_CACHE to a folder"
             " that can."
         ) from error
+    console = Console(file=sys.stderr)
+    console.print(f"Converting {gguf.name} to safetensors, once; kept in {final}", soft_wrap=True)
     try:
-        console = Console(file=sys.stderr)
-        console.print(f"Converting {gguf.name} to safetensors, once; kept in {final}", soft_wrap=True)
         # Stderr is taken away inside because the reader's own bar has no other switch; the console keeps it.
-        with console.status("Converting"), quiet_libraries(bars=False), redirect_stderr(io.StringIO()):
+        with (
+            writing(final) as partial,
+            console.status("Converting"),
+            quiet_libraries(bars=False),
+            redirect_stderr(io.StringIO()),
+        ):
             _convert(gguf, partial)
-        try:
-            partial.rename(final)
-        except OSError:
-            if not final.is_dir():  # else another process was faster: its copy has the same content
-                raise
     except (*LOADING_ERRORS, NotImplementedError) as error:
-        raise UsageError(f"GGUF file '{gguf}' could not be converted: {_first_line(error)}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not final.is_dir():  # else another process was faster: its copy has the same content
+            raise UsageError(f"GGUF file '{gguf}' could not be converted: {_first_line(error)}.") from error
     return final
 
 

@@ -1,5 +1,6 @@
 """From a model to a pruned checkpoint: calibrate, prune, measure before and after, save with a model card."""
 
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +16,9 @@ from probeprune.data import Text, calibration_windows, evaluation_windows, load_
 from probeprune.errors import UsageError
 from probeprune.evaluation.cost import PeakMemory
 from probeprune.evaluation.perplexity import perplexity
+from probeprune.files import write_json
 from probeprune.methods import Method, compose
-from probeprune.models import LoadedModel, cache_dir
+from probeprune.models import LoadedModel, cache_dir, source_fingerprint
 from probeprune.progress import Progress, silent
 from probeprune.provenance import versions
 from probeprune.surgery import check_static, prune
@@ -77,12 +79,8 @@ def prune_to(
     measure("pruned", loaded.model)
     record = {
         "base_model": loaded.name,
-        "method": method.record(),
-        "ratio": ratio,
-        "removed_share": done.removed_share,
-        "parameters": list(done.parameters),
+        **done.record(),
         "layout": layout,
-        "steps": steps,
         "seed": seed,
         "calibration": _calibration_record(method, calibration),
         "evaluation": measure.record(),
@@ -91,7 +89,6 @@ def prune_to(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
         "versions": versions(),
-        "kept": {k.name: {"units": list(k.units), "of": k.of} for k in done.kept},
     }
     if save_dtype is not None:
         loaded.model.to(save_dtype)
@@ -114,11 +111,25 @@ class Measure:
         text: to measure on; 0 windows measures nothing.
         progress: called with (what, windows done, windows in all).
         batch_size: windows a forward pass.
+        keep: a file that remembers the figures, so that a run that was broken off does not measure again what
+            it no longer can: the model before it was trained.
     """
 
-    def __init__(self, loaded: LoadedModel, text: Text, progress: Progress, batch_size: int = 16) -> None:
-        self.text, self.progress, self.batch_size = text, progress, batch_size
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        text: Text,
+        progress: Progress,
+        batch_size: int = 16,
+        keep: Path | None = None,
+    ) -> None:
+        self.text, self.progress, self.batch_size, self.keep = text, progress, batch_size, keep
         self.figures: dict[str, float] = {}
+        self._of = {**asdict(text), "model": loaded.name, "weights": source_fingerprint(loaded.name)}
+        if keep is not None and keep.exists():
+            kept = json.loads(keep.read_text(encoding="utf-8"))
+            if kept["of"] == self._of:
+                self.figures = kept["figures"]
         self.windows = None
         if text.windows:
             self.windows = evaluation_windows(
@@ -127,7 +138,7 @@ class Measure:
 
     def __call__(self, what: str, model: Any) -> None:
         """Measure `model` and keep the figure under this name."""
-        if self.windows is None:
+        if self.windows is None or what in self.figures:
             return
         found = perplexity(
             model,
@@ -136,6 +147,8 @@ class Measure:
             progress=lambda n, of: self.progress(f"perplexity {what}", n, of),
         )
         self.figures[what], self.figures[f"{what}_error"] = found.value, found.standard_error
+        if self.keep is not None:
+            write_json(self.keep, {"of": self._of, "figures": self.figures})
 
     def record(self) -> dict[str, Any] | None:
         """The text and the figures; None where nothing was measured."""

@@ -6,7 +6,7 @@ The order and the cut are those of the runtime (`plan.py`, `partition.py`); the 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from probeprune.calibration import Statistics, calibrate
 from probeprune.compensation import lost_bias
 from probeprune.errors import UsageError
 from probeprune.gradients import Criterion, saliences
-from probeprune.methods import METHODS, Method, get_method
+from probeprune.methods import METHODS, Method, check_untrained, get_method
 from probeprune.partition import Partition, check_can_cut
 from probeprune.passes import check_eval
 from probeprune.plan import Kept, Scores, check_finite, check_statistics, static_scores, widths
@@ -38,6 +38,17 @@ class Pruning:
     kept: tuple[Kept, ...]
     """Of every block, by ids in the model as it was given."""
     steps: int = 1
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON has it: what pruning.json keeps."""
+        return {
+            "method": self.method.record(),
+            "ratio": self.ratio,
+            "removed_share": self.removed_share,
+            "parameters": list(self.parameters),
+            "steps": self.steps,
+            "kept": {k.name: {"units": list(k.units), "of": k.of} for k in self.kept},
+        }
 
 
 def prune(
@@ -144,9 +155,10 @@ def cut(model: nn.Module, kept: Mapping[str, torch.Tensor], units: UnitKind = "g
 
 def check_static(method: Method) -> None:
     """Raise `UsageError` unless `method` prunes once."""
+    check_untrained(method)
     if method.when == "once":
         return
-    static = ", ".join(m.name for m in METHODS.values() if m.when == "once")
+    static = ", ".join(m.name for m in METHODS.values() if m.when == "once" and m.training == "none")
     why = "it prunes anew at every batch" if method.when == "batch" else "it does not prune"
     raise UsageError(f"method {method.name!r} leaves nothing to cut for good ({why}); use one of {static}.")
 

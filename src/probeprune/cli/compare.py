@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from probeprune.allocation import check_ratio
 from probeprune.blocks import UnitKind
 from probeprune.cli.common import (
     DEVICE,
@@ -20,6 +21,7 @@ from probeprune.cli.common import (
     out,
     progress_bar,
 )
+from probeprune.data import Sampling
 from probeprune.errors import UsageError
 from probeprune.methods import compose, get_method
 
@@ -51,7 +53,18 @@ def compare(
             help="in-order, or published: random windows averaged by batch, as in the paper's code."
         ),
     ] = "in-order",
-    seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
+    train_steps: Annotated[int, typer.Option(help="For methods with `+lora`: optimiser steps.")] = 100,
+    train_tokens: Annotated[
+        int | None, typer.Option(help="Instead of steps: tokens of training text, about so many.")
+    ] = None,
+    train_batch_size: Annotated[int, typer.Option(help="Sequences a training step.")] = 4,
+    train_length: Annotated[int, typer.Option(help="Tokens a training sequence.")] = 256,
+    train_rate: Annotated[float, typer.Option(help="Learning rate of training.")] = 5e-4,
+    train_text: Annotated[str, typer.Option(help="Text to train on.")] = "c4",
+    keep_trained: Annotated[
+        bool, typer.Option(help="Keep the checkpoints of trained models in OUT/trained.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Draws calibration windows, and what methods draw.")] = 0,
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
     trust_remote_code: TRUST = False,
@@ -59,50 +72,76 @@ def compare(
 ) -> None:
     """Prune a model by several methods and compare each with the dense model.
 
-    Started again with the same settings, it continues where it was.
+    Any method that prunes once can be had with LoRA training, `llm-pruner+lora` say; `dense+lora` is the
+    control. Started again with the same settings, it continues where it was.
 
     Example: [bold]probeprune compare smollm2-135m --methods dense,probe --ratios 0.2,0.4,0.6[/bold]
     """
-    from probeprune import experiment, report
-    from probeprune.models import load_model
+    from probeprune import report
+    from probeprune.data import Text
+    from probeprune.experiment.cells import Cell, TextMeasure, grid, scaled_budget, subject
+    from probeprune.experiment.results import Results
+    from probeprune.experiment.run import run
+    from probeprune.experiment.workbench import Workbench
+    from probeprune.models import load_model, source_fingerprint
 
     for name, value in (("windows", windows + 1), ("length", length - 1), ("batch-size", batch_size)):
         if value < 1:
             raise UsageError(f"--{name} is too small.")
     one_of("unit kind", units, get_args(UnitKind))
+    one_of("sampling", sampling, get_args(Sampling))
     chosen = [
         m if m.when == "never" else compose(m, name=m.name, units=units, skip_layers=skip_layers)
         for m in map(get_method, names(methods, "methods"))
     ]
-    cells = experiment.grid(chosen, [number(r) for r in names(ratios, "ratios")])
+    shares = [number(r) for r in names(ratios, "ratios")]
+    for share in shares:
+        check_ratio(share)
+    if train_tokens is not None:
+        train_steps = max(round(train_tokens / (train_batch_size * train_length)), 1)
+    budget = scaled_budget(train_steps, train_batch_size, train_length, train_rate, train_text)
     with err.status("loading the model"):
         loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    settings = experiment.Settings(
-        model=model,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device=loaded.device.type,
-        calibration=calibration,
-        calibration_windows=calibration_windows,
+    subjects = [
+        subject(
+            model,
+            method,
+            share,
+            seed=seed,
+            calibration=Text(calibration, calibration_windows, length),
+            budget=budget,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=loaded.device.type,
+            weights=source_fingerprint(model),
+        )
+        for method in chosen
+        for share in shares
+    ]
+    measure = TextMeasure(
         corpus=corpus,
         windows=windows or None,
         length=length,
         batch_size=batch_size,
-        seed=seed,
-        sampling=sampling,
+        sampling=sampling,  # type: ignore[arg-type]
         averaging="published" if sampling == "published" else "token",
+        seed=seed if sampling == "published" else 0,
     )
-    results = experiment.Results.open(out_dir, settings)
-    rows: list[dict[str, Any]] = []
+    results = Results.open(out_dir)
+    for problem in results.problems:
+        err.print(f"[yellow]{problem}[/yellow]", highlight=False, soft_wrap=True)
 
-    def done(cell: experiment.Cell, row: dict[str, Any]) -> None:
-        rows.append(row)
-        err.print(f"[green]done[/green] {cell.label:<16} perplexity {row['value']:.2f}", highlight=False)
+    def done(cell: Cell, row: dict[str, Any]) -> None:
+        err.print(
+            f"[green]done[/green] {cell.subject.label:<16} perplexity {row['value']:.2f}", highlight=False
+        )
 
     with progress_bar() as show:
-        experiment.run(loaded, results, cells, progress=show, done=done)
+        bench = Workbench(out_dir, show, trust_remote_code)
+        bench.take(loaded)
+        rows = run(bench, results, grid(subjects, [measure]), done=done, keep_trained=keep_trained)
     title = (
-        f"{model}, {corpus}: {len(rows[0]['losses'])} windows of {length} in batches of {batch_size}; "
-        f"calibrated on {calibration_windows} of {calibration}; {settings.dtype}, {settings.device}, "
+        f"{model}, {corpus}: {rows[0]['windows']} windows of {length} in batches of {batch_size}; "
+        f"calibrated on {calibration_windows} of {calibration}; {rows[0]['dtype']}, {rows[0]['device']}, "
         f"{rows[0]['threads']} threads"
     )
     (out_dir / "table.md").write_text(report.markdown(rows, title), encoding="utf-8")

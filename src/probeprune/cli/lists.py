@@ -19,11 +19,11 @@ def list_methods(as_json: JSON = False) -> None:
         for m in METHODS.values():
             print(json.dumps(dataclasses.asdict(m)))
         return
-    columns = ("method", "importance", "allocation", "compensation", "when", "source")
+    columns = ("method", "importance", "allocation", "compensation", "when", "LoRA", "source")
     table = Table(*columns, title="methods: an order and a cut for every block", title_justify="left")
     for m in METHODS.values():
         parts = [m.importance, m.allocation, m.compensation] if m.when != "never" else ["-"] * 3
-        table.add_row(m.name, *parts, {"batch": "every batch"}.get(m.when, m.when), m.source)
+        table.add_row(m.name, *parts, {"batch": "every batch"}.get(m.when, m.when), m.training, m.source)
     out().print(table)
 
 

@@ -4,22 +4,24 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 
 from probeprune.blocks import find_blocks
 from probeprune.cards import training_card
-from probeprune.checkpoint import Layout, check_free, save, writing
+from probeprune.checkpoint import Layout, check_free, check_space, save
 from probeprune.data import Text, load_corpus, training_windows
+from probeprune.files import writing
+from probeprune.hub import quiet_libraries
 from probeprune.models import LoadedModel
-from probeprune.pipeline import Measure
+from probeprune.pipeline import Measure, rehearse
 from probeprune.progress import Progress, silent
 from probeprune.provenance import versions
 from probeprune.training import processes
-from probeprune.training.loraprune import loraprune
-from probeprune.training.recovery import Trained, base_model, merged, recover
+from probeprune.training.loraprune import loraprune, loraprune_method
+from probeprune.training.recovery import MEASURED, Trained, base_model, merged, recover
 from probeprune.training.settings import Training
 
 
@@ -32,6 +34,7 @@ def recover_to(
     packing: bool = False,
     evaluation: Text,
     merge: bool = False,
+    pruning: dict[str, Any] | None = None,
     save_dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -49,13 +52,14 @@ def recover_to(
         packing: put documents one after the other instead of cutting one sequence out of each.
         evaluation: perplexity before and after is measured on these; 0 windows: not.
         merge: fold the adapter into the weights.
+        pruning: what was done to the model before, as in pruning.json; kept in the record.
         save_dtype: of the weights on disk; None as they are.
 
     Raises:
         UsageError, FloatingPointError: what `training.recover` and `save` raise.
     """
     check_free(out)
-    measure = Measure(loaded, evaluation, progress)
+    measure = Measure(loaded, evaluation, progress, keep=_work(out) / MEASURED)
     text = _training_text(loaded, corpus, packing, training)
     if processes.is_first():
         measure("before", loaded.model)
@@ -63,7 +67,10 @@ def recover_to(
     model = trained.model
     if processes.is_first():
         measure("after", base_model(model))
-    record = _training_record(loaded, corpus, packing, training, trained, measure)
+    record = {
+        **_training_record(loaded, corpus, packing, training, trained, measure),
+        "pruning": pruning,
+    }
     with processes.one_writer() as first:
         if first:
             _write_trained(loaded, out, model, merge, record, save_dtype)
@@ -87,7 +94,11 @@ def loraprune_to(
 ) -> dict[str, Any]:
     """Prune a loaded model while it trains and write the checkpoint; see `recover_to` and `loraprune`."""
     check_free(out)
-    measure = Measure(loaded, evaluation, progress)
+    allocation: Literal["even", "uniform"] = "even" if layout == "uniform" else "uniform"
+    method = loraprune_method(loaded.model, allocation, skip_layers, round_to)
+    size = rehearse(loaded.model, method, ratio, layout) * (save_dtype or loaded.dtype).itemsize
+    check_space(out, size)
+    measure = Measure(loaded, evaluation, progress, keep=_work(out) / MEASURED)
     text = _training_text(loaded, corpus, packing, training)
     before = sum(p.numel() for p in loaded.model.parameters())
     blocks = {b.name: (b.units, b.parameters) for b in find_blocks(loaded.model)}
@@ -101,7 +112,7 @@ def loraprune_to(
         _work(out),
         skip_layers=skip_layers,
         round_to=round_to,
-        allocation="even" if layout == "uniform" else "uniform",
+        allocation=allocation,
         progress=progress,
     )
     if processes.is_first():
@@ -132,9 +143,10 @@ def _work(out: Path) -> Path:
 def _training_text(
     loaded: LoadedModel, corpus: str, packing: bool, training: Training
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return training_windows(
+    windows, held_out = training_windows(
         load_corpus(corpus), loaded.tokenizer, length=training.length, packing=packing, seed=training.seed
     )
+    return windows, held_out[: training.evaluate_windows]
 
 
 def _training_record(
@@ -180,7 +192,7 @@ def _write_trained(
     if adapter and not merge:
         with writing(out) as folder:
             model.peft_config["default"].base_model_name_or_path = loaded.name
-            model.save_pretrained(folder)
+            _save_adapter(model, folder)
             loaded.tokenizer.save_pretrained(folder)
             (folder / "README.md").write_text(training_card(record, out.name, "adapter"), encoding="utf-8")
             _write_log(folder, _work(out), record)
@@ -188,7 +200,7 @@ def _write_trained(
         beside = _work(out) / "adapter"
         if adapter:
             model.peft_config["default"].base_model_name_or_path = loaded.name
-            model.save_pretrained(beside)
+            _save_adapter(model, beside)
 
         def also(folder: Path) -> None:
             if adapter:
@@ -207,6 +219,12 @@ def _write_trained(
             also=also,
         )
     shutil.rmtree(_work(out), ignore_errors=True)
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    with quiet_libraries(bars=False):
+        # Embeddings are never trained here; left to itself PEFT asks the hub whether they were resized.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def _write_log(folder: Path, work: Path, record: dict[str, Any]) -> None:

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from probeprune.blocks import Block, Member, find_blocks
+from probeprune.blocks import Block, Member, find_blocks, find_layers
 from probeprune.errors import UsageError
 from probeprune.importance import sum_of_shares
-from probeprune.methods import compose
+from probeprune.methods import Method, compose
 from probeprune.plan import widths
 from probeprune.progress import Progress, silent
 from probeprune.surgery import cut
@@ -115,6 +115,10 @@ class LoraPrune(TrainerCallback, ExportableState):
             self._mask(1.0 if last else schedule(state.global_step / state.max_steps, self.ramp))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Hide nothing any more. Harmless when called twice; for training that was broken off."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -140,11 +144,14 @@ class LoraPrune(TrainerCallback, ExportableState):
             for m in block.members:
                 values = m.part(sensitivity(m, _adapter(model, m)), block.units)
                 parts.append(values.view(block.units, m.width).sum(1))
-            fresh[block.name] = sum_of_shares(parts).cpu()
-        if not all(bool(torch.isfinite(s).all()) for s in fresh.values()):
+            fresh[block.name] = sum_of_shares(parts)
+        # One copy to the CPU for all blocks: on CUDA each would wait for the device.
+        at_once = torch.cat([s.flatten() for s in fresh.values()]).cpu()
+        if not torch.isfinite(at_once).all():
             self.left_out += 1  # one bad step would spoil the average for good
             return
-        for name, values in fresh.items():
+        split = at_once.split([len(s) for s in fresh.values()])
+        for name, values in zip(fresh, split, strict=True):
             self.scores[name] = self.decay * self.scores[name] + (1 - self.decay) * values
 
     def _mask(self, share: float) -> None:
@@ -172,6 +179,23 @@ def _adapter(model: Any, member: Member) -> Any:
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     assert isinstance(inner, PeftModel)
     return inner.get_base_model().get_submodule(member.name)
+
+
+def loraprune_method(
+    model: PreTrainedModel,
+    allocation: Literal["uniform", "even"] = "uniform",
+    skip_layers: int | None = None,
+    round_to: int = 1,
+) -> Method:
+    """LoRAPrune's cut as a method: `loraprune` has the arguments."""
+    first_tenth = len(find_layers(model)) // 10
+    return compose(
+        "loraprune",
+        name="loraprune",
+        allocation=allocation,
+        skip_layers=0 if allocation == "even" else first_tenth if skip_layers is None else skip_layers,
+        round_to=round_to,
+    )
 
 
 def loraprune(
@@ -209,16 +233,12 @@ def loraprune(
             "LoRAPrune is guided by LoRA's gradients to its last step: lora and keep_best=False."
         )
     blocks = find_blocks(model)
-    layers = 1 + max(b.layer for b in blocks)
-    skip = layers // 10 if skip_layers is None else skip_layers
-    method = compose(
-        "loraprune",
-        allocation=allocation,
-        skip_layers=0 if allocation == "even" else skip,
-        round_to=round_to,
-    )
+    method = loraprune_method(model, allocation, skip_layers, round_to)
     pruner = LoraPrune(blocks, widths(method, ratio, blocks, []))
-    trained = recover(model, windows, held_out, training, work, callbacks=[pruner], progress=progress)
+    try:
+        trained = recover(model, windows, held_out, training, work, callbacks=[pruner], progress=progress)
+    finally:
+        pruner.remove()
     kept = pruner.kept()
     smaller = merged(trained.model)
     cut(smaller, kept)

@@ -22,6 +22,7 @@ from probeprune.blocks import find_blocks
 from probeprune.calibration import check_windows, model_fingerprint
 from probeprune.errors import UsageError
 from probeprune.evaluation.cost import PeakMemory
+from probeprune.files import write_json
 from probeprune.hub import quiet_libraries
 from probeprune.progress import Progress, silent
 from probeprune.training import processes
@@ -37,6 +38,9 @@ from probeprune.training.trainer import (
     last_checkpoint,
     trainer_arguments,
 )
+
+MEASURED = "evaluation.json"
+"""In a work directory: what was measured on the model before it was trained."""
 
 
 @dataclass(frozen=True)
@@ -207,14 +211,14 @@ def _begin(
     }
     file = work / "run.json"
     if not file.exists():
-        if work.exists() and any(work.iterdir()):
+        if work.exists() and {f.name for f in work.iterdir()} - {MEASURED}:
             raise UsageError(
                 f"{work} is not empty and holds no training run; choose another output directory."
             )
         processes.wait()  # all have looked before the first one writes
         if processes.is_first():
             work.mkdir(parents=True, exist_ok=True)
-            _write_json(file, ours)
+            write_json(file, ours)
         processes.wait()
         return None
     theirs = json.loads(file.read_text(encoding="utf-8"))
@@ -252,12 +256,5 @@ def _before(work: Path, model: Any, held_out: torch.Tensor, micro_batch: int) ->
             "the held-out loss is NaN or infinite before training; use float32 or bfloat16."
         )
     if processes.is_first():
-        _write_json(file, loss)
+        write_json(file, loss)
     return loss
-
-
-def _write_json(file: Path, value: object) -> None:
-    """Write and rename, so that a kill leaves all or nothing."""
-    beside = file.with_suffix(".tmp")
-    beside.write_text(json.dumps(value), encoding="utf-8")
-    beside.replace(file)

@@ -37,6 +37,8 @@ class Training:
     """None trains all weights."""
     evaluate_every: int = 100
     """Steps between two evaluations on held-out text, each followed by a checkpoint."""
+    evaluate_windows: int = 800
+    """Held-out sequences an evaluation looks at, at most (LLM-Pruner holds out 800)."""
     patience: int | None = None
     """Stop early after this many evaluations without a better one."""
     keep_best: bool = True
@@ -46,7 +48,7 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "evaluate_every"):
+        for name in ("steps", "batch_size", "micro_batch", "evaluate_every", "evaluate_windows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1.")
         if self.length < 2 or not self.learning_rate > 0 or self.warmup_steps < 0:

@@ -1,0 +1,1 @@
+"""Experiments: subjects x measures, one JSON line a measurement, resumable."""

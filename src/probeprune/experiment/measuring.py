@@ -1,0 +1,178 @@
+"""One line of results: a prepared model measured on one thing, with what it cost."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from probeprune.data import evaluation_windows, load_corpus
+from probeprune.dynamic import Handle
+from probeprune.evaluation.cost import PeakMemory, blocks_flops, probe_flops
+from probeprune.evaluation.perplexity import perplexity
+from probeprune.experiment.cells import Cell, TextMeasure
+from probeprune.experiment.results import Row
+from probeprune.experiment.workbench import Prepared
+from probeprune.passes import find_decoder
+from probeprune.progress import Progress
+from probeprune.provenance import versions
+
+BINS = 64
+"""Into how many parts the channels of an MLP are put in a result line."""
+
+
+def measure(cell: Cell, prepared: Prepared, progress: Progress) -> Row:
+    """The cell's line. Raises what the measurement raises."""
+    subject = cell.subject
+    found = _on_text(cell.measure, prepared, lambda n, of: progress(subject.label, n, of))
+    return {
+        "kind": "result",
+        "key": cell.key,
+        "model": subject.model,
+        "name": subject.method.name,
+        "method": subject.method.record(),
+        "ratio": subject.ratio,
+        "seed": subject.seed,
+        "training": _training(prepared),
+        "removed_share": prepared.removed_share,
+        **found,
+        "dtype": str(prepared.loaded.dtype).removeprefix("torch."),
+        "device": str(prepared.loaded.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def failure(cell: Cell, error: BaseException) -> Row:
+    """The line of a cell that could not be measured, with one sentence that says why."""
+    said = (str(error).strip().splitlines() or [""])[0]
+    if not isinstance(error, ValueError | FloatingPointError):
+        said = f"{type(error).__name__}: {said}"
+    subject = cell.subject
+    return {
+        "kind": "failure",
+        "key": cell.key,
+        "model": subject.model,
+        "name": subject.method.name,
+        "method": subject.method.record(),
+        "ratio": subject.ratio,
+        "seed": subject.seed,
+        "task": cell.measure.name,
+        "error": said
+        if isinstance(error, ValueError | FloatingPointError)
+        else f"{type(error).__name__}: {said}",
+    }
+
+
+def _on_text(measure: TextMeasure, prepared: Prepared, progress: Any) -> Row:
+    model, handle = prepared.loaded.model, prepared.handle
+    text = evaluation_windows(
+        load_corpus(measure.corpus),
+        prepared.loaded.tokenizer,
+        length=measure.length,
+        limit=measure.windows,
+        sampling=measure.sampling,
+        seed=measure.seed,
+    )
+    with PeakMemory(prepared.loaded.device) as memory, counting_units(handle) as units:
+        result = perplexity(
+            model, text, batch_size=measure.batch_size, averaging=measure.averaging, progress=progress
+        )
+    shape = min(measure.batch_size, len(text)), measure.length
+    full = blocks_flops(prepared.blocks, [b.units for b in prepared.blocks], *shape)
+    probe = None if handle is None else handle.method.probe
+    return {
+        "task": measure.corpus,
+        "metric": "perplexity",
+        "value": result.value,
+        "standard_error": result.standard_error,
+        "losses": [round(x, 6) for x in result.losses],
+        "windows": len(result.losses),
+        "length": measure.length,
+        "batch_size": measure.batch_size,
+        "flops_per_token": result.flops_per_token,
+        "probe_flops_share": 0.0
+        if probe is None
+        else probe_flops(prepared.blocks, prepared.kept, probe, *shape) / full,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory": memory.bytes,
+        "units": units.summary() if units is not None else [],
+    }
+
+
+def _training(prepared: Prepared) -> Row | None:
+    """What a reader must know of the training to tell trained rows from others."""
+    record = prepared.training
+    if record is None:
+        return None
+    settings = record["training"]
+    names = ("corpus", "steps", "best_step", "tokens", "seconds", "peak_memory", "held_out_loss")
+    return {k: record[k] for k in names} | {k: settings[k] for k in ("batch_size", "length", "learning_rate")}
+
+
+class UnitCounter:
+    """Counts, batch by batch, which units an attached method keeps."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self.batches = 0
+        self._kept = {b.name: torch.zeros(b.units) for b in handle.blocks}
+        self._changed = {b.name: 0.0 for b in handle.blocks}
+        self._last: dict[str, torch.Tensor] = {}
+
+    def count(self) -> None:
+        """Take in what is kept now."""
+        for k in self.handle.kept_units():
+            now = torch.zeros(k.of)
+            now[list(k.units)] = 1
+            self._kept[k.name] += now
+            if k.name in self._last:
+                self._changed[k.name] += float((now - self._last[k.name]).clamp_min(0).sum()) / len(k.units)
+            self._last[k.name] = now
+        self.batches += 1
+
+    def summary(self) -> list[Row]:
+        """One entry a block.
+
+        `frequency`: share of batches a unit was kept in; heads in their own order, channels sorted and
+        averaged in at most `BINS` parts. `changed`: mean share of the kept units that were new in a batch.
+        """
+        entries = []
+        for block, keep in zip(self.handle.blocks, self.handle.kept, strict=True):
+            frequency = self._kept[block.name] / max(self.batches, 1)
+            if block.kind == "mlp":
+                parts = frequency.sort(descending=True).values.tensor_split(min(BINS, block.units))
+                frequency = torch.stack([p.mean() for p in parts])
+            entries.append(
+                {
+                    "name": block.name,
+                    "layer": block.layer,
+                    "kind": block.kind,
+                    "of": block.units,
+                    "kept": keep,
+                    "batches": self.batches,
+                    "frequency": [round(f, 3) for f in frequency.tolist()],
+                    "changed": round(self._changed[block.name] / max(self.batches - 1, 1), 4),
+                }
+            )
+        return entries
+
+
+@contextmanager
+def counting_units(handle: Handle | None) -> Iterator[UnitCounter | None]:
+    """Count the units kept at every pass inside; static methods are counted once, nothing attached never."""
+    if handle is None:
+        yield None
+        return
+    counter = UnitCounter(handle)
+    if handle.method.when != "batch":
+        counter.count()
+        yield counter
+        return
+    hook = find_decoder(handle.model).register_forward_hook(lambda *_: counter.count())
+    try:
+        yield counter
+    finally:
+        hook.remove()

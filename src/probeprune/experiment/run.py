@@ -1,0 +1,85 @@
+"""Running cells: those not measured yet, one subject after the other, each line on disk as it comes."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+from probeprune.blocks import find_blocks
+from probeprune.errors import UsageError
+from probeprune.experiment.cells import Cell
+from probeprune.experiment.measuring import failure, measure
+from probeprune.experiment.results import Results, Row
+from probeprune.experiment.workbench import Workbench
+from probeprune.plan import widths
+
+Done = Callable[[Cell, Row], None]
+
+
+def run(
+    bench: Workbench,
+    results: Results,
+    cells: Sequence[Cell],
+    *,
+    done: Done = lambda cell, row: None,
+    keep_going: bool = False,
+    keep_trained: bool = True,
+) -> list[Row]:
+    """Measure every cell that `results` does not hold yet; returns the rows of all cells, in their order.
+
+    Args:
+        bench: opens the models.
+        results: takes the lines.
+        cells: what to measure; those of one subject are measured together.
+        done: called with every cell and its line.
+        keep_going: a cell that fails becomes a line that says why, instead of an error.
+        keep_trained: keep the checkpoints of trained models when their cells are done.
+
+    Raises:
+        UsageError, FloatingPointError: what a cell raises, unless `keep_going`; lines already measured stay.
+    """
+    if not keep_going:
+        _check(bench, [c for c in cells if results.find(c) is None])
+    for subject, own in groupby(cells, key=lambda c: c.subject):
+        group = list(own)
+        for cell in group:
+            if (known := results.find(cell)) is not None:
+                done(cell, known)
+        todo = [c for c in group if results.find(c) is None]
+        for cell, row in measured(bench, todo, keep_going):
+            results.add(row)
+            done(cell, row)
+        if not keep_trained and all(results.find(c) for c in group):
+            shutil.rmtree(bench.trained_folder(subject), ignore_errors=True)
+    return [results.rows[c.key] for c in cells]
+
+
+def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Iterator[tuple[Cell, Row]]:
+    """The lines of the cells of one subject, one after the other."""
+    left = list(cells)
+    while left:
+        ready = False
+        try:
+            with bench.prepared(left[0].subject) as prepared:
+                ready = True
+                while left:
+                    row = measure(left[0], prepared, bench.progress)
+                    yield left.pop(0), row
+        except Exception as error:
+            if not keep_going:
+                raise
+            # What cannot be prepared cannot be measured on anything.
+            failed, left = (left[:1], left[1:]) if ready else (left, [])
+            for cell in failed:
+                yield cell, failure(cell, error)
+
+
+def _check(bench: Workbench, cells: Sequence[Cell]) -> None:
+    """Raise now what would stop the run later: a ratio that cannot be reached."""
+    for subject in dict.fromkeys(c.subject for c in cells):
+        method = subject.method
+        if method.when != "never" and method.allocation != "global":
+            blocks = find_blocks(bench.dense(subject).model, method.units)
+            try:
+                widths(method, subject.ratio, blocks, [])
+            except UsageError as error:
+                raise UsageError(f"{subject.label}: {error}") from error

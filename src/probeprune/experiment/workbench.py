@@ -1,0 +1,202 @@
+"""The workbench: opens one model at a time and puts it into the state a subject describes.
+
+What was collected on a model (statistics, gradients) is kept while the model is, and on disk by content. A
+trained model is kept as a checkpoint beside the results, so that a broken run does not train it again.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from probeprune.blocks import Block, find_blocks
+from probeprune.calibration import Statistics, calibrate
+from probeprune.data import Text, calibration_windows, load_corpus
+from probeprune.dynamic import Handle, attach
+from probeprune.experiment.cells import Subject
+from probeprune.methods import Method
+from probeprune.models import LoadedModel, cache_dir, load_model
+from probeprune.progress import Progress
+from probeprune.surgery import method_saliences, prune
+from probeprune.training.jobs import loraprune_to, recover_to
+
+BATCH_SIZE = 16
+"""Windows a forward pass of calibration."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model in the state that a subject describes, for as long as its context lasts.
+
+    Attributes:
+        loaded: the model (pruned, trained, or with the method attached) and its tokenizer.
+        blocks: of the model as it is now.
+        kept: units each block shows.
+        removed_share: share of the dense blocks' parameters that is left out.
+        handle: of the attached method; None for a trained model.
+        training: what the training gave, as in training.json; None for an untrained one.
+    """
+
+    loaded: LoadedModel
+    blocks: Sequence[Block]
+    kept: Sequence[int]
+    removed_share: float
+    handle: Handle | None = None
+    training: dict[str, Any] | None = None
+
+
+@dataclass
+class Workbench:
+    """Opens models for subjects; `folder` takes the checkpoints of trained ones."""
+
+    folder: Path
+    progress: Progress
+    trust_remote_code: bool = False
+    _name: tuple[str, str, str] | None = None
+    _loaded: LoadedModel | None = None
+    _known: dict[Any, Any] = field(default_factory=dict)
+
+    def take(self, loaded: LoadedModel) -> None:
+        """Use a model that is open already."""
+        self._name = (loaded.name, str(loaded.dtype).removeprefix("torch."), loaded.device.type)
+        self._loaded, self._known = loaded, {}
+
+    def dense(self, subject: Subject) -> LoadedModel:
+        """The subject's model as it was published; opening it puts the one before away."""
+        if self._name != (subject.model, subject.dtype, subject.device) or self._loaded is None:
+            self.release()
+            self.take(self._open(subject.model, subject))
+        assert self._loaded is not None
+        return self._loaded
+
+    def release(self) -> None:
+        """Put the open model away."""
+        self._name, self._loaded, self._known = None, None, {}
+
+    @contextmanager
+    def prepared(self, subject: Subject) -> Iterator[Prepared]:
+        """The subject, ready to be measured. Raises what calibration, pruning and training raise."""
+        if subject.method.training != "none":
+            yield self._trained(subject)
+            return
+        loaded = self.dense(subject)
+        statistics = self.statistics(subject)
+        with attach(loaded.model, subject.method, subject.ratio, statistics=statistics) as handle:
+            yield Prepared(loaded, handle.blocks, handle.kept, handle.removed_share, handle)
+
+    def statistics(self, subject: Subject) -> Statistics:
+        """What the subject's method needs to know of its dense model."""
+        method, moments, found = subject.method, {}, {}
+        if method.needs_moments:
+            assert subject.calibration is not None
+            key = (subject.calibration, subject.seed)
+            if key not in self._known:
+                self._known[key] = self._moments(subject, subject.calibration)
+            moments = self._known[key].moments
+        if method.needs_gradients:
+            assert subject.calibration is not None and method.gradients is not None
+            text = replace(
+                subject.calibration, windows=method.gradients.windows, length=method.gradients.length
+            )
+            # A recovery after the cut needs what the cut alone needs.
+            own = (method.importance, method.gradients, method.seed, text, subject.seed)
+            if own not in self._known:
+                self._known[own] = method_saliences(
+                    self.dense(subject).model,
+                    method,
+                    self._windows(subject, text),
+                    cache=cache_dir() / "statistics",
+                    progress=lambda n, of: self.progress(f"gradients {method.name}", n, of),
+                )
+            found = self._known[own]
+        return Statistics(moments, found)
+
+    def _moments(self, subject: Subject, text: Text) -> Statistics:
+        return calibrate(
+            self.dense(subject).model,
+            self._windows(subject, text),
+            batch_size=BATCH_SIZE,
+            cache=cache_dir() / "statistics",
+            progress=lambda n, of: self.progress(f"calibration, seed {subject.seed}", n, of),
+        )
+
+    def _windows(self, subject: Subject, text: Text) -> Any:
+        return calibration_windows(
+            load_corpus(text.corpus),
+            self.dense(subject).tokenizer,
+            count=text.windows,
+            length=text.length,
+            seed=subject.seed,
+        )
+
+    # -- training ------------------------------------------------------------------------------
+
+    def trained_folder(self, subject: Subject) -> Path:
+        """Where the checkpoint of a trained subject is kept."""
+        return self.folder / "trained" / f"{subject.method.name}-{subject.key}"
+
+    def _trained(self, subject: Subject) -> Prepared:
+        out = self.trained_folder(subject)
+        if not (out / "training.json").exists():
+            self._train(subject, out)
+        record = json.loads((out / "training.json").read_text(encoding="utf-8"))
+        loaded = self._open(str(out), subject)
+        blocks = find_blocks(loaded.model, subject.method.units)
+        removed = (record.get("pruning") or record).get("removed_share", 0.0)
+        return Prepared(loaded, blocks, [b.units for b in blocks], removed, training=record)
+
+    def _train(self, subject: Subject, out: Path) -> None:
+        budget, method = subject.budget, subject.method
+        assert budget is not None
+        training = replace(budget.training, seed=subject.seed)
+        before: dict[str, Any] | None = None
+        if method.training == "after" and method.when == "once":
+            before = self._cut(subject, replace(method, training="none"))
+        loaded = self.dense(subject)
+        text = {"corpus": budget.corpus, "packing": budget.packing}
+        nothing = Text(budget.corpus, 0)
+        try:
+            if method.training == "during":
+                loraprune_to(
+                    loaded,
+                    subject.ratio,
+                    out,
+                    replace(training, keep_best=False, warmup_steps=0),
+                    layout="per-layer",
+                    skip_layers=method.skip_layers,
+                    round_to=method.round_to,
+                    evaluation=nothing,
+                    progress=self._named(subject),
+                    **text,  # type: ignore[arg-type]
+                )
+            else:
+                recover_to(
+                    loaded,
+                    out,
+                    training,
+                    evaluation=nothing,
+                    merge=True,
+                    pruning=before,
+                    progress=self._named(subject),
+                    **text,  # type: ignore[arg-type]
+                )
+        finally:
+            self.release()  # it was changed for good
+
+    def _cut(self, subject: Subject, method: Method) -> dict[str, Any]:
+        loaded, statistics = self.dense(subject), self.statistics(subject)
+        done = prune(loaded.model, method, subject.ratio, statistics=statistics)
+        return done.record()
+
+    def _named(self, subject: Subject) -> Progress:
+        return lambda what, n, of: self.progress(f"{subject.label}: {what}", n, of)
+
+    def _open(self, name: str, subject: Subject) -> LoadedModel:
+        return load_model(
+            name,
+            dtype=subject.dtype,
+            device=subject.device,
+            trust_remote_code=self.trust_remote_code and name == subject.model,
+        )
