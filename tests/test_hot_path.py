@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from tiny import FAMILIES, close, kept, masked, padded, token_ids
+from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from probeprune import Probe, attach, calibrate, compose
@@ -71,7 +71,7 @@ def test_the_guard_sees_what_waits(what):
     "changes",
     [
         {},
-        {"probe": Probe(fusion="none", tokens=1.0, samples=1.0)},
+        {"probe": Probe(reuse=0, fusion="none", tokens=1.0, samples=1.0)},
         {"compensation": "bias"},
         {"units": "query"},
         {"units": "balanced"},
@@ -83,7 +83,7 @@ def test_a_prompt_is_probed_without_waiting(family, changes, side, own, no_waiti
     model = FAMILIES[family]()
     statistics = calibrate(model, token_ids(6, 16, seed=9), own_positions=own)
     ids, mask = padded(side)
-    with attach(model, compose("probe", **changes), 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, compose(PROBING, **changes), 0.3, statistics=statistics) as handle, torch.no_grad():
         model(*padded("none"))
         no_waiting(model)
         got, choice = model(ids, attention_mask=mask).logits[mask.bool()], kept(handle)
@@ -96,7 +96,7 @@ def test_a_prompt_is_probed_without_waiting(family, changes, side, own, no_waiti
 def test_a_step_is_decoded_without_waiting(refresh, no_waiting):
     model = FAMILIES["llama-gqa"]()
     statistics = calibrate(model, token_ids(6, 16, seed=9))
-    method = compose("probe", probe=Probe(refresh=refresh))
+    method = compose("probe", probe=Probe(reuse=0, refresh=refresh))
     with attach(model, method, 0.3, statistics=statistics), torch.no_grad():
         cache = model(token_ids(), use_cache=True).past_key_values
         no_waiting(model)

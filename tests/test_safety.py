@@ -4,13 +4,13 @@ import threading
 
 import pytest
 import torch
-from tiny import FAMILIES, close, kept, masked, padded, token_ids
+from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
 
 from probeprune import Probe, UsageError, attach, calibrate, compose
 from probeprune.blocks import find_blocks
 from probeprune.passes import find_decoder
 
-REFRESHING = compose("probe", probe=Probe(refresh=1))
+REFRESHING = compose("probe", probe=Probe(reuse=0, refresh=1))
 
 
 @pytest.fixture(scope="module", params=["llama-gqa", "opt", "phi3-gqa"])
@@ -92,11 +92,11 @@ def test_two_models_at_once_generate_as_each_alone(llama):
     def tokens(which):
         return which.generate(ids, attention_mask=mask, **options)
 
-    with attach(model, "probe", 0.3, statistics=statistics):
+    with attach(model, PROBING, 0.3, statistics=statistics):
         one = tokens(model)
-    with attach(other, "probe", 0.2, statistics=theirs):
+    with attach(other, PROBING, 0.2, statistics=theirs):
         two = tokens(other)
-    with attach(model, "probe", 0.3, statistics=statistics), attach(other, "probe", 0.2, statistics=theirs):
+    with attach(model, PROBING, 0.3, statistics=statistics), attach(other, PROBING, 0.2, statistics=theirs):
         assert tokens(other).equal(two) and tokens(model).equal(one)
         with torch.no_grad():  # step by step in turn
             caches = [m(ids, attention_mask=mask, use_cache=True).past_key_values for m in (model, other)]
@@ -104,7 +104,7 @@ def test_two_models_at_once_generate_as_each_alone(llama):
                 assert m(token_ids(4, 1), past_key_values=cache).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("method", ["wanda-sp", "probe"])
+@pytest.mark.parametrize("method", ["wanda-sp", PROBING])
 def test_attaching_twice_is_refused_and_changes_nothing(llama, method):
     model, statistics = llama
     inputs = padded("left")
@@ -114,7 +114,7 @@ def test_attaching_twice_is_refused_and_changes_nothing(llama, method):
             with pytest.raises(UsageError, match="already"):
                 attach(model, again, 0.3, statistics=statistics)
         assert handle.kept_units() == choice
-        assert method == "probe" or model(*inputs).logits.equal(want)
+        assert method is PROBING or model(*inputs).logits.equal(want)
 
 
 # -- threads -------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def together(*work) -> list:
 def test_passes_from_several_threads_run_one_after_the_other(llama):
     # No history: then what a batch gives does not depend on the batches before it.
     model, statistics = llama
-    method = compose("probe", probe=Probe(fusion="none"))
+    method = compose("probe", probe=Probe(reuse=0, fusion="none"))
     batches = [token_ids(2, 12, seed=s) for s in range(4)]
 
     def passes(ids):
@@ -170,7 +170,7 @@ def test_a_pass_waits_for_the_one_that_runs(llama):
             go_on.wait(10)
             order.append("first")
 
-    with attach(model, "probe", 0.3, statistics=statistics), torch.no_grad():
+    with attach(model, PROBING, 0.3, statistics=statistics), torch.no_grad():
         hook = find_decoder(model).layers[4].register_forward_pre_hook(hold)
         first.start()
         assert inside.wait(10)
@@ -196,7 +196,7 @@ def test_generations_that_take_turns_are_refused(llama):
             prompted[others].wait(10)
             return model(token_ids(2, 1), past_key_values=cache).logits
 
-    with attach(model, "probe", 0.3, statistics=statistics):
+    with attach(model, PROBING, 0.3, statistics=statistics):
         found = together(lambda: generation(0, 1), lambda: generation(1, 0))
     refused = [r for r in found if isinstance(r, UsageError)]
     assert len(refused) == 1 and "only one generation at a time" in str(refused[0])
@@ -218,7 +218,7 @@ def test_detaching_inside_a_pass_is_refused_and_the_pass_ends_well(llama, where)
             handle.detach()
         refused.append(True)
 
-    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
         hook = module.register_forward_pre_hook(leave, prepend=True)
         got, choice = model(*inputs).logits[inputs[1].bool()], kept(handle)
         hook.remove()
@@ -229,7 +229,7 @@ def test_detaching_inside_a_pass_is_refused_and_the_pass_ends_well(llama, where)
 
 def test_a_pass_inside_a_pass_is_refused(llama):
     model, statistics = llama
-    with attach(model, "probe", 0.3, statistics=statistics), torch.no_grad():
+    with attach(model, PROBING, 0.3, statistics=statistics), torch.no_grad():
         hook = find_decoder(model).layers[3].register_forward_pre_hook(lambda *_: model(token_ids()))
         with pytest.raises(UsageError, match="inside another"):
             model(token_ids())
@@ -240,7 +240,7 @@ def test_a_pass_inside_a_pass_is_refused(llama):
 def test_detaching_from_another_thread_waits_for_the_pass(llama):
     model, statistics = llama
     before, values = parts(model), {n: p.clone() for n, p in model.named_parameters()}
-    handle = attach(model, "probe", 0.3, statistics=statistics)
+    handle = attach(model, PROBING, 0.3, statistics=statistics)
     other, order = threading.Thread(target=lambda: (handle.detach(), order.append("detached"))), []
 
     def start(*_: object) -> None:

@@ -26,6 +26,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from probeprune import Probe, compose
+
 SHAPE = {
     "hidden_size": 48,
     "intermediate_size": 100,
@@ -127,6 +129,10 @@ class masked:
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+PROBING = compose("probe", name="probe", probe=Probe(reuse=0))
+"""Probe Pruning as published: every batch is probed, however small."""
 
 
 def kept(handle) -> list:

@@ -1,6 +1,6 @@
 """The runtime: `attach` a method to a model, run the model's own forward on what is kept, `detach`.
 
-Static methods order and cut once, then cost nothing. Dynamic ones do, for each block and each prompt, the
+Static methods order and cut once, then cost nothing. Dynamic ones do, for each block and each batch, the
 stages of Probe Pruning (`runtime.py`); a pass that continues a KV cache keeps the units its prompt chose.
 Here is what concerns the whole model: which stage a pass is, whose cache it continues, one pass at a time.
 """
@@ -101,7 +101,7 @@ class Handle:
         self._now = Now()
         self._lock = threading.RLock()
         self._choice: int | None = None  # the one whose heads the windows show
-        self._since_refresh = 0
+        self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
         scores = [static_scores(method, b, statistics) for b in blocks]
         self.kept = widths(method, ratio, blocks, scores)
@@ -188,26 +188,27 @@ class Handle:
 
     def _enter(self, now: Pass) -> None:
         """Say what stage a pass is. Raises `UsageError` for a cache that the present heads did not fill."""
+        probe = self.method.probe
+        assert probe is not None
+        self._now.tokens = now.tokens
+        self._since_choice += now.tokens.batch * now.tokens.length
         if not now.continues:
             _check_layout(now.cache, self.blocks, self.kept)
-            self._choice, self._since_refresh = next(_CHOICES), 0
-            self._now.stage = "choose"
+            serves = now.cache is None and self._since_choice < probe.reuse
+            self._now.stage = "reuse" if serves and self._choice is not None else "choose"
+            if self._now.stage == "choose":
+                self._choice, self._since_choice = next(_CHOICES), 0
+            self._since_refresh = 0
         elif self._choice is None or getattr(now.cache, _CHOICE, None) != self._choice:
             raise UsageError(
                 "this KV cache was not filled under the heads kept now: another prompt ran since, or a pass "
                 "failed; run its prompt again, and only one generation at a time."
             )
         else:
-            self._now.stage = "refresh" if self._is_refresh(now) else "keep"
-        self._now.tokens = now.tokens
-
-    def _is_refresh(self, now: Pass) -> bool:
-        every = 0 if self.method.probe is None else self.method.probe.refresh
-        self._since_refresh += now.tokens.length
-        if not every or self._since_refresh < every:
-            return False
-        self._since_refresh = 0
-        return True
+            self._since_refresh += now.tokens.length
+            due = 0 < probe.refresh <= self._since_refresh
+            self._now.stage = "refresh" if due else "keep"
+            self._since_refresh = 0 if due else self._since_refresh
 
     def _check_finite(self) -> None:
         """Raise `FloatingPointError` where scores ordered nothing: one look at the device for all blocks."""

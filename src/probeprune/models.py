@@ -83,9 +83,9 @@ def load_model(
         UsageError: no such model, no safetensors weights, quantised or incomplete weights, a model that is no
             causal language model, an unknown dtype, or a device this machine does not have.
     """
-    target = _resolve_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"Unknown dtype '{dtype}': use auto, {', '.join(DTYPES)}.")
+    target = choose_device(device)
+    if dtype != "auto":
+        choose_dtype(dtype, target)  # an unknown one should fail before anything is looked for
     source = _locate(name)
     config = _load_config(name, source, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
@@ -93,7 +93,7 @@ def load_model(
             f"Model '{name}' is quantised and its units cannot be reordered in place: give the checkpoint in"
             " full precision."
         )
-    chosen = fastest_dtype(target) if dtype == "auto" else DTYPES[dtype]
+    chosen = choose_dtype(dtype, target)
     stored = getattr(config, "dtype", None)
     try:
         with quiet_libraries(bars=isinstance(source, str)):
@@ -147,6 +147,15 @@ def source_fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; `auto` is `fastest_dtype`. Raises `UsageError` for an unknown one."""
+    if dtype == "auto":
+        return fastest_dtype(device)
+    if dtype not in DTYPES:
+        raise UsageError(f"Unknown dtype '{dtype}': use auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which this device multiplies matrices fastest.
 
@@ -195,7 +204,8 @@ def cache_dir() -> Path:
 # Finding
 
 
-def _resolve_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one. Raises `UsageError` for one not here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -39,6 +39,10 @@ class Probe:
     """Weight of history under `fixed` fusion."""
     decay: float = 0.99
     """History keeps this share of itself at every batch."""
+    reuse: int = 1024
+    """Tokens that one choice serves at least: smaller batches share it, since on their own they would not
+    earn what probing costs (docs/choices.md). 0 probes every batch, as published. A prompt that fills a cache
+    handed in, as in `generate`, is always probed: its choice serves the text to come."""
     refresh: int = 0
     """While decoding, choose the channels of MLPs anew every so many tokens; 0 keeps those of the prompt.
     Such a step runs MLPs dense and is its own probe; the steps between move history. Heads stay: the cache
@@ -51,8 +55,9 @@ class Probe:
         for name in ("history_share", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"probe {name}={getattr(self, name):g} must lie in [0, 1].")
-        if self.refresh < 0:
-            raise UsageError(f"probe refresh={self.refresh} must be a number of tokens, or 0 for never.")
+        for name in ("reuse", "refresh"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"probe {name}={getattr(self, name)} must be a number of tokens, 0 or more.")
         if self.fusion not in ("importance", "fixed", "none"):
             raise UsageError(f"unknown fusion {self.fusion!r}; choose importance, fixed or none.")
 
@@ -186,10 +191,9 @@ def fuse(energy: torch.Tensor, history: torch.Tensor, probe: Probe) -> torch.Ten
         return energy
     if probe.fusion == "fixed":
         return torch.lerp(energy, history, probe.history_share)
-    total = energy + history
-    # The squares are divided first: energies of 1e20 would overflow float32 when squared.
-    tiny = torch.finfo(total.dtype).tiny
-    return (energy / total.clamp_min(tiny)) * energy + (history / total.clamp_min(tiny)) * history
+    # No squares: energies of 1e20 would overflow float32.
+    share = energy / (energy + history).clamp_min_(torch.finfo(energy.dtype).tiny)
+    return torch.lerp(history, energy, share)
 
 
 def fused_energy(

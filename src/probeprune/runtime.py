@@ -1,8 +1,8 @@
 """One pruned block while its model runs: its partition and, for dynamic methods, the stages of Probe Pruning.
 
-A prompt is probed and cut; a pass that continues a cache keeps what its prompt chose, and a refresh chooses
-an MLP's channels anew. Which of the three a pass is, the handle says (`dynamic.py`). Nothing here waits for
-an accelerator: numbers stay on the device, sizes come from shapes.
+A batch is probed and cut, or small ones reuse the choice before; a pass that continues a cache keeps what its
+prompt chose, and a refresh chooses an MLP's channels anew. Which of these a pass is, the handle says
+(`dynamic.py`). Nothing here waits for an accelerator: numbers stay on the device, sizes come from shapes.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from probeprune.partition import Partition
 from probeprune.probe import choose, everything, fused_energy, run_ahead
 from probeprune.statistics import History, Moments, Tokens
 
-Stage = Literal["idle", "choose", "keep", "refresh"]
+Stage = Literal["idle", "choose", "reuse", "keep", "refresh"]
 NO_TOKENS = Tokens(0, 0)
 
 
@@ -31,7 +31,8 @@ class Now:
     """What all blocks of a model share of the pass that is under way."""
 
     stage: Stage = "idle"
-    """`choose` on a prompt; `keep` or `refresh` on a pass that continues a cache."""
+    """`choose` or `reuse` (of the choice before) on a batch; `keep` or `refresh` on a pass that continues a
+    cache."""
     tokens: Tokens = NO_TOKENS
 
 
@@ -139,7 +140,7 @@ class BlockRuntime:
     def _before_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if self.history is None or self._probing:
             return
-        if self.now.stage == "choose" or (self.now.stage == "keep" and self._refreshes):
+        if self.now.stage in ("choose", "reuse") or (self.now.stage == "keep" and self._refreshes):
             self._remember(args[0])
 
     @torch.no_grad()
