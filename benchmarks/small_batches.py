@@ -3,8 +3,8 @@
 Run: .venv/bin/python benchmarks/small_batches.py   (about 10 minutes on 2 cores)
 
 Windows of WikiText-2 from all over the text, so that neighbours in order are of different articles, in
-batches of 1 x 128, 1 x 512 and 16 x 512. Speeds are medians over rounds in which all ways take turns, over the
-dense model's of the same round. SmolLM2-135M-Instruct, float32, calibrated on 48 windows of C4.
+batches of 1 x 128, 1 x 512 and 16 x 512. Speeds are medians over rounds in which all ways take turns, over
+the dense model's of the same round. SmolLM2-135M-Instruct, float32, calibrated on 48 windows of C4.
 """
 
 import statistics
