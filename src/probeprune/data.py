@@ -52,6 +52,27 @@ class EmbeddedCorpus:
 
 
 @dataclass(frozen=True)
+class HubCorpus:
+    """A corpus on the hub that people call by a short name.
+
+    Attributes:
+        path, subset, split, column, revision: where it is, as in `datasets.load_dataset`.
+        rows: how many rows are read, from the front.
+        joined: what the rows are joined with to one text; None leaves them documents of their own.
+        description: one line for people.
+    """
+
+    path: str
+    subset: str | None
+    split: str
+    description: str
+    column: str = "text"
+    revision: str | None = None
+    rows: int = HUB_ROWS
+    joined: str | None = None
+
+
+@dataclass(frozen=True)
 class Text:
     """Windows of a text that a model is calibrated or measured on."""
 
@@ -86,6 +107,23 @@ EMBEDDED_CORPORA = {
     ),
 }
 
+HUB_CORPORA = {
+    "c4-hub": HubCorpus("allenai/c4", "en", "train", "C4 train, 20000 documents: published calibration"),
+    "c4-valid": HubCorpus(
+        "allenai/c4", "en", "validation", "C4 validation, the first 1100 documents (SparseGPT's)", rows=1100
+    ),
+    "ptb": HubCorpus(
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        "test",
+        "Penn Treebank, test split, sentences joined with a space",
+        column="sentence",
+        # The data set itself is a script, which nothing runs any more; this is the hub's own conversion.
+        revision="refs/convert/parquet",
+        joined=" ",
+    ),
+}
+
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
 PARQUET_SUFFIXES = (".parquet",)
@@ -107,7 +145,8 @@ def load_corpus(
     """The documents of a corpus, in the corpus' own order.
 
     Args:
-        name: an embedded corpus (a key of `EMBEDDED_CORPORA`), a local file (`.txt`: one document; `.jsonl`,
+        name: an embedded corpus (a key of `EMBEDDED_CORPORA`), one on the hub by a short name (a key of
+            `HUB_CORPORA`), a local file (`.txt`: one document; `.jsonl`,
             `.parquet`: one document a row; `.txt` and `.jsonl` also with `.gz`), or a hub data set as
             `owner/name`.
         subset: configuration of a hub data set, such as `en` of `allenai/c4`.
@@ -121,19 +160,21 @@ def load_corpus(
     Raises:
         UsageError: unknown name, missing file, missing column, nothing but white space, unreachable hub.
     """
-    if name in EMBEDDED_CORPORA or _is_file_name(name):
+    if name in EMBEDDED_CORPORA or name in HUB_CORPORA or _is_file_name(name):
         if subset is not None or split is not None:
-            raise UsageError(
-                f"Corpus '{name}' is no hub data set and has no subset or split: leave them out."
-            )
-        documents = _read_embedded(name) if name in EMBEDDED_CORPORA else _read_file(Path(name), column)
+            raise UsageError(f"Corpus '{name}' is a fixed text and has no subset or split: leave them out.")
+        if name in HUB_CORPORA:
+            documents = _read_hub_corpus(HUB_CORPORA[name])
+        else:
+            documents = _read_embedded(name) if name in EMBEDDED_CORPORA else _read_file(Path(name), column)
     elif "/" in name:
         documents = _stream_hub(name, subset, split or "train", column, hub_rows)
     else:
-        close = difflib.get_close_matches(name.lower(), EMBEDDED_CORPORA, n=1)
+        known = [*EMBEDDED_CORPORA, *HUB_CORPORA]
+        close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise UsageError(
-            f"Unknown corpus '{name}': give one of {', '.join(EMBEDDED_CORPORA)}, a file"
+            f"Unknown corpus '{name}': give one of {', '.join(known)}, a file"
             f" ({', '.join(FILE_SUFFIXES)}) or a hub data set as owner/name.{hint}"
         )
     if not any(document.strip() for document in documents):
@@ -210,13 +251,29 @@ def _read_parquet(path: Path, column: str) -> list[str]:
     return [_text_of(row, column, where=f"row {number} of '{path}'") for number, row in enumerate(rows)]
 
 
-def _stream_hub(name: str, subset: str | None, split: str, column: str, limit: int) -> list[str]:
+def _read_hub_corpus(corpus: HubCorpus) -> list[str]:
+    rows = _stream_hub(
+        corpus.path, corpus.subset, corpus.split, corpus.column, corpus.rows, corpus.revision, warn=False
+    )
+    return rows if corpus.joined is None else [corpus.joined.join(rows)]
+
+
+def _stream_hub(
+    name: str,
+    subset: str | None,
+    split: str,
+    column: str,
+    limit: int,
+    revision: str | None = None,
+    *,
+    warn: bool = True,
+) -> list[str]:
     """The first `limit` rows of a hub data set, without downloading the rest."""
     import datasets  # a second's import that embedded and local corpora need not pay
 
     try:
         with quiet_libraries():
-            rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+            rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
             head = list(itertools.islice(rows, limit + 1))
     except (OSError, ValueError, RuntimeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -225,7 +282,7 @@ def _stream_hub(name: str, subset: str | None, split: str, column: str, limit: i
             f" {first_line}; check name and network, or use an embedded corpus"
             f" ({', '.join(EMBEDDED_CORPORA)}) or a file."
         ) from error
-    if len(head) > limit:
+    if warn and len(head) > limit:
         logger.warning(
             "Only the first %d rows of '%s' were read; ask for more where you need them.", limit, name
         )

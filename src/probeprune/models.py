@@ -9,11 +9,13 @@ import difflib
 import hashlib
 import importlib.util
 import io
+import json
 import os
+import platform
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from transformers import (
 )
 
 from probeprune.errors import UsageError
-from probeprune.files import writing
+from probeprune.files import write_json, writing
 from probeprune.hub import quiet_libraries
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -83,9 +85,8 @@ def load_model(
         UsageError: no such model, no safetensors weights, quantised or incomplete weights, a model that is no
             causal language model, an unknown dtype, or a device this machine does not have.
     """
-    target = _resolve_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"Unknown dtype '{dtype}': use auto, {', '.join(DTYPES)}.")
+    target = resolve_device(device)
+    _check_dtype(dtype)
     source = _locate(name)
     config = _load_config(name, source, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
@@ -93,7 +94,7 @@ def load_model(
             f"Model '{name}' is quantised and its units cannot be reordered in place: give the checkpoint in"
             " full precision."
         )
-    chosen = fastest_dtype(target) if dtype == "auto" else DTYPES[dtype]
+    chosen = resolve_dtype(dtype, target)
     stored = getattr(config, "dtype", None)
     try:
         with quiet_libraries(bars=isinstance(source, str)):
@@ -147,6 +148,34 @@ def source_fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
+def _check_dtype(dtype: str) -> None:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"Unknown dtype '{dtype}': use auto, {', '.join(DTYPES)}.")
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """A dtype by its name; `auto` is what this machine was once measured to be fastest in.
+
+    The choice is kept in the cache: a run that is continued must not change its mind.
+    """
+    _check_dtype(dtype)
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        return fastest_dtype(device)
+    file = cache_dir() / "fastest-dtype.json"
+    machine = f"{platform.node()} {os.cpu_count()} torch {torch.__version__}"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return DTYPES[known[machine]]
+    except (OSError, ValueError, KeyError, TypeError):
+        chosen = fastest_dtype(device)
+    # Where the cache cannot be written the choice is simply made again.
+    with suppress(OSError):
+        write_json(file, {machine: str(chosen).removeprefix("torch.")})
+    return chosen
+
+
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which this device multiplies matrices fastest.
 
@@ -195,7 +224,8 @@ def cache_dir() -> Path:
 # Finding
 
 
-def _resolve_device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
+    """`auto` (CUDA where there is one, else CPU), or what `torch.device` understands and this machine has."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

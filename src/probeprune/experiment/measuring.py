@@ -1,8 +1,7 @@
 """One line of results: a prepared model measured on one thing, with what it cost."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -10,12 +9,16 @@ from probeprune.data import evaluation_windows, load_corpus
 from probeprune.dynamic import Handle
 from probeprune.evaluation.cost import PeakMemory, blocks_flops, probe_flops
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.experiment.cells import Cell, TextMeasure
+from probeprune.evaluation.tasks import evaluate_task
+from probeprune.experiment.cells import Cell, TaskMeasure, TextMeasure
 from probeprune.experiment.results import Row
 from probeprune.experiment.workbench import Prepared
 from probeprune.passes import find_decoder
 from probeprune.progress import Progress
 from probeprune.provenance import versions
+
+Steps = Callable[[int, int], None]
+"""Called with (parts done, parts in all)."""
 
 BINS = 64
 """Into how many parts the channels of an MLP are put in a result line."""
@@ -24,7 +27,13 @@ BINS = 64
 def measure(cell: Cell, prepared: Prepared, progress: Progress) -> Row:
     """The cell's line. Raises what the measurement raises."""
     subject = cell.subject
-    found = _on_text(cell.measure, prepared, lambda n, of: progress(subject.label, n, of))
+    report = lambda n, of: progress(f"{subject.label}: {cell.measure.name}", n, of)  # noqa: E731
+    if isinstance(cell.measure, TextMeasure):
+        found = _on_text(cell.measure, prepared, report)
+    elif isinstance(cell.measure, TaskMeasure):
+        found = _on_task(cell.measure, prepared, report)
+    else:
+        found = _cost(cell.measure, prepared, report)
     return {
         "kind": "result",
         "key": cell.key,
@@ -64,7 +73,7 @@ def failure(cell: Cell, error: BaseException) -> Row:
     }
 
 
-def _on_text(measure: TextMeasure, prepared: Prepared, progress: Any) -> Row:
+def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
     model, handle = prepared.loaded.model, prepared.handle
     text = evaluation_windows(
         load_corpus(measure.corpus),
@@ -99,6 +108,46 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Any) -> Row:
         "tokens_per_second": result.tokens_per_second,
         "peak_memory": memory.bytes,
         "units": units.summary() if units is not None else [],
+    }
+
+
+def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> Row:
+    with PeakMemory(prepared.loaded.device) as memory:
+        result = evaluate_task(
+            prepared.loaded.model,
+            prepared.loaded.tokenizer,
+            measure.task,
+            limit=measure.limit,
+            batch_size=measure.batch_size,
+            source=measure.source,
+            protocol=measure.protocol,
+            order=measure.order,
+            progress=progress,
+        )
+    hits = result.correct_norm if result.metric == "acc_norm" else result.correct
+    assert hits is not None
+    metrics = {"acc": {"value": result.acc, "standard_error": result.acc_error}}
+    if result.acc_norm is not None:
+        metrics["acc_norm"] = {"value": result.acc_norm, "standard_error": result.acc_norm_error or 0.0}
+    return {
+        "task": measure.name,
+        "metric": "accuracy",
+        "value": result.value,
+        "standard_error": result.error,
+        "metrics": metrics,
+        "main": result.metric,
+        "correct": "".join("01"[hit] for hit in hits),
+        "items": result.items,
+        "protocol": result.protocol,
+        "source": result.source,
+        "batch_size": result.batch_size,
+        "order": result.order,
+        "padding": result.padding,
+        "batches": result.batches,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens / result.seconds,
+        "peak_memory": memory.bytes,
     }
 
 

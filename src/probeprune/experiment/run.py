@@ -54,23 +54,25 @@ def run(
 
 
 def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Iterator[tuple[Cell, Row]]:
-    """The lines of the cells of one subject, one after the other."""
-    left = list(cells)
-    while left:
+    """The lines of the cells of one subject, one after the other.
+
+    Each cell finds the subject as new: what a dynamic method learns on one text must not reach the next.
+    """
+    for done, cell in enumerate(cells):
         ready = False
         try:
-            with bench.prepared(left[0].subject) as prepared:
+            with bench.prepared(cell.subject) as prepared:
                 ready = True
-                while left:
-                    row = measure(left[0], prepared, bench.progress)
-                    yield left.pop(0), row
+                row = measure(cell, prepared, bench.progress)
+            yield cell, row
         except Exception as error:
             if not keep_going:
                 raise
             # What cannot be prepared cannot be measured on anything.
-            failed, left = (left[:1], left[1:]) if ready else (left, [])
-            for cell in failed:
-                yield cell, failure(cell, error)
+            for failed in [cell] if ready else cells[done:]:
+                yield failed, failure(failed, error)
+            if not ready:
+                return
 
 
 def _check(bench: Workbench, cells: Sequence[Cell]) -> None:
