@@ -4,12 +4,14 @@ It turns a corpus name into texts, texts into windows of token ids, and sequence
 padded batch. It knows nothing of models, methods or metrics, and never touches a global random state.
 """
 
+import bz2
 import difflib
 import gzip
 import itertools
 import json
 import logging
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +205,7 @@ def _read_file(path: Path, column: str) -> list[str]:
     if not path.is_file():
         raise UsageError(f"There is no corpus file '{path}'.")
     if path.name.endswith(TEXT_SUFFIXES):
-        return [_read_text(path)]
+        return [read_text(path)]
     if path.name.endswith(JSON_SUFFIXES):
         return _read_json_lines(path, column)
     if path.name.endswith(PARQUET_SUFFIXES):
@@ -211,21 +213,26 @@ def _read_file(path: Path, column: str) -> list[str]:
     raise UsageError(f"Corpus file '{path}' is of no known kind: it must end in {', '.join(FILE_SUFFIXES)}.")
 
 
-def _read_text(path: Path) -> str:
-    """The file's content as it is: line ends are not translated, they are tokens too."""
+def read_text(path: Path) -> str:
+    """The content of a text file, `.gz` and `.bz2` unpacked, as it is: line ends are tokens too.
+
+    Raises `UsageError` for a file that is missing, damaged or not UTF-8.
+    """
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
+        elif path.suffix == ".bz2":
+            content = bz2.decompress(content)
         return content.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UsageError(f"Corpus file '{path}' cannot be read as UTF-8 text: {error}.") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UsageError(f"File '{path}' cannot be read as UTF-8 text: {error}.") from error
 
 
 def _read_json_lines(path: Path, column: str) -> list[str]:
     documents = []
     # Not str.splitlines: that also breaks at characters which may stand inside a JSON string.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -334,7 +341,7 @@ def calibration_windows(
     Raises:
         UsageError: no document is long enough.
     """
-    _require_positive(count=count, length=length)
+    require_positive(count=count, length=length)
     generator = random.Random(seed)
     order = list(range(len(documents)))
     generator.shuffle(order)
@@ -392,7 +399,7 @@ def training_windows(
     Raises:
         UsageError: no sequence of that length, or no end-of-text token to pack with.
     """
-    _require_positive(length=length)
+    require_positive(length=length)
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     split = max(round(held_out * len(order)), 1) if len(order) > 1 else 0
@@ -456,7 +463,7 @@ def evaluation_windows(
     Raises:
         UsageError: the text is shorter than one window, or the sampling is unknown.
     """
-    _require_positive(length=length, **({} if limit is None else {"limit": limit}))
+    require_positive(length=length, **({} if limit is None else {"limit": limit}))
     tokens = torch.tensor(tokenize(ROW_SEPARATOR.join(documents), tokenizer), dtype=torch.long)
     available = len(tokens) // length
     if available == 0:
@@ -481,7 +488,7 @@ def evaluation_windows(
 
 def batches(windows: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
     """Views of `batch_size` rows of `windows` each; the last is shorter where it does not divide."""
-    _require_positive(batch_size=batch_size)
+    require_positive(batch_size=batch_size)
     return windows.split(batch_size)
 
 
@@ -519,7 +526,8 @@ def pad_batch(
     return input_ids, attention_mask
 
 
-def _require_positive(**values: int) -> None:
+def require_positive(**values: int) -> None:
+    """Raise `UsageError` for the first argument, by name, that is below 1."""
     for name, value in values.items():
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}.")
