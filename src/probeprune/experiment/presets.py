@@ -83,10 +83,13 @@ class Preset:
         return list(dict.fromkeys(cells))
 
     def _measures(self, own: Subject, seed: int) -> list[Measure]:
-        if own.method.training != "none" and not _among(seed, self.training_seeds):
+        trains = own.method.training != "none"
+        if trains and not _among(seed, self.training_seeds):
             return []
         # What has no seed (the dense model) belongs to whichever seeds a part names.
-        return [m for p in self.parts if _among(seed, p.seeds) or not own.seed_matters for m in p.measures]
+        found = [m for p in self.parts if _among(seed, p.seeds) or not own.seed_matters for m in p.measures]
+        # A trained model costs what its widths cost: measured on the same cut without training.
+        return [m for m in found if not (trains and isinstance(m, CostMeasure))]
 
 
 def _among(seed: int, seeds: Sequence[int] | None) -> bool:
