@@ -22,6 +22,7 @@ from probeprune.data import (
     tokenize,
 )
 from probeprune.errors import UsageError
+from probeprune.evaluation.task_data import TASKS
 
 
 def numbers(start: int, stop: int) -> str:
@@ -46,9 +47,10 @@ def test_assets_are_the_texts_their_readme_names(file, sha256):
     assert sha256 in (ASSETS / "README.md").read_text()
 
 
-def test_every_asset_belongs_to_a_corpus():
+def test_every_asset_belongs_to_a_corpus_or_a_task():
     named = {file for corpus in EMBEDDED_CORPORA.values() for file in corpus.files}
-    assert named == {path.name for path in ASSETS.glob("*.gz")}
+    named |= {task.file for task in TASKS.values()}
+    assert named == {path.name for path in ASSETS.iterdir()} - {"README.md"}
 
 
 def test_c4_is_both_files_the_smaller_first():

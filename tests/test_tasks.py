@@ -275,6 +275,17 @@ def test_results_do_not_depend_on_batches(llama, statistics, tokenizer, method):
         assert_close(result.loglikelihoods, first.loglikelihoods)
 
 
+def test_the_live_model_is_one_for_the_harness_itself(llama, tokenizer):
+    result = evaluate_task(llama, tokenizer, "openbookqa", limit=6)
+    results = lm_eval.simple_evaluate(
+        model=harness.LiveModel(llama, tokenizer),
+        tasks=[harness.load_task(TASKS["openbookqa"], limit=6)],
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+    )
+    samples = sorted(results["samples"]["openbookqa"], key=lambda s: s["doc_id"])
+    assert_equals_peer(result, samples, results["results"]["openbookqa"])
+
+
 def test_counts(llama, tokenizer):
     seen = []
     result = evaluate_task(

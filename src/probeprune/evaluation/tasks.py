@@ -124,7 +124,7 @@ def evaluate_task(
     spec = get_task(task)
     if protocol not in ("harness", "published"):
         raise UsageError(f"unknown protocol {protocol!r}; choose harness or published.")
-    if protocol == "published" and order == "length":
+    if protocol == "published" and order not in (None, "given"):
         raise UsageError("the published protocol keeps the given order; leave order out.")
     if limit is not None:
         require_positive(limit=limit)
