@@ -15,6 +15,7 @@ from probeprune.cli.common import err
 from probeprune.cli.compare import compare
 from probeprune.cli.lists import list_methods, list_models
 from probeprune.cli.prune import prune
+from probeprune.cli.report import report
 from probeprune.cli.train import loraprune, recover
 from probeprune.errors import UsageError
 
@@ -28,7 +29,7 @@ app = typer.Typer(
 )
 INTERRUPTED = "interrupted; what was measured is saved, the same command continues from there."
 
-for _command in (compare, prune, recover, loraprune, bench):
+for _command in (compare, report, prune, recover, loraprune, bench):
     app.command()(_command)
 app.command("methods")(list_methods)
 app.command("models")(list_models)
