@@ -92,6 +92,11 @@ class Entry:
     failures: tuple[Failure, ...]
     rows: tuple[Row, ...]
 
+    @property
+    def name_and_ratio(self) -> str:
+        """For people: `probe 40%`."""
+        return f"{self.label} {self.ratio:.0%}" if self.ratio else self.label
+
     def on(self, text: str) -> list[Row]:
         """Its lines of perplexity on that text."""
         return [r for r in self.rows if metric(r) == "perplexity" and r["task"] == text]
