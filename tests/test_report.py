@@ -22,6 +22,7 @@ from probeprune.methods import METHODS
 from probeprune.report.columns import best, columns
 from probeprune.report.palette import COLOURS
 from probeprune.report.summary import Speed, pareto_front, prr
+from probeprune.report.text import failures
 
 ROWS = made_up.rows(items=120, layers=6)
 
@@ -193,6 +194,39 @@ def test_methods_of_one_name_with_other_parameters_are_told_apart():
     }
 
 
+def test_what_was_measured_otherwise_is_another_column_or_study():
+    row = made_up.perplexity_row("probe", 0.2, 0, [1.0, 2.0])
+    longer = made_up.perplexity_row("probe", 0.2, 0, [1.0, 2.0, 3.0])
+    half = made_up.perplexity_row("probe", 0.2, 0, [1.5, 2.5], dtype="bfloat16")
+    first, second = report.summarise([row, longer, half])
+    assert (first.model, second.model) == (
+        f"{made_up.MODEL} (dtype=float32)",
+        f"{made_up.MODEL} (dtype=bfloat16)",
+    )
+    assert first.texts == ("wikitext2 (windows=2)", "wikitext2 (windows=3)") and second.texts == (
+        "wikitext2",
+    )
+    assert first.entries[0].perplexity[first.texts[1]].value == pytest.approx(math.exp(2))
+    fewer = [r | {"items": 7} for r in lines(name="probe", task="boolq")]
+    (found,) = report.summarise([*ROWS, *fewer])
+    assert {"boolq (items=120)", "boolq (items=7)"} < set(found.tasks) and "piqa" in found.tasks
+
+
+def test_lines_that_cannot_be_told_apart_are_not_averaged():
+    row = made_up.perplexity_row("probe", 0.2, 0, [1.0, 2.0])
+    other = made_up.perplexity_row("probe", 0.2, 0, [2.0, 3.0])
+    (found,) = report.summarise([row, other])
+    assert found.entries[0].perplexity["wikitext2"].value == other["value"]
+    (note,) = found.notes
+    assert note.startswith("1 lines measure what a later line measures too")
+    short = [r | {"length": 64} for r in lines(task="cost", name="probe", ratio=0.2, seed=0)]
+    (found,) = report.summarise([*short, *ROWS])
+    assert entry(found, "probe", 0.2).prefill == entry(report.summarise(ROWS)[0], "probe", 0.2).prefill
+    assert found.notes == (
+        "Speed was measured on several shapes; the latest is shown, prefill of 16 x 512 and 64 new tokens.",
+    )
+
+
 def test_a_trained_dense_model_is_compared_with_the_dense_one():
     control = made_up.perplexity_row("dense+lora", 0.0, 0, [1.5, 2.5])
     (found,) = report.summarise([control, made_up.perplexity_row("dense", 0.0, 0, [1.0, 2.0])])
@@ -261,10 +295,8 @@ def test_terminal_and_markdown_have_a_line_for_every_entry(summary):
     headers = [c.header for t in tables for c in t.columns]
     (one,) = [t for t in whole.renderables if hasattr(t, "columns")]
     assert sorted(headers) == sorted([c.header for c in one.columns] + ["method", "ratio"] * 2)
-    assert (
-        "ppsp 40% failed on boolq: the model's loss is NaN or infinite; try another dtype."
-        in report.markdown(ROWS, "t")
-    )
+    failed = "ppsp 40% failed on boolq: the model's loss is NaN or infinite; try another dtype."
+    assert failures(summary.entries) == [failed] and failed in report.markdown(ROWS, "t")
     row = only(name="probe", ratio=0.2, seed=0, task="wikitext2")
     said = report.cells(row, report.dense_row(ROWS))
     assert said[0] == "probe" and said[1] == "20%" and said[3].startswith(f"{row['value']:.2f} ± ")
@@ -545,6 +577,8 @@ def test_two_models_have_a_study_each(tmp_path):
     report.write_html([*ROWS, *other], path, "two")
     parsed = Page(path.read_text(encoding="utf-8"))
     assert [d for n, d in parsed.words if n == "h2"] == [made_up.MODEL, "other/model"]
+    with pytest.raises(UsageError, match="a figure shows one model"):
+        report.plot([*ROWS, *other], "t", tmp_path / "plot")
     names = {f.name for f in report.write_figures([*ROWS, *other], tmp_path)}
     assert {"1-wikitext2-flops.png", "2-wikitext2-flops.png", "2-tasks.svg"} <= names
 

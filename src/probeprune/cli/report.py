@@ -24,9 +24,9 @@ def report(
     from probeprune import report as reporting
 
     rows, problems = reporting.read_rows(run)
-    for problem in problems:
-        err.print(f"[yellow]{escape(problem)}[/yellow]", highlight=False, soft_wrap=True)
     summaries = reporting.summarise(rows)
+    for sentence in (*problems, *(note for s in summaries for note in s.notes)):
+        err.print(f"[yellow]{escape(sentence)}[/yellow]", highlight=False, soft_wrap=True)
     title = f"Pruning {' and '.join(s.model for s in summaries)}"
     page = page or (run if run.is_dir() else run.parent) / "report.html"
     reporting.write_html(rows, page, title, problems=problems)

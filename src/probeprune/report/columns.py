@@ -63,7 +63,7 @@ def columns(summaries: Sequence[Summary], published: Published | None = None) ->
     tasks = list(dict.fromkeys(t for s in summaries for t in s.tasks))
     protocols = list(dict.fromkeys(p for s in summaries for p in s.protocols))
     found = [
-        *_of_entry(entries, len(summaries) > 1),
+        *_of_entry(summaries, entries),
         *_of_perplexity(entries, texts),
         _published(entries, published or {}, "perplexity", "perplexity in the paper", -1),
         *_of_accuracy(entries, tasks, protocols),
@@ -73,11 +73,11 @@ def columns(summaries: Sequence[Summary], published: Published | None = None) ->
     return [c for c in found if c.key in ALWAYS or c.told]
 
 
-def _of_entry(entries: Sequence[Entry], several_models: bool) -> list[Column]:
+def _of_entry(summaries: Sequence[Summary], entries: Sequence[Entry]) -> list[Column]:
     pruned = "share of all blocks' parameters really left out"
-    model = _column(entries, "entry", "model", "model", "", 0, lambda e: Cell(e.model))
+    models = tuple(Cell(s.model) for s in summaries for _ in s.entries)
     return [
-        *([model] if several_models else []),
+        *([Column("model", "model", "", 0, "entry", models)] if len(summaries) > 1 else []),
         _column(entries, "entry", "method", "method", "", 0, lambda e: Cell(e.label)),
         _column(entries, "entry", "ratio", "ratio", "asked for", 0, lambda e: share(e.ratio or None, 0)),
         _column(

@@ -73,6 +73,7 @@ def _study(summary: Summary, published: Published | None) -> dict[str, Any]:
     shown = columns([summary], published)
     return {
         "model": summary.model,
+        "notes": summary.notes,
         "highlights": _highlights(summary),
         "columns": shown,
         "meanings": meanings(shown),

@@ -7,8 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from probeprune.report.columns import Column, columns, legend
+from probeprune.report.grouping import is_dense
 from probeprune.report.reading import Row
-from probeprune.report.summary import Entry, is_dense, summarise
+from probeprune.report.summary import Entry, summarise
 
 
 def dense_row(rows: Sequence[Row]) -> Row | None:
@@ -69,8 +70,8 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     lines.append("|" + "|".join(" --- " if c.key == "method" else " ---: " for c in shown) + "|")
     for row in zip(*(c.cells for c in shown), strict=True):
         lines.append("| " + " | ".join(cell.plain.replace("|", "\\|") for cell in row) + " |")
-    failed = failures([e for s in summaries for e in s.entries])
-    return "\n".join([*lines, "", *(f"{sentence}\n" for sentence in failed), legend(shown), ""])
+    said = failures([e for s in summaries for e in s.entries]) + [n for s in summaries for n in s.notes]
+    return "\n".join([*lines, "", *(f"{sentence}\n" for sentence in said), legend(shown), ""])
 
 
 def failures(entries: Sequence[Entry]) -> list[str]:
