@@ -638,6 +638,14 @@ def test_bad_input_is_one_sentence(content, says, tmp_path, capsys):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    file = made_up.write(tmp_path / "results.jsonl", ROWS[:2])
+    for bad in (tmp_path, file / "page.html"):
+        assert call("report", str(file), "--out", str(bad)) == 2
+        error = capsys.readouterr().err
+        assert "choose another --out" in error and error.count("\n") == 1
+
+
 def test_help_has_an_example(capsys):
     assert call("report", "--help") == 0
     assert "Example: probeprune report" in capsys.readouterr().out
@@ -720,7 +728,9 @@ def test_sorting_and_the_scheme_work_in_a_browser(page, parsed, summary, tmp_pat
     (head,) = [a for n, a in dom.elements if "aria-sort" in a]
     assert (head["data-key"], head["aria-sort"]) == ("accuracy piqa", "descending")
     assert [a.get("data-scheme") for n, a in dom.elements if n == "html"] == ["dark"]
-    dom, _ = browse(page, tmp_path, "#sort=method:1", "")
+    dom, _ = browse(page, tmp_path, "#sort=probe:1")
+    assert order(dom)["20% pruned"][:2] == ["probe", "full-batch"], "what has no figure goes to the end"
+    dom, _ = browse(page, tmp_path, "#sort=method:1")
     assert order(dom)["20% pruned"] == sorted(made_up.HURTS)
 
 

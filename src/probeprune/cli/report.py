@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from probeprune.cli.common import JSON, err, out
+from probeprune.errors import UsageError
 
 
 def report(
@@ -29,6 +30,8 @@ def report(
         err.print(f"[yellow]{escape(sentence)}[/yellow]", highlight=False, soft_wrap=True)
     title = f"Pruning {' and '.join(s.model for s in summaries)}"
     page = page or (run if run.is_dir() else run.parent) / "report.html"
+    if page.is_dir() or any(folder.is_file() for folder in page.parents):
+        raise UsageError(f"{page} cannot be written, it is a folder or lies in a file; choose another --out.")
     reporting.write_html(rows, page, title, problems=problems)
     figures = reporting.write_figures(rows, page.parent / "figures")
     if as_json:
