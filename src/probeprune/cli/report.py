@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from probeprune.cli.common import JSON, err, out
+from probeprune.errors import UsageError
 
 
 def report(
@@ -24,11 +25,13 @@ def report(
     from probeprune import report as reporting
 
     rows, problems = reporting.read_rows(run)
-    for problem in problems:
-        err.print(f"[yellow]{escape(problem)}[/yellow]", highlight=False, soft_wrap=True)
     summaries = reporting.summarise(rows)
+    for sentence in (*problems, *(note for s in summaries for note in s.notes)):
+        err.print(f"[yellow]{escape(sentence)}[/yellow]", highlight=False, soft_wrap=True)
     title = f"Pruning {' and '.join(s.model for s in summaries)}"
     page = page or (run if run.is_dir() else run.parent) / "report.html"
+    if page.is_dir() or any(folder.is_file() for folder in page.parents):
+        raise UsageError(f"{page} cannot be written, it is a folder or lies in a file; choose another --out.")
     reporting.write_html(rows, page, title, problems=problems)
     figures = reporting.write_figures(rows, page.parent / "figures")
     if as_json:

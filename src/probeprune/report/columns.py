@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from probeprune.report.summary import Entry, Estimate, Speed, Summary
 
 Published = Mapping[tuple[str, str, float], Mapping[str, float]]
 """By (model, method, ratio) the published "perplexity" and "accuracy", the mean over tasks in percent."""
+
+
+Part = Literal["entry", "perplexity", "accuracy", "cost"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Column:
         label: its head.
         means: what its figures are.
         better: -1 where less is better, 1 where more is, 0 where neither.
+        part: what it is about, for tables that are too wide to be shown in one.
         cells: one for each entry.
     """
 
@@ -40,6 +44,7 @@ class Column:
     label: str
     means: str
     better: int
+    part: Part
     cells: tuple[Cell, ...]
 
     @property
@@ -53,87 +58,163 @@ ALWAYS = ("method", "ratio", "pruned")
 
 def columns(summaries: Sequence[Summary], published: Published | None = None) -> list[Column]:
     """The columns that have something to say about the entries of these summaries, one after the other."""
-    result: list[Column] = []
     entries = [e for s in summaries for e in s.entries]
     texts = list(dict.fromkeys(t for s in summaries for t in s.texts))
+    tasks = list(dict.fromkeys(t for s in summaries for t in s.tasks))
+    protocols = list(dict.fromkeys(p for s in summaries for p in s.protocols))
+    found = [
+        *_of_entry(summaries, entries),
+        *_of_perplexity(entries, texts),
+        _published(entries, published or {}, "perplexity", "perplexity in the paper", -1),
+        *_of_accuracy(entries, tasks, protocols),
+        _published(entries, published or {}, "accuracy", "mean accuracy in the paper, %", 1),
+        *_of_cost(entries),
+    ]
+    return [c for c in found if c.key in ALWAYS or c.told]
 
-    def add(key: str, label: str, means: str, better: int, cell: Callable[[Entry], Cell]) -> None:
-        column = Column(key, label, means, better, tuple(map(cell, entries)))
-        if key in ALWAYS or column.told:
-            result.append(column)
 
-    def theirs(entry: Entry, what: str, digits: int) -> Cell:
-        found = (published or {}).get((entry.model, entry.name, entry.ratio), {})
-        return number(found.get(what), digits)
-
-    if len(summaries) > 1:
-        add("model", "model", "", 0, lambda e: Cell(e.model))
-    add("method", "method", "", 0, lambda e: Cell(e.label))
-    add("ratio", "ratio", "asked for", 0, lambda e: share(e.ratio or None, 0))
+def _of_entry(summaries: Sequence[Summary], entries: Sequence[Entry]) -> list[Column]:
     pruned = "share of all blocks' parameters really left out"
-    add("pruned", "pruned", pruned, 0, lambda e: share(None if e.dense else e.removed_share))
-    add("training", "training", "tokens seen in training", 0, _training)
+    models = tuple(Cell(s.model) for s in summaries for _ in s.entries)
+    return [
+        *([Column("model", "model", "", 0, "entry", models)] if len(summaries) > 1 else []),
+        _column(entries, "entry", "method", "method", "", 0, lambda e: Cell(e.label)),
+        _column(entries, "entry", "ratio", "ratio", "asked for", 0, lambda e: share(e.ratio or None, 0)),
+        _column(
+            entries,
+            "cost",
+            "pruned",
+            "pruned",
+            pruned,
+            0,
+            lambda e: share(None if e.dense else e.removed_share),
+        ),
+        _column(entries, "cost", "training", "training", "tokens seen in training", 0, _training),
+    ]
+
+
+def _of_perplexity(entries: Sequence[Entry], texts: Sequence[str]) -> list[Column]:
+    over = "perplexity over the dense model's, window by window"
+    found = []
     for text in texts:
-        add(
-            f"perplexity {text}",
-            "perplexity" if len(texts) == 1 else text,
-            f"perplexity on {text}",
-            -1,
-            lambda e, text=text: estimate(e.perplexity.get(text), 2),  # type: ignore[misc]
-        )
-        add(
-            f"over dense {text}",
-            "x dense",
-            "perplexity over the dense model's, window by window",
-            -1,
-            lambda e, text=text: estimate(e.over_dense.get(text), 3),  # type: ignore[misc]
-        )
-    means = "perplexity in the paper"
-    add("published perplexity", "published", means, -1, lambda e: theirs(e, "perplexity", 1))
-    for task in dict.fromkeys(t for s in summaries for t in s.tasks):
-        add(
+        label = "perplexity" if len(texts) == 1 else text
+        found += [
+            _column(
+                entries,
+                "perplexity",
+                f"perplexity {text}",
+                label,
+                f"perplexity on {text}" if len(texts) == 1 else "perplexity",
+                -1,
+                lambda e, text=text: estimate(e.perplexity.get(text), 2),  # type: ignore[misc]
+            ),
+            _column(
+                entries,
+                "perplexity",
+                f"over dense {text}",
+                "x dense",
+                over,
+                -1,
+                lambda e, text=text: estimate(e.over_dense.get(text), 3),  # type: ignore[misc]
+            ),
+        ]
+    return found
+
+
+def _of_accuracy(entries: Sequence[Entry], tasks: Sequence[str], protocols: Sequence[str]) -> list[Column]:
+    found = [
+        _column(
+            entries,
+            "accuracy",
             f"accuracy {task}",
             task,
-            f"accuracy on {task}, %",
+            "accuracy, %",
             1,
             lambda e, task=task: estimate(e.accuracy.get(task), 1, 100),  # type: ignore[misc]
         )
-    for protocol in dict.fromkeys(p for s in summaries for p in s.protocols):
-        said = "" if protocol == "harness" else f" ({protocol})"
-        add(
-            f"accuracy mean{said}",
-            f"mean{said}",
-            "accuracy, mean over the tasks, %",
-            1,
-            lambda e, p=protocol: estimate(e.mean_accuracy.get(p), 1, 100),  # type: ignore[misc]
+        for task in tasks
+    ]
+    for protocol in protocols:
+        label = "mean" if protocol == "harness" else f"mean ({protocol})"
+        found.append(
+            _column(
+                entries,
+                "accuracy",
+                f"accuracy {label}",
+                label,
+                "accuracy, mean over the tasks, %",
+                1,
+                lambda e, p=protocol: estimate(e.mean_accuracy.get(p), 1, 100),  # type: ignore[misc]
+            )
         )
-    means = "mean accuracy in the paper, %"
-    add("published accuracy", "published", means, 1, lambda e: theirs(e, "accuracy", 1))
-    means = "of the decoder with the probe, counted, over dense"
-    add("flops", "FLOPs", means, -1, lambda e: share(e.flops_share))
-    means = "the probe's part of the dense blocks' FLOPs"
-    add("probe", "probe", means, -1, lambda e: share(e.probe_flops_share or None))
+    return found
+
+
+def _of_cost(entries: Sequence[Entry]) -> list[Column]:
+    flops = "of the decoder with the probe, counted, over dense"
+    probe = "the probe's part of the dense blocks' FLOPs"
+    speed = "measured speed over dense, of prompts and token by token: median (range) of interleaved rounds"
+    in_passing = "measured in this run, decoder tokens per second over dense, one method after the other"
     if any(e.prefill or e.decode for e in entries):
-        means = "measured speed over dense in interleaved rounds, median (range)"
-        add("prefill", "prefill", f"prompt: {means}", 1, lambda e: _speed(e, e.prefill))
-        add("decode", "decode", f"token by token: {means}", 1, lambda e: _speed(e, e.decode))
+        speeds = [
+            _column(entries, "cost", "prefill", "prefill", speed, 1, lambda e: _speed(e, e.prefill)),
+            _column(entries, "cost", "decode", "decode", speed, 1, lambda e: _speed(e, e.decode)),
+        ]
     else:
-        means = "measured in this run, decoder tokens per second over dense, one method after the other"
-        add("speed", "speed-up", means, 1, _speed_in_passing)
-    add("memory", "memory", "peak (over dense)", -1, _memory)
-    means = "size of the KV cache over dense"
-    add("kv", "KV cache", means, -1, lambda e: share(e.kv_cache_share, 0))
-    return result
+        speeds = [_column(entries, "cost", "speed", "speed-up", in_passing, 1, _speed_in_passing)]
+    cache = "its size over dense"
+    return [
+        _column(entries, "cost", "flops", "FLOPs", flops, -1, lambda e: share(e.flops_share)),
+        _column(entries, "cost", "probe", "probe", probe, -1, lambda e: share(e.probe_flops_share or None)),
+        *speeds,
+        _column(entries, "cost", "memory", "memory", "peak (over dense)", -1, _memory),
+        _column(entries, "cost", "kv", "KV cache", cache, -1, lambda e: share(e.kv_cache_share, 0)),
+    ]
+
+
+def _published(
+    entries: Sequence[Entry],
+    published: Published,
+    what: Literal["perplexity", "accuracy"],
+    means: str,
+    better: int,
+) -> Column:
+    def cell(entry: Entry) -> Cell:
+        return number(published.get((entry.model, entry.name, entry.ratio), {}).get(what), 1)
+
+    return _column(entries, what, f"published {what}", "published", means, better, cell)
+
+
+def _column(
+    entries: Sequence[Entry],
+    part: Part,
+    key: str,
+    label: str,
+    means: str,
+    better: int,
+    cell: Callable[[Entry], Cell],
+) -> Column:
+    return Column(key, label, means, better, part, tuple(map(cell, entries)))
+
+
+def meanings(shown: Sequence[Column]) -> list[tuple[str, str]]:
+    """What the columns mean: labels, separated by commas, and the meaning they share."""
+    labels: dict[str, list[str]] = {}
+    for column in shown:
+        if column.means:
+            labels.setdefault(column.means, []).append(column.label)
+    found = [(", ".join(dict.fromkeys(own)), means) for means, own in labels.items()]
+    notes = {cell.note.rpartition(" ")[2] for column in shown for cell in column.cells}
+    if "se" in notes:
+        found.append(("± se", "standard error over windows or items, of one seed"))
+    if "sd" in notes:
+        found.append(("± sd", "standard deviation over seeds, which is another thing"))
+    return found
 
 
 def legend(shown: Sequence[Column]) -> str:
     """What the columns mean, in one paragraph."""
-    said = [f"{c.label}: {c.means}" for c in shown if c.means]
-    return (
-        "; ".join(said)
-        + ". ± se: standard error over windows or items of one seed; ± sd: standard deviation over seeds, "
-        "another thing."
-    )
+    return "; ".join(f"{labels}: {means}" for labels, means in meanings(shown)) + "."
 
 
 def best(column: Column, among: Sequence[int]) -> set[int]:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from probeprune.report.grouping import metric, protocol
 from probeprune.report.reading import Row
-from probeprune.report.summary import metric, protocol_of
 
 _TEXT = ("{task}", "{windows} windows", "{length} tokens each", "batches of {batch_size}")
 _COST = ("prefill of {batch_size} x {length}", "{new_tokens} tokens decoded", "{rounds} interleaved rounds")
@@ -20,14 +20,14 @@ def facts(results: Sequence[Row]) -> list[tuple[str, list[str]]]:
         ("Text", _different(_sentence(r, _TEXT) for r in texts)),
         *(
             (
-                f"Tasks, {protocol} protocol",
+                f"Tasks, {name} protocol",
                 _different(
                     f"{r['task']}: {_sentence(r, ('{items} items', '{main}'))}"
                     for r in tasks
-                    if protocol_of(r) == protocol
+                    if protocol(r) == name
                 ),
             )
-            for protocol in dict.fromkeys(map(protocol_of, tasks))
+            for name in dict.fromkeys(map(protocol, tasks))
         ),
         ("Cost", _different(_sentence(r, _COST) for r in costs)),
         ("Training", _different(_sentence(r["training"], _TRAINING) for r in results if r.get("training"))),

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from probeprune.errors import UsageError
 from probeprune.report import charts, pictures
-from probeprune.report.columns import Published, best, columns
+from probeprune.report.columns import Column, Published, best, columns, meanings
 from probeprune.report.comparing import matrices
 from probeprune.report.facts import facts
 from probeprune.report.palette import COLOURS
@@ -70,11 +70,14 @@ def write_html(
 def _study(summary: Summary, published: Published | None) -> dict[str, Any]:
     """What the page shows of one model, by the template's names."""
     ratios = {f"{r:.0%}" if r else "": own for r, own in summary.ratios.items()}
+    shown = columns([summary], published)
     return {
         "model": summary.model,
+        "notes": summary.notes,
         "highlights": _highlights(summary),
-        "columns": columns([summary], published),
-        "groups": _groups(summary, published),
+        "columns": shown,
+        "meanings": meanings(shown),
+        "groups": _groups(summary, shown),
         "legend": pictures.legend(summary),
         "by_flops": [f for t in summary.texts if (f := pictures.by_flops(summary, t))],
         "by_time": [f for t in summary.texts if (f := pictures.by_time(summary, t))],
@@ -91,9 +94,8 @@ def _study(summary: Summary, published: Published | None) -> dict[str, Any]:
     }
 
 
-def _groups(summary: Summary, published: Published | None) -> list[dict[str, Any]]:
+def _groups(summary: Summary, shown: Sequence[Column]) -> list[dict[str, Any]]:
     """The table's rows by ratio: (column, cell, whether it is the ratio's best), and what failed."""
-    shown = columns([summary], published)
     groups = []
     for ratio, entries in summary.ratios.items():
         numbers = [summary.entries.index(e) for e in entries if e.rows]

@@ -30,11 +30,6 @@ class Figure:
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
-def name(entry: Entry) -> str:
-    """For people: `probe 40%`."""
-    return f"{entry.label} {entry.ratio:.0%}" if entry.ratio else entry.label
-
-
 def series(summary: Summary, entry: Entry) -> int | None:
     """Which colour and mark are its method's; None is dense."""
     return None if entry.dense else summary.labels.index(entry.label)
@@ -78,7 +73,7 @@ def _quality(
             charts.Point(
                 at,
                 value,
-                f"{name(entry)}: perplexity {value:.2f}, {unit} {at:.1f}% of dense",
+                f"{entry.name_and_ratio}: perplexity {value:.2f}, {unit} {at:.1f}% of dense",
                 series(summary, entry),
                 around,
                 None if room is None else (value - room, value + room),
@@ -108,7 +103,9 @@ def task(summary: Summary, key: str) -> Figure:
             if not entry.dense and key in entry.accuracy:
                 found = entry.accuracy[key]
                 room = None if found.spread is None else 100 * found.spread
-                says = f"{name(entry)}: {100 * found.value:.1f}" + ("" if room is None else f" ± {room:.1f}")
+                says = f"{entry.name_and_ratio}: {100 * found.value:.1f}" + (
+                    "" if room is None else f" ± {room:.1f}"
+                )
                 own.append(charts.Bar(100 * found.value, room, says, summary.labels.index(entry.label)))
         if own:
             groups.append((f"{ratio:.0%}" if ratio else "not pruned", own))
@@ -133,7 +130,7 @@ def kept_units(entry: Entry) -> Figure | None:
     batches = row["units"][0].get("batches", 1)
     when = f"{batches} batches" if batches > 1 else "chosen once"
     note = f"{row['task']}, seed {row.get('seed', 0)}, {when}"
-    title = f"How often units were kept: {name(entry)}"
+    title = f"How often units were kept: {entry.name_and_ratio}"
     said = f"{len(layers)} layers; {note}; the table below has the figures"
     return Figure(entry.label, charts.heat_map(layers, title, said), note, table)
 
@@ -179,7 +176,7 @@ def stages(summary: Summary) -> Figure | None:
         split = [("rest", "the model itself", 1 - besides), *own]
         rows.append(
             charts.Stack(
-                name(entry),
+                entry.name_and_ratio,
                 [
                     (stage, part * total, f"{words}: {100 * part:.1f}% of its time")
                     for stage, words, part in split
@@ -187,7 +184,9 @@ def stages(summary: Summary) -> Figure | None:
                 f"{total:.0f}" + (f", {100 * besides:.1f}% besides" if besides else ""),
             )
         )
-        table.append((name(entry), (f"{total:.1f}", *(f"{100 * part:.1f}%" for _, _, part in split))))
+        table.append(
+            (entry.name_and_ratio, (f"{total:.1f}", *(f"{100 * part:.1f}%" for _, _, part in split)))
+        )
     if not any(e.stages for e in summary.entries):
         return None
     said = "; ".join(f"{label}: {shares[0]}% of the dense time" for label, shares in table)

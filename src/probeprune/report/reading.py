@@ -82,6 +82,8 @@ def _check(row: Any) -> None:
         raise ValueError("'ratio' is not a number")
     if kind == "result" and row["metric"] != "cost" and not _finite(row.get("value")):
         raise ValueError("'value' is not a finite number")
+    if kind == "result" and row["metric"] == "perplexity" and row["value"] <= 0:
+        raise ValueError("a perplexity is above 0")
     for part, kinds in _PARTS.items():
         if part in row and not isinstance(row[part], kinds):
             raise ValueError(f"{part!r} is not what it should be")

@@ -3,17 +3,14 @@
 Knows nothing of how entries are shown.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from probeprune.report.grouping import Group, Study, is_dense, metric, protocol, studies, task_key, unique
 from probeprune.report.reading import Row
-
-_BUDGET = ("corpus", "steps", "batch_size", "length", "learning_rate")
-"""What of a training record is a setting; the rest of it was measured."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,11 @@ class Entry:
     failures: tuple[Failure, ...]
     rows: tuple[Row, ...]
 
+    @property
+    def name_and_ratio(self) -> str:
+        """For people: `probe 40%`."""
+        return f"{self.label} {self.ratio:.0%}" if self.ratio else self.label
+
     def on(self, text: str) -> list[Row]:
         """Its lines of perplexity on that text."""
         return [r for r in self.rows if metric(r) == "perplexity" and r["task"] == text]
@@ -109,6 +111,7 @@ class Summary:
         labels: of the methods, dense left out, in order of measuring.
         texts: what perplexity was measured on, likewise.
         protocols: keys of `Entry.accuracy` by the protocol they were run under, likewise.
+        notes: sentences on lines that are not shown.
     """
 
     model: str
@@ -116,6 +119,7 @@ class Summary:
     labels: tuple[str, ...]
     texts: tuple[str, ...]
     protocols: dict[str, tuple[str, ...]]
+    notes: tuple[str, ...]
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -130,7 +134,7 @@ class Summary:
     @property
     def ratios(self) -> dict[float, list[Entry]]:
         """Entries by ratio; 0 holds the dense model, also trained."""
-        return {r: [e for e in self.entries if e.ratio == r] for r in _unique(e.ratio for e in self.entries)}
+        return {r: [e for e in self.entries if e.ratio == r] for r in unique(e.ratio for e in self.entries)}
 
     def records(self) -> list[dict[str, Any]]:
         """All entries as JSON has them, without their lines and with their PRR by text."""
@@ -152,31 +156,8 @@ class Summary:
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
-    """One summary for each model in the lines; lines that are neither results nor failures are ignored."""
-    models = _unique(r.get("model", "") for r in rows if r.get("kind", "result") in ("result", "failure"))
-    return [_summary(model, [r for r in rows if r.get("model", "") == model]) for model in models]
-
-
-def is_dense(row: Row) -> bool:
-    """Whether the line is of the unpruned, untrained model."""
-    method = row["method"]
-    return method["when"] == "never" and method.get("training", "none") == "none"
-
-
-def metric(row: Row) -> str:
-    """The line's metric; older lines are all of perplexity."""
-    return str(row.get("metric", "perplexity"))
-
-
-def task_key(row: Row) -> str:
-    """A task's name; figures of the published protocol never share a column with the harness's."""
-    protocol = protocol_of(row)
-    return str(row["task"]) if protocol == "harness" else f"{row['task']} ({protocol})"
-
-
-def protocol_of(row: Row) -> str:
-    """The protocol of a task's line."""
-    return str(row.get("protocol", "harness"))
+    """One summary for each model in the lines, and number type and device where there are several."""
+    return [_summary(study) for study in studies(rows)]
 
 
 def paired_factor(row: Row, other: Row) -> tuple[float, float]:
@@ -193,13 +174,8 @@ def paired_factor(row: Row, other: Row) -> tuple[float, float]:
 
 
 def pairs(rows: Sequence[Row], others: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Lines of one task matched by seed; what was run once, having nothing to draw, goes with every seed.
-
-    None where it is not known which belong together.
-    """
+    """Lines of one task matched by seed; what was run once, having nothing to draw, goes with every seed."""
     a, b = ({r.get("seed", 0): r for r in side} for side in (rows, others))
-    if len(a) < len(rows) or len(b) < len(others):
-        return []
     if len(a) == 1 and len(b) > 1:
         return [(rows[0], other) for other in others]
     if len(b) == 1 and len(a) > 1:
@@ -230,42 +206,24 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(front)
 
 
-def _summary(model: str, rows: Sequence[Row]) -> Summary:
-    results = [r for r in rows if r.get("kind", "result") == "result"]
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in results:
-        groups.setdefault((*_identity(row), _settings(row.get("training"))), []).append(row)
-    failed: dict[tuple[str, ...], list[Row]] = {}
-    for row in (r for r in rows if r.get("kind") == "failure"):
-        # A failure says nothing of training: it belongs to what is there of the same method and ratio.
-        own = _identity(row)
-        failed.setdefault(next((key for key in groups if key[:-1] == own), (*own, "")), []).append(row)
-    texts = _unique(r["task"] for r in results if metric(r) == "perplexity")
+def _summary(study: Study) -> Summary:
+    results = [r for group in study.groups for r in group.rows]
     accuracies = [r for r in results if metric(r) == "accuracy"]
-    dense = [r for r in results if is_dense(r)]
     shared = _Shared(
-        texts=tuple(texts),
+        texts=tuple(unique(r["task"] for r in results if metric(r) == "perplexity")),
         tasks={
-            protocol: tuple(_unique(task_key(r) for r in accuracies if protocol_of(r) == protocol))
-            for protocol in _unique(map(protocol_of, accuracies))
+            name: tuple(unique(task_key(r) for r in accuracies if protocol(r) == name))
+            for name in unique(map(protocol, accuracies))
         },
-        dense=tuple(dense),
+        dense=tuple(r for r in results if is_dense(r)),
         interleaved=any(metric(r) == "cost" for r in results),
     )
-    keys = _unique([*groups, *failed])
-    labels = _labels({key: (groups.get(key) or failed[key])[0] for key in keys})
-    entries = [_entry(model, labels[key], groups.get(key, []), failed.get(key, []), shared) for key in keys]
-    order = _unique(e.label for e in entries if not e.dense)
-    if texts:
-        entries.sort(key=lambda e: -e.perplexity[texts[0]].value if texts[0] in e.perplexity else -math.inf)
+    entries = [_entry(group, shared) for group in study.groups]
+    labels = unique(e.label for e in entries if not e.dense)
+    for text in shared.texts[:1]:
+        entries.sort(key=lambda e: -e.perplexity[text].value if text in e.perplexity else -math.inf)
     entries.sort(key=lambda e: (not e.dense, e.ratio))
-    return Summary(
-        model=model,
-        entries=tuple(entries),
-        labels=tuple(order),
-        texts=tuple(texts),
-        protocols=shared.tasks,
-    )
+    return Summary(study.label, tuple(entries), tuple(labels), shared.texts, shared.tasks, study.notes)
 
 
 @dataclass(frozen=True)
@@ -278,8 +236,9 @@ class _Shared:
     interleaved: bool
 
 
-def _entry(model: str, label: str, rows: list[Row], failed: list[Row], shared: _Shared) -> Entry:
-    first = (rows or failed)[0]
+def _entry(group: Group, shared: _Shared) -> Entry:
+    rows = group.rows
+    first = (*rows, *group.failures)[0]
     on = {text: [r for r in rows if metric(r) == "perplexity" and r["task"] == text] for text in shared.texts}
     dense_on = {
         text: [r for r in shared.dense if metric(r) == "perplexity" and r["task"] == text] for text in on
@@ -304,14 +263,14 @@ def _entry(model: str, label: str, rows: list[Row], failed: list[Row], shared: _
     ]
     memory = _known(costs if shared.interleaved else texts, "peak_memory")
     return Entry(
-        model=model,
+        model=first.get("model", ""),
         name=first["name"],
-        label=label,
+        label=group.label,
         ratio=first["ratio"],
         method=first["method"],
         training=first.get("training"),
         dense=is_dense(first),
-        seeds=tuple(sorted({r.get("seed", 0) for r in [*rows, *failed]})),
+        seeds=tuple(sorted({r.get("seed", 0) for r in [*rows, *group.failures]})),
         removed_share=_mean(_known(rows, "removed_share")),
         perplexity={t: _estimate(own) for t, own in on.items() if own},
         over_dense={
@@ -320,9 +279,7 @@ def _entry(model: str, label: str, rows: list[Row], failed: list[Row], shared: _
             if not is_dense(first) and (factor := _factor(own, dense_on[t]))
         },
         accuracy={t: _estimate(own) for t, own in by_task.items()},
-        mean_accuracy={
-            p: mean for p, names in shared.tasks.items() if (mean := _mean_accuracy(rows, p, names))
-        },
+        mean_accuracy={p: mean for p, names in shared.tasks.items() if (mean := _mean_accuracy(rows, names))},
         flops_share=_mean(flops) if flops else _mean(_known(costs, "flops_share")),
         probe_flops_share=_mean(_known(texts, "probe_flops_share")),
         prefill=_speed(costs, "prefill"),
@@ -332,36 +289,9 @@ def _entry(model: str, label: str, rows: list[Row], failed: list[Row], shared: _
         memory_over_dense=_mean(_known(costs, "memory_over_dense")),
         kv_cache_share=_mean(_known(costs, "kv_cache_share")),
         stages=next((r["stages"] for r in costs if r.get("stages")), {}),
-        failures=tuple(_unique(Failure(r.get("task") or "", str(r["error"])) for r in failed)),
-        rows=tuple(rows),
+        failures=tuple(unique(Failure(r.get("task") or "", str(r["error"])) for r in group.failures)),
+        rows=rows,
     )
-
-
-def _identity(row: Row) -> tuple[str, ...]:
-    """What lines that differ in nothing but seed, task and training have in common."""
-    method = {k: v for k, v in row["method"].items() if k != "seed"}
-    return row["name"], json.dumps(method, sort_keys=True), repr(float(row["ratio"]))
-
-
-def _settings(training: Row | None) -> str:
-    return json.dumps({k: training.get(k) for k in _BUDGET}) if training else ""
-
-
-def _labels(first: dict[tuple[str, ...], Row]) -> dict[tuple[str, ...], str]:
-    """A name for each group; methods of one name are told apart by the parameters that differ."""
-    labels = {}
-    for key, row in first.items():
-        namesakes = [_parameters(r) for r in first.values() if r["name"] == row["name"]]
-        own = _parameters(row)
-        different = [k for k in own if any(other.get(k, own[k]) != own[k] for other in namesakes)]
-        said = ", ".join(f"{k}={own[k]}" for k in different)
-        labels[key] = f"{row['name']} ({said})" if said else row["name"]
-    return labels
-
-
-def _parameters(row: Row) -> Row:
-    method = {k: v for k, v in row["method"].items() if k != "seed"}
-    return method | {k: v for k, v in (row.get("training") or {}).items() if k in _BUDGET}
 
 
 def _estimate(rows: Sequence[Row]) -> Estimate:
@@ -382,12 +312,12 @@ def _factor(rows: Sequence[Row], dense: Sequence[Row]) -> Estimate | None:
     return None
 
 
-def _mean_accuracy(rows: Sequence[Row], protocol: str, tasks: Sequence[str]) -> Estimate | None:
+def _mean_accuracy(rows: Sequence[Row], tasks: Sequence[str]) -> Estimate | None:
     """Over the seeds that have every task: a mean over some of the tasks could not be compared."""
     by_seed: dict[int, dict[str, Row]] = {}
     for row in rows:
-        if metric(row) == "accuracy" and protocol_of(row) == protocol:
-            by_seed.setdefault(row.get("seed", 0), {})[row["task"]] = row
+        if metric(row) == "accuracy" and task_key(row) in tasks:
+            by_seed.setdefault(row.get("seed", 0), {})[task_key(row)] = row
     complete = [own for own in by_seed.values() if len(own) == len(tasks)]
     if not complete:
         return None
@@ -399,7 +329,8 @@ def _mean_accuracy(rows: Sequence[Row], protocol: str, tasks: Sequence[str]) -> 
 def _speed(costs: Sequence[Row], phase: str) -> Speed | None:
     found = [r[phase] for r in costs if r.get(phase) and r[phase].get("speedup") is not None]
     if not found:
-        return None
+        # Whatever it took, dense is as fast as itself.
+        return Speed(1.0, 1.0, 1.0) if costs and is_dense(costs[0]) else None
     ranges = [f.get("speedup_range") or [f["speedup"]] for f in found]
     return Speed(fmean(f["speedup"] for f in found), min(map(min, ranges)), max(map(max, ranges)))
 
@@ -416,7 +347,3 @@ def _known(rows: Sequence[Row], part: str) -> list[float]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
-
-
-def _unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
