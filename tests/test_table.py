@@ -1,4 +1,4 @@
-"""The whole grid on a tiny model: failures stay cells, kills lose nothing, a Ray cluster gives the same lines."""
+"""The whole grid on a tiny model: failures are lines, kills lose nothing, a Ray cluster gives the same."""
 
 import json
 import os

@@ -16,6 +16,7 @@ from probeprune.cli.common import (
     names,
     number,
     one_of,
+    out,
     progress_bar,
 )
 from probeprune.errors import UsageError
@@ -52,9 +53,10 @@ def table(
 
     Example: [bold]probeprune table --preset laptop --out runs/table[/bold]
     """
+    from probeprune import report
     from probeprune.experiment.cells import Cell
     from probeprune.experiment.executors import run_on_ray
-    from probeprune.experiment.presets import load_preset, preset_file
+    from probeprune.experiment.presets import load_preset, preset_file, published
     from probeprune.experiment.results import Results
     from probeprune.experiment.run import run
     from probeprune.experiment.workbench import Workbench
@@ -105,6 +107,20 @@ def table(
         else:
             bench = Workbench(out_dir, progress, trust_remote_code)
             rows = run(bench, results, cells, done=done, keep_going=True, keep_trained=keep_trained)
+    title = f"{preset}: {chosen.description}" if chosen.description else preset
+    (out_dir / "table.md").write_text(report.markdown(rows, title), encoding="utf-8")
+    files = [results.path, out_dir / "table.md"]
+    if any(row["kind"] == "result" for row in rows):
+        report.write_html(rows, out_dir / "report.html", title, published=published())
+        files.append(out_dir / "report.html")
     if as_json:
         for row in rows:
             print(json.dumps(row))
+    else:
+        out().print(report.table(rows, title))
+    failed = sum(row["kind"] == "failure" for row in rows)
+    if failed:
+        err.print(
+            f"[yellow]{failed} cells failed[/yellow]; the same command tries them again", highlight=False
+        )
+    err.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ else fails becomes a line that says why.
 """
 
 import os
+import socket
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -66,6 +67,7 @@ def run_on_ray(
     """
     ray = _ray()
     try:
+        _check_answers(address)
         ray.init(
             address=address,
             num_cpus=None if address else max(workers, 1),
@@ -74,7 +76,7 @@ def run_on_ray(
             logging_level="ERROR",
             ignore_reinit_error=False,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"no Ray cluster answers at {address or 'this machine'} ({_first(error)}); start one with "
             "`ray start --head`, or leave --address out for a local one."
@@ -141,6 +143,13 @@ def _spread(
         finished += 1
         progress("subjects", finished, total)
     return [results.rows[c.key] for c in cells]
+
+
+def _check_answers(address: str | None) -> None:
+    """Ray itself asks a silent address again and again, for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10).close()
 
 
 def _ray() -> Any:
