@@ -10,11 +10,11 @@ from probeprune.dynamic import Handle
 from probeprune.evaluation.cost import PeakMemory, blocks_flops, probe_flops
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.evaluation.tasks import evaluate_task
-from probeprune.experiment.cells import Cell, TaskMeasure, TextMeasure
+from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeasure
+from probeprune.experiment.costing import cost_line
 from probeprune.experiment.results import Row
-from probeprune.experiment.workbench import Prepared
+from probeprune.experiment.workbench import Prepared, Workbench
 from probeprune.passes import find_decoder
-from probeprune.progress import Progress
 from probeprune.provenance import versions
 
 Steps = Callable[[int, int], None]
@@ -24,17 +24,14 @@ BINS = 64
 """Into how many parts the channels of an MLP are put in a result line."""
 
 
-def measure(cell: Cell, prepared: Prepared, progress: Progress) -> Row:
-    """The cell's line. Raises what the measurement raises."""
-    subject = cell.subject
-    report = lambda n, of: progress(f"{subject.label}: {cell.measure.name}", n, of)  # noqa: E731
-    if isinstance(cell.measure, TextMeasure):
-        found = _on_text(cell.measure, prepared, report)
-    elif isinstance(cell.measure, TaskMeasure):
-        found = _on_task(cell.measure, prepared, report)
-    else:
-        found = _cost(cell.measure, prepared, report)
-    return {
+def measure(bench: Workbench, cell: Cell) -> Row:
+    """The cell's line. Raises what preparing the subject and the measurement raise."""
+    subject, what = cell.subject, cell.measure
+
+    def report(done: int, of: int) -> None:
+        bench.progress(f"{subject.label}: {what.name}", done, of)
+
+    row = {
         "kind": "result",
         "key": cell.key,
         "model": subject.model,
@@ -42,14 +39,21 @@ def measure(cell: Cell, prepared: Prepared, progress: Progress) -> Row:
         "method": subject.method.record(),
         "ratio": subject.ratio,
         "seed": subject.seed,
-        "training": _training(prepared),
-        "removed_share": prepared.removed_share,
-        **found,
-        "dtype": str(prepared.loaded.dtype).removeprefix("torch."),
-        "device": str(prepared.loaded.device),
+        "dtype": subject.dtype,
+        "device": subject.device,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+    if isinstance(what, CostMeasure):  # attaches by itself, in turn with the dense model
+        return {**row, "training": None, **cost_line(bench, cell, lambda _, n, of: report(n, of))}
+    with bench.prepared(subject) as prepared:
+        found = (
+            _on_text(what, prepared, report)
+            if isinstance(what, TextMeasure)
+            else _on_task(what, prepared, report)
+        )
+        own = {"training": _training(prepared), "removed_share": prepared.removed_share}
+    return {**row, **own, **found}
 
 
 def failure(cell: Cell, error: BaseException) -> Row:

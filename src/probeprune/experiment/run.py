@@ -9,7 +9,7 @@ from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results, Row
-from probeprune.experiment.workbench import Workbench
+from probeprune.experiment.workbench import Unprepared, Workbench
 from probeprune.plan import widths
 
 Done = Callable[[Cell, Row], None]
@@ -59,20 +59,19 @@ def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Itera
     Each cell finds the subject as new: what a dynamic method learns on one text must not reach the next.
     """
     for done, cell in enumerate(cells):
-        ready = False
         try:
-            with bench.prepared(cell.subject) as prepared:
-                ready = True
-                row = measure(cell, prepared, bench.progress)
-            yield cell, row
+            yield cell, measure(bench, cell)
+        except Unprepared as error:
+            # What cannot be prepared cannot be measured on anything.
+            if not keep_going:
+                raise error.cause from error.cause.__cause__
+            for failed in cells[done:]:
+                yield failed, failure(failed, error.cause)
+            return
         except Exception as error:
             if not keep_going:
                 raise
-            # What cannot be prepared cannot be measured on anything.
-            for failed in [cell] if ready else cells[done:]:
-                yield failed, failure(failed, error)
-            if not ready:
-                return
+            yield cell, failure(cell, error)
 
 
 def _check(bench: Workbench, cells: Sequence[Cell]) -> None:
