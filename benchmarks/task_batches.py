@@ -3,8 +3,8 @@
     python benchmarks/task_batches.py        (about ten minutes on two cores)
 
 Probe Pruning chooses anew for every batch, so its answers depend on what shares one. The same items run with
-several batch sizes and both orders; printed are accuracy and the share of items whose answer differs from that of
-the first line.
+several batch sizes and both orders. Printed are accuracy and the share of items whose answer differs from
+that of the first line.
 """
 
 import probeprune
