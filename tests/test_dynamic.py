@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import FAMILIES, masked, padded, token_ids
+from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
 from transformers import DynamicCache
 
 from probeprune import Probe, UsageError, attach, calibrate, compose
@@ -13,7 +13,7 @@ from probeprune.passes import find_decoder
 from probeprune.statistics import History
 
 SIDES = ("none", "left", "right")
-DYNAMIC = ("probe", "full-batch")
+DYNAMIC = (PROBING, "full-batch")
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -32,14 +32,6 @@ def llama():
 def logits(model, ids, mask):
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-
-
-def close(got, want) -> None:
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
-
-
-def kept(handle):
-    return [(b, k.units) for b, k in zip(handle.blocks, handle.kept_units(), strict=True)]
 
 
 @pytest.mark.parametrize("method", ["wanda-sp", "ppsp", "magnitude", "random", *DYNAMIC])
@@ -74,7 +66,7 @@ def test_keeping_everything_is_dense(calibrated):
 @pytest.mark.parametrize("side", SIDES)
 def test_a_probe_of_everything_without_history_is_full_batch(calibrated, side):
     model, statistics = calibrated
-    everything = compose("probe", probe=Probe(tokens=1.0, samples=1.0, fusion="none"))
+    everything = compose("probe", probe=Probe(reuse=0, tokens=1.0, samples=1.0, fusion="none"))
     choices = []
     for method in (everything, "full-batch"):
         with attach(model, method, 0.3, statistics=statistics) as handle:
@@ -139,7 +131,7 @@ def test_probe_of_an_mlp_against_a_slow_version(family, side):
     score = e * (block.consumer.weight.detach().double() ** 4).sum(0).sqrt()
 
     layers = block.layer
-    method = compose("probe", allocation="nominal", skip_layers=layers)
+    method = compose(PROBING, allocation="nominal", skip_layers=layers)
     ratio = 0.3 / (layers + 1)
     with attach(model, method, ratio, statistics=statistics) as handle:
         runtime = handle._runtimes[-1]
@@ -162,7 +154,7 @@ def test_attaching_moves_no_ones_history():
     model = FAMILIES["llama"]()
     statistics = calibrate(model, token_ids(4, 16), batch_size=4)
     state = {n: {k: v.clone() for k, v in m.state().items()} for n, m in statistics.moments.items()}
-    with attach(model, "probe", 0.3, statistics=statistics):
+    with attach(model, PROBING, 0.3, statistics=statistics):
         logits(model, *padded("none"))
     for name, moments in statistics.moments.items():
         assert all(v.equal(state[name][k]) for k, v in moments.state().items())
@@ -193,36 +185,13 @@ def test_flap_bias_is_what_the_formula_says(calibrated):
         close(got, logits(model, *inputs))
 
 
-@pytest.mark.parametrize("method", ["wanda-sp", "probe"])
-def test_generation_with_a_cache_is_that_of_the_masked_model(calibrated, method):
-    model, statistics = calibrated
-    ids, mask = padded("left")
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
-    with attach(model, method, 0.3, statistics=statistics) as handle:
-        got = model.generate(ids, attention_mask=mask, **options)
-        choice = kept(handle)
-    with masked(choice):
-        assert model.generate(ids, attention_mask=mask, **options).equal(got)
-
-
-def test_a_cache_from_elsewhere_is_refused(llama):
-    model, statistics = llama
-    with torch.no_grad():
-        cache = model(token_ids(), use_cache=True).past_key_values
-        with (
-            attach(model, "probe", 0.3, statistics=statistics),
-            pytest.raises(UsageError, match="KV cache was not filled"),
-        ):
-            model(token_ids(4, 1), past_key_values=cache)
-
-
 def test_an_exception_in_a_pass_leaves_the_model_restorable(llama):
     model, statistics = llama
     before = {n: p.clone() for n, p in model.named_parameters()}
     inputs = padded("left")
     dense = logits(model, *inputs)
     norm = find_decoder(model).layers[4].post_attention_layernorm
-    with pytest.raises(ZeroDivisionError), attach(model, "probe", 0.3, statistics=statistics):
+    with pytest.raises(ZeroDivisionError), attach(model, PROBING, 0.3, statistics=statistics):
         hook = norm.register_forward_hook(lambda *_: 1 / 0)
         logits(model, *inputs)
     hook.remove()
@@ -237,7 +206,7 @@ def test_overflow_is_an_error_that_names_the_block(llama):
         layer.weight[5] *= 1e30
     with (
         pytest.raises(FloatingPointError, match=r"layers\.3\.mlp"),
-        attach(model, "probe", 0.3, statistics=statistics),
+        attach(model, PROBING, 0.3, statistics=statistics),
     ):
         logits(model, *padded("none"))
     with torch.no_grad():
@@ -252,7 +221,7 @@ def test_misuse_is_refused_with_a_reason(llama):
         handle.detach()
         handle.detach()
     with pytest.raises(UsageError, match="needs statistics"):
-        attach(model, "probe", 0.3)
+        attach(model, PROBING, 0.3)
     with pytest.raises(UsageError, match="another model"):
         attach(FAMILIES["opt"](), "probe", 0.3, statistics=statistics)
     with pytest.raises(UsageError, match="outside"):
@@ -267,7 +236,7 @@ def test_misuse_is_refused_with_a_reason(llama):
     with pytest.raises(UsageError, match=r"model.eval\(\)"):
         attach(model, "random", 0.3)
     model.eval()
-    with attach(model, "probe", 0.3, statistics=statistics), pytest.raises(UsageError, match="eval"):
+    with attach(model, PROBING, 0.3, statistics=statistics), pytest.raises(UsageError, match="eval"):
         model.train()
         logits(model, *padded("none"))
     model.eval()
@@ -277,9 +246,9 @@ def test_two_models_at_once_do_not_meet(llama):
     model, statistics = llama
     other = FAMILIES["qwen3"]()
     inputs = padded("none")
-    with attach(model, "probe", 0.3, statistics=statistics):
+    with attach(model, PROBING, 0.3, statistics=statistics):
         alone = logits(model, *inputs)
-    with attach(model, "probe", 0.3, statistics=statistics), attach(other, "random", 0.2):
+    with attach(model, PROBING, 0.3, statistics=statistics), attach(other, "random", 0.2):
         logits(other, *inputs)
         assert logits(model, *inputs).equal(alone)
 
@@ -290,7 +259,7 @@ def test_two_models_at_once_do_not_meet(llama):
 def test_compositions_run_and_equal_the_masked_model(llama, changes):
     model, statistics = llama
     inputs = padded("left")
-    with attach(model, compose("probe", **changes), 0.3, statistics=statistics) as handle:
+    with attach(model, compose(PROBING, **changes), 0.3, statistics=statistics) as handle:
         got, choice = logits(model, *inputs), kept(handle)
     if "compensation" not in changes:
         with masked(choice):
@@ -360,7 +329,7 @@ def test_probe_of_attention_against_a_slow_version(calibrated, side):
     score = (e[None] * w**2).square().sum(0).view(block.units, -1).sum(1).sqrt()
 
     # The mean of the real tokens alone moves history, and in kept channels only.
-    probing = compose("probe", probe=Probe(samples=0.5))
+    probing = compose("probe", probe=Probe(reuse=0, samples=0.5))
     with attach(model, probing, 0.3, statistics=statistics) as handle:
         runtime = next(r for r in handle._runtimes if r.block.name == block.name)
         logits(model, ids, mask)
@@ -379,7 +348,7 @@ def test_probe_of_attention_against_a_slow_version(calibrated, side):
 def test_every_batch_is_chosen_anew_and_swaps_are_counted(llama):
     # One cut for all batches would pass every test of a single batch.
     model, statistics = llama
-    probing = compose("probe", probe=Probe(fusion="none", samples=1.0))
+    probing = compose("probe", probe=Probe(reuse=0, fusion="none", samples=1.0))
     with attach(model, probing, 0.3, statistics=statistics) as handle:
         logits(model, *padded("none"))
         last, swapped, distinct = handle.kept_units(), handle.swapped, set()
@@ -394,21 +363,51 @@ def test_every_batch_is_chosen_anew_and_swaps_are_counted(llama):
     assert len(distinct) > 1
 
 
-def test_history_moves_with_every_prompt_but_not_while_decoding(llama):
+def test_small_batches_share_a_choice_until_enough_tokens_went_by(llama):
     model, statistics = llama
-    ids = token_ids(2, 10)
-    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+    method = compose("probe", probe=Probe(reuse=60))
+    batches = [token_ids(2, 12, seed=50 + i) for i in range(8)]  # 24 tokens each
+    with attach(model, method, 0.3, statistics=statistics) as handle:
         history = handle._runtimes[-1].history.energy
-        first = history.clone()
-        cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
-        second, units = history.clone(), handle.kept_units()
-        assert not second.equal(first)
-        for step in range(3):
-            model(token_ids(2, 1, seed=step), past_key_values=cache)
-        assert history.equal(second) and handle.kept_units() == units
-        model(ids)
-        assert not history.equal(second)
+        swapped, before, seen = [], history.clone(), []
+        for ids in batches:
+            got = logits(model, ids, torch.ones_like(ids))
+            seen.append((ids, got, kept(handle)))
+            swapped.append(handle.swapped)
+            assert not history.equal(before), "history moves all the same"
+            before = history.clone()
+    # Tokens since the choice: - 24 48 (72) 24 48 (72) 24
+    chosen = [i for i in range(8) if swapped[i] != (swapped[i - 1] if i else -1)]
+    assert set(chosen) <= {0, 3, 6} and 3 in chosen
+    for ids, got, choice in seen:
+        with masked(choice):
+            close(got, logits(model, ids, torch.ones_like(ids)))
+
+
+def test_large_batches_and_prompts_of_a_cache_are_always_probed(llama):
+    model, statistics = llama
+    with_default, published = [], []
+    for method, found in ((compose("probe", probe=Probe(reuse=24)), with_default), (PROBING, published)):
+        with attach(model, method, 0.3, statistics=statistics) as handle, torch.no_grad():
+            for seed in range(4):
+                model(token_ids(2, 12, seed=seed))
+                found.append(handle.kept_units())
+                model(token_ids(1, 5, seed=seed), past_key_values=DynamicCache(config=model.config))
+                found.append(handle.kept_units())
+    assert with_default == published
+
+
+def test_what_a_failed_batch_chose_is_not_reused(llama):
+    model, statistics = llama
+    with attach(model, compose("probe", probe=Probe(reuse=10**6)), 0.3, statistics=statistics) as handle:
+        embedded = model.get_input_embeddings()(token_ids())
+        with pytest.raises(FloatingPointError), torch.no_grad():
+            model(inputs_embeds=torch.full_like(embedded, float("nan")))
+        logits(model, *padded("none"))
+        first = handle.kept_units()
+    with attach(model, PROBING, 0.3, statistics=statistics) as handle:
+        logits(model, *padded("none"))
+        assert handle.kept_units() == first
 
 
 def test_history_decides_where_the_probe_says_little(llama):
@@ -416,7 +415,7 @@ def test_history_decides_where_the_probe_says_little(llama):
     model, statistics = llama
     choices = []
     for share in (0.0, 1.0):
-        fixed = compose("probe", probe=Probe(fusion="fixed", history_share=share, decay=1.0))
+        fixed = compose("probe", probe=Probe(reuse=0, fusion="fixed", history_share=share, decay=1.0))
         with attach(model, fixed, 0.3, statistics=statistics) as handle:
             runtime = handle._runtimes[-1]
             seen = []
@@ -453,7 +452,7 @@ def test_dynamic_query_heads_in_every_grouped_family(family, units, side):
     inputs = padded(side)
     attributes = [dict(b.entry.__dict__) for b in find_blocks(model)]
     dense = logits(model, *inputs)
-    with attach(model, compose("probe", units=units), 0.3, statistics=statistics) as handle:
+    with attach(model, compose(PROBING, units=units), 0.3, statistics=statistics) as handle:
         logits(model, *padded("none"))
         got, choice = logits(model, *inputs), kept(handle)
     assert any(len(k) < b.units for b, k in choice if b.kind == "attention")
@@ -478,7 +477,7 @@ def test_masks_of_other_forms_tell_the_same_padding(family):
         forms |= {"four dimensions": full, "additive": additive}
     results = {}
     for name, form in {"integers": mask, **forms}.items():
-        with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+        with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
             out = model(ids, attention_mask=form, position_ids=positions).logits[mask.bool()]
             results[name] = (out, handle.kept_units())
     want, units = results.pop("integers")
@@ -492,7 +491,7 @@ def test_a_mask_of_ones_is_no_mask(llama):
     ids = token_ids()
     results = []
     for kwargs in ({}, {"attention_mask": torch.ones_like(ids)}):
-        with attach(model, "probe", 0.3, statistics=statistics), torch.no_grad():
+        with attach(model, PROBING, 0.3, statistics=statistics), torch.no_grad():
             results.append(model(ids, **kwargs).logits)
     assert results[0].equal(results[1])
 
@@ -500,14 +499,14 @@ def test_a_mask_of_ones_is_no_mask(llama):
 def test_embeddings_in_place_of_ids_and_the_decoder_alone(calibrated):
     model, statistics = calibrated
     ids, mask = padded("left")
-    with attach(model, "probe", 0.3, statistics=statistics) as handle:
+    with attach(model, PROBING, 0.3, statistics=statistics) as handle:
         want, units = logits(model, ids, mask), handle.kept_units()
-    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
         embedded = model.get_input_embeddings()(ids)
         got = model(inputs_embeds=embedded, attention_mask=mask).logits[mask.bool()]
         assert handle.kept_units() == units
         close(got, want)
-    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
         find_decoder(model)(ids, mask)  # by position
         assert handle.kept_units() == units
 
@@ -528,7 +527,7 @@ def test_inference_mode_gives_the_same_as_no_grad(calibrated, method):
     assert all(p.equal(before[n]) for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("method", ["wanda-sp", "flap", "probe"])
+@pytest.mark.parametrize("method", ["wanda-sp", "flap", PROBING])
 def test_attached_in_inference_mode_and_detached_outside(method):
     # Detaching must not fail: the weights would stay permuted for good.
     model = FAMILIES["llama-gqa"]()
@@ -563,7 +562,7 @@ def test_a_model_without_memory_can_be_attached():
     with torch.device("meta"):
         model = FAMILIES["llama-gqa"]()
     shapes: dict[str, tuple[int, ...]] = {}
-    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
         for b in handle.blocks:
             b.consumer.register_forward_pre_hook(lambda _, a, n=b.name: shapes.update({n: a[0].shape}))
         out = model(torch.ones(2, 9, dtype=torch.long, device="meta")).logits
@@ -572,72 +571,6 @@ def test_a_model_without_memory_can_be_attached():
         assert [shapes[b.name][-1] for b in handle.blocks] == widths
         assert handle.removed_share == pytest.approx(0.3, abs=0.005)
     assert model.model.layers[4].mlp.down_proj.weight.shape == (48, 100)
-
-
-# -- generation ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "gemma3", "opt"])
-@pytest.mark.parametrize(
-    "options",
-    [{"num_beams": 2}, {"cache_implementation": "static"}, {"prefill_chunk_size": 8}],
-    ids=["beams", "static cache", "prompt in chunks"],
-)
-def test_other_ways_to_fill_a_cache(family, options):
-    model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
-    ids, mask = padded("left")
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127, **options}
-    with attach(model, "probe", 0.3, statistics=statistics) as handle:
-        got, choice = model.generate(ids, attention_mask=mask, **options), kept(handle)
-    with masked(choice):
-        assert model.generate(ids, attention_mask=mask, **options).equal(got)
-
-
-@pytest.mark.parametrize("units", ["balanced", "query"])
-@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma3"])
-def test_generation_with_query_heads(family, units):
-    model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
-    ids, mask = padded("left")
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
-    with attach(model, compose("probe", units=units), 0.3, statistics=statistics) as handle:
-        got, choice = model.generate(ids, attention_mask=mask, **options), kept(handle)
-    with masked(choice):
-        assert model.generate(ids, attention_mask=mask, **options).equal(got)
-
-
-def test_the_cache_holds_kept_key_value_heads_only(llama):
-    model, statistics = llama
-    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
-        cache = model(token_ids(), use_cache=True).past_key_values
-        kept_heads = [k for b, k in zip(handle.blocks, handle.kept, strict=True) if b.kind == "attention"]
-    assert min(kept_heads) == 1
-    assert [layer.keys.shape[1] for layer in cache.layers] == kept_heads
-
-
-def test_the_cache_of_an_earlier_prompt_is_refused(llama):
-    # The later prompt chose other heads: the earlier cache would be read by the wrong ones.
-    model, statistics = llama
-    earlier, later = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    with attach(model, "probe", 0.3, statistics=statistics), torch.no_grad():
-        model(token_ids(seed=3), past_key_values=earlier)
-        model(token_ids(seed=4), past_key_values=later)
-        with pytest.raises(UsageError, match="KV cache was not filled"):
-            model(token_ids(4, 1), past_key_values=earlier)
-        assert model(token_ids(4, 1), past_key_values=later).logits.isfinite().all()
-
-
-def test_a_cache_that_the_model_made_itself_can_be_continued(llama):
-    # The usual loop by hand: the prompt is run without a cache and gives one back.
-    model, statistics = llama
-    prompt, step = token_ids(2, 10), token_ids(2, 1, seed=5)
-    with attach(model, "probe", 0.3, statistics=statistics) as handle, torch.no_grad():
-        cache = model(prompt, use_cache=True).past_key_values
-        got, choice = model(step, past_key_values=cache).logits[:, -1], kept(handle)
-    whole = torch.cat([prompt, step], 1)
-    with masked(choice), torch.no_grad():
-        close(got, model(whole).logits[:, -1])
 
 
 # -- compensation --------------------------------------------------------------------------------
@@ -649,7 +582,7 @@ def test_bias_of_a_dynamic_method_follows_every_batch(family):
     model = FAMILIES[family]()
     statistics = calibrate(model, token_ids(6, 16, seed=9))
     inputs = padded("left")
-    with attach(model, compose("probe", compensation="bias"), 0.3, statistics=statistics) as handle:
+    with attach(model, compose(PROBING, compensation="bias"), 0.3, statistics=statistics) as handle:
         for seed in range(3):
             ids = token_ids(2, 12, seed=seed)
             logits(model, ids, torch.ones_like(ids))
@@ -683,7 +616,7 @@ def test_a_pass_after_an_exception_is_like_any_other(family, where):
     statistics = calibrate(model, token_ids(6, 16, seed=9))
     inputs = padded("left")
     for block in find_blocks(model)[-2:]:
-        with attach(model, "probe", 0.3, statistics=statistics) as handle:
+        with attach(model, PROBING, 0.3, statistics=statistics) as handle:
             linear = block.producers[0] if where == "producer" else block.consumer
             hook = linear.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
             with pytest.raises(ZeroDivisionError):
@@ -700,11 +633,11 @@ def test_attaching_again_gives_the_same_and_a_failed_attach_leaves_nothing(llama
     hooks = {id(m): len(m._forward_pre_hooks) for m in model.modules()}
     results = []
     for _ in range(2):
-        with attach(model, "probe", 0.3, statistics=statistics):
+        with attach(model, PROBING, 0.3, statistics=statistics):
             results.append(logits(model, *inputs))
         assert {id(m): len(m._forward_pre_hooks) for m in model.modules()} == hooks
         with pytest.raises(UsageError):
-            attach(model, "probe", 0.99, statistics=statistics)
+            attach(model, PROBING, 0.99, statistics=statistics)
     assert results[0].equal(results[1])
 
 
@@ -713,6 +646,6 @@ def test_probing_refuses_other_attention_before_anything_is_changed():
     statistics = calibrate(model, token_ids(6, 16, seed=9))
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UsageError, match="sdpa or eager"):
-        attach(model, "probe", 0.3, statistics=statistics)
+        attach(model, PROBING, 0.3, statistics=statistics)
     model.config._attn_implementation = "sdpa"
-    attach(model, "probe", 0.3, statistics=statistics).detach()
+    attach(model, PROBING, 0.3, statistics=statistics).detach()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, masked, padded, token_ids
 
+from probeprune import partition as partition_module
 from probeprune.blocks import find_blocks
 from probeprune.errors import UsageError
 from probeprune.partition import Partition
@@ -274,3 +275,21 @@ def test_a_partition_made_in_inference_mode_can_be_undone_outside():
     partition.keep(some_units(block, 1))
     partition.restore()
     assert block.consumer.weight.equal(before)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("units", KINDS)
+def test_an_accelerator_ends_where_a_cpu_does(units, kind, monkeypatch):
+    # There as many places are written as could ever change: those that do not must keep what they hold.
+    orders, weights = [], []
+    for places in (partition_module._places, lambda moved, most: most):
+        monkeypatch.setattr(partition_module, "_places", places)
+        model = FAMILIES["llama-bias"]()
+        block = find_blocks(model, units)[kind]
+        partition = Partition(block)
+        moved = [int(partition.keep(some_units(block, seed))) for seed in (0, 1, 2, 2)]
+        assert moved[-1] == 0
+        orders.append([moved, partition.order.tolist()])
+        weights.append([m.linear.weight.clone() for m in block.members])
+    assert orders[0] == orders[1]
+    assert all(a.equal(b) for a, b in zip(*weights, strict=True))

@@ -26,6 +26,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from probeprune import Probe, compose
+
 SHAPE = {
     "hidden_size": 48,
     "intermediate_size": 100,
@@ -127,3 +129,17 @@ class masked:
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+PROBING = compose("probe", name="probe", probe=Probe(reuse=0))
+"""Probe Pruning as published: every batch is probed, however small."""
+
+
+def kept(handle) -> list:
+    """What an attached method keeps at present: (block, unit ids)."""
+    return [(b, k.units) for b, k in zip(handle.blocks, handle.kept_units(), strict=True)]
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal to rounding: within 1e-5 of the largest value."""
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,10 +82,11 @@ def collecting(model: nn.Module, own_positions: int = OWN_POSITIONS) -> Iterator
     )
     state: list[Pass] = []
 
-    def begin(now: Pass) -> None:
-        if now.past:
+    def run(now: Pass, forward: Callable[[], Any]) -> Any:
+        if now.continues:
             raise UsageError("calibration runs whole sequences; call the model without a filled KV cache.")
         state[:] = [now]
+        return forward()
 
     def observe(moments: Moments) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -93,14 +95,15 @@ def collecting(model: nn.Module, own_positions: int = OWN_POSITIONS) -> Iterator
 
         return hook
 
-    hooks = [on_pass(model, begin)]
+    undo = [on_pass(model, run)]
     for block in blocks:
-        hooks.append(block.consumer.register_forward_pre_hook(observe(statistics.moments[block.name])))
+        hook = block.consumer.register_forward_pre_hook(observe(statistics.moments[block.name]))
+        undo.append(hook.remove)
     try:
         yield statistics
     finally:
-        for hook in hooks:
-            hook.remove()
+        for step in undo:
+            step()
 
 
 def calibrate(

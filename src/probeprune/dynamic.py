@@ -1,36 +1,35 @@
 """The runtime: `attach` a method to a model, run the model's own forward on what is kept, `detach`.
 
 Static methods order and cut once, then cost nothing. Dynamic ones do, for each block and each batch, the
-stages of Probe Pruning: choose the probe, run it ahead, fuse with history, score and cut, run the full batch,
-update history. A pass that continues a KV cache keeps the units its prompt chose.
+stages of Probe Pruning (`runtime.py`); a pass that continues a KV cache keeps the units its prompt chose.
+Here is what concerns the whole model: which stage a pass is, whose cache it continues, one pass at a time.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import record_function
-from torch.utils.hooks import RemovableHandle
 
 from probeprune import allocation
 from probeprune.blocks import Block, find_blocks
 from probeprune.calibration import Statistics
-from probeprune.compensation import lost_bias
 from probeprune.errors import UsageError
-from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.methods import Method, check_untrained, get_method
-from probeprune.partition import Partition
-from probeprune.passes import Pass, check_eval, find_decoder, on_pass
-from probeprune.plan import Kept, check_finite, check_statistics, static_scores, widths
-from probeprune.probe import choose, fused_energy, run_ahead
-from probeprune.statistics import History, Moments
+from probeprune.passes import Pass, check_eval, on_pass
+from probeprune.plan import Kept, check_statistics, overflow, static_scores, widths
+from probeprune.runtime import BlockRuntime, Now
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_CHOICES = itertools.count(1)
+_CHOICE = "_probeprune_choice"
+"""Attribute of a KV cache: under which choice of heads it was filled. A copy of the cache has it too."""
 
 
 def attach(
@@ -48,7 +47,8 @@ def attach(
 
     Args:
         model: a transformers causal LM of a supported family, in eval mode, with sdpa or eager attention
-            for dynamic methods. Its weights are permuted in place and put back by `detach`.
+            for dynamic methods. Its weights are permuted in place and put back by `detach`. Under a dynamic
+            method, passes from several threads run one after the other.
         method: a name from `METHODS`, or a `Method`.
         ratio: share of the parameters of all blocks to prune, in [0, 1).
         statistics: from `calibrate` on this model, where the method needs them.
@@ -67,6 +67,8 @@ def attach(
     known = check_statistics(method, blocks, statistics)
     if method.when == "batch" and _attention(model) not in ("sdpa", "eager"):
         raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
+    if method.probe is not None and method.probe.refresh and any(m.own for m in known.moments.values()):
+        raise UsageError("refresh needs statistics that pool positions: calibrate with own_positions=0.")
     with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be written outside
         return Handle(model, method, ratio, blocks, known)
 
@@ -96,14 +98,15 @@ class Handle:
     ) -> None:
         self.model, self.method, self.ratio = model, method, ratio
         self.blocks = blocks
-        self.swapped = 0
-        self._hooks: list[RemovableHandle] = []
-        self._pass: Pass | None = None
-        self._cache: weakref.ref[object] | None = None
+        self._now = Now()
+        self._lock = threading.RLock()
+        self._choice: int | None = None  # the one whose heads the windows show
+        self._since_choice = self._since_refresh = 0  # tokens
+        self._undo: list[Callable[[], None]] = []
         scores = [static_scores(method, b, statistics) for b in blocks]
         self.kept = widths(method, ratio, blocks, scores)
         self._runtimes = [
-            _BlockRuntime(self, b, keep, s, statistics.moments.get(b.name))
+            BlockRuntime(method, self._now, b, keep, s, statistics.moments.get(b.name))
             for b, keep, s in zip(blocks, self.kept, scores, strict=True)
             if keep < b.units
         ]
@@ -111,11 +114,11 @@ class Handle:
         try:
             for runtime in self._runtimes:
                 runtime.start()
+            self._check_finite()
             if method.when == "batch":
-                self._hooks.append(on_pass(model, self._begin))
-                self._hooks.append(find_decoder(model).register_forward_hook(self._end))
+                self._undo.append(on_pass(model, self._run))
                 for runtime in self._runtimes:
-                    self._hooks += runtime.hooks()
+                    self._undo += [hook.remove for hook in runtime.hooks()]
         except BaseException:
             self.detach()
             raise
@@ -124,6 +127,11 @@ class Handle:
     def removed_share(self) -> float:
         """Share of all blocks' parameters that the cut leaves out."""
         return allocation.removed_share(self.blocks, self.kept)
+
+    @property
+    def swapped(self) -> int:
+        """Units brought into windows so far, by all blocks together. Waits for an accelerator."""
+        return sum(int(r.swapped) for r in self._runtimes)
 
     def kept_units(self) -> list[Kept]:
         """What every block keeps at present."""
@@ -135,14 +143,20 @@ class Handle:
         return report
 
     def detach(self) -> None:
-        """Give the model back as it was, bit for bit. Harmless when called twice."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        for runtime in self._runtimes:
-            runtime.partition.restore()
-        self._runtimes = []
-        _ATTACHED.discard(self.model)
+        """Give the model back as it was, bit for bit. Harmless when called twice.
+
+        Waits for a dynamic method's pass in another thread; raises `UsageError` from inside a pass.
+        """
+        with self._lock:
+            if self._now.stage != "idle":
+                raise UsageError("a pass is running under this method; detach when it is over.")
+            for step in self._undo:
+                step()
+            self._undo = []
+            for runtime in self._runtimes:
+                runtime.partition.restore()
+            self._runtimes = []
+            _ATTACHED.discard(self.model)
 
     def __enter__(self) -> Handle:
         return self
@@ -152,115 +166,67 @@ class Handle:
     ) -> None:
         self.detach()
 
-    def _begin(self, now: Pass) -> None:
-        check_eval(self.model)
-        if now.past and (self._cache is None or self._cache() is not now.cache):
-            raise UsageError(
-                "this KV cache was not filled by the last prompt that ran under this method, so its heads "
-                "are not the ones kept now; run the prompt again."
-            )
-        if not now.past:
-            self._cache = None if now.cache is None else weakref.ref(now.cache)
-        self._pass = now
+    def _run(self, now: Pass, forward: Callable[[], Any]) -> Any:
+        """One pass of the decoder under a dynamic method."""
+        with self._lock:
+            check_eval(self.model)
+            if self._now.stage != "idle":
+                raise UsageError("a pass was started from inside another one of the same model.")
+            self._enter(now)
+            try:
+                output = forward()
+                self._check_finite()
+            except BaseException:
+                self._choice = None  # blocks and cache may stand half way between two choices
+                raise
+            finally:
+                self._now.stage = "idle"
+            made = getattr(output, "past_key_values", None)
+            if made is not None:
+                setattr(made, _CHOICE, self._choice)
+            return output
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
-        if self._pass is not None and not self._pass.past and cache is not None:
-            self._cache = weakref.ref(cache)
-
-
-class _BlockRuntime:
-    """One pruned block of an attached model: its partition and, for dynamic methods, its stages."""
-
-    def __init__(
-        self, handle: Handle, block: Block, keep: int, scores: torch.Tensor | None, moments: Moments | None
-    ) -> None:
-        self.handle, self.block, self.keep = handle, block, keep
-        self.method = handle.method
-        self.norms = ColumnNorms.of(block)
-        self.partition = Partition(block)
-        self._first_scores = scores
-        self._score = IMPORTANCES[self.method.importance].score
-        device = block.consumer.weight.device
+    def _enter(self, now: Pass) -> None:
+        """Say what stage a pass is. Raises `UsageError` for a cache that the present heads did not fill."""
         probe = self.method.probe
-        self.history: History | None = None
-        if probe is not None and probe.fusion != "none":
-            assert moments is not None
-            self.history = History(moments.to(device), probe.decay)
-            self.partition.followers.append(self.history.energy)
-        self.mean: torch.Tensor | None = None
-        if self.method.compensation == "bias":
-            assert moments is not None
-            self.mean = moments.mean.to(device).clone()
-            self.partition.followers.append(self.mean)
-        self._residual: torch.Tensor | None = None
-        self._probing = False
+        assert probe is not None
+        self._now.tokens = now.tokens
+        self._since_choice += now.tokens.batch * now.tokens.length
+        if not now.continues:
+            _check_layout(now.cache, self.blocks, self.kept)
+            serves = now.cache is None and self._since_choice < probe.reuse
+            self._now.stage = "reuse" if serves and self._choice is not None else "choose"
+            if self._now.stage == "choose":
+                self._choice, self._since_choice = next(_CHOICES), 0
+            self._since_refresh = 0
+        elif self._choice is None or getattr(now.cache, _CHOICE, None) != self._choice:
+            raise UsageError(
+                "this KV cache was not filled under the heads kept now: another prompt ran since, or a pass "
+                "failed; run its prompt again, and only one generation at a time."
+            )
+        else:
+            self._since_refresh += now.tokens.length
+            due = 0 < probe.refresh <= self._since_refresh
+            self._now.stage = "refresh" if due else "keep"
+            self._since_refresh = 0 if due else self._since_refresh
 
-    def start(self) -> None:
-        """The first cut: for good if static, a place to start from if dynamic."""
-        if self._first_scores is not None:
-            self._cut(self._first_scores)
+    def _check_finite(self) -> None:
+        """Raise `FloatingPointError` where scores ordered nothing: one look at the device for all blocks."""
+        flags = [r.finite for r in self._runtimes if not r.finite.is_meta]
+        if flags and not bool(torch.stack([f.to(flags[0].device) for f in flags]).all()):
+            raise overflow(next(r.block for r in self._runtimes if not r.finite))
 
-    def hooks(self) -> list[RemovableHandle]:
-        block = self.block
-        hooks = [
-            block.entry.register_forward_pre_hook(self._before_block, with_kwargs=True),
-            block.consumer.register_forward_pre_hook(self._before_consumer),
-        ]
-        if block.norm is not None:
-            hooks.append(block.norm.register_forward_pre_hook(self._before_norm))
-        return hooks
 
-    def _before_norm(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self._residual = args[0]
-
-    @torch.no_grad()
-    def _before_block(
-        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
-    ) -> None:
-        now = self.handle._pass
-        if self._probing or now is None or now.past:
-            return
-        kwargs = dict(kwargs)
-        flat = args[0] if args else kwargs.pop("hidden_states")
-        x = self._shaped(flat, now)
-        residual = x if self._residual is None else self._shaped(self._residual, now)
-        self._residual = None
-        assert self.method.probe is not None
-        with record_function("probeprune::choose"):
-            selection = choose(residual, now.tokens, self.method.probe)
-        self.partition.widen()
-        self._probing = True
-        try:
-            with record_function("probeprune::run_ahead"):
-                z = run_ahead(self.block, x, selection, kwargs)
-        finally:
-            self._probing = False
-        with record_function("probeprune::score"):
-            energy = fused_energy(z, selection, now.tokens, self.history, self.method.probe)
-            in_order = torch.empty_like(energy)
-            in_order[self.partition.channels] = energy
-            evidence = Evidence(self.block, self.norms, energy=in_order, seed=self.method.seed)
-            scores = self._score(evidence)
-        with record_function("probeprune::swap"):
-            self._cut(scores)
-
-    def _before_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        now = self.handle._pass
-        if self._probing or self.history is None or now is None or now.past:
-            return
-        with record_function("probeprune::history"):
-            self.history.update(self._shaped(args[0], now), now.tokens)
-
-    def _cut(self, scores: torch.Tensor) -> None:
-        check_finite(scores, self.block)
-        units = allocation.choose_units(scores, self.keep, self.block)
-        self.handle.swapped += self.partition.keep(units)
-        if self.mean is not None:
-            channels = self.keep * self.block.unit_width
-            self.partition.add_bias(lost_bias(self.partition.consumer_weight, self.mean, channels))
-
-    @staticmethod
-    def _shaped(x: torch.Tensor, now: Pass) -> torch.Tensor:
-        """(batch, sequence, width); some layers flatten the first two in front of their MLP."""
-        return x.view(now.tokens.batch, now.tokens.length, x.shape[-1])
+def _check_layout(cache: Any, blocks: Sequence[Block], kept: Sequence[int]) -> None:
+    """Raise `UsageError` for an empty cache that was laid out in advance for heads that are not kept."""
+    layers = getattr(cache, "layers", ())
+    for block, keep in zip(blocks, kept, strict=True):
+        if block.kind == "mlp" or block.layer >= len(layers):
+            continue
+        keys = getattr(layers[block.layer], "keys", None)
+        heads = keep if block.unit_kind == "group" else block.kv_heads
+        if isinstance(keys, torch.Tensor) and keys.ndim == 4 and keys.shape[1] != heads:
+            raise UsageError(
+                f"the KV cache was laid out for {keys.shape[1]} key-value heads in {block.name}, which keeps "
+                f"{heads}; let the first pass lay it out (no prefill_chunk_size with a static cache)."
+            )

@@ -126,7 +126,7 @@ _UNTRAINED: tuple[Method, ...] = (
     Method(
         "full-batch",
         when="batch",
-        probe=Probe(tokens=1.0, samples=1.0, fusion="none"),
+        probe=Probe(tokens=1.0, samples=1.0, fusion="none", reuse=0),
         source="Probe Pruning, ICLR 2025: its upper bound, at more than dense cost",
     ),
     Method(

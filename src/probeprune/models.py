@@ -85,7 +85,7 @@ def load_model(
         UsageError: no such model, no safetensors weights, quantised or incomplete weights, a model that is no
             causal language model, an unknown dtype, or a device this machine does not have.
     """
-    target = resolve_device(device)
+    target = choose_device(device)
     _check_dtype(dtype)
     source = _locate(name)
     config = _load_config(name, source, trust_remote_code)
@@ -94,7 +94,7 @@ def load_model(
             f"Model '{name}' is quantised and its units cannot be reordered in place: give the checkpoint in"
             " full precision."
         )
-    chosen = resolve_dtype(dtype, target)
+    chosen = choose_dtype(dtype, target)
     stored = getattr(config, "dtype", None)
     try:
         with quiet_libraries(bars=isinstance(source, str)):
@@ -153,7 +153,7 @@ def _check_dtype(dtype: str) -> None:
         raise UsageError(f"Unknown dtype '{dtype}': use auto, {', '.join(DTYPES)}.")
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """A dtype by its name; `auto` is what this machine was once measured to be fastest in.
 
     The choice is kept in the cache: a run that is continued must not change its mind.
@@ -224,7 +224,7 @@ def cache_dir() -> Path:
 # Finding
 
 
-def resolve_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
     """`auto` (CUDA where there is one, else CPU), or what `torch.device` understands and this machine has."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -55,15 +55,15 @@ class Partition:
     # -- order ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def keep(self, units: torch.Tensor) -> int:
-        """Bring `units` to the front and show only them.
+    def keep(self, units: torch.Tensor) -> torch.Tensor:
+        """Bring `units` to the front and show only them. On an accelerator nothing here waits for it.
 
         Args:
             units: LongTensor (k,) of original ids, k >= 1; for `balanced` units the same number from
                 every group.
 
         Returns:
-            How many units were moved into the window.
+            How many units were moved into the window: LongTensor ().
         """
         moved = self._bring_to_front(units)
         if len(units) != self.kept or not self._windows:
@@ -72,32 +72,38 @@ class Partition:
         self.narrow()
         return moved
 
-    def _bring_to_front(self, units: torch.Tensor) -> int:
+    def _bring_to_front(self, units: torch.Tensor) -> torch.Tensor:
         k = len(units)
         if self.order.is_meta:  # shapes only: there is nothing to move
-            return 0
-        wanted = torch.zeros(self.block.units, dtype=torch.bool, device=self.order.device)
-        wanted[units] = True
+            return self.order.new_zeros(())
+        wanted = torch.zeros_like(self.order, dtype=torch.bool).index_fill_(0, units, True)
         if k != self.kept:
             # The first cut, or one of another width: lay out afresh. Ascending ids keep the query heads
             # of a group together.
-            self._permute(torch.cat([wanted.nonzero().flatten(), (~wanted).nonzero().flatten()]))
-            return k
+            self._permute(wanted.argsort(descending=True, stable=True))
+            return wanted.sum()
         in_order = wanted[self.order]
-        leave = (~in_order[:k]).nonzero().flatten()
-        enter = in_order[k:].nonzero().flatten() + k
-        if not len(leave):
-            return 0
-        if self.block.unit_kind == "balanced":  # a unit may only take the place of one of its own group
-            group = self.order // self.block.group_size
-            leave = leave[group[leave].argsort(stable=True)]
-            enter = enter[group[enter].argsort(stable=True)]
-        here, there = torch.cat([leave, enter]), torch.cat([enter, leave])
+        leaves, enters = ~in_order[:k], in_order[k:]
+        moved = leaves.sum()
+        places = _places(moved, min(k, len(self.order) - k))
+        if not places:
+            return moved
+        leave = self._first(leaves, self.order[:k])[:places]
+        enter = self._first(enters, self.order[k:])[:places] + k
+        changes = leaves[leave]
+        here = torch.cat([leave, enter])
+        there = torch.cat([torch.where(changes, enter, leave), torch.where(changes, leave, enter)])
         for tensor, axis, width in self._tensors():
             a, b = _spread(here, width), _spread(there, width)
             tensor.index_copy_(axis, a, tensor.index_select(axis, b))
         self.order[here] = self.order[there]
-        return len(leave)
+        return moved
+
+    def _first(self, chosen: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+        """Indices with the chosen ones in front. A unit may only take the place of one of its own group where
+        units are `balanced`: there the chosen come group by group."""
+        group = units // self.block.group_size if self.block.unit_kind == "balanced" else units.new_zeros(())
+        return torch.where(chosen, group, self.block.units).argsort(stable=True)
 
     def _permute(self, order: torch.Tensor) -> None:
         """Lay the units out in the order of these original ids."""
@@ -286,6 +292,15 @@ def check_can_cut(block: Block) -> None:
             "units='query' keeps different numbers of query heads from group to group, which no checkpoint "
             "can hold; use units='group' or 'balanced'."
         )
+
+
+def _places(moved: torch.Tensor, most: int) -> int:
+    """How many places a swap writes on either side of the cut, where `moved` units change sides.
+
+    That number is known on the device alone. A CPU may ask for it; elsewhere asking would stall the queue, so
+    `most` places are written, those that do not change with what they hold.
+    """
+    return int(moved) if moved.device.type == "cpu" else most
 
 
 def _spread(units: torch.Tensor, width: int) -> torch.Tensor:

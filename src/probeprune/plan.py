@@ -106,6 +106,11 @@ def widths(
 def check_finite(scores: Scores, block: Block) -> None:
     """Raise `FloatingPointError` for scores that order nothing."""
     if not scores.is_meta and not torch.isfinite(scores).all():
-        raise FloatingPointError(
-            f"the importance of {block.name} is NaN or infinite; the model's activations overflowed."
-        )
+        raise overflow(block)
+
+
+def overflow(block: Block) -> FloatingPointError:
+    """What to raise where the scores of a block's units are not finite."""
+    return FloatingPointError(
+        f"the importance of {block.name} is NaN or infinite; the model's activations overflowed."
+    )

@@ -39,6 +39,14 @@ class Probe:
     """Weight of history under `fixed` fusion."""
     decay: float = 0.99
     """History keeps this share of itself at every batch."""
+    reuse: int = 1024
+    """Tokens that one choice serves at least: smaller batches share it, since on their own they would not
+    earn what probing costs (docs/choices.md). 0 probes every batch, as published. A prompt that fills a cache
+    handed in, as in `generate`, is always probed: its choice serves the text to come."""
+    refresh: int = 0
+    """While decoding, choose the channels of MLPs anew every so many tokens; 0 keeps those of the prompt.
+    Such a step runs MLPs dense and is its own probe; the steps between move history. Heads stay: the cache
+    holds those of the prompt."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "samples"):
@@ -47,6 +55,9 @@ class Probe:
         for name in ("history_share", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"probe {name}={getattr(self, name):g} must lie in [0, 1].")
+        for name in ("reuse", "refresh"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"probe {name}={getattr(self, name)} must be a number of tokens, 0 or more.")
         if self.fusion not in ("importance", "fixed", "none"):
             raise UsageError(f"unknown fusion {self.fusion!r}; choose importance, fixed or none.")
 
@@ -86,12 +97,17 @@ def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
     wanted, count = probe_size(probe, *u.shape)
     score = torch.linalg.vector_norm(u, dim=0)
     if count <= probe.keep_first_below:
-        first = 0 if tokens.valid is None else tokens.valid.any(0).long().argmax()
-        score[first] = torch.inf
+        used = tokens.valid.any(0).long() if tokens.valid is not None else torch.ones_like(score)
+        score.index_fill_(0, used.argmax(0, keepdim=True), torch.inf)
     columns = score.argsort(descending=True, stable=True)[:count].sort().values
     per_sample = torch.linalg.vector_norm(u[:, columns], dim=1)
     samples = per_sample.argsort(descending=True, stable=True)[:wanted].sort().values
     return Selection(samples, columns)
+
+
+def everything(tokens: Tokens, device: torch.device) -> Selection:
+    """A whole batch as its own probe."""
+    return Selection(torch.arange(tokens.batch, device=device), torch.arange(tokens.length, device=device))
 
 
 def run_ahead(block: Block, x: torch.Tensor, selection: Selection, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -175,10 +191,9 @@ def fuse(energy: torch.Tensor, history: torch.Tensor, probe: Probe) -> torch.Ten
         return energy
     if probe.fusion == "fixed":
         return torch.lerp(energy, history, probe.history_share)
-    total = energy + history
-    # The squares are divided first: energies of 1e20 would overflow float32 when squared.
-    tiny = torch.finfo(total.dtype).tiny
-    return (energy / total.clamp_min(tiny)) * energy + (history / total.clamp_min(tiny)) * history
+    # No squares: energies of 1e20 would overflow float32.
+    share = energy / (energy + history).clamp_min_(torch.finfo(energy.dtype).tiny)
+    return torch.lerp(history, energy, share)
 
 
 def fused_energy(

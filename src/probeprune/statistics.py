@@ -134,17 +134,22 @@ def position_sums(z: torch.Tensor, tokens: Tokens, energy: torch.Tensor, counts:
         first = min(own, z.shape[1])
         energy[:first] += _squares(z[:, :first]).sum(0)
         counts[:first] += z.shape[0]
-        if z.shape[1] > own:
-            # One sample at a time: the squares of a whole batch would be as large as z itself.
-            for sample in z[:, own:]:
-                energy[own] += _squares(sample).sum(0)
-            counts[own] += z.shape[0] * (z.shape[1] - own)
+        later = z[:, own:]
+        counts[own] += z.shape[0] * later.shape[1]
     else:
-        positions = tokens.positions
-        assert positions is not None
-        rows = positions[tokens.valid].clamp_max(own)
-        energy.index_add_(0, rows, _squares(z[tokens.valid]))
-        counts.index_add_(0, rows, torch.ones_like(rows, dtype=counts.dtype))
+        z = z.masked_fill(~tokens.valid[..., None], 0)  # not times 0: padding may be NaN
+        if own:
+            positions = tokens.positions
+            assert positions is not None
+            rows = positions.clamp_max(own).flatten()
+            energy.index_add_(0, rows, _squares(z).flatten(0, 1))
+            counts.index_add_(0, rows, tokens.valid.flatten().to(counts.dtype))
+            return
+        later = z
+        counts[0] += tokens.valid.sum()
+    # One sample at a time: the squares of a whole batch would be as large as z itself.
+    for sample in later:
+        energy[own] += _squares(sample).sum(0)
 
 
 def _squares(z: torch.Tensor) -> torch.Tensor:
@@ -181,6 +186,9 @@ class History:
             positions: LongTensor (b, s), the tokens' own positions, or None where they are the columns.
             valid: BoolTensor (b, s); a column's energy is the mean over its real tokens' positions.
         """
+        if not self.own:  # one row for all: nothing to gather
+            rows = self.energy.expand(len(columns), -1)
+            return rows if valid is None else rows * valid.any(0)[:, None]
         if positions is None or valid is None:
             return self.energy[columns.clamp_max(self.own)]
         rows = self.energy[positions.clamp_max(self.own)] * valid[..., None]
@@ -188,11 +196,13 @@ class History:
 
     @torch.no_grad()
     def update(self, z: torch.Tensor, tokens: Tokens) -> None:
-        """Move the first `z.shape[-1]` channels towards this batch; rows it did not reach stay."""
+        """Move the first `z.shape[-1]` channels towards this batch; rows it did not reach stay, and so does
+        what it would make NaN or infinite."""
         k = z.shape[-1]
         energy = torch.zeros(self.own + 1, k, device=z.device)
         counts = torch.zeros(self.own + 1, device=z.device)
         position_sums(z, tokens, energy, counts)
+        mean = energy / counts.clamp_min(1)[:, None]
         weight = (1 - self.decay) * (counts > 0)
         kept = self.energy[:, :k]
-        kept += weight[:, None] * (energy / counts.clamp_min(1)[:, None] - kept)
+        kept += (weight[:, None] * (mean - kept)).nan_to_num_(0, 0, 0)

@@ -60,7 +60,7 @@ def table(
     from probeprune.experiment.results import Results
     from probeprune.experiment.run import run
     from probeprune.experiment.workbench import Workbench
-    from probeprune.models import resolve_device, resolve_dtype
+    from probeprune.models import choose_device, choose_dtype
 
     one_of("executor", executor, ("local", "ray"))
     if workers < 1:
@@ -75,8 +75,8 @@ def table(
         chosen = replace(chosen, ratios=tuple(number(r) for r in names(ratios, "ratios")))
     if seeds is not None:
         chosen = replace(chosen, seeds=tuple(int(number(s)) for s in names(seeds, "seeds")))
-    where = resolve_device(device)
-    cells = chosen.cells(str(resolve_dtype(dtype, where)).removeprefix("torch."), where.type)
+    where = choose_device(device)
+    cells = chosen.cells(str(choose_dtype(dtype, where)).removeprefix("torch."), where.type)
     results = Results.open(out_dir)
     for problem in results.problems:
         err.print(f"[yellow]{problem}[/yellow]", highlight=False, soft_wrap=True)

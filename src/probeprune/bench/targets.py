@@ -1,0 +1,108 @@
+"""What is measured: a loaded model with text, or a random model of a real one's shape with random tokens.
+
+A shape is measured without weights of that size anywhere: its decoder layers are of the real sizes, only fewer
+of them. Nothing is said about quality then.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from probeprune.blocks import find_blocks
+from probeprune.data import calibration_windows, load_corpus
+from probeprune.errors import UsageError
+from probeprune.methods import unknown
+from probeprune.models import LoadedModel
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # hidden size, MLP width, layers, heads, key-value heads, head size: from the models' config.json
+    name: dict(
+        zip(
+            (
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+            ),
+            sizes,
+            strict=True,
+        )
+    )
+    for name, sizes in {
+        "llama-2-7b": (4096, 11008, 32, 32, 32, 128),
+        "llama-2-13b": (5120, 13824, 40, 40, 40, 128),
+        "llama-3-8b": (4096, 14336, 32, 32, 8, 128),
+        "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64),
+        "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128),
+    }.items()
+}
+
+_VOCABULARY = 1024
+"""Of a random model. Embedding and head are not measured."""
+_SPREAD = 1.0
+"""Channels of a random model differ by factors of exp(normal times this). Without it all would be equal, and
+which are kept, noise. With it about as many change places from batch to batch as in SmolLM2-135M: one in seven."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to measure and tokens to measure it on.
+
+    Attributes:
+        name: for people.
+        model: in eval mode.
+        windows: called with (count, length); LongTensor of token ids.
+        dtype, device: of the model.
+    """
+
+    name: str
+    model: Any
+    windows: Callable[[int, int], torch.Tensor]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def from_loaded(loaded: LoadedModel) -> Target:
+    """A model on windows of embedded C4 text."""
+
+    def windows(count: int, length: int) -> torch.Tensor:
+        return calibration_windows(load_corpus("c4"), loaded.tokenizer, count=count, length=length, seed=0)
+
+    return Target(loaded.name, loaded.model, windows, loaded.dtype, loaded.device)
+
+
+def of_shape(shape: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> Target:
+    """A random model with the layers of a real one, on random tokens.
+
+    Args:
+        shape: a key of `SHAPES`.
+        layers: how many; None for as many as the real one has.
+        dtype, device: where it is made.
+
+    Raises `UsageError` for an unknown shape, or fewer than one layer.
+    """
+    if shape not in SHAPES:
+        raise UsageError(unknown("shape", shape, SHAPES))
+    sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
+    if sizes["num_hidden_layers"] < 1:
+        raise UsageError("a model has at least one layer; raise --layers.")
+    config = LlamaConfig(**sizes, vocab_size=_VOCABULARY, max_position_embeddings=131072, dtype=dtype)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
+        for block in find_blocks(model):
+            scale = torch.randn(block.units, 1, dtype=torch.float32).mul_(_SPREAD).exp_()
+            last = block.members[-2]  # value or up: z is linear in it
+            rows = last.part(last.linear.weight.data, block.units).view(block.units, last.width, -1)
+            rows.mul_(scale[..., None].to(dtype))
+
+    def windows(count: int, length: int) -> torch.Tensor:
+        return torch.randint(_VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+
+    name = f"{shape}, {sizes['num_hidden_layers']} layers, random"
+    return Target(name, model, windows, dtype, device)

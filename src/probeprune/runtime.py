@@ -1,0 +1,183 @@
+"""One pruned block while its model runs: its partition and, for dynamic methods, the stages of Probe Pruning.
+
+A batch is probed and cut, or small ones reuse the choice before; a pass that continues a cache keeps what its
+prompt chose, and a refresh chooses an MLP's channels anew. Which of these a pass is, the handle says
+(`dynamic.py`). Nothing here waits for an accelerator: numbers stay on the device, sizes come from shapes.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+from torch.utils.hooks import RemovableHandle
+
+from probeprune import allocation
+from probeprune.blocks import Block
+from probeprune.compensation import lost_bias
+from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
+from probeprune.methods import Method
+from probeprune.partition import Partition
+from probeprune.probe import choose, everything, fused_energy, run_ahead
+from probeprune.statistics import History, Moments, Tokens
+
+Stage = Literal["idle", "choose", "reuse", "keep", "refresh"]
+NO_TOKENS = Tokens(0, 0)
+
+
+@dataclass
+class Now:
+    """What all blocks of a model share of the pass that is under way."""
+
+    stage: Stage = "idle"
+    """`choose` or `reuse` (of the choice before) on a batch; `keep` or `refresh` on a pass that continues a
+    cache."""
+    tokens: Tokens = NO_TOKENS
+
+
+class BlockRuntime:
+    """One pruned block of an attached model.
+
+    Attributes:
+        block: the block.
+        keep: units it keeps.
+        partition: its weights, kept units first.
+        history: running energies, where the method fuses with them.
+        swapped: LongTensor (), units brought into the window so far.
+        finite: BoolTensor (), whether the last scores were.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        now: Now,
+        block: Block,
+        keep: int,
+        scores: torch.Tensor | None,
+        moments: Moments | None,
+    ) -> None:
+        self.method, self.now = method, now
+        self.block, self.keep = block, keep
+        self.norms = ColumnNorms.of(block)
+        self.partition = Partition(block)
+        self._first_scores = scores
+        self._score = IMPORTANCES[self.method.importance].score
+        device = block.consumer.weight.device
+        self.swapped = torch.zeros((), dtype=torch.long, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        probe = method.probe
+        self.history: History | None = None
+        if probe is not None and probe.fusion != "none":
+            assert moments is not None
+            self.history = History(moments.to(device), probe.decay)
+            self.partition.followers.append(self.history.energy)
+        self.mean: torch.Tensor | None = None
+        if self.method.compensation == "bias":
+            assert moments is not None
+            self.mean = moments.mean.to(device).clone()
+            self.partition.followers.append(self.mean)
+        self._residual: torch.Tensor | None = None
+        self._probing = False
+
+    def start(self) -> None:
+        """The first cut: for good if static, a place to start from if dynamic."""
+        if self._first_scores is not None:
+            self._cut(self._first_scores)
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Let the stages run whenever the model does; dynamic methods only."""
+        block = self.block
+        hooks = [
+            block.entry.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            block.consumer.register_forward_pre_hook(self._before_consumer),
+        ]
+        if block.norm is not None:
+            hooks.append(block.norm.register_forward_pre_hook(self._before_norm))
+        if self._refreshes:
+            hooks.append(block.consumer.register_forward_hook(self._after_consumer))
+        return hooks
+
+    @property
+    def _refreshes(self) -> bool:
+        """Heads never do: the cache holds those that the prompt chose."""
+        probe = self.method.probe
+        return probe is not None and probe.refresh > 0 and self.block.kind == "mlp"
+
+    def _before_norm(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if self.now.stage == "choose":
+            self._residual = args[0]
+
+    @torch.no_grad()
+    def _before_block(
+        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self.now.stage == "refresh" and self._refreshes:
+            self.partition.widen()
+        if self.now.stage != "choose" or self._probing:
+            return
+        tokens = self.now.tokens
+        kwargs = dict(kwargs)
+        flat = args[0] if args else kwargs.pop("hidden_states")
+        x = self._shaped(flat)
+        residual = x if self._residual is None else self._shaped(self._residual)
+        self._residual = None
+        assert self.method.probe is not None
+        with record_function("probeprune::choose"):
+            selection = choose(residual, tokens, self.method.probe)
+        self.partition.widen()
+        self._probing = True
+        try:
+            with record_function("probeprune::run_ahead"):
+                z = run_ahead(self.block, x, selection, kwargs)
+        finally:
+            self._probing = False
+        with record_function("probeprune::score"):
+            scores = self._scores(fused_energy(z, selection, tokens, self.history, self.method.probe))
+        with record_function("probeprune::swap"):
+            self._cut(scores)
+
+    def _before_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if self.history is None or self._probing:
+            return
+        if self.now.stage in ("choose", "reuse") or (self.now.stage == "keep" and self._refreshes):
+            self._remember(args[0])
+
+    @torch.no_grad()
+    def _after_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+        """A refresh: this pass ran dense, so all of it is the probe."""
+        if self.now.stage != "refresh":
+            return
+        assert self.method.probe is not None
+        with record_function("probeprune::score"):
+            z, tokens = self._shaped(args[0]), self.now.tokens
+            scores = self._scores(
+                fused_energy(z, everything(tokens, z.device), tokens, self.history, self.method.probe)
+            )
+        if self.history is not None:
+            self._remember(args[0])
+        with record_function("probeprune::swap"):
+            self._cut(scores)
+
+    def _remember(self, z: torch.Tensor) -> None:
+        assert self.history is not None
+        with record_function("probeprune::history"):
+            self.history.update(self._shaped(z), self.now.tokens)
+
+    def _scores(self, energy: torch.Tensor) -> torch.Tensor:
+        """Scores of the block's units, from channels' energies in the present order."""
+        in_order = torch.empty_like(energy)
+        in_order[self.partition.channels] = energy
+        evidence = Evidence(self.block, self.norms, energy=in_order, seed=self.method.seed)
+        return self._score(evidence)
+
+    def _cut(self, scores: torch.Tensor) -> None:
+        self.finite = torch.isfinite(scores).all()
+        self.swapped += self.partition.keep(allocation.choose_units(scores, self.keep, self.block))
+        if self.mean is not None:
+            channels = self.keep * self.block.unit_width
+            self.partition.add_bias(lost_bias(self.partition.consumer_weight, self.mean, channels))
+
+    def _shaped(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence, width); some layers flatten the first two in front of their MLP."""
+        return x.view(self.now.tokens.batch, self.now.tokens.length, x.shape[-1])
