@@ -3,8 +3,9 @@
     python benchmarks/training_throughput.py
 
 Every round trains a few steps in each of three ways: PEFT and the Trainer as their documentation has it,
-`recover`, and `loraprune`. Printed are the medians of the time from one step's begin to the next, and the median
-over rounds of the ratio to plain training. The first step of each run, which sets things up, is left out.
+`recover`, and `loraprune`. Printed are the medians of the time from one step's begin to the next, and the
+median over rounds of the ratio to plain training. The first step of each run, which sets things up, is left
+out.
 """
 
 import statistics
@@ -99,10 +100,8 @@ def main() -> None:
     base = seconds["plain PEFT + Trainer"]
     for name, own in seconds.items():
         ratios = [b / s for b, s in zip(base, own, strict=True)]
-        print(
-            f"{name:<22} {statistics.median(own):6.2f} s a step, {statistics.median(ratios):.3f} of plain speed "
-            f"({min(ratios):.3f}-{max(ratios):.3f})"
-        )
+        speed = f"{statistics.median(ratios):.3f} of plain speed ({min(ratios):.3f}-{max(ratios):.3f})"
+        print(f"{name:<22} {statistics.median(own):6.2f} s a step, {speed}")
 
 
 if __name__ == "__main__":

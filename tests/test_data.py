@@ -22,6 +22,7 @@ from probeprune.data import (
     tokenize,
 )
 from probeprune.errors import UsageError
+from probeprune.evaluation.task_data import TASKS
 
 
 def numbers(start: int, stop: int) -> str:
@@ -46,9 +47,10 @@ def test_assets_are_the_texts_their_readme_names(file, sha256):
     assert sha256 in (ASSETS / "README.md").read_text()
 
 
-def test_every_asset_belongs_to_a_corpus():
+def test_every_asset_belongs_to_a_corpus_or_a_task():
     named = {file for corpus in EMBEDDED_CORPORA.values() for file in corpus.files}
-    assert named == {path.name for path in ASSETS.glob("*.gz")}
+    named |= {task.file for task in TASKS.values()}
+    assert named == {path.name for path in ASSETS.iterdir()} - {"README.md"}
 
 
 def test_c4_is_both_files_the_smaller_first():
@@ -151,9 +153,10 @@ class TestHub:
     def asked(self, monkeypatch):
         calls = []
 
-        def load_dataset(name, subset, *, split, streaming):
+        def load_dataset(name, subset, *, split, revision, streaming):
             calls.append((name, subset, split, streaming))
-            return ({"text": f"document {number}"} for number in range(5))
+            column = "sentence" if revision else "text"
+            return ({column: f"document {number}"} for number in range(5))
 
         monkeypatch.setattr("datasets.load_dataset", load_dataset)
         return calls
@@ -165,6 +168,16 @@ class TestHub:
     def test_train_is_the_default_split(self, asked):
         load_corpus("owner/name")
         assert asked == [("owner/name", None, "train", True)]
+
+    def test_short_names_say_where_a_corpus_is(self, asked):
+        assert load_corpus("c4-valid") == [f"document {n}" for n in range(5)]
+        assert load_corpus("ptb") == [" ".join(f"document {n}" for n in range(5))]
+        assert asked == [
+            ("allenai/c4", "en", "validation", True),
+            ("ptb-text-only/ptb_text_only", "penn_treebank", "test", True),
+        ]
+        with pytest.raises(UsageError, match="fixed text"):
+            load_corpus("ptb", split="train")
 
     @pytest.mark.parametrize(("limit", "warns"), [(3, True), (5, False)])
     def test_says_when_there_was_more(self, asked, caplog, limit, warns):

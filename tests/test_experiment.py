@@ -1,110 +1,180 @@
-"""The results file: resumable at any point, refused for another run, and the table made from it alone."""
+"""Cells and results: keyed by what matters, resumable, corrupt lines named; compare with LoRA."""
 
-import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import FAMILIES
 
-from probeprune import report
+from probeprune import report, save
+from probeprune.cli import app, run
+from probeprune.data import Text
 from probeprune.errors import UsageError
-from probeprune.experiment import RESULTS, Cell, Results, Settings, grid
+from probeprune.experiment.cells import Cell, TextMeasure, grid, scaled_budget, subject
+from probeprune.experiment.results import RESULTS, Results
 from probeprune.methods import METHODS
 
-SETTINGS = Settings(model="m", dtype="float32", device="cpu", windows=4)
+TEXT = TextMeasure(windows=4)
+BUDGET = scaled_budget(12, 4, 16, 1e-3)
 
 
-def row(method: str, ratio: float, losses: list[float], flops: float = 1.0) -> dict:
-    mean = sum(losses) / len(losses)
+def a_subject(name: str, ratio: float = 0.2, **changes):
+    options = {"calibration": Text("c4", 8), "budget": BUDGET, "dtype": "float32", "device": "cpu"}
+    return subject("m", METHODS[name], ratio, **{**options, **changes})
+
+
+def row(cell: Cell, losses: list[float], flops: float = 1.0) -> dict:
+    method = cell.subject.method
     return {
         "kind": "result",
-        "name": method,
-        "method": json.loads(json.dumps(dataclasses.asdict(METHODS[method]))),
-        "ratio": ratio,
-        "removed_share": ratio,
+        "key": cell.key,
+        "model": "m",
+        "name": method.name,
+        "method": method.record(),
+        "ratio": cell.subject.ratio,
+        "seed": cell.subject.seed,
+        "training": None,
+        "removed_share": cell.subject.ratio,
         "task": "text",
-        "value": 2.718281828459045**mean,
+        "metric": "perplexity",
+        "value": 2.718281828459045 ** (sum(losses) / len(losses)),
         "standard_error": 0.5,
         "losses": losses,
         "flops_per_token": flops,
-        "probe_flops_share": 0.015 if method == "probe" else 0.0,
+        "probe_flops_share": 0.015 if method.name == "probe" else 0.0,
         "tokens_per_second": 100 / flops,
         "peak_memory": 2**30,
     }
 
 
-def test_grid_measures_dense_once_and_nothing_twice():
-    methods = [METHODS["dense"], METHODS["probe"], METHODS["probe"]]
-    cells = grid(methods, [0.2, 0.4])
-    assert [c.label for c in cells] == ["dense", "probe 20%", "probe 40%"]
+def test_a_subject_is_without_what_makes_no_difference_to_it():
+    dense = a_subject("dense", seed=3)
+    assert (dense.ratio, dense.seed, dense.calibration, dense.budget) == (0.0, 0, None, None)
+    assert a_subject("magnitude", seed=3).seed == 0 and a_subject("magnitude").calibration is None
+    assert a_subject("probe", seed=3).seed == 3 and a_subject("probe").budget is None
+    assert a_subject("random", seed=3).method.seed == 3, "what a method draws follows the seed"
+    assert a_subject("dense+lora", seed=3).budget == BUDGET and a_subject("dense+lora", seed=3).seed == 3
+    assert a_subject("loraprune+lora").calibration is None, "it takes its gradients while it trains"
+    with pytest.raises(UsageError, match="training budget"):
+        a_subject("flap+lora", budget=None)
     with pytest.raises(UsageError, match="outside"):
-        grid(methods, [0.2, 1.0])
+        a_subject("flap", 1.0)
 
 
-def test_results_are_found_again_after_reopening(tmp_path):
-    results = Results.open(tmp_path, SETTINGS)
-    results.add(row("probe", 0.2, [1.0, 2.0]))
-    again = Results.open(tmp_path, SETTINGS)
-    assert again.find(Cell(METHODS["probe"], 0.2)) == results.rows[0]
-    assert again.find(Cell(METHODS["probe"], 0.4)) is None
-    other = dataclasses.replace(METHODS["probe"], skip_layers=1)
-    assert again.find(Cell(other, 0.2)) is None, "a method with other parameters is another cell"
+def test_a_key_changes_with_everything_that_matters_and_nothing_else():
+    base = Cell(a_subject("llm-pruner+lora"), TEXT)
+    assert base.key == Cell(a_subject("llm-pruner+lora"), TextMeasure(windows=4)).key
+    others = [
+        Cell(a_subject("llm-pruner+lora", 0.4), TEXT),
+        Cell(a_subject("llm-pruner+lora", seed=1), TEXT),
+        Cell(a_subject("llm-pruner"), TEXT),
+        Cell(a_subject("llm-pruner+lora", calibration=Text("c4", 9)), TEXT),
+        Cell(a_subject("llm-pruner+lora", budget=scaled_budget(13, 4, 16, 1e-3)), TEXT),
+        Cell(a_subject("llm-pruner+lora", dtype="bfloat16"), TEXT),
+        Cell(a_subject("llm-pruner+lora", weights="other"), TEXT),
+        Cell(base.subject, replace(TEXT, windows=5)),
+        Cell(base.subject, replace(TEXT, batch_size=1)),
+    ]
+    assert len({c.key for c in (base, *others)}) == 1 + len(others)
 
 
-def test_a_line_cut_short_by_a_kill_is_dropped_and_the_file_goes_on(tmp_path):
-    results = Results.open(tmp_path, SETTINGS)
-    results.add(row("dense", 0.0, [1.0, 2.0]))
-    whole = (tmp_path / RESULTS).read_bytes()
-    (tmp_path / RESULTS).write_bytes(whole + whole[-40:-20])
-    again = Results.open(tmp_path, SETTINGS)
-    assert len(again.rows) == 1
-    again.add(row("probe", 0.2, [1.0, 2.0]))
-    assert len(Results.read(tmp_path / RESULTS).rows) == 2
+def test_grid_measures_dense_once_and_nothing_twice():
+    subjects = [a_subject(n, r, seed=s) for n in ("dense", "probe") for r in (0.2, 0.4) for s in (0, 1)]
+    labels = [c.subject.label for c in grid(subjects, [TEXT, TEXT])]
+    assert labels == ["dense", "probe 20%", "probe 20%", "probe 40%", "probe 40%"]
 
 
-def test_another_runs_file_is_refused_and_untouched(tmp_path):
-    Results.open(tmp_path, SETTINGS).add(row("dense", 0.0, [1.0, 2.0]))
-    before = (tmp_path / RESULTS).read_bytes()
-    with pytest.raises(UsageError, match=r"windows was 4 and is now 8.*another --out"):
-        Results.open(tmp_path, dataclasses.replace(SETTINGS, windows=8))
-    assert (tmp_path / RESULTS).read_bytes() == before
-    (tmp_path / RESULTS).write_text("hello\n")
+def test_results_are_found_again_after_reopening_and_a_failure_is_tried_again(tmp_path):
+    probe, dense = Cell(a_subject("probe"), TEXT), Cell(a_subject("dense"), TEXT)
+    results = Results.open(tmp_path / "new")
+    results.add(row(probe, [1.0, 2.0]))
+    results.add({"kind": "failure", "key": dense.key, "error": "out of memory"})
+    again = Results.open(tmp_path / "new")
+    assert again.find(probe) == results.rows[probe.key] and again.find(dense) is None
+    again.add(row(dense, [1.0, 2.0]))
+    assert Results.open(tmp_path / "new").find(dense)["value"] > 0
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped_and_a_corrupt_one_named(tmp_path):
+    cells = [Cell(a_subject(n), TEXT) for n in ("dense", "probe", "flap")]
+    results = Results.open(tmp_path)
+    for cell in cells[:2]:
+        results.add(row(cell, [1.0, 2.0]))
+    file = tmp_path / RESULTS
+    whole = file.read_bytes()
+    file.write_bytes(b'{"kind": "result", "ke\x00y\n' + whole + whole[-40:-20])
+    again = Results.open(tmp_path)
+    assert len(again.rows) == 2 and len(again.problems) == 1
+    assert f"line 1 of {file} is corrupt" in again.problems[0]
+    again.add(row(cells[2], [1.0, 2.0]))
+    assert len(Results.open(tmp_path).rows) == 3
+    file.write_text("hello\n")
     with pytest.raises(UsageError, match="not a results file"):
-        Results.open(tmp_path, SETTINGS)
-    assert (tmp_path / RESULTS).read_text() == "hello\n"
+        Results.open(tmp_path)
+    assert file.read_text() == "hello\n"
 
 
 def test_paired_error_is_that_of_the_differences():
     # Windows differ by 3 nats, methods by exactly 0.1: the paired difference is certain.
-    a, b = row("dense", 0.0, [1.0, 4.0, 2.0]), row("probe", 0.4, [1.1, 4.1, 2.1])
+    a = row(Cell(a_subject("dense"), TEXT), [1.0, 4.0, 2.0])
+    b = row(Cell(a_subject("probe"), TEXT), [1.1, 4.1, 2.1])
     factor, error = report.paired_factor(b, a)
     assert factor == pytest.approx(1.1051709)
     assert error == pytest.approx(0, abs=1e-9)
 
 
-def test_table_and_plot_say_what_the_lines_say(tmp_path):
-    rows = [
-        row("probe", 0.4, [1.2, 4.0], flops=0.6),
-        row("dense", 0.0, [1.0, 4.0]),
-        row("wanda-sp", 0.4, [1.9, 4.4], flops=0.6),
-    ]
-    lines = [line for line in report.markdown(rows, "t").splitlines() if line.startswith("|")]
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| dense", "| wanda-sp", "| probe"]
-    probe = lines[-1].split(" | ")
-    assert (
-        probe[1:3] == ["40%", "40.0%"]
-        and probe[4].startswith("1.105")
-        and probe[5:8] == ["60.0%", "1.5%", "1.67x"]
-    )
-    files = report.plot(rows, "t", tmp_path / "plot")
-    assert [f.suffix for f in files] == [".png", ".svg"]
-    assert files[0].read_bytes().startswith(b"\x89PNG") and b"probe" in files[1].read_bytes()
-    assert report.plot(rows[:1], "t", tmp_path / "none") == [], "nothing to compare with"
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory, number_tokenizer):
+    """A tiny model on disk, and texts for it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save(FAMILIES["llama-gqa"](), folder / "model", tokenizer=number_tokenizer)
+    lines = [{"text": " ".join(str((7 * i + j * j) % 120) for j in range(60))} for i in range(40)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def compare(folder: Path, out: Path, *more: str) -> int:
+    text = str(folder / "text.jsonl")
+    arguments = ["compare", str(folder / "model"), "--out", str(out), "--dtype", "float32", "--ratios", "0.3"]
+    arguments += ["--corpus", text, "--calibration", text, "--calibration-windows", "8", "--windows", "4"]
+    arguments += ["--length", "16", "--batch-size", "4", "--train-text", text, "--train-length", "16"]
+    arguments += ["--skip-layers", "1", "--train-steps", "6"]
+    return run(lambda: app([*arguments, *more]))
+
+
+def test_compare_trains_where_a_method_says_so_and_says_how_much(tiny_folder, tmp_path, capsys):
+    methods = "dense,dense+lora,flap,flap+lora,loraprune+lora"
+    assert compare(tiny_folder, tmp_path / "out", "--methods", methods, "--json") == 0
+    rows = {r["name"]: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(rows) == methods.split(",")
+    for name, r in rows.items():
+        assert (r["training"] is not None) == name.endswith("+lora")
+        if r["training"]:
+            assert (r["training"]["steps"], r["training"]["tokens"]) == (6, 6 * 4 * 16)
+    # Training leaves the widths alone (FLAP's biases count), and LoRAPrune reaches the same ratio.
+    assert rows["flap+lora"]["removed_share"] == pytest.approx(rows["flap"]["removed_share"], abs=2e-3)
+    assert rows["loraprune+lora"]["removed_share"] == pytest.approx(0.3, abs=0.02)
+    assert rows["flap+lora"]["flops_per_token"] == rows["flap"]["flops_per_token"]
+    assert rows["flap+lora"]["value"] != rows["flap"]["value"]
+    assert rows["dense+lora"]["value"] < rows["dense"]["value"], "the text is easy to learn"
+    # Nothing is trained, or measured, twice.
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out/trained").rglob("model.safetensors")}
+    assert len(before) == 3
+    assert compare(tiny_folder, tmp_path / "out", "--methods", methods) == 0
+    assert (tmp_path / "out" / RESULTS).read_bytes().count(b"\n") == 5
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out/trained").rglob("model.safetensors")} == before
+    assert "384" in (tmp_path / "out/table.md").read_text(), "the budget stands in the table"
+
+
+def test_trained_models_go_when_asked(tiny_folder, tmp_path, capsys):
+    assert compare(tiny_folder, tmp_path / "out", "--methods", "flap+lora", "--no-keep-trained") == 0
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 COMMAND = [sys.executable, "-c", "from probeprune.cli import main; main()", "compare", "smollm2-135m"]
@@ -125,12 +195,12 @@ def test_compare_killed_half_way_ends_in_the_same_table(tmp_path, smollm2):
     broken = tmp_path / "broken"
     process = subprocess.Popen([*COMMAND, *SMALL, "--out", str(broken)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (broken / RESULTS).exists() or (broken / RESULTS).read_bytes().count(b"\n") < 2:
+    while not (broken / RESULTS).exists():
         assert process.poll() is None and time.monotonic() < deadline, "nothing to kill"
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     first = (broken / RESULTS).read_bytes()
-    assert first.count(b"\n") < 4, "killed too late to show anything"
+    assert first.count(b"\n") < 3, "killed too late to show anything"
     assert compare(broken) == whole
     assert (broken / RESULTS).read_bytes().startswith(first[: first.rfind(b"\n") + 1]), "measured twice"

@@ -366,8 +366,9 @@ def test_text_and_batches_that_do_not_fit(tmp_path, number_tokenizer):
 def files(tmp_path_factory, number_tokenizer):
     folder = tmp_path_factory.mktemp("training")
     model = FAMILIES["llama-gqa"]()
-    prune(model, compose("random", skip_layers=1), 0.3)
-    save(model, folder / "pruned", tokenizer=number_tokenizer)
+    done = prune(model, compose("random", skip_layers=1), 0.3)
+    save(model, folder / "pruned", tokenizer=number_tokenizer, record=done.record())
+    save(FAMILIES["opt"](), folder / "opt", tokenizer=number_tokenizer)
     save(FAMILIES["llama-gqa"](), folder / "dense", tokenizer=number_tokenizer)
     lines = [" ".join(str(i) for i in row) for row in token_ids(40, 30).tolist()]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
@@ -394,7 +395,10 @@ def test_recover_writes_what_opens(kind, files, tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["tokens"] == 4 * 8 * 16 and record["steps"] == 4
     assert record == json.loads((out / "training.json").read_text())
-    assert "held-out loss" in (out / "README.md").read_text() and list((out / "tensorboard").iterdir())
+    card = (out / "README.md").read_text()
+    share = record["pruning"]["removed_share"]
+    assert "held-out loss" in card and f"| pruned before | {share:.1%} of the blocks" in card
+    assert list((out / "tensorboard").iterdir())
     assert not (tmp_path / "out.training").exists() and len(list(tmp_path.iterdir())) == 1
     base = load_model(str(files / "pruned"), dtype="float32").model
     ids = token_ids(2, 8)
@@ -481,6 +485,7 @@ def test_two_processes_give_what_one_gives(command, files, tmp_path, capsys):
         ("loraprune", ["--ratio", "1.2"], "outside [0, 1)"),
         ("loraprune", ["--ratio", "0.2", "--layout", "even"], "unknown layout"),
         ("loraprune", ["--ratio", "0.2", "--skip-layers", "2"], "leave --skip-layers out"),
+        ("loraprune", ["--ratio", "0.95", "--layout", "per-layer"], "without units"),
     ],
 )
 def test_bad_input_is_one_sentence(command, more, says, files, tmp_path, capsys):
@@ -488,6 +493,43 @@ def test_bad_input_is_one_sentence(command, more, says, files, tmp_path, capsys)
     error = capsys.readouterr().err
     assert says in error and "Traceback" not in error and error.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_that_no_plain_config_holds_fails_before_training(files, tmp_path, capsys):
+    # OPT ties its number of heads to its hidden size.
+    more = ["--ratio", 0.4, "--round-to", 1]
+    assert call(*arguments(files, "loraprune", "opt", tmp_path / "out", *more)) == 2
+    assert "use layout per-layer" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_given_as_model_is_said_to_be_one(files, tmp_path, capsys):
+    assert call(*arguments(files, "recover", "pruned", tmp_path / "adapter", "--warmup-steps", 1)) == 0
+    capsys.readouterr()
+    assert call(*arguments(files, "recover", tmp_path / "adapter", tmp_path / "out")) == 2
+    assert "is an adapter, not a model" in capsys.readouterr().err
+
+
+def test_figures_before_training_are_measured_once(tmp_path, number_tokenizer, files):
+    from probeprune.data import Text
+    from probeprune.pipeline import Measure
+    from probeprune.progress import silent
+
+    loaded = load_model(str(files / "dense"), dtype="float32")
+    text = Text(str(files / "test.txt"), 2, 16)
+    Measure(loaded, text, silent, keep=tmp_path / "kept.json")("before", loaded.model)
+    again = Measure(loaded, text, silent, keep=tmp_path / "kept.json")
+    again("before", None)  # not measured: there is nothing to measure
+    assert again.figures["before"] > 1
+    other = Measure(loaded, Text(str(files / "test.txt"), 3, 16), silent, keep=tmp_path / "kept.json")
+    assert other.figures == {}
+
+
+def test_split_gradients_are_refused():
+    from probeprune.training.loraprune import _adapter
+
+    with pytest.raises(UsageError, match="not FSDP"):
+        _adapter(torch.nn.Linear(2, 2), None)
 
 
 def test_progress_names_the_loss(tmp_path):

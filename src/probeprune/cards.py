@@ -108,6 +108,10 @@ def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "c
     if "removed_share" in record:
         title = f"{record['base_model']}, pruned by {record['removed_share']:.0%} while training"
         rows.insert(1, ("pruned", f"{record['removed_share']:.1%} of the blocks, by {record['method']}"))
+    if record.get("pruning"):
+        before = record["pruning"]
+        what = f"{before['removed_share']:.1%} of the blocks, by {before['method']['name']}"
+        rows.insert(1, ("pruned before", what))
     quality = "Perplexity was not measured."
     if record["evaluation"] is not None:
         text, found = record["evaluation"], record["evaluation"]["perplexity"]

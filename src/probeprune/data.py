@@ -4,12 +4,14 @@ It turns a corpus name into texts, texts into windows of token ids, and sequence
 padded batch. It knows nothing of models, methods or metrics, and never touches a global random state.
 """
 
+import bz2
 import difflib
 import gzip
 import itertools
 import json
 import logging
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,27 @@ class EmbeddedCorpus:
 
 
 @dataclass(frozen=True)
+class HubCorpus:
+    """A corpus on the hub that people call by a short name.
+
+    Attributes:
+        path, subset, split, column, revision: where it is, as in `datasets.load_dataset`.
+        rows: how many rows are read, from the front.
+        joined: what the rows are joined with to one text; None leaves them documents of their own.
+        description: one line for people.
+    """
+
+    path: str
+    subset: str | None
+    split: str
+    description: str
+    column: str = "text"
+    revision: str | None = None
+    rows: int = HUB_ROWS
+    joined: str | None = None
+
+
+@dataclass(frozen=True)
 class Text:
     """Windows of a text that a model is calibrated or measured on."""
 
@@ -86,6 +109,23 @@ EMBEDDED_CORPORA = {
     ),
 }
 
+HUB_CORPORA = {
+    "c4-hub": HubCorpus("allenai/c4", "en", "train", "C4 train, 20000 documents: published calibration"),
+    "c4-valid": HubCorpus(
+        "allenai/c4", "en", "validation", "C4 validation, the first 1100 documents (SparseGPT's)", rows=1100
+    ),
+    "ptb": HubCorpus(
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        "test",
+        "Penn Treebank, test split, sentences joined with a space",
+        column="sentence",
+        # The data set itself is a script, which nothing runs any more; this is the hub's own conversion.
+        revision="refs/convert/parquet",
+        joined=" ",
+    ),
+}
+
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
 PARQUET_SUFFIXES = (".parquet",)
@@ -107,7 +147,8 @@ def load_corpus(
     """The documents of a corpus, in the corpus' own order.
 
     Args:
-        name: an embedded corpus (a key of `EMBEDDED_CORPORA`), a local file (`.txt`: one document; `.jsonl`,
+        name: an embedded corpus (a key of `EMBEDDED_CORPORA`), one on the hub by a short name (a key of
+            `HUB_CORPORA`), a local file (`.txt`: one document; `.jsonl`,
             `.parquet`: one document a row; `.txt` and `.jsonl` also with `.gz`), or a hub data set as
             `owner/name`.
         subset: configuration of a hub data set, such as `en` of `allenai/c4`.
@@ -121,19 +162,21 @@ def load_corpus(
     Raises:
         UsageError: unknown name, missing file, missing column, nothing but white space, unreachable hub.
     """
-    if name in EMBEDDED_CORPORA or _is_file_name(name):
+    if name in EMBEDDED_CORPORA or name in HUB_CORPORA or _is_file_name(name):
         if subset is not None or split is not None:
-            raise UsageError(
-                f"Corpus '{name}' is no hub data set and has no subset or split: leave them out."
-            )
-        documents = _read_embedded(name) if name in EMBEDDED_CORPORA else _read_file(Path(name), column)
+            raise UsageError(f"Corpus '{name}' is a fixed text and has no subset or split: leave them out.")
+        if name in HUB_CORPORA:
+            documents = _read_hub_corpus(HUB_CORPORA[name])
+        else:
+            documents = _read_embedded(name) if name in EMBEDDED_CORPORA else _read_file(Path(name), column)
     elif "/" in name:
         documents = _stream_hub(name, subset, split or "train", column, hub_rows)
     else:
-        close = difflib.get_close_matches(name.lower(), EMBEDDED_CORPORA, n=1)
+        known = [*EMBEDDED_CORPORA, *HUB_CORPORA]
+        close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise UsageError(
-            f"Unknown corpus '{name}': give one of {', '.join(EMBEDDED_CORPORA)}, a file"
+            f"Unknown corpus '{name}': give one of {', '.join(known)}, a file"
             f" ({', '.join(FILE_SUFFIXES)}) or a hub data set as owner/name.{hint}"
         )
     if not any(document.strip() for document in documents):
@@ -162,7 +205,7 @@ def _read_file(path: Path, column: str) -> list[str]:
     if not path.is_file():
         raise UsageError(f"There is no corpus file '{path}'.")
     if path.name.endswith(TEXT_SUFFIXES):
-        return [_read_text(path)]
+        return [read_text(path)]
     if path.name.endswith(JSON_SUFFIXES):
         return _read_json_lines(path, column)
     if path.name.endswith(PARQUET_SUFFIXES):
@@ -170,21 +213,26 @@ def _read_file(path: Path, column: str) -> list[str]:
     raise UsageError(f"Corpus file '{path}' is of no known kind: it must end in {', '.join(FILE_SUFFIXES)}.")
 
 
-def _read_text(path: Path) -> str:
-    """The file's content as it is: line ends are not translated, they are tokens too."""
+def read_text(path: Path) -> str:
+    """The content of a text file, `.gz` and `.bz2` unpacked, as it is: line ends are tokens too.
+
+    Raises `UsageError` for a file that is missing, damaged or not UTF-8.
+    """
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
+        elif path.suffix == ".bz2":
+            content = bz2.decompress(content)
         return content.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UsageError(f"Corpus file '{path}' cannot be read as UTF-8 text: {error}.") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UsageError(f"File '{path}' cannot be read as UTF-8 text: {error}.") from error
 
 
 def _read_json_lines(path: Path, column: str) -> list[str]:
     documents = []
     # Not str.splitlines: that also breaks at characters which may stand inside a JSON string.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -210,13 +258,29 @@ def _read_parquet(path: Path, column: str) -> list[str]:
     return [_text_of(row, column, where=f"row {number} of '{path}'") for number, row in enumerate(rows)]
 
 
-def _stream_hub(name: str, subset: str | None, split: str, column: str, limit: int) -> list[str]:
+def _read_hub_corpus(corpus: HubCorpus) -> list[str]:
+    rows = _stream_hub(
+        corpus.path, corpus.subset, corpus.split, corpus.column, corpus.rows, corpus.revision, warn=False
+    )
+    return rows if corpus.joined is None else [corpus.joined.join(rows)]
+
+
+def _stream_hub(
+    name: str,
+    subset: str | None,
+    split: str,
+    column: str,
+    limit: int,
+    revision: str | None = None,
+    *,
+    warn: bool = True,
+) -> list[str]:
     """The first `limit` rows of a hub data set, without downloading the rest."""
     import datasets  # a second's import that embedded and local corpora need not pay
 
     try:
         with quiet_libraries():
-            rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+            rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
             head = list(itertools.islice(rows, limit + 1))
     except (OSError, ValueError, RuntimeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -225,7 +289,7 @@ def _stream_hub(name: str, subset: str | None, split: str, column: str, limit: i
             f" {first_line}; check name and network, or use an embedded corpus"
             f" ({', '.join(EMBEDDED_CORPORA)}) or a file."
         ) from error
-    if len(head) > limit:
+    if warn and len(head) > limit:
         logger.warning(
             "Only the first %d rows of '%s' were read; ask for more where you need them.", limit, name
         )
@@ -277,7 +341,7 @@ def calibration_windows(
     Raises:
         UsageError: no document is long enough.
     """
-    _require_positive(count=count, length=length)
+    require_positive(count=count, length=length)
     generator = random.Random(seed)
     order = list(range(len(documents)))
     generator.shuffle(order)
@@ -335,7 +399,7 @@ def training_windows(
     Raises:
         UsageError: no sequence of that length, or no end-of-text token to pack with.
     """
-    _require_positive(length=length)
+    require_positive(length=length)
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     split = max(round(held_out * len(order)), 1) if len(order) > 1 else 0
@@ -399,7 +463,7 @@ def evaluation_windows(
     Raises:
         UsageError: the text is shorter than one window, or the sampling is unknown.
     """
-    _require_positive(length=length, **({} if limit is None else {"limit": limit}))
+    require_positive(length=length, **({} if limit is None else {"limit": limit}))
     tokens = torch.tensor(tokenize(ROW_SEPARATOR.join(documents), tokenizer), dtype=torch.long)
     available = len(tokens) // length
     if available == 0:
@@ -424,7 +488,7 @@ def evaluation_windows(
 
 def batches(windows: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
     """Views of `batch_size` rows of `windows` each; the last is shorter where it does not divide."""
-    _require_positive(batch_size=batch_size)
+    require_positive(batch_size=batch_size)
     return windows.split(batch_size)
 
 
@@ -462,7 +526,8 @@ def pad_batch(
     return input_ids, attention_mask
 
 
-def _require_positive(**values: int) -> None:
+def require_positive(**values: int) -> None:
+    """Raise `UsageError` for the first argument, by name, that is below 1."""
     for name, value in values.items():
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}.")

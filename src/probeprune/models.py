@@ -9,11 +9,13 @@ import difflib
 import hashlib
 import importlib.util
 import io
+import json
 import os
+import platform
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from transformers import (
 )
 
 from probeprune.errors import UsageError
-from probeprune.files import writing
+from probeprune.files import write_json, writing
 from probeprune.hub import quiet_libraries
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -84,8 +86,7 @@ def load_model(
             causal language model, an unknown dtype, or a device this machine does not have.
     """
     target = choose_device(device)
-    if dtype != "auto":
-        choose_dtype(dtype, target)  # an unknown one should fail before anything is looked for
+    _check_dtype(dtype)
     source = _locate(name)
     config = _load_config(name, source, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
@@ -147,13 +148,32 @@ def source_fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; `auto` is `fastest_dtype`. Raises `UsageError` for an unknown one."""
-    if dtype == "auto":
-        return fastest_dtype(device)
-    if dtype not in DTYPES:
+def _check_dtype(dtype: str) -> None:
+    if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"Unknown dtype '{dtype}': use auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """A dtype by its name; `auto` is what this machine was once measured to be fastest in.
+
+    The choice is kept in the cache: a run that is continued must not change its mind.
+    """
+    _check_dtype(dtype)
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        return fastest_dtype(device)
+    file = cache_dir() / "fastest-dtype.json"
+    machine = f"{platform.node()} {os.cpu_count()} torch {torch.__version__}"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return DTYPES[known[machine]]
+    except (OSError, ValueError, KeyError, TypeError):
+        chosen = fastest_dtype(device)
+    # Where the cache cannot be written the choice is simply made again.
+    with suppress(OSError):
+        write_json(file, {machine: str(chosen).removeprefix("torch.")})
+    return chosen
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -205,7 +225,7 @@ def cache_dir() -> Path:
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is one. Raises `UsageError` for one not here."""
+    """`auto` (CUDA where there is one, else CPU), or what `torch.device` understands and this machine has."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -16,6 +16,8 @@ from probeprune.cli.compare import compare
 from probeprune.cli.generate import generate
 from probeprune.cli.lists import list_methods, list_models
 from probeprune.cli.prune import prune
+from probeprune.cli.report import report
+from probeprune.cli.table import table
 from probeprune.cli.train import loraprune, recover
 from probeprune.errors import UsageError
 
@@ -29,7 +31,7 @@ app = typer.Typer(
 )
 INTERRUPTED = "interrupted; what was measured is saved, the same command continues from there."
 
-for _command in (compare, prune, recover, loraprune, generate, bench):
+for _command in (compare, table, report, prune, recover, loraprune, generate, bench):
     app.command()(_command)
 app.command("methods")(list_methods)
 app.command("models")(list_models)

@@ -35,7 +35,7 @@ def compare(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for results, table and plot.")] = Path(
         "runs/compare"
     ),
-    windows: Annotated[int, typer.Option(help="Evaluation windows, from the front; 0 for all.")] = 48,
+    windows: Annotated[int, typer.Option(help="Evaluation windows, from the front; 0 for all.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens a window, for evaluation and calibration.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Windows a batch; dynamic methods prune at each.")] = 16,
     corpus: Annotated[

@@ -1,6 +1,7 @@
 """`probeprune recover` and `probeprune loraprune`: training after pruning, and while pruning."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -93,6 +94,7 @@ def recover(
             packing=packing,
             evaluation=Text(corpus, windows),
             merge=merge,
+            pruning=pruning_of(model),
             save_dtype=loaded.stored_dtype if dtype == "auto" else loaded.dtype,
             progress=show,
         )
@@ -172,6 +174,15 @@ def loraprune(
             progress=show,
         )
     say_trained(record, out_dir, as_json)
+
+
+def pruning_of(model: str) -> dict[str, Any] | None:
+    """What `prune` wrote beside a checkpoint about its making."""
+    file = Path(model).expanduser() / "pruning.json"
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def load_for_training(model: str, dtype: str, device: str, trust_remote_code: bool) -> Any:

@@ -1,1 +1,1 @@
-"""Measuring: perplexity and cost, alike for dense and pruned models."""
+"""Measuring: perplexity, accuracy on tasks, and cost, alike for dense and pruned models."""

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from probeprune.calibration import check_windows
 from probeprune.data import batches
 from probeprune.errors import UsageError
 from probeprune.evaluation.cost import counting_flops
+from probeprune.evaluation.likelihood import next_token_logits
 from probeprune.passes import find_decoder
 
 Averaging = Literal["token", "published"]
@@ -130,19 +131,14 @@ def window_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> 
     """Mean next-token loss of each window: (batch,), float64.
 
     Args:
-        model: the causal LM; its output head, and Gemma's soft cap on logits, are applied here.
+        model: the causal LM; its output head is applied here.
         hidden: last hidden states of its decoder (batch, length, hidden).
         ids: the windows (batch, length).
     """
-    config: Any = model.config
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    cap = getattr(config, "final_logit_softcapping", None)
     per_step = max(1, _HEAD_TOKENS // ids.shape[1])
     losses = []
     for h, target in zip(hidden.split(per_step), ids.split(per_step), strict=True):
-        logits = head(h[:, :-1]).float()
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
+        logits = next_token_logits(model, h[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), reduction="none")
         losses.append(loss.view(len(h), -1).double().mean(1))
     return torch.cat(losses)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import gcd
-from typing import Any
+from typing import Any, Literal
 
 from probeprune.allocation import check_ratio
 from probeprune.data import Sampling, Text
@@ -52,6 +52,11 @@ class Subject:
         name = self.method.name
         return name if self.method.when == "never" else f"{name} {self.ratio:.0%}"
 
+    @property
+    def seed_matters(self) -> bool:
+        """Whether another seed gives another model."""
+        return self.calibration is not None or self.budget is not None or _draws(self.method)
+
     @cached_property
     def key(self) -> str:
         """A name for all of this."""
@@ -79,7 +84,44 @@ class TextMeasure:
         return self.corpus
 
 
-Measure = TextMeasure
+@dataclass(frozen=True)
+class TaskMeasure:
+    """Accuracy on a commonsense task."""
+
+    task: str
+    limit: int | None = None
+    """The first so many items; None for all."""
+    batch_size: int | None = None
+    """Options a batch; dynamic methods prune at each. None for the protocol's own."""
+    order: Literal["length", "given"] | None = None
+    """Of the options: the longest first, or as given. None for the protocol's own."""
+    protocol: Literal["harness", "published"] = "harness"
+    source: Literal["local", "hub"] = "local"
+
+    @property
+    def name(self) -> str:
+        """The column it fills; the two protocols never share one."""
+        return self.task if self.protocol == "harness" else f"{self.task} ({self.protocol})"
+
+
+@dataclass(frozen=True)
+class CostMeasure:
+    """Time and memory against the dense model, interleaved with it."""
+
+    batch_size: int = 16
+    length: int = 512
+    """Of the prompt, in tokens."""
+    new_tokens: int = 32
+    """Decoded after the prompt."""
+    rounds: int = 3
+
+    @property
+    def name(self) -> str:
+        """The column it fills."""
+        return "cost"
+
+
+Measure = TextMeasure | TaskMeasure | CostMeasure
 
 
 @dataclass(frozen=True)
@@ -136,7 +178,7 @@ def subject(
     trains = method.training != "none"
     if trains and budget is None:
         raise UsageError(f"method {method.name!r} trains; say how much, with a training budget.")
-    draws = method.importance in ("random", "lora-guided") and method.when != "never"
+    draws = _draws(method)
     return Subject(
         model=model,
         method=replace(method, seed=seed) if draws else method,
@@ -148,6 +190,10 @@ def subject(
         device=device,
         weights=weights,
     )
+
+
+def _draws(method: Method) -> bool:
+    return method.importance in ("random", "lora-guided") and method.when != "never"
 
 
 def grid(subjects: Sequence[Subject], measures: Sequence[Measure]) -> list[Cell]:

@@ -1,8 +1,8 @@
 """One line of results: a prepared model measured on one thing, with what it cost."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
 
 import torch
 
@@ -10,22 +10,29 @@ from probeprune.data import evaluation_windows, load_corpus
 from probeprune.dynamic import Handle
 from probeprune.evaluation.cost import PeakMemory, blocks_flops, probe_flops
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.experiment.cells import Cell, TextMeasure
+from probeprune.evaluation.tasks import evaluate_task
+from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeasure
+from probeprune.experiment.costing import cost_line
 from probeprune.experiment.results import Row
-from probeprune.experiment.workbench import Prepared
+from probeprune.experiment.workbench import Prepared, Workbench
 from probeprune.passes import find_decoder
-from probeprune.progress import Progress
 from probeprune.provenance import versions
+
+Steps = Callable[[int, int], None]
+"""Called with (parts done, parts in all)."""
 
 BINS = 64
 """Into how many parts the channels of an MLP are put in a result line."""
 
 
-def measure(cell: Cell, prepared: Prepared, progress: Progress) -> Row:
-    """The cell's line. Raises what the measurement raises."""
-    subject = cell.subject
-    found = _on_text(cell.measure, prepared, lambda n, of: progress(subject.label, n, of))
-    return {
+def measure(bench: Workbench, cell: Cell) -> Row:
+    """The cell's line. Raises what preparing the subject and the measurement raise."""
+    subject, what = cell.subject, cell.measure
+
+    def report(done: int, of: int) -> None:
+        bench.progress(f"{subject.label}: {what.name}", done, of)
+
+    row = {
         "kind": "result",
         "key": cell.key,
         "model": subject.model,
@@ -33,14 +40,22 @@ def measure(cell: Cell, prepared: Prepared, progress: Progress) -> Row:
         "method": subject.method.record(),
         "ratio": subject.ratio,
         "seed": subject.seed,
-        "training": _training(prepared),
-        "removed_share": prepared.removed_share,
-        **found,
-        "dtype": str(prepared.loaded.dtype).removeprefix("torch."),
-        "device": str(prepared.loaded.device),
+        "calibration": None if subject.calibration is None else asdict(subject.calibration),
+        "dtype": subject.dtype,
+        "device": subject.device,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+    if isinstance(what, CostMeasure):  # attaches by itself, in turn with the dense model
+        return {**row, "training": None, **cost_line(bench, cell, lambda _, n, of: report(n, of))}
+    with bench.prepared(subject) as prepared:
+        found = (
+            _on_text(what, prepared, report)
+            if isinstance(what, TextMeasure)
+            else _on_task(what, prepared, report)
+        )
+        own = {"training": _training(prepared), "removed_share": prepared.removed_share}
+    return {**row, **own, **found}
 
 
 def failure(cell: Cell, error: BaseException) -> Row:
@@ -64,7 +79,7 @@ def failure(cell: Cell, error: BaseException) -> Row:
     }
 
 
-def _on_text(measure: TextMeasure, prepared: Prepared, progress: Any) -> Row:
+def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
     model, handle = prepared.loaded.model, prepared.handle
     text = evaluation_windows(
         load_corpus(measure.corpus),
@@ -90,6 +105,8 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Any) -> Row:
         "windows": len(result.losses),
         "length": measure.length,
         "batch_size": measure.batch_size,
+        "sampling": measure.sampling,
+        "averaging": measure.averaging,
         "flops_per_token": result.flops_per_token,
         "probe_flops_share": 0.0
         if probe is None
@@ -99,6 +116,46 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Any) -> Row:
         "tokens_per_second": result.tokens_per_second,
         "peak_memory": memory.bytes,
         "units": units.summary() if units is not None else [],
+    }
+
+
+def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> Row:
+    with PeakMemory(prepared.loaded.device) as memory:
+        result = evaluate_task(
+            prepared.loaded.model,
+            prepared.loaded.tokenizer,
+            measure.task,
+            limit=measure.limit,
+            batch_size=measure.batch_size,
+            source=measure.source,
+            protocol=measure.protocol,
+            order=measure.order,
+            progress=progress,
+        )
+    hits = result.correct_norm if result.metric == "acc_norm" else result.correct
+    assert hits is not None
+    metrics = {"acc": {"value": result.acc, "standard_error": result.acc_error}}
+    if result.acc_norm is not None:
+        metrics["acc_norm"] = {"value": result.acc_norm, "standard_error": result.acc_norm_error or 0.0}
+    return {
+        "task": measure.task,
+        "metric": "accuracy",
+        "value": result.value,
+        "standard_error": result.error,
+        "metrics": metrics,
+        "main": result.metric,
+        "correct": "".join("01"[hit] for hit in hits),
+        "items": result.items,
+        "protocol": result.protocol,
+        "source": result.source,
+        "batch_size": result.batch_size,
+        "order": result.order,
+        "padding": result.padding,
+        "batches": result.batches,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens / result.seconds,
+        "peak_memory": memory.bytes,
     }
 
 

@@ -9,7 +9,7 @@ from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results, Row
-from probeprune.experiment.workbench import Workbench
+from probeprune.experiment.workbench import Unprepared, Workbench
 from probeprune.plan import widths
 
 Done = Callable[[Cell, Row], None]
@@ -54,23 +54,24 @@ def run(
 
 
 def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Iterator[tuple[Cell, Row]]:
-    """The lines of the cells of one subject, one after the other."""
-    left = list(cells)
-    while left:
-        ready = False
+    """The lines of the cells of one subject, one after the other.
+
+    Each cell finds the subject as new: what a dynamic method learns on one text must not reach the next.
+    """
+    for done, cell in enumerate(cells):
         try:
-            with bench.prepared(left[0].subject) as prepared:
-                ready = True
-                while left:
-                    row = measure(left[0], prepared, bench.progress)
-                    yield left.pop(0), row
+            yield cell, measure(bench, cell)
+        except Unprepared as error:
+            # What cannot be prepared cannot be measured on anything.
+            if not keep_going:
+                raise error.cause from error.cause.__cause__
+            for failed in cells[done:]:
+                yield failed, failure(failed, error.cause)
+            return
         except Exception as error:
             if not keep_going:
                 raise
-            # What cannot be prepared cannot be measured on anything.
-            failed, left = (left[:1], left[1:]) if ready else (left, [])
-            for cell in failed:
-                yield cell, failure(cell, error)
+            yield cell, failure(cell, error)
 
 
 def _check(bench: Workbench, cells: Sequence[Cell]) -> None:

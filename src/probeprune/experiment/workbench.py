@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from probeprune.blocks import Block, find_blocks
 from probeprune.calibration import Statistics, calibrate
 from probeprune.data import Text, calibration_windows, load_corpus
@@ -47,6 +49,18 @@ class Prepared:
     training: dict[str, Any] | None = None
 
 
+class Unprepared(Exception):
+    """A subject that could not be brought about, whatever it was to be measured on.
+
+    Attributes:
+        cause: why.
+    """
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 @dataclass
 class Workbench:
     """Opens models for subjects; `folder` takes the checkpoints of trained ones."""
@@ -77,14 +91,23 @@ class Workbench:
 
     @contextmanager
     def prepared(self, subject: Subject) -> Iterator[Prepared]:
-        """The subject, ready to be measured. Raises what calibration, pruning and training raise."""
-        if subject.method.training != "none":
-            yield self._trained(subject)
-            return
-        loaded = self.dense(subject)
-        statistics = self.statistics(subject)
-        with attach(loaded.model, subject.method, subject.ratio, statistics=statistics) as handle:
-            yield Prepared(loaded, handle.blocks, handle.kept, handle.removed_share, handle)
+        """The subject, ready to be measured. Raises `Unprepared` for what calibration and the like raise."""
+        try:
+            prepared = (
+                self._trained(subject) if subject.method.training != "none" else self._attached(subject)
+            )
+        except Exception as error:
+            raise Unprepared(error) from error
+        try:
+            yield prepared
+        finally:
+            if prepared.handle is not None:
+                prepared.handle.detach()
+
+    def _attached(self, subject: Subject) -> Prepared:
+        loaded, statistics = self.dense(subject), self.statistics(subject)
+        handle = attach(loaded.model, subject.method, subject.ratio, statistics=statistics)
+        return Prepared(loaded, handle.blocks, handle.kept, handle.removed_share, handle)
 
     def statistics(self, subject: Subject) -> Statistics:
         """What the subject's method needs to know of its dense model."""
@@ -106,7 +129,7 @@ class Workbench:
                 self._known[own] = method_saliences(
                     self.dense(subject).model,
                     method,
-                    self._windows(subject, text),
+                    self.windows(subject, text),
                     cache=cache_dir() / "statistics",
                     progress=lambda n, of: self.progress(f"gradients {method.name}", n, of),
                 )
@@ -116,13 +139,14 @@ class Workbench:
     def _moments(self, subject: Subject, text: Text) -> Statistics:
         return calibrate(
             self.dense(subject).model,
-            self._windows(subject, text),
+            self.windows(subject, text),
             batch_size=BATCH_SIZE,
             cache=cache_dir() / "statistics",
             progress=lambda n, of: self.progress(f"calibration, seed {subject.seed}", n, of),
         )
 
-    def _windows(self, subject: Subject, text: Text) -> Any:
+    def windows(self, subject: Subject, text: Text) -> torch.Tensor:
+        """Calibration windows of that text for this subject."""
         return calibration_windows(
             load_corpus(text.corpus),
             self.dense(subject).tokenizer,

@@ -177,7 +177,11 @@ class LoraPrune(TrainerCallback, ExportableState):
 def _adapter(model: Any, member: Member) -> Any:
     """PEFT's LoRA layer around a member's linear map."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    assert isinstance(inner, PeftModel)
+    if not isinstance(inner, PeftModel):
+        raise UsageError(
+            f"LoRAPrune needs whole gradients in every process, and {type(inner).__name__} splits them: use "
+            "data parallel processes (torchrun alone), not FSDP or DeepSpeed."
+        )
     return inner.get_base_model().get_submodule(member.name)
 
 

@@ -1,0 +1,46 @@
+"""How much the grouping of requests changes a dynamic method's accuracy, and that it changes no static one's.
+
+    python benchmarks/task_batches.py        (about ten minutes on two cores)
+
+Probe Pruning chooses anew for every batch, so its answers depend on what shares one. The same items run with
+several batch sizes and both orders. Printed are accuracy and the share of items whose answer differs from
+that of the first line.
+"""
+
+import probeprune
+from probeprune.data import calibration_windows, load_corpus
+from probeprune.evaluation.tasks import evaluate_task
+from probeprune.models import cache_dir
+
+TASK, ITEMS, RATIO = "arc_easy", 60, 0.2
+GROUPINGS = ((16, "length"), (16, "given"), (4, "length"), (4, "given"), (1, "given"))
+
+
+def main() -> None:
+    loaded = probeprune.load_model("smollm2-135m")
+    windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=128, length=512, seed=0)
+    known = probeprune.calibrate(loaded.model, windows, cache=cache_dir() / "statistics")
+    for method in ("wanda-sp", "probe"):
+        first = None
+        for batch_size, order in GROUPINGS:
+            with probeprune.attach(loaded.model, method, RATIO, statistics=known):
+                found = evaluate_task(
+                    loaded.model,
+                    loaded.tokenizer,
+                    TASK,
+                    limit=ITEMS,
+                    batch_size=batch_size,
+                    order=order,
+                )
+            hits = found.correct_norm or found.correct
+            first = first or hits
+            changed = sum(a != b for a, b in zip(first, hits, strict=True)) / len(hits)
+            print(
+                f"{method:<9} {TASK}, {ITEMS} items, batches of {batch_size:>2}, {order:<6} order: "
+                f"{found.value:.1%} ± {found.error:.1%}, {changed:.1%} differ",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

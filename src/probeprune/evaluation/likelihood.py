@@ -1,0 +1,168 @@
+"""Log-likelihoods of continuations under a causal LM, as it stands.
+
+Rows of unequal length share a forward pass, padded on the right and with a mask that says so: a dynamic
+method's probe and history never see padding. The output head runs on the continuations alone, where logits of
+every position would be the largest tensor by far. Knows nothing of tasks, text or pruning.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from probeprune.data import pad_batch, require_positive
+from probeprune.errors import UsageError
+from probeprune.passes import find_decoder
+
+Order = Literal["length", "given"]
+Batch = list[int]
+"""Which requests run in one forward pass, by index."""
+
+_HEAD_TOKENS = 2048
+"""Tokens whose logits exist at once."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids: how likely is `continuation` after `context`? Neither is empty."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a list of requests got, in the order of the requests.
+
+    Attributes:
+        loglikelihoods: of the whole continuation, in nats.
+        greedy: whether every token of the continuation is the most likely one.
+        tokens: real tokens run through the model.
+        padding: share of the positions run that were padding.
+        truncated: requests whose context lost its front to fit the model.
+        batches: forward passes.
+        seconds: spent in them, the output head included.
+    """
+
+    loglikelihoods: tuple[float, ...]
+    greedy: tuple[bool, ...]
+    tokens: int
+    padding: float
+    truncated: int
+    batches: int
+    seconds: float
+
+
+def make_batches(requests: Sequence[Request], batch_size: int, order: Order) -> list[Batch]:
+    """Cut requests into batches of `batch_size`, the last one maybe shorter.
+
+    Args:
+        order: `given`, or `length`: the longest first, so that little is padding and memory peaks at once.
+
+    Raises `UsageError` for a batch size below 1 or an unknown order.
+    """
+    require_positive(batch_size=batch_size)
+    indices = list(range(len(requests)))
+    if order == "length":
+        tokens = [[*r.context, *r.continuation] for r in requests]
+        indices.sort(key=lambda i: (-len(tokens[i]), tokens[i]))
+    elif order != "given":
+        raise UsageError(f"unknown order {order!r}; choose length or given.")
+    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+
+
+def score(
+    model: nn.Module,
+    requests: Sequence[Request],
+    batches: Sequence[Batch],
+    *,
+    max_length: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Log-likelihood of every request's continuation.
+
+    Args:
+        model: a causal LM of a supported family, with or without a method attached.
+        requests: what to score.
+        batches: which of them run together; every index once.
+        max_length: tokens a pass may have; longer contexts lose their front, as in the LM evaluation harness.
+        progress: called with (requests done, requests in all).
+
+    Raises:
+        UsageError: a continuation longer than `max_length`.
+        FloatingPointError: a log-likelihood that is not finite.
+    """
+    longest = max((len(r.continuation) for r in requests), default=0)
+    if longest > max_length:
+        raise UsageError(f"an option has {longest} tokens; this model takes no more than {max_length}.")
+    device = next(model.parameters()).device
+    likelihoods, greedy = [math.nan] * len(requests), [False] * len(requests)
+    tokens = positions = done = 0
+    seconds = 0.0
+    for batch in batches:
+        rows = [_inputs(requests[i], max_length) for i in batch]
+        ids, mask = pad_batch(rows, pad_id=0, side="right")
+        started = time.perf_counter()
+        results = _score_batch(
+            model, ids.to(device), mask.to(device), [requests[i].continuation for i in batch]
+        )
+        seconds += time.perf_counter() - started
+        for i, (likelihood, likeliest) in zip(batch, results, strict=True):
+            if not math.isfinite(likelihood):
+                raise FloatingPointError("a log-likelihood is NaN or infinite; try another dtype.")
+            likelihoods[i], greedy[i] = likelihood, likeliest
+        tokens += sum(map(len, rows))
+        positions += ids.numel()
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(requests))
+    return Scores(
+        loglikelihoods=tuple(likelihoods),
+        greedy=tuple(greedy),
+        tokens=tokens,
+        padding=1 - tokens / positions if positions else 0.0,
+        truncated=sum(len(r.context) + len(r.continuation) > max_length + 1 for r in requests),
+        batches=len(batches),
+        seconds=seconds,
+    )
+
+
+def _inputs(request: Request, max_length: int) -> list[int]:
+    """What the model reads: the last token of the continuation is only predicted."""
+    return [*request.context, *request.continuation][-(max_length + 1) : -1]
+
+
+@torch.inference_mode()
+def _score_batch(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, continuations: Sequence[Sequence[int]]
+) -> Iterator[tuple[float, bool]]:
+    """Log-likelihood and greediness of each row; `ids` and `mask` are (batch, longest)."""
+    hidden: torch.Tensor = find_decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    lengths = mask.sum(1).tolist()
+    counts = [len(c) for c in continuations]
+    # The token at one place is predicted by the hidden state of the place before it.
+    wanted = torch.cat([h[n - k : n] for h, n, k in zip(hidden, lengths, counts, strict=True)])
+    targets = torch.tensor([t for c in continuations for t in c], device=ids.device)
+    likelihoods, hits = [], []
+    for h, target in zip(wanted.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
+        logits = next_token_logits(model, h)
+        likelihoods.append(-nn.functional.cross_entropy(logits, target, reduction="none").double())
+        hits.append(logits.argmax(-1) == target)
+    per_row = zip(torch.cat(likelihoods).split(counts), torch.cat(hits).split(counts), strict=True)
+    return iter([(float(row.sum()), bool(hit.all())) for row, hit in per_row])
+
+
+def next_token_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (..., vocabulary) in float32 of a decoder's last hidden states (..., hidden).
+
+    The causal LM's output head, and Gemma's soft cap on logits.
+    """
+    config: Any = model.config
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    logits: torch.Tensor = head(hidden).float()
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,132 @@
+"""Presets: data in, cells out, and the line of whatever is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from probeprune.errors import UsageError
+from probeprune.evaluation.task_data import TASKS
+from probeprune.experiment.cells import CostMeasure, TaskMeasure, TextMeasure
+from probeprune.experiment.presets import load_preset, preset_names, published
+from probeprune.methods import METHODS
+
+GOOD = """\
+models: [smollm2-135m]
+methods:
+  - dense
+  - probe
+  - {base: probe, name: wide-probe, probe: {tokens: 0.9}, skip_layers: 1}
+  - flap+lora
+ratios: [0.2, 0.4]
+seeds: [0, 1]
+calibration: {corpus: c4, windows: 8, length: 64}
+training: {steps: 5, batch_size: 2, length: 32, seeds: [0]}
+texts:
+  - {corpus: wikitext2, windows: 4, length: 64}
+tasks:
+  names: [boolq, piqa]
+  limit: 3
+  seeds: [0]
+cost: {rounds: 1, seeds: [1]}
+"""
+
+
+def preset(tmp_path: Path, text: str):
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    return load_preset(str(file))
+
+
+def test_cells_are_the_grid_and_parts_take_their_seeds(tmp_path):
+    cells = preset(tmp_path, GOOD).cells("float32", "cpu")
+    assert len(set(cells)) == len(cells)
+
+    def count(kind, name, seed):
+        return sum(
+            isinstance(c.measure, kind) and c.subject.method.name == name and c.subject.seed == seed
+            for c in cells
+        )
+
+    assert [count(TextMeasure, "dense", s) for s in (0, 1)] == [1, 0], "the dense model has no seed"
+    assert [count(TaskMeasure, "dense", s) for s in (0, 1)] == [2, 0]
+    assert [count(CostMeasure, "dense", s) for s in (0, 1)] == [1, 0], "but every part has the dense model"
+    assert [count(TextMeasure, "probe", s) for s in (0, 1)] == [2, 2]
+    assert [count(TaskMeasure, "probe", s) for s in (0, 1)] == [4, 0]
+    assert [count(CostMeasure, "probe", s) for s in (0, 1)] == [0, 2]
+    assert [count(TextMeasure, "flap+lora", s) for s in (0, 1)] == [2, 0]
+    assert count(CostMeasure, "flap+lora", 0) + count(CostMeasure, "flap+lora", 1) == 0, (
+        "what is trained costs what its widths cost"
+    )
+    own = next(c.subject for c in cells if c.subject.method.name == "wide-probe")
+    assert own.method.probe.tokens == 0.9 and own.method.skip_layers == 1
+    assert own.method.probe.samples == METHODS["probe"].probe.samples
+    trained = [i for i, c in enumerate(cells) if c.subject.seed == 0 and c.subject.budget is not None]
+    untrained = [i for i, c in enumerate(cells) if c.subject.seed == 0 and c.subject.budget is None]
+    assert min(trained) > max(untrained), "training takes the dense model's place, so it comes last"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "line", "says"),
+    [
+        ("calibratoin:", "calibration:", 9, "unknown key 'calibratoin'; did you mean 'calibration'?"),
+        ("  - prob\n", "  - probe\n", 4, "unknown method 'prob'; did you mean 'probe'?"),
+        ("tokns: 0.9", "tokens: 0.9", 5, "did you mean 'tokens'?"),
+        ("tokens: 9", "tokens: 0.9", 5, "must lie in (0, 1]"),
+        ("name: wide-probe, ", "", 5, None),
+        ("base: prob,", "base: probe,", 5, "did you mean 'probe'?"),
+        ("[0.2, 1.4]", "[0.2, 0.4]", 7, "ratio 1.4 is outside"),
+        ("[0.2, many]", "[0.2, 0.4]", 7, "expected a number, not 'many'"),
+        ("seeds: [0, 1]\ncalibration", "seeds: []\ncalibration", 8, None),
+        ("[boolq, pica]", "[boolq, piqa]", 14, "did you mean 'piqa'?"),
+        ("widnows: 4", "windows: 4", 12, "did you mean 'windows'?"),
+        ("steps: 0", "steps: 5", 10, "steps must be at least 1"),
+        ("round: 1", "rounds: 1", 17, "did you mean 'rounds'?"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(wrong, right, line, says, tmp_path):
+    # Where `says` is None, the right text is the one to be put in: something that must not be missing.
+    broken = GOOD.replace(wrong, right) if says is None else GOOD.replace(right, wrong)
+    assert broken != GOOD
+    with pytest.raises(UsageError) as error:
+        preset(tmp_path, broken)
+    assert f"line {line} of {tmp_path / 'own.yaml'}: " in str(error.value)
+    assert says is None or says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("models: [a\nmethods: b", "is not YAML"),
+        ("", "is empty"),
+        ("models: [m]\nmethods: [dense]\nratios: [0.2]\n", "nothing is measured"),
+        ("models: [m]\nmethods: [dense]\n", "there is no 'ratios'"),
+        ("models: [m]\nmodels: [n]\n", "line 2 .* comes twice"),
+        ("- a\n", "expected 'key: value' pairs"),
+        (GOOD.replace("training:", "# training:"), "flap.lora train: add 'training'"),
+    ],
+)
+def test_files_that_are_no_preset(text, says, tmp_path):
+    with pytest.raises(UsageError, match=says):
+        preset(tmp_path, text)
+
+
+def test_names_that_are_no_preset():
+    with pytest.raises(UsageError, match="did you mean 'paper'"):
+        load_preset("papr")
+    with pytest.raises(UsageError, match=r"no preset file 'none\.yaml'"):
+        load_preset("none.yaml")
+
+
+def test_the_packages_own_hold_the_published_rows():
+    rows = {"dense", "full-batch", "wanda-sp", "flap", "loraprune", "loraprune+lora"}
+    rows |= {"llm-pruner", "llm-pruner+lora", "probe"}
+    assert {"paper", "laptop"} <= set(preset_names())
+    for name in ("paper", "laptop"):
+        own = load_preset(name)
+        assert rows <= {m.name for m in own.methods} and own.seeds == (0, 1, 2)
+        tasks = {m.task for p in own.parts for m in p.measures if isinstance(m, TaskMeasure)}
+        assert tasks == set(TASKS)
+    assert load_preset("paper").ratios == (0.2, 0.4, 0.6)
+    figures = published()
+    assert figures["meta-llama/Llama-2-7b-hf", "probe", 0.4] == {"perplexity": 16.8, "accuracy": 56.6}
+    assert {m for _, m, _ in figures} <= set(METHODS)

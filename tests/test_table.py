@@ -1,0 +1,202 @@
+"""The whole grid on a tiny model: failures are lines, kills lose nothing, a Ray cluster gives the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import FAMILIES
+
+from probeprune import save
+from probeprune.cli import app, run
+from probeprune.errors import UsageError
+from probeprune.experiment.executors import run_on_ray
+from probeprune.experiment.presets import load_preset
+from probeprune.experiment.results import RESULTS, Results
+from probeprune.experiment.run import run as run_here
+from probeprune.experiment.workbench import Workbench
+from probeprune.progress import silent
+
+TIMED = {
+    "seconds",
+    "tokens_per_second",
+    "peak_memory",
+    "versions",
+    "threads",
+    "training",
+    "prefill",
+    "decode",
+    "stages",
+    "memory_over_dense",
+    "calibration_seconds",
+}
+"""What differs from run to run."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, number_tokenizer):
+    """A tiny model, a text and a preset for them."""
+    where = tmp_path_factory.mktemp("table")
+    save(FAMILIES["llama-gqa"](), where / "model", tokenizer=number_tokenizer)
+    lines = [{"text": " ".join(str((7 * i + j * j) % 120) for j in range(60))} for i in range(40)]
+    (where / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = where / "text.jsonl"
+    (where / "own.yaml").write_text(
+        f"models: [{where / 'model'}]\n"
+        "methods:\n"
+        "  - dense\n"
+        "  - {base: probe, name: probe, skip_layers: 1}\n"
+        "  - {base: wanda-sp, name: wanda-sp, skip_layers: 1}\n"
+        "  - {base: random+lora, name: random+lora, skip_layers: 1}\n"
+        "ratios: [0.2, 0.4]\n"
+        "seeds: [0, 1]\n"
+        f"calibration: {{corpus: {text}, windows: 8, length: 16}}\n"
+        f"training: {{steps: 4, batch_size: 2, length: 16, corpus: {text}, seeds: [0]}}\n"
+        "texts:\n"
+        f"  - {{corpus: {text}, windows: 4, length: 16, batch_size: 2}}\n"
+    )
+    return where
+
+
+def comparable(rows) -> list[dict]:
+    """The rows in a fixed order, without what is timed; figures to a few digits (threads differ)."""
+    kept = []
+    for row in rows:
+        own = {k: v for k, v in row.items() if k not in TIMED}
+        own["value"] = round(row["value"], 3) if row["kind"] == "result" else None
+        own["losses"] = [round(x, 3) for x in row.get("losses", [])]
+        own.pop("standard_error", None)
+        kept.append(own)
+    return sorted(kept, key=lambda r: r["key"])
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The lines of an unbroken local run."""
+    out = tmp_path_factory.mktemp("whole")
+    assert run(lambda: app(["table", *arguments(folder, out)])) == 0
+    return comparable(Results.open(out).rows.values())
+
+
+def arguments(folder: Path, out: Path) -> list[str]:
+    return ["--preset", str(folder / "own.yaml"), "--out", str(out), "--dtype", "float32"]
+
+
+def test_the_grid_is_complete(whole, folder):
+    names = sorted((r["name"], r["ratio"], r["seed"]) for r in whole)
+    both = [(n, r, s) for n in ("probe", "wanda-sp") for r in (0.2, 0.4) for s in (0, 1)]
+    assert names == sorted([("dense", 0.0, 0), *both, ("random+lora", 0.2, 0), ("random+lora", 0.4, 0)])
+    assert all(r["kind"] == "result" for r in whole)
+    assert len({r["value"] for r in whole}) == len(whole), "every cell is a model of its own"
+
+
+def test_killed_three_times_it_ends_in_the_same_table(folder, whole, tmp_path):
+    command = [sys.executable, "-m", "probeprune", "table", *arguments(folder, tmp_path / "out")]
+    lines = 0
+    for _ in range(3):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        file = tmp_path / "out" / RESULTS
+        while not file.exists() or file.read_bytes().count(b"\n") <= lines:
+            assert process.poll() is None and time.monotonic() < deadline, "nothing to kill"
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        lines = file.read_bytes().count(b"\n")
+    assert lines < len(whole), "killed too late to show anything"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = Results.open(tmp_path / "out")
+    assert comparable(results.rows.values()) == whole
+    assert results.path.read_bytes().count(b"\n") == len(whole), "measured twice"
+
+
+def test_a_cell_that_fails_is_a_line_and_is_tried_again(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    broken = (folder / "own.yaml").read_text().replace("ratios: [0.2, 0.4]", "ratios: [0.2, 0.95]")
+    (tmp_path / "broken.yaml").write_text(broken)
+    call = ["table", "--preset", str(tmp_path / "broken.yaml"), "--out", str(out), "--dtype", "float32"]
+    assert run(lambda: app(call)) == 0
+    rows = list(Results.open(out).rows.values())
+    failed = [r for r in rows if r["kind"] == "failure"]
+    assert {(r["name"], r["ratio"]) for r in failed} >= {("probe", 0.95), ("wanda-sp", 0.95)}
+    assert all("use at most" in r["error"] or "without units" in r["error"] for r in failed)
+    assert any(r["kind"] == "result" and r["name"] == "probe" for r in rows)
+    table = (out / "table.md").read_text()
+    assert "use at most" in table or "without units" in table
+    before = len((out / RESULTS).read_bytes().splitlines())
+    assert run(lambda: app(call)) == 0
+    assert len((out / RESULTS).read_bytes().splitlines()) == before + len(failed)
+
+
+def test_a_model_that_cannot_be_opened_fails_its_cells_alone(folder, tmp_path, capsys):
+    models = f"models: [{folder / 'none.gguf'}, {folder / 'model'}]\n"
+    text = (folder / "own.yaml").read_text()
+    (tmp_path / "two.yaml").write_text(models + text.split("\n", 1)[1].replace("seeds: [0, 1]", "seeds: [0]"))
+    call = ["table", "--preset", str(tmp_path / "two.yaml"), "--out", str(tmp_path / "out")]
+    assert run(lambda: app([*call, "--dtype", "float32"])) == 0
+    rows = Results.open(tmp_path / "out").rows.values()
+    assert {r["kind"] for r in rows if "none.gguf" in r["model"]} == {"failure"}
+    assert {r["kind"] for r in rows if "none.gguf" not in r["model"]} == {"result"}
+
+
+def test_ray_gives_the_same_lines_though_a_worker_is_killed(folder, whole, tmp_path):
+    cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")
+    results = Results.open(tmp_path)
+    workers: list[int] = []
+    killed: list[int] = []
+
+    def kill_one(cell, row):
+        if not killed:
+            os.kill(workers[0], signal.SIGKILL)
+            killed.append(workers[0])
+
+    rows = run_on_ray(tmp_path, results, cells, workers=2, started=workers.extend, done=kill_one)
+    assert len(workers) == 2 and killed
+    assert comparable(rows) == whole
+    # And what is there is not measured again.
+    again: list[int] = []
+    run_on_ray(tmp_path, Results.open(tmp_path), cells, workers=2, started=again.extend)
+    assert again == [] and results.path.read_bytes().count(b"\n") == len(whole)
+
+
+def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
+    cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")
+    with pytest.raises(UsageError, match="no Ray cluster answers"):
+        run_on_ray(tmp_path, Results.open(tmp_path), cells, address="127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match="Ray is not installed"):
+        run_on_ray(tmp_path, Results.open(tmp_path), cells)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--preset", "papr"], "did you mean 'paper'"),
+        (["--executor", "rey"], "did you mean 'ray'"),
+        (["--ratios", "1.5"], "outside"),
+        (["--seeds", "x"], "not a number"),
+        (["--workers", "0"], "--workers"),
+    ],
+)
+def test_bad_input_is_one_sentence(more, says, tmp_path, capsys):
+    assert run(lambda: app(["table", "--out", str(tmp_path / "out"), *more])) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_is_shown(capsys):
+    assert run(lambda: app(["table", "--preset", "laptop", "--show"])) == 0
+    assert "models: [smollm2-135m]" in capsys.readouterr().out
+
+
+def test_a_local_run_uses_an_open_bench(folder, whole, tmp_path):
+    cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")[:2]
+    bench = Workbench(tmp_path, silent)
+    rows = run_here(bench, Results.open(tmp_path), cells)
+    assert comparable(rows) == [r for r in whole if r["key"] in {c.key for c in cells}]
