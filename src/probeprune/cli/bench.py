@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +49,6 @@ def bench(
     from probeprune.bench.show import plot, profile_table, tables
     from probeprune.calibration import calibrate
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its starts and stops
     chosen = [_method(name, shape) for name in names(methods, "methods")]
     check_ratio(ratio)
     points = [Point(b, n) for b in _counts(batch_sizes, "batch-sizes") for n in _counts(lengths, "lengths")]
