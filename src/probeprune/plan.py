@@ -40,6 +40,7 @@ def check_statistics(method: Method, blocks: Sequence[Block], statistics: Statis
             raise UsageError(
                 f"method {method.name!r} needs statistics: give statistics=calibrate(model, windows)"
                 + (", with saliences" if method.needs_gradients else "")
+                + (", with consumers" if method.needs_refit else "")
                 + "."
             )
         return Statistics()
