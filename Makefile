@@ -1,6 +1,7 @@
 # Every target works by itself on a fresh machine with Python 3.10 or newer: the first one installs.
 #
 #   make compare   every method on the embedded model, one table (runs/compare)
+#   make table     the whole table: seeds, tasks, training, cost; an hour or two (runs/table)
 #   make test      all tests
 #   make lint      style, formatting, types
 #   make bench     measured speed and memory (runs/bench)
@@ -12,25 +13,28 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: compare test lint bench clean
+.PHONY: compare table test lint bench clean
 .DEFAULT_GOAL := compare
 
 # By default glibc hands the large activation buffers of a forward pass back to the kernel at every layer and
 # faults them in again at the next. Keeping them (up to 4 GiB) was measured to save 15 to 20 % of a 16 x 512
 # forward of a 135M model in float32 on two cores.
-compare bench: export MALLOC_TRIM_THRESHOLD_ := 4294967296
-compare bench: export MALLOC_MMAP_THRESHOLD_ := 4294967296
-# torch's profiler, which tells the stages apart, logs its starts and stops unless told not to.
-bench: export KINETO_LOG_LEVEL := 6
+compare table bench: export MALLOC_TRIM_THRESHOLD_ := 4294967296
+compare table bench: export MALLOC_MMAP_THRESHOLD_ := 4294967296
 
 compare: $(STAMP)
 	$(BIN)/probeprune compare --out runs/compare
 
+table: $(STAMP)
+	$(BIN)/probeprune table --preset laptop --out runs/table
+
 bench: $(STAMP)
 	$(BIN)/probeprune bench --out runs/bench
 
+# Tests run side by side, one a core, each with one thread.
+test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -11,10 +11,6 @@ from transformers import PreTrainedTokenizerFast
 from probeprune.models import LoadedModel, load_model
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "browser: looks at the report in headless Chromium")
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
     """The embedded model in float32, from the user's cache; a test that changes it must put it back."""

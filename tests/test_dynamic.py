@@ -34,7 +34,7 @@ def logits(model, ids, mask):
         return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
 
 
-@pytest.mark.parametrize("method", ["wanda-sp", "ppsp", "magnitude", "random", *DYNAMIC])
+@pytest.mark.parametrize("method", ["wanda-sp", "ppsp", "magnitude", "random", "probe-reuse", *DYNAMIC])
 def test_a_pruned_pass_is_the_dense_one_masked(calibrated, method):
     model, statistics = calibrated
     before = {n: p.clone() for n, p in model.named_parameters()}

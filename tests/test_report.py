@@ -391,7 +391,7 @@ def test_every_figure_of_the_table_is_the_lines(parsed):
             assert row[phase][0].startswith("-" if name == "dense" else f"{speed:.2f}x (")
         assert row["memory"][0].startswith(f"{max(c['peak_memory'] for c in costs) / 2**30:.2f} GiB")
         assert row["kv"][0] == f"{100 * costs[0]['kv_cache_share']:.0f}%"
-        assert row["training"][0].startswith("0.25 M" if name.endswith("+lora") else "-")
+        assert row["training"][0].startswith("246k in" if name.endswith("+lora") else "-")
     probe = shown["probe", 0.2]
     assert probe["published perplexity"][0] == "8.1" and probe["published accuracy"][0] == "62.8"
     for ratio in made_up.RATIOS:

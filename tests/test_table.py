@@ -159,9 +159,8 @@ def test_ray_gives_the_same_lines_though_a_worker_is_killed(folder, whole, tmp_p
     assert len(workers) == 2 and killed
     assert comparable(rows) == whole
     # And what is there is not measured again.
-    again: list[int] = []
-    run_on_ray(tmp_path, Results.open(tmp_path), cells, workers=2, started=again.extend)
-    assert again == [] and results.path.read_bytes().count(b"\n") == len(whole)
+    again = run_on_ray(tmp_path, Results.open(tmp_path), cells, workers=2, started=pytest.fail)
+    assert comparable(again) == whole and results.path.read_bytes().count(b"\n") == len(whole)
 
 
 def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):

@@ -143,7 +143,7 @@ _UNTRAINED: tuple[Method, ...] = (
     Method(
         "full-batch",
         when="batch",
-        probe=Probe(tokens=1.0, samples=1.0, fusion="none", reuse=0),
+        probe=Probe(tokens=1.0, samples=1.0, fusion="none"),
         source="Probe Pruning, ICLR 2025: its upper bound, at more than dense cost",
     ),
     Method(
@@ -157,6 +157,12 @@ _UNTRAINED: tuple[Method, ...] = (
         importance="lora-guided",
         gradients=Gradients(windows=10, length=512),
         source="Zhang et al., ACL 2024, without training",
+    ),
+    Method(
+        "probe-reuse",
+        when="batch",
+        probe=Probe(reuse=1024),
+        source="Probe Pruning, small batches sharing a choice (this project)",
     ),
     Method("ppsp", source="Probe Pruning's importance, ordered once"),
     Method("magnitude", importance="magnitude", source="control"),

@@ -39,10 +39,11 @@ class Probe:
     """Weight of history under `fixed` fusion."""
     decay: float = 0.99
     """History keeps this share of itself at every batch."""
-    reuse: int = 1024
+    reuse: int = 0
     """Tokens that one choice serves at least: smaller batches share it, since on their own they would not
-    earn what probing costs (docs/choices.md). 0 probes every batch, as published. A prompt that fills a cache
-    handed in, as in `generate`, is always probed: its choice serves the text to come."""
+    earn what probing costs (docs/choices.md; the method `probe-reuse` takes 1024). 0 probes every batch, as
+    published. A prompt that fills a cache handed in, as in `generate`, is always probed: its choice serves
+    the text to come."""
     refresh: int = 0
     """While decoding, choose the channels of MLPs anew every so many tokens; 0 keeps those of the prompt.
     Such a step runs MLPs dense and is its own probe; the steps between move history. Heads stay: the cache

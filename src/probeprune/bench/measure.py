@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def measure(
     windows = target.windows((rounds + 2) * point.batch_size, point.length + new_tokens)
     batches = [b.to(target.device) for b in windows.split(point.batch_size)]
     what = f"{point.batch_size} x {point.length}"
-    for done, (before, batch) in enumerate(zip(batches, batches[1:], strict=False)):
+    for done, (before, batch) in enumerate(pairwise(batches)):
         for m in everything:
             with attach(target.model, m, ratio, statistics=known) as handle:
                 # The batch before sets the machine up; what this one swaps is then what it swaps in use.

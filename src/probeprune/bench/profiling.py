@@ -4,6 +4,7 @@ From torch's profiler and the labels that `runtime.py` puts around its stages; b
 their entry to their consumer. Times are exclusive: a label's own, without those of labels inside it.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ def profiled(
 
     On a GPU they are the kernels' own, on a CPU those of the operators.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its starts and stops
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with labelled(blocks), profile(activities=activities, acc_events=True) as trace:

@@ -9,17 +9,22 @@ from probeprune.bench.measure import Figures
 from probeprune.bench.profiling import PARTS
 
 LEGEND = {
-    "prefill": "speed-up: median over rounds of that round's dense time over the method's; work: decoder FLOPs "
-    "over dense, the probe included; efficiency: speed-up x work, 1 where every FLOP saved is time saved; "
-    "overhead: choosing, scoring, swapping and history, of the pass's time",
-    "decode": "speed-up: likewise, a token at a time behind the prompt; work: bytes of weights and KV cache that a "
-    "step reads, over dense; efficiency: speed-up x work; KV cache: bytes over dense; memory: peak of prefill "
-    "and decode over dense",
+    "prefill": "speed-up: median over rounds of that round's dense time over the method's; work: decoder "
+    "FLOPs over dense, a probe included; efficiency: speed-up x work, 1 where FLOPs saved are time saved; "
+    "overhead: share of the pass that is choosing, scoring, swapping and history",
+    "decode": "one token at a time behind the prompt; work: bytes of weights and KV cache that a step reads, "
+    "over dense; efficiency: speed-up x work; KV cache: its bytes over dense; memory: peak over dense",
 }
+PARTS_LEGEND = (
+    "attention, mlp: the blocks' own arithmetic; run_ahead: the probe; choose, score, swap, history: what "
+    "else a dynamic method does; rest: norms, residuals, Python. One pass each under the profiler, which "
+    "takes time itself: compare parts with each other, not with the tables above."
+)
 _COLUMNS = {
     "prefill": ("work", "efficiency", "overhead"),
     "decode": ("work", "efficiency", "KV cache", "memory"),
 }
+_GRID = {"dtype": "dtype", "threads": "threads", "batch": "batch_size", "length": "length"}
 
 
 def tables(figures: Sequence[Figures]) -> list[Table]:
@@ -30,16 +35,20 @@ def tables(figures: Sequence[Figures]) -> list[Table]:
 
 def _table(figures: Sequence[Figures], stage: str) -> Table:
     first = figures[0]
-    title = f"{stage}: {first['model']}, {first['device']}, {first['rounds']} interleaved rounds"
+    title = f"{stage}: {first['model']}, {first['dtype']}, {first['device']}, {first['threads']} threads"
+    varying = [g for g, key in _GRID.items() if len({f[key] for f in figures}) > 1]
+    grid = [g for g in _GRID if g in varying or g in ("batch", "length")]
+    if len(grid) > 2:
+        title = f"{stage}: {first['model']}, {first['device']}"
+    title += f", {first['rounds']} interleaved rounds"
     if stage == "decode":
         title += f" of {first['new_tokens']} tokens"
     result = Table(title=title, title_justify="left", caption=LEGEND[stage], caption_justify="left")
-    grid = ("dtype", "threads", "batch", "length")
     for name in (*grid, "method", "pruned", "tokens/s", "speed-up", "range", *_COLUMNS[stage]):
         result.add_column(name, justify="left" if name in ("dtype", "method") else "right", no_wrap=True)
-    last = None
+    last: tuple[str, ...] | None = None
     for f in figures:
-        where = (f["dtype"], str(f["threads"]), str(f["batch_size"]), str(f["length"]))
+        where = tuple(str(f[_GRID[g]]) for g in grid)
         if last not in (None, where):
             result.add_section()
         low, high = f["speedup_range"]
@@ -64,38 +73,33 @@ def _table(figures: Sequence[Figures], stage: str) -> Table:
 
 
 def profile_table(figures: Sequence[Figures]) -> Table:
-    """Milliseconds of one pass, by part; a column a line of the figures."""
+    """Milliseconds of one pass, by part: a row a line of the figures."""
     result = Table(
-        title="milliseconds of one pass, by part",
-        title_justify="left",
-        caption=_PARTS,
-        caption_justify="left",
+        title="milliseconds of one pass", title_justify="left", caption=PARTS_LEGEND, caption_justify="left"
     )
-    result.add_column("part", no_wrap=True)
+    grid = [g for g, key in _GRID.items() if g in ("batch", "length") or len({f[key] for f in figures}) > 1]
+    for name in ("stage", *grid, "method"):
+        result.add_column(name, no_wrap=True)
+    for name in (*PARTS, "sum"):
+        result.add_column(name, justify="right", no_wrap=True)
+    last = None
     for f in figures:
-        where = f"{f['batch_size']} x {f['length']}" if f["stage"] == "prefill" else f"x {f['batch_size']}"
-        result.add_column(f"{f['method']}\n{f['stage']}\n{where}\n{f['dtype']}", justify="right")
-    for part in PARTS:
-        result.add_row(part, *(_ms(f["profile_ms"][part]) for f in figures))
-    result.add_section()
-    result.add_row("sum", *(_ms(sum(f["profile_ms"].values())) for f in figures))
+        where = (f["stage"], *(str(f[_GRID[g]]) for g in grid))
+        if last not in (None, where):
+            result.add_section()
+        parts = [f["profile_ms"][part] for part in PARTS]
+        result.add_row(
+            *(where if where != last else ("",) * len(where)),
+            f["method"],
+            *(f"{ms:.1f}" if ms else "-" for ms in [*parts, sum(parts)]),
+        )
+        last = where
     return result
 
 
-_PARTS = (
-    "attention, mlp: pruned blocks' own arithmetic; run_ahead: the probe; choose, score, swap, history: the rest "
-    "of a dynamic method; rest: norms, residuals, embedding, Python. One pass under the profiler, which costs "
-    "time itself: compare parts, not with the tables above."
-)
-
-
-def _ms(milliseconds: float) -> str:
-    return f"{milliseconds:.2f}" if round(milliseconds, 2) else "-"
-
-
 def plot(figures: Sequence[Figures], path: Path) -> list[Path]:
-    """Speed-up by method at every point of the grid, as PNG and SVG beside `path`; a mark where all work saved
-    would be time saved. Returns the files written; none where there is nothing beside dense."""
+    """Speed-up by method at every point of the grid, as PNG and SVG beside `path`, with a dash where it would
+    be if all work saved were time saved. Returns the files written; none where dense is alone."""
     from matplotlib.figure import Figure
 
     pruned = [f for f in figures if f["method"] != "dense"]

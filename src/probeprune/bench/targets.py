@@ -1,7 +1,7 @@
 """What is measured: a loaded model with text, or a random model of a real one's shape with random tokens.
 
-A shape is measured without weights of that size anywhere: its decoder layers are of the real sizes, only fewer
-of them. Nothing is said about quality then.
+A shape needs no weights from anywhere: its decoder layers have the real sizes, and there may be fewer of
+them. Nothing is said about quality then.
 """
 
 from collections.abc import Callable
@@ -44,9 +44,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 _VOCABULARY = 1024
 """Of a random model. Embedding and head are not measured."""
-_SPREAD = 1.0
-"""Channels of a random model differ by factors of exp(normal times this). Without it all would be equal, and
-which are kept, noise. With it about as many change places from batch to batch as in SmolLM2-135M: one in seven."""
+_SPREAD = 0.35
+"""Channels of a random model differ by factors of exp(normal times this). Then about one kept unit in seven
+changes from batch to batch, as in SmolLM2-135M; were all alike, it would be one in four."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def report(
     Example: [bold]probeprune report runs/compare --out report.html[/bold]
     """
     from probeprune import report as reporting
+    from probeprune.experiment.presets import published
 
     rows, problems = reporting.read_rows(run)
     summaries = reporting.summarise(rows)
@@ -32,7 +33,7 @@ def report(
     page = page or (run if run.is_dir() else run.parent) / "report.html"
     if page.is_dir() or any(folder.is_file() for folder in page.parents):
         raise UsageError(f"{page} cannot be written, it is a folder or lies in a file; choose another --out.")
-    reporting.write_html(rows, page, title, problems=problems)
+    reporting.write_html(rows, page, title, published=published(), problems=problems)
     figures = reporting.write_figures(rows, page.parent / "figures")
     if as_json:
         for summary in summaries:

@@ -6,7 +6,8 @@ else fails becomes a line that says why.
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def run_on_ray(
     trust_remote_code: bool = False,
     progress: Progress = silent,
     done: Done = lambda cell, row: None,
-    started: Any = None,
+    started: Callable[[list[int]], Any] | None = None,
 ) -> list[Row]:
     """As `run` with `keep_going`, on a Ray cluster; returns the rows of all cells, in their order.
 
@@ -66,15 +67,41 @@ def run_on_ray(
         UsageError: Ray is not installed, or the cluster cannot be reached or is lost; lines stay.
     """
     ray = _ray()
+    todo: list[list[Cell]] = []
+    for _, own in groupby(cells, key=lambda c: c.subject):
+        left = []
+        for cell in own:
+            if (known := results.find(cell)) is None:
+                left.append(cell)
+            else:
+                done(cell, known)
+        if left:
+            todo.append(left)
+    if todo:
+        # On this machine workers share its cores; on a cluster each node has its own.
+        gpus = 1 if todo[0][0].subject.device.startswith("cuda") else 0
+        threads = 0 if address or gpus else max((os.cpu_count() or 1) // workers, 1)
+        with _connected(ray, address, workers):
+            remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES)(Worker)
+            count = min(workers, len(todo))
+            crew = [remote.remote(str(folder.absolute()), threads, trust_remote_code) for _ in range(count)]
+            if started is not None:
+                started(ray.get([w.pid.remote() for w in crew]))
+            _spread(ray, crew, results, todo, progress, done)
+    return [results.rows[c.key] for c in cells]
+
+
+@contextmanager
+def _connected(ray: Any, address: str | None, workers: int) -> Iterator[None]:
+    """A cluster while inside, or the sentence that says why there is none (any more)."""
     try:
         _check_answers(address)
         ray.init(
             address=address,
-            num_cpus=None if address else max(workers, 1),
+            num_cpus=None if address else workers,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            ignore_reinit_error=False,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(
@@ -82,9 +109,7 @@ def run_on_ray(
             "`ray start --head`, or leave --address out for a local one."
         ) from error
     try:
-        return _spread(
-            ray, folder, results, cells, workers, trust_remote_code, progress, done, started, address
-        )
+        yield
     except ray.exceptions.RaySystemError as error:
         raise UsageError(
             f"the Ray cluster is gone ({_first(error)}); what was measured is saved, the same command goes "
@@ -95,36 +120,11 @@ def run_on_ray(
 
 
 def _spread(
-    ray: Any,
-    folder: Path,
-    results: Results,
-    cells: Sequence[Cell],
-    workers: int,
-    trust_remote_code: bool,
-    progress: Progress,
-    done: Done,
-    started: Any,
-    address: str | None,
-) -> list[Row]:
-    todo: list[list[Cell]] = []
-    for cell in cells:
-        if (known := results.find(cell)) is not None:
-            done(cell, known)
-    for _, own in groupby(cells, key=lambda c: c.subject):
-        if left := [c for c in own if results.find(c) is None]:
-            todo.append(left)
+    ray: Any, idle: list[Any], results: Results, todo: list[list[Cell]], progress: Progress, done: Done
+) -> None:
+    """Give every worker one subject after the other."""
     total, finished = len(todo), 0
     progress("subjects", finished, total)
-    gpus = 1 if any(c.subject.device.startswith("cuda") for c in cells) else 0
-    remote = ray.remote(
-        num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES, max_concurrency=1
-    )(Worker)
-    threads = 0 if address or gpus else max((os.cpu_count() or 1) // max(workers, 1), 1)
-    idle = [
-        remote.remote(str(folder.absolute()), threads, trust_remote_code) for _ in range(min(workers, total))
-    ]
-    if started is not None:
-        started(ray.get([w.pid.remote() for w in idle]))
     running: dict[Any, tuple[Any, list[Cell]]] = {}
     while todo or running:
         while todo and idle:
@@ -142,7 +142,6 @@ def _spread(
         idle.append(worker)
         finished += 1
         progress("subjects", finished, total)
-    return [results.rows[c.key] for c in cells]
 
 
 def _check_answers(address: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 
@@ -39,6 +40,7 @@ def measure(bench: Workbench, cell: Cell) -> Row:
         "method": subject.method.record(),
         "ratio": subject.ratio,
         "seed": subject.seed,
+        "calibration": None if subject.calibration is None else asdict(subject.calibration),
         "dtype": subject.dtype,
         "device": subject.device,
         "threads": torch.get_num_threads(),
@@ -103,6 +105,8 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
         "windows": len(result.losses),
         "length": measure.length,
         "batch_size": measure.batch_size,
+        "sampling": measure.sampling,
+        "averaging": measure.averaging,
         "flops_per_token": result.flops_per_token,
         "probe_flops_share": 0.0
         if probe is None
@@ -134,7 +138,7 @@ def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> Row:
     if result.acc_norm is not None:
         metrics["acc_norm"] = {"value": result.acc_norm, "standard_error": result.acc_norm_error or 0.0}
     return {
-        "task": measure.name,
+        "task": measure.task,
         "metric": "accuracy",
         "value": result.value,
         "standard_error": result.error,

@@ -260,8 +260,15 @@ def _training(entry: Entry) -> Cell:
     if entry.training is None:
         return Cell()
     tokens, steps = budget(entry.training), entry.training.get("steps")
-    note = "" if steps is None else f"{steps} steps"
-    return Cell("yes" if tokens is None else f"{tokens / 1e6:.2g} M", note, tokens)
+    note = "" if steps is None else f"in {steps} steps"
+    return Cell("yes" if tokens is None else _amount(tokens), note, tokens)
+
+
+def _amount(number: float) -> str:
+    """`384`, `102k`, `9.8M`."""
+    if number < 1e4:
+        return f"{number:.0f}"
+    return f"{number / 1e3:.0f}k" if number < 1e6 else f"{number / 1e6:.3g}M"
 
 
 def _speed(entry: Entry, speed: Speed | None) -> Cell:

@@ -162,7 +162,8 @@ def _measured_on(row: Row) -> Row:
 def _identity(row: Row) -> tuple[str, ...]:
     """What lines that differ in nothing but seed, measurement and training have in common."""
     method = {k: v for k, v in row["method"].items() if k != "seed"}
-    return row["name"], json.dumps(method, sort_keys=True), repr(float(row["ratio"]))
+    calibration = json.dumps(row.get("calibration"), sort_keys=True)
+    return row["name"], json.dumps(method, sort_keys=True), repr(float(row["ratio"])), calibration
 
 
 def _budget(row: Row) -> str:
@@ -172,4 +173,6 @@ def _budget(row: Row) -> str:
 
 def _parameters(row: Row) -> tuple[str, Row]:
     method = {k: v for k, v in row["method"].items() if k != "seed"}
-    return row["name"], method | {k: v for k, v in (row.get("training") or {}).items() if k in _BUDGET}
+    training = {k: v for k, v in (row.get("training") or {}).items() if k in _BUDGET}
+    calibration = {f"calibration {k}": v for k, v in (row.get("calibration") or {}).items()}
+    return row["name"], method | training | calibration

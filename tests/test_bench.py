@@ -1,0 +1,197 @@
+"""Bench: what it counts is what runs, profiles know every part, and the shapes are the real models'."""
+
+import json
+
+import pytest
+import torch
+from tiny import FAMILIES, PROBING, padded, token_ids
+
+from probeprune import METHODS, attach, calibrate, find_blocks
+from probeprune.bench.measure import Point, measure
+from probeprune.bench.profiling import OVERHEAD, PARTS, profiled
+from probeprune.bench.show import plot, profile_table, tables
+from probeprune.bench.targets import SHAPES, Target, of_shape
+from probeprune.cli import app, run
+from probeprune.errors import UsageError
+from probeprune.evaluation.cost import blocks_flops, probe_flops
+
+CPU = torch.device("cpu")
+
+
+def target(family: str) -> Target:
+    def windows(count: int, length: int) -> torch.Tensor:
+        return token_ids(count, length, seed=7)
+
+    return Target(family, FAMILIES[family](), windows, torch.float32, CPU)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """All lines of a tiny model at two points."""
+    tiny = target("llama-gqa")
+    known = calibrate(tiny.model, token_ids(6, 16, seed=9))
+    found = []
+    for point in (Point(1, 8), Point(4, 12)):
+        found += measure(
+            tiny,
+            [METHODS["ppsp"], PROBING],
+            0.3,
+            point,
+            known=known,
+            new_tokens=3,
+            rounds=2,
+            progress=lambda what, done, total: None,
+        )
+    return found
+
+
+def test_there_is_a_line_for_every_method_stage_and_point(figures):
+    lines = [(f["batch_size"], f["length"], f["stage"], f["method"]) for f in figures]
+    assert len(lines) == len(set(lines)) == 2 * 2 * 3
+    for f in json.loads(json.dumps(figures)):
+        assert f["efficiency"] == pytest.approx(f["speedup"] * f["work_share"])
+        assert f["tokens_per_second"] > 0 and f["peak_memory"] > 0
+        if f["method"] == "dense":
+            assert f["speedup"] == f["work_share"] == f["cache_over_dense"] == 1
+
+
+def test_work_is_what_the_formulas_say(figures):
+    model = FAMILIES["llama-gqa"]()
+    known = calibrate(model, token_ids(6, 16, seed=9))
+    with attach(model, PROBING, 0.3, statistics=known) as handle:
+        blocks, kept, removed = handle.blocks, handle.kept, handle.removed_share
+    full = [b.units for b in blocks]
+    heads = [k / b.units for b, k in zip(blocks, kept, strict=True) if b.kind == "attention"]
+    weights = 4 * sum(b.parameters for b in blocks)
+    for f in (f for f in figures if f["method"] != "dense"):
+        shape = f["batch_size"], f["length"]
+        assert f["cache_over_dense"] == pytest.approx(sum(heads) / len(heads))
+        if f["stage"] == "prefill":
+            own = blocks_flops(blocks, kept, *shape)
+            own += probe_flops(blocks, kept, PROBING.probe, *shape) if f["method"] == "probe" else 0
+            assert f["work_share"] == pytest.approx(own / blocks_flops(blocks, full, *shape), abs=1e-3)
+        else:
+            cache = f["cache_bytes"] / f["cache_over_dense"]
+            own = weights * (1 - removed) + f["cache_bytes"]
+            assert f["work_share"] == pytest.approx(own / (weights + cache), rel=1e-6)
+
+
+def test_the_model_is_left_as_it_was():
+    tiny = target("opt")
+    before = {n: p.clone() for n, p in tiny.model.named_parameters()}
+    known = calibrate(tiny.model, token_ids(6, 16, seed=9))
+    options = {"known": known, "new_tokens": 0, "rounds": 1, "progress": lambda *_: None}
+    found = measure(tiny, [PROBING], 0.3, Point(2, 8), **options)
+    assert {f["stage"] for f in found} == {"prefill"}
+    assert all(p.equal(before[n]) for n, p in tiny.model.named_parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in tiny.model.modules())
+
+
+@pytest.mark.parametrize("method", ["dense", "ppsp", PROBING], ids=["dense", "once", "probe"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_profile_knows_every_part_and_only_what_ran(family, method):
+    model = FAMILIES[family]()
+    known = calibrate(model, token_ids(6, 16, seed=9))
+    with attach(model, method, 0.3, statistics=known) as handle, torch.no_grad():
+        found, _ = profiled(handle.blocks, CPU, lambda: model(*padded("none")))
+    assert tuple(found) == PARTS
+    runs = ("attention", "mlp", "rest", *(("run_ahead", *OVERHEAD) if method is PROBING else ()))
+    for part, ms in found.items():
+        assert ms > 0 if part in runs else ms == 0, part
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_shapes_are_the_real_models():
+    # Parameters of all decoder layers without norms, from the published models.
+    for shape, blocks in {"llama-2-7b": 6_476_005_376, "llama-3.2-1b": 973_078_528}.items():
+        model = of_shape(shape, None, torch.bfloat16, torch.device("meta")).model
+        assert sum(b.parameters for b in find_blocks(model)) == blocks
+        assert model.dtype == torch.bfloat16
+    two = of_shape("llama-3-8b", 2, torch.float32, torch.device("meta"))
+    assert len(two.model.model.layers) == 2 and "2 layers" in two.name
+    with pytest.raises(UsageError, match="did you mean 'llama-2-7b'"):
+        of_shape("llama2-7b", 1, torch.float32, CPU)
+    with pytest.raises(UsageError, match="at least one layer"):
+        of_shape("llama-2-7b", 0, torch.float32, CPU)
+
+
+def test_a_random_model_is_the_same_every_time_and_its_channels_differ(monkeypatch):
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    monkeypatch.setitem(SHAPES, "small", {**sizes, "num_key_value_heads": 2, "head_dim": 16})
+    state = torch.get_rng_state()
+    one, two = (of_shape("small", None, torch.float32, CPU) for _ in range(2))
+    assert torch.get_rng_state().equal(state)
+    for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        assert a.equal(b)
+    assert one.windows(3, 5).shape == (3, 5)
+    norms = one.model.model.layers[0].mlp.up_proj.weight.norm(dim=1)
+    assert norms.max() > 1.5 * norms.min()
+
+
+def test_tables_and_plot_are_made_of_the_lines_alone(figures, tmp_path):
+    lines = json.loads(json.dumps(figures))
+    prefill, decode = tables(lines)
+    assert prefill.row_count == decode.row_count == 6
+    assert "dtype" not in [c.header for c in prefill.columns], "what does not vary stands in the title"
+    assert profile_table(lines).row_count == 12
+    other = [{**f, "dtype": "bfloat16"} for f in lines]
+    assert "dtype" in [c.header for c in tables(lines + other)[0].columns]
+    assert [p.suffix for p in plot(lines, tmp_path / "bench")] == [".png", ".svg"]
+    assert plot([f for f in lines if f["method"] == "dense"], tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--methods", "prob"], "did you mean 'probe'"),
+        (["--methods", "llm-pruner"], "runs as fast as ppsp"),
+        (["--batch-sizes", "1,x"], "--batch-sizes '1,x' must be whole numbers"),
+        (["--lengths", "0"], "--lengths '0' must be whole numbers of at least 1"),
+        (["--ratio", "1"], "outside [0, 1)"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--layers", "2"], "--layers goes with --shape"),
+        (["--shape", "llama-9"], "unknown shape 'llama-9'"),
+        (["--dtypes", "int3"], "int3"),
+        (["--shape", "llama-2-7b", "--dtypes", "int3"], "int3"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    out = tmp_path / "out"
+    assert run(lambda: app(["bench", *arguments, "--out", str(out)])) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_the_command_writes_lines_and_a_plot(tmp_path, capsys, monkeypatch):
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    monkeypatch.setitem(SHAPES, "small", {**sizes, "num_key_value_heads": 2, "head_dim": 16})
+    small = [
+        "--shape",
+        "small",
+        "--batch-sizes",
+        "1,2",
+        "--lengths",
+        "16",
+        "--new-tokens",
+        "2",
+        "--rounds",
+        "1",
+    ]
+    arguments = [
+        "bench",
+        *small,
+        "--dtypes",
+        "float32",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path),
+        "--profile",
+    ]
+    assert run(lambda: app(arguments)) == 0
+    shown = capsys.readouterr().out
+    assert "prefill" in shown and "decode" in shown and "run_ahead" in shown
+    lines = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 2 * 3 and {f["threads"] for f in lines} == {1}
+    assert (tmp_path / "bench.png").exists()
