@@ -73,8 +73,8 @@ class Statistics:
         channels = len(units) * block.unit_width
         if found is None or not found.units.equal(units.cpu()) or found.weight.shape[1] != channels:
             raise UsageError(
-                f"there is no consumer of {block.name} refitted to the units it keeps; refit with this model, "
-                "method and ratio: probeprune.method_consumers."
+                f"there is no consumer of {block.name} refitted to the units it keeps; refit with this "
+                "model, method and ratio: probeprune.surgery.method_consumers."
             )
         return found
 

@@ -5,7 +5,7 @@ knows what is done between two layers.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class Layers:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, batches: Sequence[torch.Tensor]) -> None:
-        self._layers: Any = model.get_submodule(find_family(model).layers)
+        self._layers = cast(nn.ModuleList, model.get_submodule(find_family(model).layers))
         self._sizes = [len(b) for b in batches]
         self._calls: dict[int, list[dict[str, Any]]] = {}
         self.hidden: list[torch.Tensor] = []

@@ -227,7 +227,8 @@ class Partition:
                 linear._parameters[name] = nn.Parameter(rest, requires_grad=full.requires_grad)
             if linear is block.consumer:
                 wanted = linear.weight.requires_grad
-                linear._parameters.update({n: p.requires_grad_(wanted) for n, p in self._replaced.items()})
+                for name, replaced in self._replaced.items():
+                    linear._parameters[name] = nn.Parameter(replaced.data, requires_grad=wanted)
             linear.out_features, linear.in_features = linear.weight.shape
             parameters.clear()  # frees the dense weight before the next map is copied
         self._windows, self._forwards, self._replaced = [], [], {}

@@ -1,8 +1,9 @@
 """The refit of the consumers that a cut made narrower, layer by layer, on calibration text.
 
-Two streams of hidden states go through the model's own layers: the dense model's, and that of the model pruned
-and refitted so far. A block is fitted so that what it makes of the second comes nearest to what the dense block
-makes of the first, plus a share of the error that the second has gathered. The model is left as it was.
+Two streams of hidden states go through the model's own layers: the dense model's, and that of the model
+pruned and refitted so far. A block is fitted so that what it makes of the second comes nearest to what the
+dense block makes of the first, plus a share of the error that the second has gathered. The model is left as
+it was.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,12 +63,13 @@ def refit(
     check_eval(model)
     check_windows(model, windows)
     fitted_on, held = _split(windows, how)
-    first_held = len(batches(fitted_on, batch_size))
+    parts = [*batches(fitted_on, batch_size)]
+    first_held = len(parts)
+    if len(held):
+        parts += batches(held, batch_size)
     with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be written outside
         blocks = find_blocks(model, units)
-        layers = Layers(
-            model, [*batches(fitted_on, batch_size), *(held.split(batch_size) if len(held) else ())]
-        )
+        layers = Layers(model, parts)
         partitions = {b.name: Partition(b) for b in blocks if b.name in kept}
         try:
             for name, partition in partitions.items():
@@ -98,7 +100,8 @@ class _Fitting:
     Attributes:
         first_held: index of the first batch that is held out.
         added: whether consumers' outputs are added to the residual stream as they are.
-        dense, pruned: hidden states in front of the present layer, by batch; one list while they are the same.
+        dense, pruned: hidden states in front of the present layer, by batch; one list while they are the
+            same.
     """
 
     def __init__(
@@ -165,11 +168,11 @@ class _Fitting:
         return moments
 
     def _empty(self, block: Block) -> Gram:
-        d, n = self.partitions[block.name].consumer_weight.shape
+        d = len(self.partitions[block.name].consumer_weight)
         k = self.partitions[block.name].kept * block.unit_width
         return Gram(k, d, block.consumer.weight.device)
 
-    def _error(self, block: Block, dense: "dict[str, _Seen]", pruned: "dict[str, _Seen]") -> torch.Tensor:
+    def _error(self, block: Block, dense: dict[str, "_Seen"], pruned: dict[str, "_Seen"]) -> torch.Tensor:
         """What the residual stream of the pruned model lacks in front of this block's output."""
         if not self.added:
             return torch.zeros_like(dense[block.kind].output)
@@ -183,32 +186,29 @@ class _Fitting:
     def _fit(self, block: Block, fit: Gram, held: Gram) -> Consumer:
         """Choose the damping, fit to all windows, and show the result from now on."""
         partition = self.partitions[block.name]
-        own = partition.consumer_weight
-        weight = own[:, : fit.zz.shape[0]]
-        bias = block.consumer.bias
-        if bias is None and self.how.bias:
-            bias = torch.zeros(len(own), device=own.device)
+        own, own_bias = partition.consumer_weight, block.consumer.bias
+        weight = own[:, : len(fit.zz)]
+        bias = torch.zeros(len(own), device=own.device) if self.how.bias and own_bias is None else own_bias
         judge = held if held.count else fit
         try:
+            before = squared_error(judge, weight, own_bias)
             found = [(squared_error(judge, *solve(fit, weight, bias, d)), d) for d in self.how.damping]
             error, damping = min(found)
-            before = squared_error(judge, weight, block.consumer.bias)
-            scale = target_variance(judge) or 1.0
             if held.count:
                 fit.merge(held)
-            if error < before:
-                partition.replace_consumer(*solve(fit, weight, bias, damping))
+            best = solve(fit, weight, bias, damping) if error < before else (weight.clone(), own_bias)
         except FloatingPointError as problem:
             raise FloatingPointError(
-                f"the refit of {block.name} failed: {problem}; give more calibration windows or more damping, "
-                "or load the model in float32."
+                f"the refit of {block.name} failed: {problem}; give more calibration windows or more "
+                "damping, or load the model in float32."
             ) from None
-        shown, better = block.consumer, error < before
+        partition.replace_consumer(*best)
+        scale = target_variance(judge) or 1.0
         return Consumer(
             units=partition.kept_units.cpu(),
-            weight=shown.weight.detach(),
-            bias=None if shown.bias is None else shown.bias.detach(),
-            damping=damping if better else None,
+            weight=best[0].to(own.dtype),
+            bias=None if best[1] is None else best[1].detach().to(own.dtype),
+            damping=damping if error < before else None,
             error=min(error, before) / scale,
             error_before=before / scale,
         )
@@ -230,13 +230,13 @@ class _Seen:
 
 @contextmanager
 def _watching(blocks: Sequence[Block]) -> Iterator[dict[str, _Seen]]:
-    """Note, by block kind, the residual in front of a layer's blocks and what goes through their consumers."""
-    seen = {b.kind: _Seen() for b in blocks}
+    """Note, by block kind, the residual in front of a layer's blocks and what passes their consumers."""
+    seen: dict[str, _Seen] = {b.kind: _Seen() for b in blocks}
     hooks: list[RemovableHandle] = []
     try:
         for block in blocks:
             hooks += _watch(block, seen[block.kind])
-        yield dict(seen)
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
