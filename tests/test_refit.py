@@ -217,7 +217,8 @@ def test_damping_is_chosen_on_the_windows_held_out_and_may_be_none():
         consumer.weight.double(), explicit(weight, bias, *whole, consumer.damping)[0], rtol=1e-2, atol=1e-3
     )
     # Four windows are too few for a hundred channels: whatever is fitted to them is worse elsewhere.
-    few = refit(FAMILIES["llama"](), kept, WINDOWS[:4], replace(how, damping=(1e-3,) * 2))
+    llama = FAMILIES["llama"]()
+    few = refit(llama, some(llama), WINDOWS[:4], replace(how, damping=(1e-3,) * 2))
     stays = [c for c in few.values() if c.damping is None]
     assert stays and all(c.error == c.error_before for c in stays)
 
@@ -263,6 +264,8 @@ def test_what_cannot_be_refitted_is_said_in_a_sentence():
     for changes in ({"compensation": "least-squares"}, {"refit": Refit()}):
         with pytest.raises(UsageError, match="go together"):
             compose("wanda-sp", **changes)
+    with pytest.raises(UsageError, match="is no block"):
+        refit(model, {"lm_head": torch.arange(3)}, WINDOWS)
     with pytest.raises(UsageError, match="prune once"):
         compose("probe", compensation="least-squares", refit=Refit())
     for wrong in (

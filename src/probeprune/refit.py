@@ -56,7 +56,7 @@ def refit(
         By block name, for the blocks in `kept`; weights in the model's dtype.
 
     Raises:
-        UsageError: unsupported model, too few or too long windows.
+        UsageError: unsupported model, names that are no blocks, too few or too long windows.
         FloatingPointError: NaN or infinite activations, or moments that cannot be factorised.
     """
     how = how or Refit()
@@ -69,6 +69,9 @@ def refit(
         parts += batches(held, batch_size)
     with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be written outside
         blocks = find_blocks(model, units)
+        strange = kept.keys() - {b.name for b in blocks}
+        if strange:
+            raise UsageError(f"{min(strange)} is no block of this model; find_blocks lists them.")
         layers = Layers(model, parts)
         partitions = {b.name: Partition(b) for b in blocks if b.name in kept}
         try:
