@@ -11,12 +11,12 @@ out.
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from peft import get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from probeprune.blocks import find_blocks
 from probeprune.data import load_corpus, training_windows
 from probeprune.hub import quiet_libraries
 from probeprune.models import load_model
@@ -25,7 +25,7 @@ from probeprune.training.recovery import lora_config, recover
 from probeprune.training.settings import Lora, Training
 from probeprune.training.trainer import Windows
 
-ROUNDS, STEPS, BATCH, LENGTH = 3, 5, 4, 256
+ROUNDS, STEPS, BATCH, LENGTH = 3, 4, 4, 256
 
 
 class Steps(TrainerCallback):
@@ -68,8 +68,6 @@ def plain(model, windows, held_out, work: Path) -> float:
 
 
 def ours(model, windows, held_out, work: Path, *, prune: bool) -> float:
-    from probeprune.blocks import find_blocks
-
     training = Training(
         steps=STEPS, batch_size=BATCH, micro_batch=BATCH, length=LENGTH, warmup_steps=0, keep_best=False
     )
@@ -78,7 +76,7 @@ def ours(model, windows, held_out, work: Path, *, prune: bool) -> float:
         blocks = find_blocks(model)
         # Masks change at every step here, so that their cost is seen in a run of a few steps.
         more = [LoraPrune(blocks, [max(1, int(0.8 * b.units)) for b in blocks], every=1)]
-    recover(model, windows, held_out, replace(training), work, callbacks=[steps, *more])
+    recover(model, windows, held_out, training, work, callbacks=[steps, *more])
     return steps.seconds()
 
 
@@ -95,7 +93,8 @@ def main() -> None:
         for name, way in ways.items():
             with tempfile.TemporaryDirectory() as folder, quiet_libraries():
                 model = load_model(dtype=str(loaded.dtype).removeprefix("torch.")).model
-                seconds[name].append(way(model, windows, held_out[:4], Path(folder) / "work"))
+                seconds[name].append(way(model, windows, held_out[:1], Path(folder) / "work"))
+            print(f"{name}: {seconds[name][-1]:.2f} s a step", flush=True)
     print(f"{BATCH} x {LENGTH} tokens a step, {loaded.dtype}, {loaded.device}")
     base = seconds["plain PEFT + Trainer"]
     for name, own in seconds.items():

@@ -108,12 +108,16 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, smollm2):
         "from probeprune.cli import main; main()",
         "compare",
         "--methods",
-        "dense",
+        "dense,magnitude,random",
+        "--ratios",
+        "0.2",
     ]
     process = subprocess.Popen(
-        [*command, "--windows", "64", "--dtype", "float32", "--out", str(tmp_path)],
+        [*command, "--windows", "16", "--length", "256", "--dtype", "float32", "--out", str(tmp_path)],
         stderr=subprocess.PIPE,
         text=True,
+        # In the background a shell has tests ignore SIGINT, and their children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "results.jsonl").exists():
