@@ -1,6 +1,6 @@
 """How much the grouping of requests changes a dynamic method's accuracy, and that it changes no static one's.
 
-    python benchmarks/task_batches.py        (about ten minutes on two cores)
+    python benchmarks/task_batches.py        (three minutes on two cores)
 
 Probe Pruning chooses anew for every batch, so its answers depend on what shares one. The same items run with
 several batch sizes and both orders. Printed are accuracy and the share of items whose answer differs from
