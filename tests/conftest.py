@@ -5,9 +5,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported: they read it once
 
 import pytest
+from tiny import FAMILIES, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from probeprune.calibration import calibrate
 from probeprune.models import LoadedModel, load_model
 
 
@@ -30,3 +32,17 @@ def number_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", pad_token="<pad>", model_max_length=16
     )
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def calibrated(request):
+    """A model and its statistics, from windows shorter than the sequences it will see."""
+    model = FAMILIES[request.param]()
+    return model, calibrate(model, token_ids(6, 16, seed=9), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """The same for one family, with grouped-query attention."""
+    model = FAMILIES["llama-gqa"]()
+    return model, calibrate(model, token_ids(6, 16, seed=9), batch_size=4)

@@ -16,19 +16,6 @@ SIDES = ("none", "left", "right")
 DYNAMIC = (PROBING, "full-batch")
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def calibrated(request):
-    """A model and its statistics, from windows shorter than the sequences it will see."""
-    model = FAMILIES[request.param]()
-    return model, calibrate(model, token_ids(6, 16, seed=9), batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def llama():
-    model = FAMILIES["llama-gqa"]()
-    return model, calibrate(model, token_ids(6, 16, seed=9), batch_size=4)
-
-
 def logits(model, ids, mask):
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]

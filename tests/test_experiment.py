@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import FAMILIES
+from tiny import write_model_and_text
 
-from probeprune import report, save
+from probeprune import report
 from probeprune.cli import app, run
 from probeprune.data import Text
 from probeprune.errors import UsageError
@@ -133,9 +133,7 @@ def test_paired_error_is_that_of_the_differences():
 def tiny_folder(tmp_path_factory, number_tokenizer):
     """A tiny model on disk, and texts for it."""
     folder = tmp_path_factory.mktemp("tiny")
-    save(FAMILIES["llama-gqa"](), folder / "model", tokenizer=number_tokenizer)
-    lines = [{"text": " ".join(str((7 * i + j * j) % 120) for j in range(60))} for i in range(40)]
-    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_model_and_text(folder, number_tokenizer)
     return folder
 
 

@@ -20,18 +20,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def calibrated(request):
-    model = FAMILIES[request.param]()
-    return model, calibrate(model, token_ids(6, 16, seed=9), batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def llama():
-    model = FAMILIES["llama-gqa"]()
-    return model, calibrate(model, token_ids(6, 16, seed=9), batch_size=4)
-
-
 def generate(model, ids, mask, **options):
     torch.manual_seed(0)  # for what samples
     return model.generate(ids, attention_mask=mask, **{**OPTIONS, **options})

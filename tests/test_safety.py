@@ -19,12 +19,6 @@ def calibrated(request):
     return model, calibrate(model, token_ids(6, 16, seed=9))
 
 
-@pytest.fixture(scope="module")
-def llama():
-    model = FAMILIES["llama-gqa"]()
-    return model, calibrate(model, token_ids(6, 16, seed=9))
-
-
 def parts(model) -> dict[str, object]:
     """Everything of a model that attaching touches, by name."""
     found: dict[str, object] = {}

@@ -1,6 +1,5 @@
 """The whole grid on a tiny model: failures are lines, kills lose nothing, a Ray cluster gives the same."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import FAMILIES
+from tiny import write_model_and_text
 
-from probeprune import save
 from probeprune.cli import app, run
 from probeprune.errors import UsageError
 from probeprune.experiment.executors import run_on_ray
+from probeprune.experiment.measuring import failure
 from probeprune.experiment.presets import load_preset
 from probeprune.experiment.results import RESULTS, Results
 from probeprune.experiment.run import run as run_here
@@ -41,10 +40,7 @@ TIMED = {
 def folder(tmp_path_factory, number_tokenizer):
     """A tiny model, a text and a preset for them."""
     where = tmp_path_factory.mktemp("table")
-    save(FAMILIES["llama-gqa"](), where / "model", tokenizer=number_tokenizer)
-    lines = [{"text": " ".join(str((7 * i + j * j) % 120) for j in range(60))} for i in range(40)]
-    (where / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = where / "text.jsonl"
+    text = write_model_and_text(where, number_tokenizer)
     (where / "own.yaml").write_text(
         f"models: [{where / 'model'}]\n"
         "methods:\n"
@@ -131,6 +127,12 @@ def test_a_cell_that_fails_is_a_line_and_is_tried_again(folder, tmp_path, capsys
     before = len((out / RESULTS).read_bytes().splitlines())
     assert run(lambda: app(call)) == 0
     assert len((out / RESULTS).read_bytes().splitlines()) == before + len(failed)
+
+
+def test_a_failure_says_once_what_kind_of_error_it_was(folder):
+    cell = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")[0]
+    assert failure(cell, RuntimeError("no memory\nmore"))["error"] == "RuntimeError: no memory"
+    assert failure(cell, UsageError("Too short."))["error"] == "Too short."
 
 
 def test_a_model_that_cannot_be_opened_fails_its_cells_alone(folder, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Tiny random models of every supported family, with weights large enough that pruning shows."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from probeprune import Probe, compose
+from probeprune import Probe, compose, save
 
 SHAPE = {
     "hidden_size": 48,
@@ -143,3 +145,11 @@ def kept(handle) -> list:
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     """Equal to rounding: within 1e-5 of the largest value."""
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def write_model_and_text(folder: Path, tokenizer: object) -> Path:
+    """A tiny model in `model` and a text that is easy to learn in the file returned."""
+    save(FAMILIES["llama-gqa"](), folder / "model", tokenizer=tokenizer)
+    lines = [{"text": " ".join(str((7 * i + j * j) % 120) for j in range(60))} for i in range(40)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "text.jsonl"

@@ -213,8 +213,12 @@ def choose_units(scores: torch.Tensor, keep: int, block: Block) -> torch.Tensor:
 
 def removed_share(blocks: Sequence[Block], kept: Sequence[int]) -> float:
     """The share of all blocks' parameters that these widths really remove."""
-    removed = sum((b.units - k) * b.unit_parameters for b, k in zip(blocks, kept, strict=True))
-    return removed / sum(b.parameters for b in blocks)
+    return removed_parameters(blocks, kept) / sum(b.parameters for b in blocks)
+
+
+def removed_parameters(blocks: Sequence[Block], kept: Sequence[int]) -> int:
+    """How many parameters these widths remove."""
+    return sum((b.units - k) * b.unit_parameters for b, k in zip(blocks, kept, strict=True))
 
 
 def _floor(x: float) -> int:

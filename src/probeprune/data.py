@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, first_line
 from probeprune.hub import quiet_libraries
 
 logger = logging.getLogger(__name__)
@@ -148,9 +148,8 @@ def load_corpus(
 
     Args:
         name: an embedded corpus (a key of `EMBEDDED_CORPORA`), one on the hub by a short name (a key of
-            `HUB_CORPORA`), a local file (`.txt`: one document; `.jsonl`,
-            `.parquet`: one document a row; `.txt` and `.jsonl` also with `.gz`), or a hub data set as
-            `owner/name`.
+            `HUB_CORPORA`), a local file (`.txt`: one document; `.jsonl`, `.parquet`: one document a row;
+            `.txt` and `.jsonl` also with `.gz`), or a hub data set as `owner/name`.
         subset: configuration of a hub data set, such as `en` of `allenai/c4`.
         split: split of a hub data set; `train` when not given.
         column: which field of a row holds the text (`.jsonl`, `.parquet`, hub).
@@ -283,10 +282,9 @@ def _stream_hub(
             rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
             head = list(itertools.islice(rows, limit + 1))
     except (OSError, ValueError, RuntimeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UsageError(
             f"Data set '{name}' (subset {subset}, split {split}) could not be read from the hub:"
-            f" {first_line}; check name and network, or use an embedded corpus"
+            f" {first_line(error)}; check name and network, or use an embedded corpus"
             f" ({', '.join(EMBEDDED_CORPORA)}) or a file."
         ) from error
     if warn and len(head) > limit:

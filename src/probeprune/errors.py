@@ -6,3 +6,8 @@ class UsageError(ValueError):
 
     The library raises it, the command line prints its text and exits with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, short enough to stand inside a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -3,7 +3,6 @@
 Runs the model's own `generate`, whatever is attached to it. Knows nothing of methods.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import (
 
 from probeprune.data import pad_batch
 from probeprune.errors import UsageError
+from probeprune.evaluation.cost import now
 from probeprune.models import LoadedModel
 
 
@@ -164,16 +164,11 @@ class _Clock(LogitsProcessor):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.times: list[float] = []
-        self.start = self._now()
+        self.start = now(device)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.times.append(self._now())
+        self.times.append(now(self._device))
         return scores
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:

@@ -33,9 +33,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, first_line
 from probeprune.files import write_json, writing
 from probeprune.hub import quiet_libraries
+from probeprune.provenance import dtype_name
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0): LLaMA architecture, grouped-query attention, 30 layers."""
@@ -113,7 +114,7 @@ def load_model(
                 f"Model '{name}' has no safetensors weights, and pickled ones can run any code when opened:"
                 " convert it to safetensors first."
             ) from error
-        raise UsageError(f"Model '{name}' could not be loaded: {_first_line(error)}.") from error
+        raise UsageError(f"Model '{name}' could not be loaded: {first_line(error)}.") from error
     if missing:
         raise UsageError(
             f"The weights of model '{name}' are incomplete: {len(missing)} tensors are missing, such as"
@@ -172,7 +173,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
         chosen = fastest_dtype(device)
     # Where the cache cannot be written the choice is simply made again.
     with suppress(OSError):
-        write_json(file, {machine: str(chosen).removeprefix("torch.")})
+        write_json(file, {machine: dtype_name(chosen)})
     return chosen
 
 
@@ -274,7 +275,7 @@ def _load_config(name: str, source: Path | str, trust_remote_code: bool) -> Pret
                 f"Unknown model '{name}': it is no local directory or .gguf file, and no hub model of that"
                 f" name could be reached (check name, network and access); '{EMBEDDED_MODEL}' needs no hub."
             ) from error
-        raise UsageError(f"Model '{name}' could not be loaded: {_first_line(error)}.") from error
+        raise UsageError(f"Model '{name}' could not be loaded: {first_line(error)}.") from error
 
 
 def _open_weights(source: Path | str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -284,10 +285,6 @@ def _open_weights(source: Path | str, **options: Any) -> tuple[PreTrainedModel, 
     """
     model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     return model, sorted(loading["missing_keys"])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -319,7 +316,7 @@ def _converted(gguf: Path) -> Path:
         tempfile.TemporaryFile(dir=models).close()
     except OSError as error:
         raise UsageError(
-            f"The cache '{models}' cannot be written ({_first_line(error)}): set PROBEPRUNE_CACHE to a folder"
+            f"The cache '{models}' cannot be written ({first_line(error)}): set PROBEPRUNE_CACHE to a folder"
             " that can."
         ) from error
     console = Console(file=sys.stderr)
@@ -335,7 +332,7 @@ def _converted(gguf: Path) -> Path:
             _convert(gguf, partial)
     except (*LOADING_ERRORS, NotImplementedError) as error:
         if not final.is_dir():  # else another process was faster: its copy has the same content
-            raise UsageError(f"GGUF file '{gguf}' could not be converted: {_first_line(error)}.") from error
+            raise UsageError(f"GGUF file '{gguf}' could not be converted: {first_line(error)}.") from error
     return final
 
 

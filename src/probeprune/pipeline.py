@@ -20,7 +20,7 @@ from probeprune.files import write_json
 from probeprune.methods import Method, compose
 from probeprune.models import LoadedModel, cache_dir, source_fingerprint
 from probeprune.progress import Progress, silent
-from probeprune.provenance import versions
+from probeprune.provenance import dtype_name, versions
 from probeprune.surgery import check_static, prune
 
 
@@ -86,7 +86,7 @@ def prune_to(
         "evaluation": measure.record(),
         "seconds": round(seconds, 1),
         "peak_memory": memory.bytes,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": dtype_name(loaded.dtype),
         "device": str(loaded.device),
         "versions": versions(),
     }
@@ -125,11 +125,12 @@ class Measure:
     ) -> None:
         self.text, self.progress, self.batch_size, self.keep = text, progress, batch_size, keep
         self.figures: dict[str, float] = {}
-        self._of = {**asdict(text), "model": loaded.name, "weights": source_fingerprint(loaded.name)}
-        if keep is not None and keep.exists():
-            kept = json.loads(keep.read_text(encoding="utf-8"))
-            if kept["of"] == self._of:
-                self.figures = kept["figures"]
+        if keep is not None:
+            self._of = {**asdict(text), "model": loaded.name, "weights": source_fingerprint(loaded.name)}
+            if keep.exists():
+                kept = json.loads(keep.read_text(encoding="utf-8"))
+                if kept["of"] == self._of:
+                    self.figures = kept["figures"]
         self.windows = None
         if text.windows:
             self.windows = evaluation_windows(

@@ -6,7 +6,6 @@ pruning leaves alone.
 """
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,15 +14,17 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from probeprune.allocation import removed_parameters
 from probeprune.bench.profiling import OVERHEAD, profiled
 from probeprune.bench.targets import Target
 from probeprune.blocks import Block
 from probeprune.calibration import Statistics
 from probeprune.dynamic import attach
-from probeprune.evaluation.cost import PeakMemory, counting_flops
+from probeprune.evaluation.cost import PeakMemory, counting_flops, now
 from probeprune.methods import METHODS, Method
 from probeprune.passes import find_decoder
 from probeprune.progress import Progress
+from probeprune.provenance import dtype_name
 
 Figures = dict[str, Any]
 """One line: a method, a stage (prefill or decode) and a point of the grid."""
@@ -96,7 +97,7 @@ def measure(
         **vars(point),
         "new_tokens": new_tokens,
         "rounds": rounds,
-        "dtype": str(target.dtype).removeprefix("torch."),
+        "dtype": dtype_name(target.dtype),
         "device": str(target.device),
         "threads": torch.get_num_threads(),
     }
@@ -120,21 +121,15 @@ def _step(target: Target, ids: torch.Tensor, cache: DynamicCache) -> None:
         find_decoder(target.model)(input_ids=ids, past_key_values=cache)
 
 
-def _now(target: Target) -> float:
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return time.perf_counter()
-
-
 def _round(target: Target, batch: torch.Tensor, length: int, run: _Run) -> None:
     """Time one prompt and the tokens behind it."""
-    times = [_now(target)]
+    times = [now(target.device)]
     cache = _prefill(target, batch[:, :length])
-    times.append(_now(target))
+    times.append(now(target.device))
     steps = batch[:, length:].split(1, dim=1) if batch.shape[1] > length else ()
     for token in steps:
         _step(target, token, cache)
-    times.append(_now(target))
+    times.append(now(target.device))
     run.seconds["prefill"].append(times[1] - times[0])
     if steps:
         run.seconds["decode"].append((times[2] - times[1]) / len(steps))
@@ -158,7 +153,7 @@ def _first_round(
 
 def _weight_bytes(target: Target, handle: Any) -> int:
     """Bytes of the decoder layers' weights that a pass reads."""
-    gone = sum((b.units - k) * b.unit_parameters for b, k in zip(handle.blocks, handle.kept, strict=True))
+    gone = removed_parameters(handle.blocks, handle.kept)
     return target.dtype.itemsize * (sum(b.parameters for b in handle.blocks) - gone)
 
 

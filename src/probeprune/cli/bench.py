@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from probeprune.allocation import check_ratio
-from probeprune.cli.common import DEVICE, JSON, MODEL, TRUST, err, names, out, progress_bar
+from probeprune.cli.common import DEVICE, JSON, MODEL, TRUST, err, names, out, progress_bar, say_written
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
 
@@ -90,8 +90,7 @@ def bench(
     else:
         for table in tables(figures) + ([profile_table(figures)] if profile else []):
             out().print(table)
-    files = ", ".join(str(p) for p in (out_dir / "bench.jsonl", *plots))
-    err.print(f"written: {files}", highlight=False, soft_wrap=True)
+    say_written((out_dir / "bench.jsonl", *plots))
 
 
 def _method(name: str, shape: str | None) -> Method:

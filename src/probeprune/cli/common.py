@@ -2,12 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -86,6 +88,33 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise UsageError(f"{text!r} is not a number; ratios look like 0.2,0.4.") from None
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """Sentences on stderr that do not end the command."""
+    for sentence in sentences:
+        err.print(f"[yellow]{escape(sentence)}[/yellow]", highlight=False, soft_wrap=True)
+
+
+def say_rows(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
+    """Result lines as JSON, or as a table."""
+    from probeprune import report
+
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+    else:
+        out().print(report.table(rows, title))
+
+
+def say_written(files: Iterable[Path]) -> None:
+    """Where results are, on stderr."""
+    err.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+
+
+def weights_dtype(loaded: Any, dtype: str) -> Any:
+    """Of weights on disk: as they were where `--dtype auto` chose what to compute in, else as asked for."""
+    return loaded.stored_dtype if dtype == "auto" else loaded.dtype
 
 
 def say_saved(

@@ -1,6 +1,5 @@
 """`probeprune compare`: methods x ratios on one model, one table."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -18,8 +17,10 @@ from probeprune.cli.common import (
     names,
     number,
     one_of,
-    out,
     progress_bar,
+    say_rows,
+    say_written,
+    warn,
 )
 from probeprune.data import Sampling
 from probeprune.errors import UsageError
@@ -84,6 +85,7 @@ def compare(
     from probeprune.experiment.run import run
     from probeprune.experiment.workbench import Workbench
     from probeprune.models import load_model, source_fingerprint
+    from probeprune.provenance import dtype_name
 
     for name, value in (("windows", windows + 1), ("length", length - 1), ("batch-size", batch_size)):
         if value < 1:
@@ -102,6 +104,8 @@ def compare(
     budget = scaled_budget(train_steps, train_batch_size, train_length, train_rate, train_text)
     with err.status("loading the model"):
         loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    # Of a local model's files: read once, not for every cell.
+    weights = source_fingerprint(model)
     subjects = [
         subject(
             model,
@@ -110,9 +114,9 @@ def compare(
             seed=seed,
             calibration=Text(calibration, calibration_windows, length),
             budget=budget,
-            dtype=str(loaded.dtype).removeprefix("torch."),
+            dtype=dtype_name(loaded.dtype),
             device=loaded.device.type,
-            weights=source_fingerprint(model),
+            weights=weights,
         )
         for method in chosen
         for share in shares
@@ -127,8 +131,7 @@ def compare(
         seed=seed if sampling == "published" else 0,
     )
     results = Results.open(out_dir)
-    for problem in results.problems:
-        err.print(f"[yellow]{problem}[/yellow]", highlight=False, soft_wrap=True)
+    warn(results.problems)
 
     def done(cell: Cell, row: dict[str, Any]) -> None:
         err.print(
@@ -146,10 +149,5 @@ def compare(
     )
     (out_dir / "table.md").write_text(report.markdown(rows, title), encoding="utf-8")
     plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), out_dir / "plot")
-    if as_json:
-        for row in rows:
-            print(json.dumps(row))
-    else:
-        out().print(report.table(rows, title))
-    files = ", ".join(str(p) for p in (results.path, out_dir / "table.md", *plots))
-    err.print(f"written: {files}", highlight=False, soft_wrap=True)
+    say_rows(rows, title, as_json)
+    say_written((results.path, out_dir / "table.md", *plots))

@@ -60,6 +60,7 @@ def generate(
     from probeprune.generation import Sampling, encode
     from probeprune.generation import generate as run
     from probeprune.models import load_model
+    from probeprune.provenance import dtype_name
 
     chosen = _method(method, refresh)
     check_ratio(ratio)
@@ -96,7 +97,7 @@ def generate(
                         "decode_tokens_per_second": made.decode_rate,
                         "compared": speed,
                         "seed": seed,
-                        "dtype": str(loaded.dtype).removeprefix("torch."),
+                        "dtype": dtype_name(loaded.dtype),
                         "device": str(loaded.device),
                     }
                 )
@@ -137,6 +138,7 @@ def _statistics(loaded: Any, method: Method, ratio: float, text: Any, seed: int,
     """What the method needs to know of the model, from the cache where it is there."""
     from probeprune.experiment.cells import subject
     from probeprune.experiment.workbench import Workbench
+    from probeprune.provenance import dtype_name
 
     bench = Workbench(Path(), progress)
     bench.take(loaded)
@@ -147,7 +149,7 @@ def _statistics(loaded: Any, method: Method, ratio: float, text: Any, seed: int,
             ratio,
             seed=seed,
             calibration=text,
-            dtype=str(loaded.dtype).removeprefix("torch."),
+            dtype=dtype_name(loaded.dtype),
             device=loaded.device.type,
         )
     )

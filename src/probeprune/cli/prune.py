@@ -19,6 +19,7 @@ from probeprune.cli.common import (
     one_of,
     progress_bar,
     say_saved,
+    weights_dtype,
 )
 from probeprune.errors import UsageError
 from probeprune.methods import Method, compose, evenly, get_method
@@ -89,7 +90,7 @@ def prune(
             steps=steps,
             batch_size=batch_size,
             seed=seed,
-            save_dtype=loaded.stored_dtype if dtype == "auto" else loaded.dtype,
+            save_dtype=weights_dtype(loaded, dtype),
             progress=show,
         )
     before, after = record["parameters"]

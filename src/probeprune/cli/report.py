@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from probeprune.cli.common import JSON, err, out
+from probeprune.cli.common import JSON, err, out, warn
 from probeprune.errors import UsageError
 
 
@@ -27,8 +26,7 @@ def report(
 
     rows, problems = reporting.read_rows(run)
     summaries = reporting.summarise(rows)
-    for sentence in (*problems, *(note for s in summaries for note in s.notes)):
-        err.print(f"[yellow]{escape(sentence)}[/yellow]", highlight=False, soft_wrap=True)
+    warn((*problems, *(note for s in summaries for note in s.notes)))
     title = f"Pruning {' and '.join(s.model for s in summaries)}"
     page = page or (run if run.is_dir() else run.parent) / "report.html"
     if page.is_dir() or any(folder.is_file() for folder in page.parents):

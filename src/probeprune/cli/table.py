@@ -1,6 +1,5 @@
 """`probeprune table`: a preset's whole grid, resumable, on this machine or a Ray cluster."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +15,10 @@ from probeprune.cli.common import (
     names,
     number,
     one_of,
-    out,
     progress_bar,
+    say_rows,
+    say_written,
+    warn,
 )
 from probeprune.errors import UsageError
 
@@ -61,6 +62,7 @@ def table(
     from probeprune.experiment.run import run
     from probeprune.experiment.workbench import Workbench
     from probeprune.models import choose_device, choose_dtype
+    from probeprune.provenance import dtype_name
 
     one_of("executor", executor, ("local", "ray"))
     if workers < 1:
@@ -76,10 +78,9 @@ def table(
     if seeds is not None:
         chosen = replace(chosen, seeds=tuple(int(number(s)) for s in names(seeds, "seeds")))
     where = choose_device(device)
-    cells = chosen.cells(str(choose_dtype(dtype, where)).removeprefix("torch."), where.type)
+    cells = chosen.cells(dtype_name(choose_dtype(dtype, where)), where.type)
     results = Results.open(out_dir)
-    for problem in results.problems:
-        err.print(f"[yellow]{problem}[/yellow]", highlight=False, soft_wrap=True)
+    warn(results.problems)
     known = sum(results.find(c) is not None for c in cells)
     err.print(f"{len(cells)} cells, {known} measured already", highlight=False)
 
@@ -113,14 +114,10 @@ def table(
     if any(row["kind"] == "result" for row in rows):
         report.write_html(rows, out_dir / "report.html", title, published=published())
         files.append(out_dir / "report.html")
-    if as_json:
-        for row in rows:
-            print(json.dumps(row))
-    else:
-        out().print(report.table(rows, title))
+    say_rows(rows, title, as_json)
     failed = sum(row["kind"] == "failure" for row in rows)
     if failed:
         err.print(
             f"[yellow]{failed} cells failed[/yellow]; the same command tries them again", highlight=False
         )
-    err.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+    say_written(files)

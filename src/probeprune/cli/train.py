@@ -9,7 +9,18 @@ import typer
 
 from probeprune.allocation import check_ratio
 from probeprune.checkpoint import Layout
-from probeprune.cli.common import DEVICE, DTYPE, JSON, MODEL, TRUST, err, one_of, progress_bar, say_saved
+from probeprune.cli.common import (
+    DEVICE,
+    DTYPE,
+    JSON,
+    MODEL,
+    TRUST,
+    err,
+    one_of,
+    progress_bar,
+    say_saved,
+    weights_dtype,
+)
 from probeprune.errors import UsageError
 
 STEPS = Annotated[int, typer.Option(help="Optimiser steps.")]
@@ -95,7 +106,7 @@ def recover(
             evaluation=Text(corpus, windows),
             merge=merge,
             pruning=pruning_of(model),
-            save_dtype=loaded.stored_dtype if dtype == "auto" else loaded.dtype,
+            save_dtype=weights_dtype(loaded, dtype),
             progress=show,
         )
     say_trained(record, out_dir, as_json)
@@ -170,7 +181,7 @@ def loraprune(
             corpus=text,
             packing=packing,
             evaluation=Text(corpus, windows),
-            save_dtype=loaded.stored_dtype if dtype == "auto" else loaded.dtype,
+            save_dtype=weights_dtype(loaded, dtype),
             progress=show,
         )
     say_trained(record, out_dir, as_json)

@@ -6,6 +6,7 @@ other in the tests.
 """
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,13 @@ def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batc
         for b, k in zip(blocks, kept, strict=True)
         if k < b.units
     )
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, read when the device has finished all that it was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class PeakMemory:

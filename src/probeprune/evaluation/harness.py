@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, first_line
 from probeprune.evaluation.likelihood import Order, Request, Scores, make_batches, score
 from probeprune.evaluation.task_data import Task, load_rows
 from probeprune.hub import quiet_libraries
@@ -133,10 +133,9 @@ def load_task(task: Task, *, limit: int | None = None, source: str = "local") ->
     except (OSError, ValueError, RuntimeError) as error:
         if source == "local":
             raise
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UsageError(
-            f"the harness' data set for {task.name} could not be read from the hub: {first_line}; check the "
-            "network, or use the items that ship with the package (source local)."
+            f"the harness' data set for {task.name} could not be read from the hub: {first_line(error)}; "
+            "check the network, or use the items that ship with the package (source local)."
         ) from error
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be switched off
         loaded.build_all_requests(limit=limit)

@@ -22,7 +22,7 @@ Order = Literal["length", "given"]
 Batch = list[int]
 """Which requests run in one forward pass, by index."""
 
-_HEAD_TOKENS = 2048
+HEAD_TOKENS = 2048
 """Tokens whose logits exist at once."""
 
 
@@ -148,7 +148,7 @@ def _score_batch(
     wanted = torch.cat([h[n - k : n] for h, n, k in zip(hidden, lengths, counts, strict=True)])
     targets = torch.tensor([t for c in continuations for t in c], device=ids.device)
     likelihoods, hits = [], []
-    for h, target in zip(wanted.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
+    for h, target in zip(wanted.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
         logits = next_token_logits(model, h)
         likelihoods.append(-nn.functional.cross_entropy(logits, target, reduction="none").double())
         hits.append(logits.argmax(-1) == target)

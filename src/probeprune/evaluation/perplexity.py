@@ -7,8 +7,8 @@ logits of a whole batch would be the largest tensor by far. Knows nothing of pru
 
 import math
 import statistics
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,14 +18,11 @@ from torch import nn
 from probeprune.calibration import check_windows
 from probeprune.data import batches
 from probeprune.errors import UsageError
-from probeprune.evaluation.cost import counting_flops
-from probeprune.evaluation.likelihood import next_token_logits
+from probeprune.evaluation.cost import counting_flops, now
+from probeprune.evaluation.likelihood import HEAD_TOKENS, next_token_logits
 from probeprune.passes import find_decoder
 
 Averaging = Literal["token", "published"]
-
-_HEAD_TOKENS = 2048
-"""Tokens whose logits exist at once."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +88,12 @@ def perplexity(
     with torch.inference_mode():
         for batch in batches(windows, batch_size):
             ids = batch.to(device)
-            if losses:
-                started = time.perf_counter()
-                hidden = _run(decoder, ids)
-            else:
-                with counting_flops() as count:
-                    started = time.perf_counter()
-                    hidden = _run(decoder, ids)
+            with nullcontext() if losses else counting_flops() as count:
+                started = now(device)
+                hidden = decoder(input_ids=ids, use_cache=False)[0]
+                took = now(device) - started
+            if count is not None:
                 flops_per_token = count.flops / ids.numel()
-            took = time.perf_counter() - started
             seconds += took
             rates.append(ids.numel() / took)
             losses += window_losses(model, hidden, ids).tolist()
@@ -120,13 +114,6 @@ def perplexity(
     )
 
 
-def _run(decoder: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    hidden: torch.Tensor = decoder(input_ids=ids, use_cache=False)[0]
-    if hidden.is_cuda:  # timings are of finished work
-        torch.cuda.synchronize()
-    return hidden
-
-
 def window_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Mean next-token loss of each window: (batch,), float64.
 
@@ -135,7 +122,7 @@ def window_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> 
         hidden: last hidden states of its decoder (batch, length, hidden).
         ids: the windows (batch, length).
     """
-    per_step = max(1, _HEAD_TOKENS // ids.shape[1])
+    per_step = max(1, HEAD_TOKENS // ids.shape[1])
     losses = []
     for h, target in zip(hidden.split(per_step), ids.split(per_step), strict=True):
         logits = next_token_logits(model, h[:, :-1])

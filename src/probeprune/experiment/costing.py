@@ -1,23 +1,21 @@
 """The line of a cost measure: time and memory of a method beside the dense model, interleaved with it."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+from probeprune.allocation import removed_parameters
 from probeprune.bench.measure import Point
 from probeprune.bench.measure import measure as measure_point
+from probeprune.bench.profiling import OVERHEAD
 from probeprune.bench.targets import from_loaded
-from probeprune.blocks import Block
 from probeprune.calibration import calibrate
-from probeprune.dynamic import attach
 from probeprune.experiment.cells import Cell, CostMeasure
 from probeprune.experiment.workbench import Workbench
 from probeprune.progress import Progress
 from probeprune.surgery import method_saliences
 
 _TIMES = ("seconds", "tokens_per_second", "speedup", "speedup_range", "efficiency")
-_STAGES = ("choose", "run_ahead", "score", "swap", "history")
+_STAGES = ("run_ahead", *OVERHEAD)
 
 
 def cost_line(bench: Workbench, cell: Cell, progress: Progress) -> dict[str, Any]:
@@ -28,8 +26,8 @@ def cost_line(bench: Workbench, cell: Cell, progress: Progress) -> dict[str, Any
     subject, measure = cell.subject, cell.measure
     assert isinstance(measure, CostMeasure)
     loaded, known = bench.dense(subject), bench.statistics(subject)
-    with attach(loaded.model, subject.method, subject.ratio, statistics=known) as handle:
-        blocks, kept, removed = handle.blocks, handle.kept, handle.removed_share
+    with bench.prepared(subject) as prepared:
+        gone, removed = removed_parameters(prepared.blocks, prepared.kept), prepared.removed_share
     methods = [] if subject.method.when == "never" else [subject.method]
     figures = measure_point(
         from_loaded(loaded),
@@ -45,42 +43,26 @@ def cost_line(bench: Workbench, cell: Cell, progress: Progress) -> dict[str, Any
     prefill = own["prefill"]
     total = sum(prefill["profile_ms"].values())
     parameters = sum(p.numel() for p in loaded.model.parameters())
-    gone = sum((b.units - k) * b.unit_parameters for b, k in zip(blocks, kept, strict=True))
     return {
         "task": "cost",
         "metric": "cost",
         "value": prefill["speedup"],
         "standard_error": 0.0,
         "removed_share": removed,
-        **{
-            stage: {
-                k: f[k] for k in ("seconds", "tokens_per_second", "speedup", "speedup_range", "efficiency")
-            }
-            for stage, f in own.items()
-        },
+        **{stage: {k: f[k] for k in _TIMES} for stage, f in own.items()},
         "batch_size": measure.batch_size,
         "length": measure.length,
         "new_tokens": measure.new_tokens,
         "rounds": measure.rounds,
         "flops_share": prefill["work_share"],
-        "stages": {s: prefill["profile_ms"].get(s, 0.0) / total for s in _STAGES},
+        "stages": {s: prefill["profile_ms"][s] / total for s in _STAGES},
         "peak_memory": prefill["peak_memory"],
         "memory_over_dense": prefill["memory_over_dense"],
-        "kv_cache_bytes_per_token": cache_numbers(blocks, kept) * loaded.dtype.itemsize,
-        "kv_cache_share": cache_numbers(blocks, kept) / cache_numbers(blocks, [b.units for b in blocks]),
+        "kv_cache_bytes_per_token": prefill["cache_bytes"] // (measure.batch_size * measure.length),
+        "kv_cache_share": prefill["cache_over_dense"],
         "parameters": [parameters, parameters - gone],
         "calibration_seconds": _calibration_seconds(bench, cell),
     }
-
-
-def cache_numbers(blocks: Sequence[Block], kept: Sequence[int]) -> int:
-    """Numbers a token leaves in the KV cache, keys and values of all layers."""
-    total = 0
-    for block, keep in zip(blocks, kept, strict=True):
-        if block.kind == "attention":
-            heads = keep if block.unit_kind == "group" else block.kv_heads
-            total += 2 * heads * block.head_dim
-    return total
 
 
 def _calibration_seconds(bench: Workbench, cell: Cell) -> float | None:
@@ -96,9 +78,7 @@ def _calibration_seconds(bench: Workbench, cell: Cell) -> float | None:
         calibrate(model, windows, batch_size=len(windows))
         seconds += (time.perf_counter() - started) * text.windows / len(windows)
     if method.needs_gradients:
-        assert method.gradients is not None
-        part = replace(text, windows=method.gradients.windows, length=method.gradients.length)
-        windows = bench.windows(subject, part)
+        windows = bench.gradient_windows(subject)
         started = time.perf_counter()
         method_saliences(model, method, windows)
         seconds += time.perf_counter() - started

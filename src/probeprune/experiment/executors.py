@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, first_line
 from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure
 from probeprune.experiment.results import Results, Row
-from probeprune.experiment.run import Done, measured
+from probeprune.experiment.run import Done, measured, unmeasured
 from probeprune.experiment.workbench import Workbench
 from probeprune.progress import Progress, silent
 
@@ -67,16 +67,8 @@ def run_on_ray(
         UsageError: Ray is not installed, or the cluster cannot be reached or is lost; lines stay.
     """
     ray = _ray()
-    todo: list[list[Cell]] = []
-    for _, own in groupby(cells, key=lambda c: c.subject):
-        left = []
-        for cell in own:
-            if (known := results.find(cell)) is None:
-                left.append(cell)
-            else:
-                done(cell, known)
-        if left:
-            todo.append(left)
+    groups = (unmeasured(own, results, done) for _, own in groupby(cells, key=lambda c: c.subject))
+    todo = [left for left in groups if left]
     if todo:
         # On this machine workers share its cores; on a cluster each node has its own.
         gpus = 1 if todo[0][0].subject.device.startswith("cuda") else 0
@@ -105,15 +97,15 @@ def _connected(ray: Any, address: str | None, workers: int) -> Iterator[None]:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(
-            f"no Ray cluster answers at {address or 'this machine'} ({_first(error)}); start one with "
+            f"no Ray cluster answers at {address or 'this machine'} ({first_line(error)}); start one with "
             "`ray start --head`, or leave --address out for a local one."
         ) from error
     try:
         yield
     except ray.exceptions.RaySystemError as error:
         raise UsageError(
-            f"the Ray cluster is gone ({_first(error)}); what was measured is saved, the same command goes "
-            "on."
+            f"the Ray cluster is gone ({first_line(error)}); what was measured is saved, the same command "
+            "goes on."
         ) from error
     finally:
         ray.shutdown()
@@ -135,7 +127,7 @@ def _spread(
         try:
             rows = ray.get(ready)
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-            rows = [failure(c, RuntimeError(f"its worker failed ({_first(error)})")) for c in group]
+            rows = [failure(c, RuntimeError(f"its worker failed ({first_line(error)})")) for c in group]
         for cell, row in zip(group, rows, strict=True):
             results.add(row)
             done(cell, row)
@@ -158,7 +150,3 @@ def _ray() -> Any:
         raise UsageError("Ray is not installed; run `pip install 'probeprune[ray]'`.") from error
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     return ray
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,7 +1,6 @@
 """One line of results: a prepared model measured on one thing, with what it cost."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -15,7 +14,6 @@ from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeas
 from probeprune.experiment.costing import cost_line
 from probeprune.experiment.results import Row
 from probeprune.experiment.workbench import Prepared, Workbench
-from probeprune.passes import find_decoder
 from probeprune.provenance import versions
 
 Steps = Callable[[int, int], None]
@@ -34,12 +32,7 @@ def measure(bench: Workbench, cell: Cell) -> Row:
 
     row = {
         "kind": "result",
-        "key": cell.key,
-        "model": subject.model,
-        "name": subject.method.name,
-        "method": subject.method.record(),
-        "ratio": subject.ratio,
-        "seed": subject.seed,
+        **_identity(cell),
         "calibration": None if subject.calibration is None else asdict(subject.calibration),
         "dtype": subject.dtype,
         "device": subject.device,
@@ -63,19 +56,19 @@ def failure(cell: Cell, error: BaseException) -> Row:
     said = (str(error).strip().splitlines() or [""])[0]
     if not isinstance(error, ValueError | FloatingPointError):
         said = f"{type(error).__name__}: {said}"
+    return {"kind": "failure", **_identity(cell), "task": cell.measure.name, "error": said}
+
+
+def _identity(cell: Cell) -> Row:
+    """What every line of a cell begins with."""
     subject = cell.subject
     return {
-        "kind": "failure",
         "key": cell.key,
         "model": subject.model,
         "name": subject.method.name,
         "method": subject.method.record(),
         "ratio": subject.ratio,
         "seed": subject.seed,
-        "task": cell.measure.name,
-        "error": said
-        if isinstance(error, ValueError | FloatingPointError)
-        else f"{type(error).__name__}: {said}",
     }
 
 
@@ -89,9 +82,16 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
         sampling=measure.sampling,
         seed=measure.seed,
     )
-    with PeakMemory(prepared.loaded.device) as memory, counting_units(handle) as units:
+    units = None if handle is None else UnitCounter(handle)
+
+    def after_batch(done: int, of: int) -> None:
+        if units is not None:
+            units.count()  # here, where no time is taken
+        progress(done, of)
+
+    with PeakMemory(prepared.loaded.device) as memory:
         result = perplexity(
-            model, text, batch_size=measure.batch_size, averaging=measure.averaging, progress=progress
+            model, text, batch_size=measure.batch_size, averaging=measure.averaging, progress=after_batch
         )
     shape = min(measure.batch_size, len(text)), measure.length
     full = blocks_flops(prepared.blocks, [b.units for b in prepared.blocks], *shape)
@@ -115,7 +115,7 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory": memory.bytes,
-        "units": units.summary() if units is not None else [],
+        "units": [] if units is None else units.summary(),
     }
 
 
@@ -170,7 +170,7 @@ def _training(prepared: Prepared) -> Row | None:
 
 
 class UnitCounter:
-    """Counts, batch by batch, which units an attached method keeps."""
+    """Counts, batch by batch, which units an attached method keeps; those of a static method only once."""
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
@@ -181,6 +181,8 @@ class UnitCounter:
 
     def count(self) -> None:
         """Take in what is kept now."""
+        if self.batches and self.handle.method.when != "batch":
+            return
         for k in self.handle.kept_units():
             now = torch.zeros(k.of)
             now[list(k.units)] = 1
@@ -215,21 +217,3 @@ class UnitCounter:
                 }
             )
         return entries
-
-
-@contextmanager
-def counting_units(handle: Handle | None) -> Iterator[UnitCounter | None]:
-    """Count the units kept at every pass inside; static methods are counted once, nothing attached never."""
-    if handle is None:
-        yield None
-        return
-    counter = UnitCounter(handle)
-    if handle.method.when != "batch":
-        counter.count()
-        yield counter
-        return
-    hook = find_decoder(handle.model).register_forward_hook(lambda *_: counter.count())
-    try:
-        yield counter
-    finally:
-        hook.remove()

@@ -6,7 +6,7 @@ The package's own lie in `probeprune/presets`; a user's grid is a file like them
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -245,7 +245,6 @@ class _Reader:
     def mapping(self, node: yaml.Node, known: Any) -> dict[str, yaml.Node]:
         if not isinstance(node, yaml.MappingNode):
             self.fail(node, "expected 'key: value' pairs")
-        assert isinstance(node, yaml.MappingNode)
         found: dict[str, yaml.Node] = {}
         for key, value in node.value:
             if key.value not in known:
@@ -289,7 +288,7 @@ class _Reader:
         except (TypeError, ValueError) as error:
             self.fail(node, f"a value is of the wrong kind ({error})")
 
-    def fail(self, node: yaml.Node, what: str) -> None:
+    def fail(self, node: yaml.Node, what: str) -> NoReturn:
         raise UsageError(f"line {node.start_mark.line + 1} of {self.path}: {what}.")
 
 

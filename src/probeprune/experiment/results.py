@@ -11,10 +11,7 @@ from typing import Any
 
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
-
-RESULTS = "results.jsonl"
-
-Row = dict[str, Any]
+from probeprune.lines import RESULTS, Row, read_lines
 
 
 @dataclass
@@ -43,10 +40,14 @@ class Results:
             return results
         raw = results.path.read_bytes()
         complete = raw[: raw.rfind(b"\n") + 1]
-        lines, results.problems = read_lines(complete, results.path)
+        lines, wrong = read_lines(complete, _check)
+        results.problems = [
+            f"line {n} of {results.path} is corrupt and was left out; what it held is measured anew."
+            for n, _ in wrong
+        ]
         if complete and not lines:
             raise UsageError(f"{results.path} is not a results file of this version; choose another --out.")
-        results.rows = {row["key"]: row for row in lines}
+        results.rows = {row["key"]: row for _, row in lines}
         if len(complete) < len(raw):
             with results.path.open("r+b") as file:
                 file.truncate(len(complete))
@@ -68,19 +69,9 @@ class Results:
         self.rows[row["key"]] = row
 
 
-def read_lines(raw: bytes, path: Path) -> tuple[list[Row], list[str]]:
-    """The rows among a results file's lines, and a sentence for every line that is none."""
-    rows, problems = [], []
-    for number, line in enumerate(raw.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if row["kind"] not in ("result", "failure") or not isinstance(row["key"], str):
-                raise KeyError("kind")
-            rows.append(row)
-        except (ValueError, KeyError, TypeError):
-            problems.append(
-                f"line {number} of {path} is corrupt and was left out; what it held is measured anew."
-            )
-    return rows, problems
+def _check(row: Any) -> None:
+    """Raise `ValueError` for what no cell can be found by."""
+    if not isinstance(row, dict) or row.get("kind") not in ("result", "failure"):
+        raise ValueError("neither a result nor a failure")
+    if not isinstance(row.get("key"), str):
+        raise ValueError("no key")

@@ -1,7 +1,7 @@
 """Running cells: those not measured yet, one subject after the other, each line on disk as it comes."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 from probeprune.blocks import find_blocks
@@ -41,16 +41,23 @@ def run(
         _check(bench, [c for c in cells if results.find(c) is None])
     for subject, own in groupby(cells, key=lambda c: c.subject):
         group = list(own)
-        for cell in group:
-            if (known := results.find(cell)) is not None:
-                done(cell, known)
-        todo = [c for c in group if results.find(c) is None]
-        for cell, row in measured(bench, todo, keep_going):
+        for cell, row in measured(bench, unmeasured(group, results, done), keep_going):
             results.add(row)
             done(cell, row)
         if not keep_trained and all(results.find(c) for c in group):
             shutil.rmtree(bench.trained_folder(subject), ignore_errors=True)
     return [results.rows[c.key] for c in cells]
+
+
+def unmeasured(cells: Iterable[Cell], results: Results, done: Done) -> list[Cell]:
+    """The cells that `results` does not hold; `done` hears of the others."""
+    left = []
+    for cell in cells:
+        if (known := results.find(cell)) is None:
+            left.append(cell)
+        else:
+            done(cell, known)
+    return left
 
 
 def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Iterator[tuple[Cell, Row]]:

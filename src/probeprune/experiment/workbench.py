@@ -21,6 +21,7 @@ from probeprune.experiment.cells import Subject
 from probeprune.methods import Method
 from probeprune.models import LoadedModel, cache_dir, load_model
 from probeprune.progress import Progress
+from probeprune.provenance import dtype_name
 from probeprune.surgery import method_saliences, prune
 from probeprune.training.jobs import loraprune_to, recover_to
 
@@ -74,7 +75,7 @@ class Workbench:
 
     def take(self, loaded: LoadedModel) -> None:
         """Use a model that is open already."""
-        self._name = (loaded.name, str(loaded.dtype).removeprefix("torch."), loaded.device.type)
+        self._name = (loaded.name, dtype_name(loaded.dtype), loaded.device.type)
         self._loaded, self._known = loaded, {}
 
     def dense(self, subject: Subject) -> LoadedModel:
@@ -119,17 +120,13 @@ class Workbench:
                 self._known[key] = self._moments(subject, subject.calibration)
             moments = self._known[key].moments
         if method.needs_gradients:
-            assert subject.calibration is not None and method.gradients is not None
-            text = replace(
-                subject.calibration, windows=method.gradients.windows, length=method.gradients.length
-            )
             # A recovery after the cut needs what the cut alone needs.
-            own = (method.importance, method.gradients, method.seed, text, subject.seed)
+            own = (method.importance, method.gradients, method.seed, subject.calibration, subject.seed)
             if own not in self._known:
                 self._known[own] = method_saliences(
                     self.dense(subject).model,
                     method,
-                    self.windows(subject, text),
+                    self.gradient_windows(subject),
                     cache=cache_dir() / "statistics",
                     progress=lambda n, of: self.progress(f"gradients {method.name}", n, of),
                 )
@@ -154,6 +151,12 @@ class Workbench:
             length=text.length,
             seed=subject.seed,
         )
+
+    def gradient_windows(self, subject: Subject) -> torch.Tensor:
+        """As many and as long as the subject's method takes gradients on."""
+        want, text = subject.method.gradients, subject.calibration
+        assert want is not None and text is not None
+        return self.windows(subject, replace(text, windows=want.windows, length=want.length))
 
     # -- training ------------------------------------------------------------------------------
 

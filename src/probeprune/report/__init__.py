@@ -5,7 +5,7 @@ from probeprune.report.figures import plot, plot_tasks, plot_time, write_figures
 from probeprune.report.html import write_html
 from probeprune.report.reading import Row, read_rows
 from probeprune.report.summary import paired_factor, summarise
-from probeprune.report.text import cells, dense_row, markdown, ordered, table
+from probeprune.report.text import cells, dense_row, markdown, table
 
 __all__ = [
     "Published",
@@ -13,7 +13,6 @@ __all__ = [
     "cells",
     "dense_row",
     "markdown",
-    "ordered",
     "paired_factor",
     "plot",
     "plot_tasks",

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from probeprune.errors import UsageError
+from probeprune.lines import RESULTS, Row, read_lines
 
-RESULTS = "results.jsonl"
-
-Row = dict[str, Any]
+_NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 _PARTS: dict[str, type | tuple[type, ...]] = {
     "model": str,
@@ -40,26 +39,20 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     """
     file = path / RESULTS if path.is_dir() else path
     try:
-        lines = file.read_bytes().splitlines()
+        raw = file.read_bytes()
     except FileNotFoundError:
         raise UsageError(f"{file} does not exist; give the folder of a run, or its {RESULTS}.") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror}).") from error
+    lines, wrong = read_lines(raw, _check)
+    problems = [
+        f"{file}, line {n} was left out: {'not JSON' if isinstance(e, _NOT_JSON) else e}." for n, e in wrong
+    ]
     rows: dict[object, Row] = {}
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            _check(row)
-        except ValueError as error:
-            wrong = "not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else error
-            problems.append(f"{file}, line {number} was left out: {wrong}.")
-        else:
-            key = row.get("key", number)
-            rows.pop(key, None)  # so that it moves to where the newer line is
-            rows[key] = row
+    for number, row in lines:
+        key = row.get("key", number)
+        rows.pop(key, None)  # so that it moves to where the newer line is
+        rows[key] = row
     if not any(r["kind"] == "result" for r in rows.values()):
         failed = f" ({len(rows)} lines of other kinds)" if rows else ""
         raise UsageError(f"{file} holds no results{failed}; run `probeprune compare` to make some.")

@@ -17,11 +17,6 @@ def dense_row(rows: Sequence[Row]) -> Row | None:
     return next((r for r in rows if is_dense(r)), None)
 
 
-def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Dense first, then by ratio, each ratio best last."""
-    return sorted(rows, key=lambda r: (not is_dense(r), r["ratio"], -r["value"]))
-
-
 def cells(row: Row, dense: Row | None) -> list[str]:
     """One line as text, in the order of its columns."""
     rows = [row] if dense is None or dense is row else [dense, row]

@@ -18,7 +18,7 @@ from probeprune.hub import quiet_libraries
 from probeprune.models import LoadedModel
 from probeprune.pipeline import Measure, rehearse
 from probeprune.progress import Progress, silent
-from probeprune.provenance import versions
+from probeprune.provenance import dtype_name, versions
 from probeprune.training import processes
 from probeprune.training.loraprune import loraprune, loraprune_method
 from probeprune.training.recovery import MEASURED, Trained, base_model, merged, recover
@@ -171,7 +171,7 @@ def _training_record(
         "seconds": round(trained.seconds, 1),
         "peak_memory": trained.peak_memory,
         "processes": processes.count(),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": dtype_name(loaded.dtype),
         "device": str(loaded.device),
         "versions": versions("peft"),
         "history": trained.history,
