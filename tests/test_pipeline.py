@@ -85,6 +85,18 @@ def test_steps_and_blocks_and_no_measurement(prune, tmp_path, capsys):
     assert "not measured" in (tmp_path / "out/README.md").read_text()
 
 
+def test_a_refit_is_recorded_and_stays_a_plain_checkpoint(prune, tmp_path):
+    options = ["--compensation", "least-squares", "--windows", 0, "--round-to", 1, "--blocks", "mlp"]
+    assert prune("--method", "magnitude", "--ratio", 0.2, *options) == 0
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert record["calibration"]["refit"] == {"windows": 12, "length": 32}
+    assert record["method"]["refit"]["held_out"] == 0.125
+    lost = {name for name, k in record["kept"].items() if len(k["units"]) < k["of"]}
+    assert record["refits"].keys() == lost and all(r["error_before"] > 0 for r in record["refits"].values())
+    assert "refit on 12 windows" in (tmp_path / "out/README.md").read_text()
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "says"),
     [

@@ -3,6 +3,7 @@
 from probeprune.blocks import find_blocks
 from probeprune.calibration import Statistics, calibrate
 from probeprune.checkpoint import save
+from probeprune.compensation import Refit
 from probeprune.dynamic import Handle, attach
 from probeprune.errors import UsageError
 from probeprune.gradients import Gradients, saliences
@@ -20,6 +21,7 @@ __all__ = [
     "Method",
     "Probe",
     "Pruning",
+    "Refit",
     "Statistics",
     "UsageError",
     "attach",

@@ -75,6 +75,8 @@ class Family:
     attention: AttentionRecord = AttentionRecord()
     mlp: MlpRecord = MlpRecord()
     norm_first: str | None = None
+    norm_last: bool = False
+    """Whether a norm stands between a block's output and the residual stream it is added to."""
 
 
 _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
@@ -84,8 +86,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("Mistral", ("mistral",)),
     Family("Qwen2, Qwen2.5", ("qwen2",)),
     Family("Qwen3", ("qwen3",)),
-    Family("Gemma 2", ("gemma2",), mlp=_SANDWICH_MLP),
-    Family("Gemma 3 (text)", ("gemma3_text",), mlp=_SANDWICH_MLP),
+    Family("Gemma 2", ("gemma2",), mlp=_SANDWICH_MLP, norm_last=True),
+    Family("Gemma 3 (text)", ("gemma3_text",), mlp=_SANDWICH_MLP, norm_last=True),
     Family(
         "OPT",
         ("opt",),

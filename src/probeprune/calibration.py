@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from probeprune.blocks import Block, find_blocks
+from probeprune.compensation import Consumer
 from probeprune.data import batches
 from probeprune.errors import UsageError
 from probeprune.passes import Pass, check_eval, find_decoder, on_pass
@@ -38,6 +39,8 @@ class Statistics:
     """Of every block's coupled activation, by block name (`calibrate`)."""
     saliences: dict[str, torch.Tensor] = field(default_factory=dict)
     """Of every row or column of the blocks' linear maps, by their name (`gradients.saliences`)."""
+    consumers: dict[str, Consumer] = field(default_factory=dict)
+    """Refitted to what one method keeps at one ratio, by block name (`surgery.method_consumers`)."""
 
     def check_moments(self, blocks: Sequence[Block]) -> None:
         """Raise `UsageError` unless these are moments of such blocks, and `FloatingPointError` for NaN."""
@@ -63,6 +66,21 @@ class Statistics:
                 )
             if not torch.isfinite(found).all():
                 raise FloatingPointError(f"the saliences of {m.name} are NaN or infinite.")
+
+    def check_consumer(self, block: Block, keep: torch.Tensor | int) -> Consumer:
+        """The block's refitted consumer. Raises `UsageError` unless it is refitted to these units, or to so
+        many where the refit chose them."""
+        found = self.consumers.get(block.name)
+        count = keep if isinstance(keep, int) else len(keep)
+        fits = found is not None and len(found.units) == count
+        if found is not None and not isinstance(keep, int):
+            fits = found.units.equal(keep.cpu())
+        if found is None or not fits or found.weight.shape[1] != count * block.unit_width:
+            raise UsageError(
+                f"there is no consumer of {block.name} refitted to the units it keeps; refit with this "
+                "model, method and ratio: probeprune.surgery.method_consumers."
+            )
+        return found
 
     def merge(self, other: "Statistics") -> None:
         """Take in statistics of other text on the same model (another process's share, say)."""

@@ -115,6 +115,11 @@ class Handle:
             for runtime in self._runtimes:
                 runtime.start()
             self._check_finite()
+            if method.needs_refit:
+                for r in self._runtimes:
+                    consumer = statistics.check_consumer(r.block, r.chosen)
+                    r.partition.keep(consumer.units.to(r.partition.order.device))
+                    r.partition.replace_consumer(consumer.weight, consumer.bias)
             if method.when == "batch":
                 self._undo.append(on_pass(model, self._run))
                 for runtime in self._runtimes:

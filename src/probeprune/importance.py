@@ -114,10 +114,11 @@ def random(evidence: Evidence) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Importance:
-    """An importance function and what it needs: statistics of `z`, or gradients."""
+    """An importance function and what it needs: statistics of `z`, gradients, or a refit."""
 
-    score: Callable[[Evidence], torch.Tensor]
-    needs: Literal["nothing", "energy", "variance", "gradients"]
+    score: Callable[[Evidence], torch.Tensor] | None
+    """None where the order is made while the block is refitted (`refit.py`)."""
+    needs: Literal["nothing", "energy", "variance", "gradients", "refit"]
     formula: str
 
 
@@ -130,6 +131,7 @@ IMPORTANCES: dict[str, Importance] = {
     "param_second": Importance(taylor, "gradients", "sum |w A w|, A = mean g_n^2"),
     "param_mix": Importance(taylor, "gradients", "sum |w g - w A w / 2|"),
     "lora-guided": Importance(lora_guided, "gradients", "sum |(dB A) w|, over its norm in each map"),
+    "obs": Importance(None, "refit", "damage of leaving, all others refitted, one by one"),
     "magnitude": Importance(magnitude, "nothing", "norm2 of the unit's weights"),
     "random": Importance(random, "nothing", "uniform random numbers"),
 }

@@ -6,14 +6,18 @@ A new method is a row here or a `Method` of the caller's own; no class is needed
 import json
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from probeprune.allocation import ALLOCATIONS, KINDS
 from probeprune.blocks import UnitKind
+from probeprune.compensation import Refit
 from probeprune.errors import UsageError
 from probeprune.gradients import Gradients
 from probeprune.importance import IMPORTANCES
 from probeprune.probe import Probe
+
+Compensation = Literal["none", "bias", "least-squares"]
+"""What makes up for the lost units: nothing, FLAP's bias, or a refit of the consumers."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,15 @@ class Method:
     """`uniform`: the same share from every block, MLPs making up what whole heads cannot hit; `even`:
     likewise, one width for all layers; `nominal`: the research code's rounding of each block on its own;
     `nominal-kept`: LLM-Pruner's; `global`: FLAP's one threshold over all blocks."""
-    compensation: Literal["none", "bias"] = "none"
+    compensation: Compensation = "none"
     when: Literal["never", "once", "batch"] = "once"
     """`once` after calibration, or again at every `batch`."""
     probe: Probe | None = None
     """How a batch is probed; only and always with `when="batch"`."""
     gradients: Gradients | None = None
     """Whose gradients are taken; only and always for importances that need them."""
+    refit: Refit | None = None
+    """How consumers are refitted; only and always with `compensation="least-squares"`."""
     blocks: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
     """Which blocks are pruned."""
     skip_layers: int = 3
@@ -57,8 +63,21 @@ class Method:
             raise UsageError(unknown("importance", self.importance, IMPORTANCES))
         if self.allocation not in ALLOCATIONS:
             raise UsageError(unknown("allocation", self.allocation, ALLOCATIONS))
-        if self.compensation not in ("none", "bias"):
-            raise UsageError(unknown("compensation", self.compensation, ("none", "bias")))
+        if self.compensation not in get_args(Compensation):
+            raise UsageError(unknown("compensation", self.compensation, get_args(Compensation)))
+        if (self.compensation == "least-squares") != (self.refit is not None):
+            raise UsageError(
+                "compensation 'least-squares' and a refit go together: give both, as in refit=Refit()."
+            )
+        if IMPORTANCES[self.importance].needs == "refit":
+            if self.refit is None:
+                raise UsageError(
+                    f"importance {self.importance!r} is an order for a refit: give refit=Refit()."
+                )
+            if self.allocation == "global":
+                raise UsageError(f"importance {self.importance!r} has no scores to set a threshold on.")
+        if self.refit is not None and self.when != "once":
+            raise UsageError("a least-squares refit is for methods that prune once; use none or bias.")
         if self.when not in ("never", "once", "batch"):
             raise UsageError(unknown("moment of pruning", self.when, ("never", "once", "batch")))
         if self.skip_layers < 0 or self.round_to < 1:
@@ -103,7 +122,12 @@ class Method:
     @property
     def needs_calibration(self) -> bool:
         """Whether `attach` and `prune` must be given calibration statistics."""
-        return self.needs_moments or self.needs_gradients
+        return self.needs_moments or self.needs_gradients or self.needs_refit
+
+    @property
+    def needs_refit(self) -> bool:
+        """Whether it needs `Statistics.consumers`."""
+        return self.refit is not None and self.training != "during"
 
 
 def with_lora(method: Method) -> Method:

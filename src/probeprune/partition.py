@@ -42,7 +42,8 @@ class Partition:
         self.followers: list[torch.Tensor] = []
         self._parameters = {m.linear: dict(m.linear._parameters) for m in block.members}
         self._consumer_bias = block.consumer.bias
-        self._windows: list[tuple[nn.Linear, str, nn.Parameter, nn.Parameter]] = []
+        self._windows: list[tuple[nn.Linear, str, nn.Parameter | None, nn.Parameter]] = []
+        self._replaced: dict[str, nn.Parameter] = {}
         self._forwards: list[tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]] = []
         self._attributes: dict[str, object] = {}
         self._by_query_head = block.unit_kind != "group"
@@ -132,7 +133,7 @@ class Partition:
     def _open(self) -> None:
         """Make what the window shows: views of the full parameters, made once a width."""
         self.widen()
-        self._windows, self._forwards = [], []
+        self._windows, self._forwards, self._replaced = [], [], {}
         with torch.inference_mode(False):
             for linear, parameters in self._parameters.items():
                 kept = self._kept_ranges(linear)
@@ -224,9 +225,13 @@ class Partition:
             for name, full, axis in self._cut_parameters(linear, parameters):
                 rest = torch.cat([full.data.narrow(axis, *r) for r in kept], axis)
                 linear._parameters[name] = nn.Parameter(rest, requires_grad=full.requires_grad)
+            if linear is block.consumer:
+                wanted = linear.weight.requires_grad
+                for name, replaced in self._replaced.items():
+                    linear._parameters[name] = nn.Parameter(replaced.data, requires_grad=wanted)
             linear.out_features, linear.in_features = linear.weight.shape
             parameters.clear()  # frees the dense weight before the next map is copied
-        self._windows, self._forwards = [], []
+        self._windows, self._forwards, self._replaced = [], [], {}
         if self._by_query_head:  # balanced: consecutive heads share a group again
             self._restore_attributes()
             block.entry.num_key_value_groups = self.kept // block.kv_heads  # type: ignore[assignment]
@@ -241,6 +246,23 @@ class Partition:
         own = self._consumer_bias
         total = bias if own is None else own.detach().float() + bias
         consumer._parameters["bias"] = nn.Parameter(total.to(consumer.weight.dtype), requires_grad=False)
+
+    def replace_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Let the window show another weight (hidden size, kept channels) and bias of the consumer.
+
+        It lasts until units are kept in another number; the dense block keeps its own. Without a bias the
+        consumer's own stays.
+        """
+        consumer = self.block.consumer
+        self._windows = [w for w in self._windows if w[0] is not consumer]
+        with torch.inference_mode(False):
+            for name, value in (("weight", weight), ("bias", bias)):
+                if value is not None:
+                    full = self._parameters[consumer][name]
+                    shown = nn.Parameter(value.to(self.consumer_weight.dtype), requires_grad=False)
+                    self._windows.append((consumer, name, full, shown))
+                    self._replaced[name] = shown
+        self.narrow()
 
     @property
     def consumer_weight(self) -> torch.Tensor:
@@ -268,7 +290,7 @@ class Partition:
         self.widen()
         for linear, parameters in self._parameters.items():
             linear._parameters.update(parameters)
-        self._windows, self._forwards = [], []
+        self._windows, self._forwards, self._replaced = [], [], {}
         self._restore_attributes()
 
     def _restore_attributes(self) -> None:

@@ -163,9 +163,9 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
     """
     check_static(method)
     shape = empty_model(model.config, model.dtype)
-    drawn = compose(method, importance="random", gradients=None, compensation="none")
+    drawn = compose(method, importance="random", gradients=None, compensation="none", refit=None)
     done = prune(shape.eval(), drawn, ratio, steps=steps)
-    if method.compensation == "bias":
+    if method.compensation == "bias" or (method.refit is not None and method.refit.bias):
         cut = {k.name for k in done.kept if len(k.units) < k.of}
         for block in find_blocks(shape):
             if block.name in cut and block.consumer.bias is None:
@@ -177,7 +177,7 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
 def _calibration(loaded: LoadedModel, method: Method, text: Text, seed: int) -> torch.Tensor | None:
     """Windows enough and long enough for all that the method needs."""
     counts, lengths = [], []
-    if method.needs_moments:
+    if method.needs_moments or method.needs_refit:
         counts.append(text.windows)
         lengths.append(text.length)
     if method.gradients is not None:
@@ -198,6 +198,8 @@ def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:
     record: dict[str, Any] = {"corpus": text.corpus}
     if method.needs_moments:
         record["statistics"] = {"windows": text.windows, "length": text.length}
+    if method.needs_refit:
+        record["refit"] = {"windows": text.windows, "length": text.length}
     if method.gradients is not None:
         record["gradients"] = {"windows": method.gradients.windows, "length": method.gradients.length}
     return record

@@ -40,6 +40,7 @@ def check_statistics(method: Method, blocks: Sequence[Block], statistics: Statis
             raise UsageError(
                 f"method {method.name!r} needs statistics: give statistics=calibrate(model, windows)"
                 + (", with saliences" if method.needs_gradients else "")
+                + (", with consumers" if method.needs_refit else "")
                 + "."
             )
         return Statistics()
@@ -54,7 +55,9 @@ def static_scores(method: Method, block: Block, statistics: Statistics) -> Score
     """Scores of a block's units before any batch was seen, or None where a method has none to give."""
     importance = IMPORTANCES[method.importance]
     moments = statistics.moments.get(block.name)
-    if method.when == "never" or (moments is None and importance.needs in ("energy", "variance")):
+    if method.when == "never" or importance.score is None:
+        return None
+    if moments is None and importance.needs in ("energy", "variance"):
         return None
     device = block.consumer.weight.device
     if moments is not None:

@@ -80,6 +80,11 @@ class BlockRuntime:
         self._residual: torch.Tensor | None = None
         self._probing = False
 
+    @property
+    def chosen(self) -> torch.Tensor | int:
+        """The units of the first cut; how many, where no scores say which."""
+        return self.keep if self._first_scores is None else self.partition.kept_units
+
     def start(self) -> None:
         """The first cut: for good if static, a place to start from if dynamic."""
         if self._first_scores is not None:
@@ -169,6 +174,7 @@ class BlockRuntime:
         in_order = torch.empty_like(energy)
         in_order[self.partition.channels] = energy
         evidence = Evidence(self.block, self.norms, energy=in_order, seed=self.method.seed)
+        assert self._score is not None
         return self._score(evidence)
 
     def _cut(self, scores: torch.Tensor) -> None:

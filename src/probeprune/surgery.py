@@ -4,7 +4,7 @@ The order and the cut are those of the runtime (`plan.py`, `partition.py`); the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +14,16 @@ from torch import nn
 from probeprune import allocation
 from probeprune.blocks import Block, UnitKind, find_blocks
 from probeprune.calibration import Statistics, calibrate
-from probeprune.compensation import lost_bias
+from probeprune.compensation import Consumer, lost_bias
 from probeprune.errors import UsageError
 from probeprune.gradients import Criterion, saliences
 from probeprune.methods import METHODS, Method, check_untrained, get_method
 from probeprune.partition import Partition, check_can_cut
 from probeprune.passes import check_eval
 from probeprune.plan import Kept, Scores, check_finite, check_statistics, static_scores, widths
-from probeprune.progress import Progress
+from probeprune.progress import Progress, silent
+from probeprune.refit import refit
+from probeprune.sensitivity import sensitivities
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Pruning:
     kept: tuple[Kept, ...]
     """Of every block, by ids in the model as it was given."""
     steps: int = 1
+    refits: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By block name what the refit of its consumer gave (`compensation.Consumer`), in the last step."""
 
     def record(self) -> dict[str, Any]:
         """All of it as JSON has it: what pruning.json keeps."""
@@ -48,6 +52,7 @@ class Pruning:
             "parameters": list(self.parameters),
             "steps": self.steps,
             "kept": {k.name: {"units": list(k.units), "of": k.of} for k in self.kept},
+            "refits": self.refits,
         }
 
 
@@ -74,7 +79,8 @@ def prune(
         method: a static one: a name from `METHODS`, or a `Method`. `evenly(method)` gives all layers one
             width, so that the checkpoint opens with plain transformers.
         ratio: share of the parameters of all blocks to remove, in (0, 1).
-        calibration: windows of token ids (count, length), where the method needs statistics or gradients.
+        calibration: windows of token ids (count, length), where the method needs statistics, gradients or a
+            refit.
             Gradients are taken on the first `method.gradients.windows` of them and their first
             `method.gradients.length` tokens.
         statistics: instead of `calibration`, collected on this very model; for one step only.
@@ -87,7 +93,7 @@ def prune(
     Raises:
         UsageError: unsupported model, method or ratio, a ratio too small to remove a unit, missing or
             unfitting calibration; nothing has been changed.
-        FloatingPointError: NaN or infinite statistics, losses or gradients; likewise.
+        FloatingPointError: NaN or infinite statistics, losses or gradients, or a refit that failed; likewise.
     """
     method = get_method(method)
     allocation.check_ratio(ratio)
@@ -109,12 +115,13 @@ def prune(
     if method.allocation != "global":  # widths follow from the ratio alone, so a bad one fails at once
         planned = [widths(method, share, blocks, []) for share in shares]
         _check_removes(planned[-1], blocks, whole, ratio)
+    consumers: dict[str, Consumer] = {}
     for step, share in enumerate(shares):
         known = statistics
         if known is None and method.needs_calibration:
             known = _collect(model, method, calibration, batch_size, cache, progress)
         known = check_statistics(method, blocks, known)
-        scores = [_scores(method, b, known) for b in blocks]
+        scores = _scores(method, blocks, known)
         if planned is not None:
             keep = planned[step]
         else:
@@ -122,9 +129,23 @@ def prune(
             keep = widths(method, max(1 - total * (1 - share) / left, 0.0), blocks, scores)
         if step == steps - 1:
             _check_removes(keep, blocks, whole, ratio)
+        chosen = _choose(blocks, keep, scores)
+        if method.refit is not None:
+            if statistics is None:
+                assert calibration is not None
+                found = _refit(model, method, chosen, calibration, batch_size, cache, progress or silent)
+                known = replace(known, consumers=found)
+            consumers = {b.name: known.check_consumer(b, chosen[b.name]) for b in blocks if b.name in chosen}
         for i, block in enumerate(blocks):
-            if keep[i] < block.units:
-                ids[i] = ids[i][_cut(method, block, keep[i], scores[i], known)]
+            if block.name in chosen:
+                consumer, which = consumers.get(block.name), chosen[block.name]
+                if isinstance(which, torch.Tensor):
+                    units = which
+                else:
+                    assert consumer is not None
+                    units = consumer.units
+                _cut(method, block, units, known, consumer)
+                ids[i] = ids[i][units.cpu()]
         blocks = find_blocks(model, method.units)
     return Pruning(
         method=method,
@@ -135,6 +156,7 @@ def prune(
             Kept(b.name, b.kind, tuple(u.tolist()), n) for b, u, n in zip(blocks, ids, whole, strict=True)
         ),
         steps=steps,
+        refits={name: consumer.record() for name, consumer in consumers.items()},
     )
 
 
@@ -225,27 +247,114 @@ def method_saliences(
     )
 
 
-def _scores(method: Method, block: Block, statistics: Statistics) -> Scores:
-    scores = static_scores(method, block, statistics)
-    assert scores is not None
-    check_finite(scores, block)
-    return scores
+def method_consumers(
+    model: nn.Module,
+    method: str | Method,
+    ratio: float,
+    windows: torch.Tensor,
+    *,
+    statistics: Statistics | None = None,
+    batch_size: int = 16,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Consumer]:
+    """The consumers of `model` refitted to what `method` keeps at that ratio, for `Statistics.consumers`.
+
+    With them `attach` and `prune` need no windows, however often they are called.
+
+    Example:
+        >>> consumers = method_consumers(model, method, 0.4, windows, statistics=statistics)
+        >>> with attach(model, method, 0.4, statistics=replace(statistics, consumers=consumers)):
+        ...     model(**batch)
+
+    Args:
+        model, windows, batch_size, progress: as in `refit.refit`.
+        method: one with `compensation="least-squares"`.
+        ratio: share of the parameters of all blocks to remove.
+        statistics: what else the method needs.
+        cache: a folder to keep sensitivities in, by content; None keeps nothing.
+
+    Raises what `refit.refit` raises, and `UsageError` for another method or missing statistics.
+    """
+    method = get_method(method)
+    check_static(method)
+    if method.refit is None:
+        raise UsageError(f"method {method.name!r} refits nothing; compose it with a refit=Refit().")
+    blocks = find_blocks(model, method.units)
+    known = statistics
+    if method.needs_moments or method.needs_gradients:
+        known = check_statistics(method, blocks, statistics)
+    scores = _scores(method, blocks, known or Statistics())
+    chosen = _choose(blocks, widths(method, ratio, blocks, scores), scores)
+    return _refit(model, method, chosen, windows, batch_size, cache, progress)
 
 
-def _cut(method: Method, block: Block, keep: int, scores: Scores, statistics: Statistics) -> torch.Tensor:
-    """Cut one block down to its `keep` best units; returns their ids, ascending."""
+def _refit(
+    model: nn.Module,
+    method: Method,
+    chosen: Mapping[str, torch.Tensor | int],
+    windows: torch.Tensor,
+    batch_size: int,
+    cache: Path | None,
+    progress: Progress,
+) -> dict[str, Consumer]:
+    """Consumers refitted to these units, or to as many of the refit's own choice."""
+    how, metrics = method.refit, None
+    assert how is not None
+    if how.sensitivity and any(isinstance(which, int) for which in chosen.values()):
+        metrics = sensitivities(
+            model, windows[: how.sensitivity], seed=method.seed, cache=cache, progress=progress
+        )
+    return refit(
+        model,
+        chosen,
+        windows,
+        how,
+        units=method.units,
+        metrics=metrics,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def _choose(
+    blocks: Sequence[Block], keep: Sequence[int], scores: Sequence[Scores | None]
+) -> dict[str, torch.Tensor | int]:
+    """By block name, for blocks that lose units, the ids that stay, ascending; how many, without scores."""
+
+    def which(block: Block, keep: int, scores: Scores | None) -> torch.Tensor | int:
+        if scores is None:
+            return keep
+        # Without weights (shapes only) it makes no difference which units stay.
+        return torch.arange(keep) if scores.is_meta else allocation.choose_units(scores, keep, block)
+
+    return {b.name: which(b, k, s) for b, k, s in zip(blocks, keep, scores, strict=True) if k < b.units}
+
+
+def _scores(method: Method, blocks: Sequence[Block], statistics: Statistics) -> list[Scores | None]:
+    """Of every block; None where the refit makes the order."""
+    found = [static_scores(method, b, statistics) for b in blocks]
+    for block, scores in zip(blocks, found, strict=True):
+        if scores is not None:
+            check_finite(scores, block)
+    return found
+
+
+def _cut(
+    method: Method, block: Block, units: torch.Tensor, statistics: Statistics, consumer: Consumer | None
+) -> None:
+    """Cut one block down to these units."""
     partition = Partition(block)
     mean = None
     if method.compensation == "bias":
-        mean = statistics.moments[block.name].mean.to(scores.device).clone()
+        mean = statistics.moments[block.name].mean.to(units.device).clone()
         partition.followers.append(mean)
-    # Without weights (shapes only) it makes no difference which units stay.
-    units = torch.arange(keep) if scores.is_meta else allocation.choose_units(scores, keep, block)
     partition.keep(units)
     if mean is not None:
-        partition.add_bias(lost_bias(partition.consumer_weight, mean, keep * block.unit_width))
+        partition.add_bias(lost_bias(partition.consumer_weight, mean, len(units) * block.unit_width))
+    if consumer is not None:
+        partition.replace_consumer(consumer.weight, consumer.bias)
     partition.cut()
-    return units.cpu()
 
 
 def _check_removes(keep: Sequence[int], blocks: Sequence[Block], whole: Sequence[int], ratio: float) -> None:

@@ -21,6 +21,7 @@ from probeprune.cli.common import (
     say_saved,
     weights_dtype,
 )
+from probeprune.compensation import Refit
 from probeprune.errors import UsageError
 from probeprune.methods import Method, compose, evenly, get_method
 
@@ -48,7 +49,9 @@ def prune(
     allocation: Annotated[
         str | None, typer.Option(help="Instead of the method's own (per-layer only): uniform, global ...")
     ] = None,
-    compensation: Annotated[str | None, typer.Option(help="Instead of the method's own: none, bias.")] = None,
+    compensation: Annotated[
+        str | None, typer.Option(help="Instead of the method's own: none, bias, least-squares (a refit).")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Reach the ratio in this many steps, calibrating anew.")] = 1,
     calibration: Annotated[str, typer.Option(help="Text: an embedded name, file or hub id.")] = "c4",
     calibration_windows: Annotated[int, typer.Option(help="Windows for statistics.")] = 128,
@@ -119,6 +122,7 @@ def static_method(
     changes: dict[str, Any] = {"units": units, "round_to": round_to, "blocks": tuple(blocks), "seed": seed}
     if compensation is not None:
         changes["compensation"] = compensation
+        changes["refit"] = (method.refit or Refit()) if compensation == "least-squares" else None
     if layout == "uniform":
         if skip_layers or allocation:
             raise UsageError(

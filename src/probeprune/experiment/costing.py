@@ -12,7 +12,7 @@ from probeprune.calibration import calibrate
 from probeprune.experiment.cells import Cell, CostMeasure
 from probeprune.experiment.workbench import Workbench
 from probeprune.progress import Progress
-from probeprune.surgery import method_saliences
+from probeprune.surgery import method_consumers, method_saliences
 
 _TIMES = ("seconds", "tokens_per_second", "speedup", "speedup_range", "efficiency")
 _STAGES = ("run_ahead", *OVERHEAD)
@@ -82,4 +82,10 @@ def _calibration_seconds(bench: Workbench, cell: Cell) -> float | None:
         started = time.perf_counter()
         method_saliences(model, method, windows)
         seconds += time.perf_counter() - started
+    if method.needs_refit:
+        windows = bench.windows(subject, text)[:8]
+        known = bench.statistics(subject)
+        started = time.perf_counter()
+        method_consumers(model, method, subject.ratio, windows, statistics=known, batch_size=len(windows))
+        seconds += (time.perf_counter() - started) * text.windows / len(windows)
     return seconds

@@ -15,6 +15,7 @@ import torch
 
 from probeprune.blocks import Block, find_blocks
 from probeprune.calibration import Statistics, calibrate
+from probeprune.compensation import Consumer
 from probeprune.data import Text, calibration_windows, load_corpus
 from probeprune.dynamic import Handle, attach
 from probeprune.experiment.cells import Subject
@@ -22,7 +23,7 @@ from probeprune.methods import Method
 from probeprune.models import LoadedModel, cache_dir, load_model
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
-from probeprune.surgery import method_saliences, prune
+from probeprune.surgery import method_consumers, method_saliences, prune
 from probeprune.training.jobs import loraprune_to, recover_to
 
 BATCH_SIZE = 16
@@ -131,7 +132,29 @@ class Workbench:
                     progress=lambda n, of: self.progress(f"gradients {method.name}", n, of),
                 )
             found = self._known[own]
-        return Statistics(moments, found)
+        known = Statistics(moments, found)
+        if method.needs_refit and subject.ratio:
+            known = replace(known, consumers=self._consumers(subject, known))
+        return known
+
+    def _consumers(self, subject: Subject, known: Statistics) -> dict[str, Consumer]:
+        """Only those last asked for are kept: they are as large as the weights they stand for."""
+        assert subject.calibration is not None
+        method = replace(subject.method, training="none")
+        own = (method, subject.ratio, subject.calibration, subject.seed)
+        if self._known.get("refit", (None,))[0] != own:
+            found = method_consumers(
+                self.dense(subject).model,
+                method,
+                subject.ratio,
+                self.windows(subject, subject.calibration),
+                statistics=known,
+                batch_size=BATCH_SIZE,
+                progress=self._named(subject),
+            )
+            self._known["refit"] = (own, found)
+        consumers: dict[str, Consumer] = self._known["refit"][1]
+        return consumers
 
     def _moments(self, subject: Subject, text: Text) -> Statistics:
         return calibrate(

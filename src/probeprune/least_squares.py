@@ -1,0 +1,137 @@
+"""Least squares for one linear map: moments of what goes in and what should come out, and the best weight.
+
+Tensors in, tensors out. Knows nothing of models, blocks or text.
+"""
+
+import torch
+
+
+class Gram:
+    """Count, means and centred second moments of inputs `z` (k) and targets `t` (d), streaming.
+
+    Float32; two of k^2 + d k numbers lie in memory while a batch is taken in. Merges exactly.
+
+    Attributes:
+        count: tokens seen.
+        z_mean, t_mean: means over tokens, (k,) and (d,).
+        zz, tz: sums over tokens of products of distances from the means, (k, k) and (d, k).
+        tt: the same for the targets, its trace alone: ().
+    """
+
+    def __init__(self, k: int, d: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.z_mean, self.t_mean = torch.zeros(k, device=device), torch.zeros(d, device=device)
+        self.zz, self.tz = torch.zeros(k, k, device=device), torch.zeros(d, k, device=device)
+        self.tt = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def update(self, z: torch.Tensor, t: torch.Tensor) -> None:
+        """Take in the inputs (tokens, k) and targets (tokens, d) of a batch."""
+        z, t = z.float(), t.float()
+        z_mean, t_mean = z.mean(0), t.mean(0)
+        z, t = z - z_mean, t - t_mean
+        self._add(len(z), z_mean, t_mean, z.T @ z, t.T @ z, t.square().sum())
+
+    def merge(self, other: "Gram") -> None:
+        """Take in the moments of other tokens."""
+        self._add(other.count, other.z_mean, other.t_mean, other.zz, other.tz, other.tt)
+
+    def part(self, columns: torch.Tensor) -> "Gram":
+        """The moments of some of the inputs: columns a LongTensor (k',)."""
+        part = Gram(len(columns), len(self.t_mean), self.zz.device)
+        part.count, part.z_mean, part.t_mean = self.count, self.z_mean[columns], self.t_mean
+        part.zz, part.tz, part.tt = self.zz[columns][:, columns], self.tz[:, columns], self.tt
+        return part
+
+    def _add(
+        self,
+        count: int,
+        z_mean: torch.Tensor,
+        t_mean: torch.Tensor,
+        zz: torch.Tensor,
+        tz: torch.Tensor,
+        tt: torch.Tensor,
+    ) -> None:
+        total = self.count + count
+        apart = self.count * count / total  # Chan, Golub and LeVeque 1979
+        dz, dt = z_mean - self.z_mean, t_mean - self.t_mean
+        self.zz.add_(zz).addr_(dz, dz, alpha=apart)
+        self.tz.add_(tz).addr_(dt, dz, alpha=apart)
+        self.tt = self.tt + tt + apart * dt.square().sum()
+        self.z_mean += dz * (count / total)
+        self.t_mean += dt * (count / total)
+        self.count = total
+
+
+def solve(
+    gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None, damping: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight and bias that bring `W z + b` nearest to `t`.
+
+    Minimises `mean |t - W' z - b'|^2 + lambda |W' - W|^2`, lambda being `damping` times the mean diagonal of
+    the inputs' second moment `Z`: `W' = W + (T - W Z) (Z + lambda I)^-1`. What is damped is the change, so
+    that much damping is no refit, and the error on the moments' own tokens never grows. Float64: 8 (2 k^2 +
+    d k) bytes while it is solved.
+
+    Args:
+        gram: moments of inputs and targets.
+        weight: `W` (d, k).
+        bias: (d,): fit a bias too, on centred moments (this one's value does not matter). None: fit none.
+        damping: above 0.
+
+    Returns:
+        float32: weight (d, k) and bias (d,) or None.
+
+    Raises:
+        FloatingPointError: NaN or infinite moments, or a matrix that cannot be factorised.
+    """
+    z_mean, t_mean, zz, tz = _second_moments(gram, centred=bias is not None)
+    w = _wide(weight)
+    diagonal = zz.diagonal()
+    target = tz - w @ zz
+    diagonal += damping * diagonal.mean()
+    factor, failed = torch.linalg.cholesky_ex(zz)
+    if failed or not torch.isfinite(factor).all() or not torch.isfinite(target).all():
+        raise FloatingPointError("the second moment of its inputs cannot be factorised")
+    fitted = w + torch.cholesky_solve(target.T, factor).T
+    shift = None if bias is None else (t_mean - fitted @ z_mean).float().to(weight.device)
+    return fitted.float().to(weight.device), shift
+
+
+def damped_moment(gram: Gram, centred: bool, damping: float) -> torch.Tensor:
+    """`Z + lambda I` (k, k), as in `solve`; float64."""
+    _, _, zz, _ = _second_moments(gram, centred)
+    diagonal = zz.diagonal()
+    diagonal += damping * diagonal.mean()
+    return zz
+
+
+def squared_error(gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
+    """Mean over the moments' tokens of `|t - W z - b|^2`."""
+    z_mean, t_mean, zz, tz = _second_moments(gram, centred=True)
+    w = _wide(weight)
+    spread = float(_wide(gram.tt)) / gram.count - float((2 * tz - w @ zz).mul_(w).sum())
+    away = t_mean - w @ z_mean - (0 if bias is None else _wide(bias))
+    return spread + float(away.square().sum())
+
+
+def target_variance(gram: Gram) -> float:
+    """Mean over the moments' tokens of the targets' squared distance from their mean."""
+    return float(gram.tt) / gram.count
+
+
+def _second_moments(
+    gram: Gram, centred: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means, `Z` (k, k) and `T` (d, k) a token, around the means or around zero, in float64."""
+    z_mean, t_mean = _wide(gram.z_mean), _wide(gram.t_mean)
+    zz, tz = _wide(gram.zz) / gram.count, _wide(gram.tz) / gram.count
+    if not centred:
+        zz.addr_(z_mean, z_mean)
+        tz.addr_(t_mean, z_mean)
+    return z_mean, t_mean, zz, tz
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """In float64, which Apple's GPUs lack."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
