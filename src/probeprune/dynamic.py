@@ -78,6 +78,11 @@ def _attention(model: nn.Module) -> str:
     return str(config._attn_implementation)
 
 
+def _before(method: Method, blocks: Sequence[Block], i: int) -> Block | None:
+    """The block beside which the i-th is probed, if it is."""
+    return blocks[i - 1] if i and method.probe is not None and method.probe.parallel else None
+
+
 class Handle:
     """A method attached to a model; a context manager that detaches on exit.
 
@@ -98,7 +103,7 @@ class Handle:
     ) -> None:
         self.model, self.method, self.ratio = model, method, ratio
         self.blocks = blocks
-        self._now = Now()
+        self._now = Now(layer_types=getattr(model.config, "layer_types", None) or ())
         self._lock = threading.RLock()
         self._choice: int | None = None  # the one whose heads the windows show
         self._since_choice = self._since_refresh = 0  # tokens
@@ -106,8 +111,10 @@ class Handle:
         scores = [static_scores(method, b, statistics) for b in blocks]
         self.kept = widths(method, ratio, blocks, scores)
         self._runtimes = [
-            BlockRuntime(method, self._now, b, keep, s, statistics.moments.get(b.name))
-            for b, keep, s in zip(blocks, self.kept, scores, strict=True)
+            BlockRuntime(
+                method, self._now, b, keep, s, statistics.moments.get(b.name), _before(method, blocks, i)
+            )
+            for i, (b, keep, s) in enumerate(zip(blocks, self.kept, scores, strict=True))
             if keep < b.units
         ]
         _ATTACHED.add(model)
@@ -185,7 +192,7 @@ class Handle:
                 self._choice = None  # blocks and cache may stand half way between two choices
                 raise
             finally:
-                self._now.stage = "idle"
+                self._now.end()
             made = getattr(output, "past_key_values", None)
             if made is not None:
                 setattr(made, _CHOICE, self._choice)

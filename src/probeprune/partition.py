@@ -41,9 +41,9 @@ class Partition:
         self.kept = block.units
         self.followers: list[torch.Tensor] = []
         self._parameters = {m.linear: dict(m.linear._parameters) for m in block.members}
-        self._consumer_bias = block.consumer.bias
-        self._windows: list[tuple[nn.Linear, str, nn.Parameter | None, nn.Parameter]] = []
-        self._replaced: dict[str, nn.Parameter] = {}
+        self._own_bias = self._shown_bias = block.consumer.bias
+        self._refitted: nn.Parameter | None = None
+        self._windows: list[tuple[nn.Linear, str, nn.Parameter, nn.Parameter]] = []
         self._forwards: list[tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]] = []
         self._attributes: dict[str, object] = {}
         self._by_query_head = block.unit_kind != "group"
@@ -133,7 +133,8 @@ class Partition:
     def _open(self) -> None:
         """Make what the window shows: views of the full parameters, made once a width."""
         self.widen()
-        self._windows, self._forwards, self._replaced = [], [], {}
+        self._windows, self._forwards = [], []
+        self._refitted, self._shown_bias = None, self._own_bias
         with torch.inference_mode(False):
             for linear, parameters in self._parameters.items():
                 kept = self._kept_ranges(linear)
@@ -175,6 +176,7 @@ class Partition:
         """Show the kept units only."""
         for linear, name, _, window in self._windows:
             linear._parameters[name] = window
+        self.block.consumer._parameters["bias"] = self._shown_bias
         for linear, forward in self._forwards:
             linear.forward = forward  # type: ignore[method-assign, assignment]
         self._tell_attention(self.kept)
@@ -183,6 +185,7 @@ class Partition:
         """Show all units, in the present order (the dense block's function, to rounding)."""
         for linear, name, full, _ in self._windows:
             linear._parameters[name] = full
+        self.block.consumer._parameters["bias"] = self._own_bias
         for linear, _ in self._forwards:
             linear.__dict__.pop("forward", None)
         self._tell_attention(self.block.units)
@@ -220,18 +223,18 @@ class Partition:
         block = self.block
         check_can_cut(block)
         self.widen()
+        block.consumer._parameters["bias"] = self._shown_bias
         for linear, parameters in self._parameters.items():
             kept = self._kept_ranges(linear)
             for name, full, axis in self._cut_parameters(linear, parameters):
                 rest = torch.cat([full.data.narrow(axis, *r) for r in kept], axis)
                 linear._parameters[name] = nn.Parameter(rest, requires_grad=full.requires_grad)
-            if linear is block.consumer:
+            if linear is block.consumer and self._refitted is not None:
                 wanted = linear.weight.requires_grad
-                for name, replaced in self._replaced.items():
-                    linear._parameters[name] = nn.Parameter(replaced.data, requires_grad=wanted)
+                linear._parameters["weight"] = nn.Parameter(self._refitted.data, requires_grad=wanted)
             linear.out_features, linear.in_features = linear.weight.shape
             parameters.clear()  # frees the dense weight before the next map is copied
-        self._windows, self._forwards, self._replaced = [], [], {}
+        self._windows, self._forwards, self._refitted = [], [], None
         if self._by_query_head:  # balanced: consecutive heads share a group again
             self._restore_attributes()
             block.entry.num_key_value_groups = self.kept // block.kv_heads  # type: ignore[assignment]
@@ -241,27 +244,34 @@ class Partition:
     # -- the rest ------------------------------------------------------------------------------
 
     def add_bias(self, bias: torch.Tensor) -> None:
-        """Add a vector (hidden size,) to the consumer's own bias, in place of any added before."""
-        consumer = self.block.consumer
-        own = self._consumer_bias
+        """Add a vector (hidden size,) to the consumer's own bias wherever the window shows, in place of any
+        added before."""
+        consumer, own = self.block.consumer, self._own_bias
         total = bias if own is None else own.detach().float() + bias
-        consumer._parameters["bias"] = nn.Parameter(total.to(consumer.weight.dtype), requires_grad=False)
+        self._shown_bias = nn.Parameter(total.to(consumer.weight.dtype), requires_grad=False)
+        self.narrow()
 
     def replace_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Let the window show another weight (hidden size, kept channels) and bias of the consumer.
 
-        It lasts until units are kept in another number; the dense block keeps its own. Without a bias the
-        consumer's own stays.
+        Columns are those of the kept units, in their present order. It lasts until units are kept in another
+        number; the dense block keeps its own. Without a bias the consumer's own stays.
         """
         consumer = self.block.consumer
-        self._windows = [w for w in self._windows if w[0] is not consumer]
-        with torch.inference_mode(False):
-            for name, value in (("weight", weight), ("bias", bias)):
-                if value is not None:
-                    full = self._parameters[consumer][name]
-                    shown = nn.Parameter(value.to(self.consumer_weight.dtype), requires_grad=False)
-                    self._windows.append((consumer, name, full, shown))
-                    self._replaced[name] = shown
+        if self._refitted is not None:
+            self._refitted.data.copy_(weight)
+        else:
+            with torch.inference_mode(False):
+                self._refitted = nn.Parameter(
+                    weight.to(self.consumer_weight.dtype, copy=True), requires_grad=False
+                )
+            full = self._parameters[consumer]["weight"]
+            assert full is not None
+            self._windows = [w for w in self._windows if w[0] is not consumer]
+            self._windows.append((consumer, "weight", full, self._refitted))
+        if bias is not None:
+            with torch.inference_mode(False):
+                self._shown_bias = nn.Parameter(bias.to(self.consumer_weight.dtype), requires_grad=False)
         self.narrow()
 
     @property
@@ -290,7 +300,7 @@ class Partition:
         self.widen()
         for linear, parameters in self._parameters.items():
             linear._parameters.update(parameters)
-        self._windows, self._forwards, self._replaced = [], [], {}
+        self._windows, self._forwards, self._refitted = [], [], None
         self._restore_attributes()
 
     def _restore_attributes(self) -> None:

@@ -5,7 +5,8 @@ prompt chose, and a refresh chooses an MLP's channels anew. Which of these a pas
 (`dynamic.py`). Nothing here waits for an accelerator: numbers stay on the device, sizes come from shapes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.methods import Method
 from probeprune.partition import Partition
 from probeprune.probe import choose, everything, fused_energy, run_ahead
+from probeprune.side_queue import SideQueue
 from probeprune.statistics import History, Moments, Tokens
 
 Stage = Literal["idle", "choose", "reuse", "keep", "refresh"]
@@ -34,6 +36,22 @@ class Now:
     """`choose` or `reuse` (of the choice before) on a batch; `keep` or `refresh` on a pass that continues a
     cache."""
     tokens: Tokens = NO_TOKENS
+    probing: bool = False
+    """Whether a block is running on its probe: that is no part of the model's own pass."""
+    ahead: str = ""
+    """The block whose probe ran beside the one before it, until its turn comes."""
+    layer_types: Sequence[str] = ()
+    """Of every layer, where a model has several types: with windowed attention, say."""
+    attention: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What this pass gives to attention beside hidden states, by type of layer, as far as it was seen."""
+
+    def layer_type(self, block: Block) -> str:
+        """Of the block's layer."""
+        return self.layer_types[block.layer] if self.layer_types else ""
+
+    def end(self) -> None:
+        """Forget the pass."""
+        self.stage, self.ahead, self.attention = "idle", "", {}
 
 
 class BlockRuntime:
@@ -44,6 +62,7 @@ class BlockRuntime:
         keep: units it keeps.
         partition: its weights, kept units first.
         history: running energies, where the method fuses with them.
+        beside: the block before this one, where the probe runs beside it.
         swapped: LongTensor (), units brought into the window so far.
         finite: BoolTensor (), whether the last scores were.
     """
@@ -56,6 +75,7 @@ class BlockRuntime:
         keep: int,
         scores: torch.Tensor | None,
         moments: Moments | None,
+        beside: Block | None,
     ) -> None:
         self.method, self.now = method, now
         self.block, self.keep = block, keep
@@ -77,8 +97,9 @@ class BlockRuntime:
             assert moments is not None
             self.mean = moments.mean.to(device).clone()
             self.partition.followers.append(self.mean)
+        self.beside = beside
+        self._queue = SideQueue(device)
         self._residual: torch.Tensor | None = None
-        self._probing = False
 
     @property
     def chosen(self) -> torch.Tensor | int:
@@ -99,6 +120,11 @@ class BlockRuntime:
         ]
         if block.norm is not None:
             hooks.append(block.norm.register_forward_pre_hook(self._before_norm))
+        if self.beside is not None:
+            # Behind that block's own hooks: its turn begins before this one's probe does.
+            hooks.append(self.beside.entry.register_forward_pre_hook(self._before_beside, with_kwargs=True))
+            if self.beside.norm is not None:
+                hooks.append(self.beside.norm.register_forward_pre_hook(self._before_norm))
         if self._refreshes:
             hooks.append(block.consumer.register_forward_hook(self._after_consumer))
         return hooks
@@ -110,7 +136,7 @@ class BlockRuntime:
         return probe is not None and probe.refresh > 0 and self.block.kind == "mlp"
 
     def _before_norm(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if self.now.stage == "choose":
+        if self.now.stage == "choose" and not self.now.probing:
             self._residual = args[0]
 
     @torch.no_grad()
@@ -119,31 +145,67 @@ class BlockRuntime:
     ) -> None:
         if self.now.stage == "refresh" and self._refreshes:
             self.partition.widen()
-        if self.now.stage != "choose" or self._probing:
+        if self.now.stage != "choose" or self.now.probing:
             return
-        tokens = self.now.tokens
+        x, residual, kwargs = self._given(args, kwargs)
+        if self.block.kind == "attention":
+            self.now.attention[self.now.layer_type(self.block)] = kwargs
+        if self.now.ahead == self.block.name:
+            self._queue.join()
+        else:
+            self._probe(residual, x, kwargs)
+
+    @torch.no_grad()
+    def _before_beside(
+        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Probe this block beside the one before it, from that one's residual, if all it takes is known."""
+        if self.now.stage != "choose" or self.now.probing:
+            return
+        assert self.beside is not None
+        _, residual, given = self._given(args, kwargs)
+        if self.beside.kind == "attention":
+            self.now.attention[self.now.layer_type(self.beside)] = given
+        is_mlp = self.block.kind == "mlp"
+        known = {} if is_mlp else self.now.attention.get(self.now.layer_type(self.block))
+        if known is None or residual.device != self.block.consumer.weight.device:
+            return
+        self.now.ahead = self.block.name
+        with self._queue.run(residual):
+            self._probe(residual, residual, known, self.block.norm)
+
+    def _given(
+        self, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """What a block was called with: its normalised input, the residual in front of it, and the rest."""
         kwargs = dict(kwargs)
-        flat = args[0] if args else kwargs.pop("hidden_states")
-        x = self._shaped(flat)
+        x = self._shaped(args[0] if args else kwargs.pop("hidden_states"))
         residual = x if self._residual is None else self._shaped(self._residual)
         self._residual = None
-        assert self.method.probe is not None
+        return x, residual, kwargs
+
+    def _probe(
+        self, residual: torch.Tensor, x: torch.Tensor, kwargs: dict[str, Any], norm: nn.Module | None = None
+    ) -> None:
+        """All stages from the choice of a probe to the cut."""
+        probe, tokens = self.method.probe, self.now.tokens
+        assert probe is not None
         with record_function("probeprune::choose"):
-            selection = choose(residual, tokens, self.method.probe)
+            selection = choose(residual, tokens, probe)
         self.partition.widen()
-        self._probing = True
+        self.now.probing = True
         try:
             with record_function("probeprune::run_ahead"):
-                z = run_ahead(self.block, x, selection, kwargs)
+                z = run_ahead(self.block, x, selection, kwargs, norm)
         finally:
-            self._probing = False
+            self.now.probing = False
         with record_function("probeprune::score"):
-            scores = self._scores(fused_energy(z, selection, tokens, self.history, self.method.probe))
+            scores = self._scores(fused_energy(z, selection, tokens, self.history, probe))
         with record_function("probeprune::swap"):
             self._cut(scores)
 
     def _before_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if self.history is None or self._probing:
+        if self.history is None or self.now.probing:
             return
         if self.now.stage in ("choose", "reuse") or (self.now.stage == "keep" and self._refreshes):
             self._remember(args[0])
