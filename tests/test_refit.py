@@ -239,6 +239,81 @@ def test_window_and_cut_and_checkpoint_show_the_refit_and_detaching_leaves_no_tr
     assert logits(opened, ids).equal(logits(model, ids))
 
 
+def following(how=None, **changes):
+    """Prunes at every batch: a core and its refit, and a rest."""
+    how = how or Refit(damping=(1e-2,), sensitivity=2)
+    return refitting("probe", importance="obs", how=how, **changes)
+
+
+def mask(dense, handle, consumers):
+    """Give a dense model the weights that the handle shows, other units' columns at zero."""
+    for block, kept in zip(find_blocks(dense), handle.kept_units(), strict=True):
+        if block.name not in consumers:
+            continue
+        units, consumer = torch.tensor(kept.units), consumers[block.name]
+        weight, bias = consumer.weight, consumer.bias
+        if consumer.rest is not None:
+            assert set(consumer.rest.core.tolist()) <= set(kept.units)
+            weight, bias = consumer.rest.consumer(units)
+        columns = (units[:, None] * block.unit_width + torch.arange(block.unit_width)).flatten()
+        with torch.no_grad():
+            block.consumer.weight.zero_()
+            block.consumer.weight[:, columns] = weight
+            if bias is not None:
+                block.consumer.bias.copy_(bias)
+    return dense
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rest_that_follows_the_batch_is_refitted_to_what_it_chose(family):
+    """The model under the method is the dense one with other units' columns at zero and the weights shown."""
+    model = FAMILIES[family]()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    known, method = calibrate(model, WINDOWS), following()
+    consumers = method_consumers(model, method, 0.4, WINDOWS)
+    mlps = {b.name for b in find_blocks(model) if b.kind == "mlp"}
+    assert {n for n, c in consumers.items() if c.rest is not None} == mlps & consumers.keys()
+    masked, choices = FAMILIES[family](), []
+    with attach(model, method, 0.4, statistics=replace(known, consumers=consumers)) as handle:
+        for ids in (token_ids(4, 12, seed=5), token_ids(4, 12, seed=6)):
+            got = logits(model, ids)
+            torch.testing.assert_close(
+                got, logits(mask(masked, handle, consumers), ids), rtol=1e-3, atol=1e-3
+            )
+            choices.append([k.units for k in handle.kept_units()])
+        assert choices[0] != choices[1] and handle.swapped > 0
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(v.equal(after[k]) for k, v in before.items())
+    # What it was attached with is as it was: weights shown are copies.
+    again = method_consumers(model, method, 0.4, WINDOWS)
+    assert all(
+        c.units.equal(again[n].units) and c.weight.equal(again[n].weight) for n, c in consumers.items()
+    )
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt", "gpt-neox"])
+def test_text_goes_on_under_the_units_and_weights_its_prompt_chose(family):
+    model = FAMILIES[family]()
+    known, method = calibrate(model, WINDOWS), following()
+    consumers = method_consumers(model, method, 0.4, WINDOWS)
+    ids = token_ids(2, 10, seed=5)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with attach(model, method, 0.4, statistics=replace(known, consumers=consumers)) as handle:
+        text = model.generate(ids, **options)
+        masked = mask(FAMILIES[family](), handle, consumers)
+    assert text.equal(masked.generate(ids, **options))
+
+
+def test_a_rest_gives_the_chosen_units_the_weight_they_were_given_at_first():
+    model = FAMILIES["llama"]()
+    how = Refit(damping=(1e-6,), sensitivity=0, sequential=False, share=0.0)
+    for name, consumer in method_consumers(model, following(how), 0.4, WINDOWS).items():
+        if consumer.rest is not None:
+            weight, _ = consumer.rest.consumer(consumer.units)
+            difference = (weight - consumer.weight).norm() / consumer.weight.norm()
+            assert difference < 1e-2, name
+
+
 def test_damping_is_chosen_on_the_windows_held_out_and_may_be_none():
     model = FAMILIES["opt"]()
     kept = some(model)
@@ -318,13 +393,15 @@ def test_what_cannot_be_refitted_is_said_in_a_sentence():
             compose("wanda-sp", **changes)
     with pytest.raises(UsageError, match="is no block"):
         refit(model, {"lm_head": torch.arange(3)}, WINDOWS)
-    with pytest.raises(UsageError, match="prune once"):
+    with pytest.raises(UsageError, match="importance 'obs'"):
         compose("probe", compensation="least-squares", refit=Refit())
     for wrong in (
         {"damping": ()},
         {"damping": (0.0,)},
         {"held_out": 1.0},
         {"share": 2.0},
+        {"core": 1.0},
+        {"sensitivity": -1},
         {"sequential": False},
     ):
         with pytest.raises(UsageError):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from probeprune.errors import UsageError
+from probeprune.rest import Rest
 
 
 def lost_bias(weight: torch.Tensor, mean: torch.Tensor, kept_channels: int) -> torch.Tensor:
@@ -45,6 +46,9 @@ class Refit:
     sensitivity: int = 8
     """Calibration windows on which it is measured what an error of a block's output does to the model's
     prediction, so that the choice of units (importance `obs`) weighs it by that; 0 weighs all alike."""
+    core: float = 0.75
+    """Of the units an MLP keeps, the share that stays whatever the batch; methods that prune at every batch
+    only, which choose the rest anew and refit to it."""
     bias: bool = False
     """Whether a consumer without a bias gets one, which few plain configs can hold. One that is there is
     always refitted."""
@@ -54,6 +58,8 @@ class Refit:
             raise UsageError("a refit's damping must be one or more numbers above 0.")
         if not 0 < self.held_out < 1:
             raise UsageError(f"a refit's held_out={self.held_out} must be between 0 and 1.")
+        if not 0 < self.core < 1:
+            raise UsageError(f"a refit's core={self.core} must be between 0 and 1.")
         if self.sensitivity < 0:
             raise UsageError("a refit's sensitivity is a number of windows, 0 or more.")
         if not 0 <= self.share <= 1:
@@ -79,6 +85,8 @@ class Consumer:
     fitted to the others; on all windows where none were held out."""
     error_before: float
     """The same, for the weight as it was."""
+    rest: Rest | None = None
+    """What it takes to choose and refit a part of the units anew at every batch."""
 
     def record(self) -> dict[str, Any]:
         """The figures as JSON has them."""

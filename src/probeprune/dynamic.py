@@ -124,9 +124,7 @@ class Handle:
             self._check_finite()
             if method.needs_refit:
                 for r in self._runtimes:
-                    consumer = statistics.check_consumer(r.block, r.chosen)
-                    r.partition.keep(consumer.units.to(r.partition.order.device))
-                    r.partition.replace_consumer(consumer.weight, consumer.bias)
+                    r.refitted(statistics.check_consumer(r.block, r.chosen))
             if method.when == "batch":
                 self._undo.append(on_pass(model, self._run))
                 for runtime in self._runtimes:

@@ -98,12 +98,15 @@ def solve(
     return fitted.float().to(weight.device), shift
 
 
-def damped_moment(gram: Gram, centred: bool, damping: float) -> torch.Tensor:
-    """`Z + lambda I` (k, k), as in `solve`; float64."""
-    _, _, zz, _ = _second_moments(gram, centred)
+def normal_equations(
+    gram: Gram, weight: torch.Tensor, centred: bool, damping: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Z + lambda I` (k, k) and `T + lambda W` (d, k), of which `solve` is the solution; float64."""
+    _, _, zz, tz = _second_moments(gram, centred)
     diagonal = zz.diagonal()
-    diagonal += damping * diagonal.mean()
-    return zz
+    strength = damping * diagonal.mean()
+    diagonal += strength
+    return zz, tz + strength * _wide(weight)
 
 
 def squared_error(gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None) -> float:

@@ -76,17 +76,21 @@ class Method:
                 )
             if self.allocation == "global":
                 raise UsageError(f"importance {self.importance!r} has no scores to set a threshold on.")
-        if self.refit is not None and self.when != "once":
-            raise UsageError("a least-squares refit is for methods that prune once; use none or bias.")
+        makes_order = IMPORTANCES[self.importance].needs == "refit"
+        if self.refit is not None and (self.when == "never" or (self.when == "batch" and not makes_order)):
+            raise UsageError(
+                "a least-squares refit is for methods that prune once, or that prune at every batch by "
+                "importance 'obs'; use another compensation."
+            )
         if self.when not in ("never", "once", "batch"):
             raise UsageError(unknown("moment of pruning", self.when, ("never", "once", "batch")))
         if self.skip_layers < 0 or self.round_to < 1:
             raise UsageError("skip_layers must be at least 0 and round_to at least 1.")
         if (self.when == "batch") != (self.probe is not None):
             raise UsageError("a method has a probe if and only if it prunes at every batch.")
-        if self.when == "batch" and IMPORTANCES[self.importance].needs != "energy":
+        if self.when == "batch" and IMPORTANCES[self.importance].needs not in ("energy", "refit"):
             raise UsageError(
-                f"importance {self.importance!r} cannot be scored from a probe; use ppsp or wanda-sp."
+                f"importance {self.importance!r} cannot be scored from a probe; use ppsp, wanda-sp or obs."
             )
 
         if (IMPORTANCES[self.importance].needs == "gradients") != (self.gradients is not None):

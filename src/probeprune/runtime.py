@@ -16,11 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from probeprune import allocation
 from probeprune.blocks import Block
-from probeprune.compensation import lost_bias
+from probeprune.compensation import Consumer, lost_bias
 from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.methods import Method
 from probeprune.partition import Partition
 from probeprune.probe import choose, everything, fused_energy, run_ahead
+from probeprune.rest import Rest
 from probeprune.side_queue import SideQueue
 from probeprune.statistics import History, Moments, Tokens
 
@@ -65,6 +66,7 @@ class BlockRuntime:
         beside: the block before this one, where the probe runs beside it.
         swapped: LongTensor (), units brought into the window so far.
         finite: BoolTensor (), whether the last scores were.
+        rest: what choosing a part of the units anew and refitting to it takes, where a method does.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class BlockRuntime:
             assert moments is not None
             self.mean = moments.mean.to(device).clone()
             self.partition.followers.append(self.mean)
+        self.rest: Rest | None = None
         self.beside = beside
         self._queue = SideQueue(device)
         self._residual: torch.Tensor | None = None
@@ -111,8 +114,18 @@ class BlockRuntime:
         if self._first_scores is not None:
             self._cut(self._first_scores)
 
+    def refitted(self, consumer: Consumer) -> None:
+        """Keep what a refit chose, or was made for, and show it."""
+        device = self.partition.order.device
+        self.partition.keep(consumer.units.to(device))
+        self.partition.replace_consumer(consumer.weight, consumer.bias)
+        if self.method.when == "batch" and consumer.rest is not None:
+            self.rest = consumer.rest.to(device)
+
     def hooks(self) -> list[RemovableHandle]:
         """Let the stages run whenever the model does; dynamic methods only."""
+        if self._score is None and self.rest is None:
+            return []  # chosen once, by a refit
         block = self.block
         hooks = [
             block.entry.register_forward_pre_hook(self._before_block, with_kwargs=True),
@@ -200,7 +213,8 @@ class BlockRuntime:
         finally:
             self.now.probing = False
         with record_function("probeprune::score"):
-            scores = self._scores(fused_energy(z, selection, tokens, self.history, probe))
+            energy = fused_energy(z, selection, tokens, self.history, probe)
+            scores = self._scores(energy, len(selection.tokens))
         with record_function("probeprune::swap"):
             self._cut(scores)
 
@@ -218,9 +232,9 @@ class BlockRuntime:
         assert self.method.probe is not None
         with record_function("probeprune::score"):
             z, tokens = self._shaped(args[0]), self.now.tokens
-            scores = self._scores(
-                fused_energy(z, everything(tokens, z.device), tokens, self.history, self.method.probe)
-            )
+            whole = everything(tokens, z.device)
+            energy = fused_energy(z, whole, tokens, self.history, self.method.probe)
+            scores = self._scores(energy, len(whole.tokens))
         if self.history is not None:
             self._remember(args[0])
         with record_function("probeprune::swap"):
@@ -231,10 +245,12 @@ class BlockRuntime:
         with record_function("probeprune::history"):
             self.history.update(self._shaped(z), self.now.tokens)
 
-    def _scores(self, energy: torch.Tensor) -> torch.Tensor:
-        """Scores of the block's units, from channels' energies in the present order."""
+    def _scores(self, energy: torch.Tensor, positions: int) -> torch.Tensor:
+        """Scores of the block's units, from channels' energies over some positions, in the present order."""
         in_order = torch.empty_like(energy)
         in_order[self.partition.channels] = energy
+        if self.rest is not None:
+            return self.rest.scores(in_order, positions)
         evidence = Evidence(self.block, self.norms, energy=in_order, seed=self.method.seed)
         assert self._score is not None
         return self._score(evidence)
@@ -245,6 +261,9 @@ class BlockRuntime:
         if self.mean is not None:
             channels = self.keep * self.block.unit_width
             self.partition.add_bias(lost_bias(self.partition.consumer_weight, self.mean, channels))
+        if self.rest is not None:
+            with record_function("probeprune::refit"):
+                self.partition.replace_consumer(*self.rest.consumer(self.partition.order[: self.keep]))
 
     def _shaped(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, width); some layers flatten the first two in front of their MLP."""

@@ -17,6 +17,7 @@ from probeprune.calibration import Statistics, calibrate
 from probeprune.compensation import Consumer, lost_bias
 from probeprune.errors import UsageError
 from probeprune.gradients import Criterion, saliences
+from probeprune.importance import IMPORTANCES
 from probeprune.methods import METHODS, Method, check_untrained, get_method
 from probeprune.partition import Partition, check_can_cut
 from probeprune.passes import check_eval
@@ -277,12 +278,12 @@ def method_consumers(
     Raises what `refit.refit` raises, and `UsageError` for another method or missing statistics.
     """
     method = get_method(method)
-    check_static(method)
+    check_untrained(method)
     if method.refit is None:
         raise UsageError(f"method {method.name!r} refits nothing; compose it with a refit=Refit().")
     blocks = find_blocks(model, method.units)
     known = statistics
-    if method.needs_moments or method.needs_gradients:
+    if IMPORTANCES[method.importance].needs != "refit" and (method.needs_moments or method.needs_gradients):
         known = check_statistics(method, blocks, statistics)
     scores = _scores(method, blocks, known or Statistics())
     chosen = _choose(blocks, widths(method, ratio, blocks, scores), scores)
@@ -312,6 +313,7 @@ def _refit(
         how,
         units=method.units,
         metrics=metrics,
+        with_rest=method.when == "batch",
         batch_size=batch_size,
         progress=progress,
     )

@@ -16,7 +16,7 @@ from probeprune.blocks import Block
 
 T = TypeVar("T")
 
-OVERHEAD = ("choose", "score", "swap", "history")
+OVERHEAD = ("choose", "score", "swap", "refit", "history")
 """Stages that are neither the probe's nor the pruned blocks' own arithmetic."""
 PARTS = ("attention", "mlp", "run_ahead", *OVERHEAD, "rest")
 """Of a pass: blocks, then the stages of a dynamic method, then norms, residuals and Python."""

@@ -35,13 +35,26 @@ def _attention_flops(
     return 2 * batch * heads * q_length * key[2] * (width + value[3])
 
 
+def _cholesky_flops(matrix: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(matrix[-1] ** 3 // 3)
+
+
+def _cholesky_solve_flops(right: Any, factor: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * factor[-1] ** 2 * right[-1])
+
+
 @contextmanager
 def counting_flops() -> Iterator[FlopCount]:
     """Count the FLOPs that run inside, with torch's `FlopCounterMode`."""
     count = FlopCount()
-    # torch's table lacks the CPU's fused attention kernel.
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={fused: _attention_flops}) as counter:
+    # torch's table lacks the CPU's fused attention kernel, and the solutions of a refit at every batch.
+    aten = torch.ops.aten
+    more = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten.linalg_cholesky_ex: _cholesky_flops,
+        aten.cholesky_solve: _cholesky_solve_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
         yield count
     count.flops = counter.get_total_flops()
 
