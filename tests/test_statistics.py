@@ -11,7 +11,7 @@ from probeprune.blocks import find_blocks
 from probeprune.calibration import collecting
 from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.probe import Probe, Selection, choose, fuse, fused_energy
-from probeprune.statistics import History, Moments, Tokens
+from probeprune.statistics import History, Moments, Tokens, position_sums
 
 SIDES = ("none", "left", "right")
 OWN = (0, 1, 3, 50)
@@ -294,3 +294,17 @@ def test_history_at_the_positions_of_the_tokens_not_of_the_columns():
     got = history.at(torch.tensor([1, 2, 4]), positions, valid)[:, 0]
     assert got.tolist() == [4, (1 + 9) / 2, (9 + 20.5) / 2]
     assert history.at(torch.tensor([1]), positions[:1, :1], valid[:1, :1]).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_batch_of_several_pieces_sums_as_one_of_one(side):
+    # 2**17 entries a piece: 87 tokens of this width, so 600 tokens are seven pieces, the last one short.
+    z = torch.randn(3, 200, 1500, dtype=torch.bfloat16)
+    valid = torch.ones(3, 200, dtype=torch.bool)
+    if side != "none":
+        valid[0, slice(None, 90) if side == "left" else slice(110, None)] = False
+        z[~valid] = torch.nan
+    energy, counts = torch.zeros(1, 1500), torch.zeros(1)
+    position_sums(z, Tokens(3, 200, None if side == "none" else valid), energy, counts)
+    torch.testing.assert_close(energy[0], z[valid].double().square().sum(0).float())
+    assert counts.tolist() == [valid.sum()]

@@ -92,7 +92,8 @@ def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
         tokens: which tokens are real.
         probe: the budget.
     """
-    u = torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)
+    wider = None if residual.dtype == torch.float32 else torch.float32  # naming the dtype it has is slower
+    u = torch.linalg.vector_norm(residual, dim=-1, dtype=wider)
     if tokens.valid is not None:
         u = u.masked_fill(~tokens.valid, 0)
     wanted, count = probe_size(probe, *u.shape)
@@ -193,8 +194,9 @@ def fuse(energy: torch.Tensor, history: torch.Tensor, probe: Probe) -> torch.Ten
     if probe.fusion == "fixed":
         return torch.lerp(energy, history, probe.history_share)
     # No squares: energies of 1e20 would overflow float32.
-    share = energy / (energy + history).clamp_min_(torch.finfo(energy.dtype).tiny)
-    return torch.lerp(history, energy, share)
+    both = (energy + history).clamp_min_(torch.finfo(energy.dtype).tiny)
+    share = torch.div(energy, both, out=both)
+    return torch.lerp(history, energy, share, out=share)
 
 
 def fused_energy(

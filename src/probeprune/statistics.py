@@ -129,32 +129,38 @@ def position_sums(z: torch.Tensor, tokens: Tokens, energy: torch.Tensor, counts:
         energy: (own + 1, k), added to in place: sums of `z^2`; the last row takes all later positions.
         counts: (own + 1,), added to in place: tokens a row took.
     """
-    own = len(counts) - 1
-    if tokens.valid is None:
+    own, valid = len(counts) - 1, tokens.valid
+    if own and valid is not None:
+        positions = tokens.positions
+        assert positions is not None
+        z = z.masked_fill(~valid[..., None], 0).float()  # not times 0: padding may be NaN
+        rows = positions.clamp_max(own).flatten()
+        energy.index_add_(0, rows, z.square_().flatten(0, 1))
+        counts.index_add_(0, rows, valid.flatten().to(counts.dtype))
+        return
+    if own:
         first = min(own, z.shape[1])
-        energy[:first] += _squares(z[:, :first]).sum(0)
+        energy[:first] += z[:, :first].float().square().sum(0)
         counts[:first] += z.shape[0]
-        later = z[:, own:]
-        counts[own] += z.shape[0] * later.shape[1]
-    else:
-        z = z.masked_fill(~tokens.valid[..., None], 0)  # not times 0: padding may be NaN
-        if own:
-            positions = tokens.positions
-            assert positions is not None
-            rows = positions.clamp_max(own).flatten()
-            energy.index_add_(0, rows, _squares(z).flatten(0, 1))
-            counts.index_add_(0, rows, tokens.valid.flatten().to(counts.dtype))
-            return
-        later = z
-        counts[0] += tokens.valid.sum()
-    # One sample at a time: the squares of a whole batch would be as large as z itself.
-    for sample in later:
-        energy[own] += _squares(sample).sum(0)
+        z = z[:, own:]
+    counts[own] += z.shape[0] * z.shape[1] if valid is None else valid.sum()
+    energy[own] += _sum_of_squares(z, valid)
 
 
-def _squares(z: torch.Tensor) -> torch.Tensor:
-    z = z.float()
-    return z * z
+def _sum_of_squares(z: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Sum of `z^2` over the real tokens of (batch, sequence, k): (k,), float32."""
+    # So many tokens at a time that they and the sums stay in a CPU's cache, or keep an accelerator busy: what
+    # is made of a whole batch would grow with it.
+    entries = 2**17 if z.device.type == "cpu" else 2**24
+    parts = z.flatten(0, 1).split(max(entries // z.shape[-1], 1))
+    real = None if valid is None else valid.flatten().split(len(parts[0]))
+    sums = torch.zeros_like(parts[0], dtype=torch.float32)
+    for i, part in enumerate(parts):
+        part = part.float()
+        if real is not None:
+            part = part.masked_fill(~real[i][:, None], 0)  # not times 0: padding may be NaN
+        sums[: len(part)].addcmul_(part, part)
+    return sums.sum(0)
 
 
 class History:
