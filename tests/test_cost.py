@@ -62,6 +62,17 @@ def test_probe_flops_counted_equal_analytic(family):
         assert counted - rest == own + probe_flops(handle.blocks, handle.kept, probe, 3, LENGTH)
 
 
+@pytest.mark.parametrize("reuse", [0, 1, 3 * LENGTH, 3 * LENGTH + 1, 9 * LENGTH])
+def test_a_choice_that_serves_several_batches_is_counted_once(reuse):
+    model = FAMILIES["llama-gqa"]()
+    rest = outside_blocks(model, 3)
+    probe = Probe(fusion="none", reuse=reuse)
+    with probeprune.attach(model, compose("probe", probe=probe), 0.3) as handle:
+        counted = sum(decoder_flops(model, 3) - rest for _ in range(6)) / 6
+        own = blocks_flops(handle.blocks, handle.kept, 3, LENGTH)
+        assert counted == pytest.approx(own + probe_flops(handle.blocks, handle.kept, probe, 3, LENGTH))
+
+
 def test_probe_share_at_the_papers_shape():
     # LLaMA-2-7B, batch 20, 1024 tokens: published as about 1.5 % of the dense model. Counted on the meta
     # device, by running the real runtime there; nothing is computed.

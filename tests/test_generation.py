@@ -245,6 +245,28 @@ def test_a_refresh_against_a_slow_version(llama):
     torch.testing.assert_close(after, history + 0.01 * (second - history), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-bias", "opt"])
+def test_a_refresh_runs_dense_without_the_bias_for_lost_units(family):
+    # The last MLP alone is pruned: its prompt leaves the cache as the dense model's.
+    model = FAMILIES[family]()
+    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    method = compose(
+        "probe",
+        allocation="nominal",
+        skip_layers=4,
+        blocks=("mlp",),
+        compensation="bias",
+        probe=Probe(refresh=1),
+    )
+    ids, step = token_ids(3, 10), token_ids(3, 1, seed=7)
+    with torch.no_grad():
+        want = model(torch.cat([ids, step], 1)).logits[:, -1]
+        with attach(model, method, 0.05, statistics=statistics) as handle:
+            assert len(handle._runtimes) == 1
+            cache = model(ids, use_cache=True).past_key_values
+            close(model(step, past_key_values=cache).logits[:, -1], want)
+
+
 def test_history_moves_with_every_prompt_but_not_while_decoding(llama):
     model, statistics = llama
     ids = token_ids(2, 10)

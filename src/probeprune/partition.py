@@ -41,7 +41,7 @@ class Partition:
         self.kept = block.units
         self.followers: list[torch.Tensor] = []
         self._parameters = {m.linear: dict(m.linear._parameters) for m in block.members}
-        self._consumer_bias = block.consumer.bias
+        self._own_bias = self._shown_bias = block.consumer.bias
         self._windows: list[tuple[nn.Linear, str, nn.Parameter, nn.Parameter]] = []
         self._forwards: list[tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]] = []
         self._attributes: dict[str, object] = {}
@@ -174,6 +174,7 @@ class Partition:
         """Show the kept units only."""
         for linear, name, _, window in self._windows:
             linear._parameters[name] = window
+        self.block.consumer._parameters["bias"] = self._shown_bias
         for linear, forward in self._forwards:
             linear.forward = forward  # type: ignore[method-assign, assignment]
         self._tell_attention(self.kept)
@@ -182,6 +183,7 @@ class Partition:
         """Show all units, in the present order (the dense block's function, to rounding)."""
         for linear, name, full, _ in self._windows:
             linear._parameters[name] = full
+        self.block.consumer._parameters["bias"] = self._own_bias
         for linear, _ in self._forwards:
             linear.__dict__.pop("forward", None)
         self._tell_attention(self.block.units)
@@ -219,6 +221,7 @@ class Partition:
         block = self.block
         check_can_cut(block)
         self.widen()
+        block.consumer._parameters["bias"] = self._shown_bias
         for linear, parameters in self._parameters.items():
             kept = self._kept_ranges(linear)
             for name, full, axis in self._cut_parameters(linear, parameters):
@@ -236,11 +239,12 @@ class Partition:
     # -- the rest ------------------------------------------------------------------------------
 
     def add_bias(self, bias: torch.Tensor) -> None:
-        """Add a vector (hidden size,) to the consumer's own bias, in place of any added before."""
-        consumer = self.block.consumer
-        own = self._consumer_bias
+        """Add a vector (hidden size,) to the consumer's own bias while the window shows, in place of any added
+        before."""
+        consumer, own = self.block.consumer, self._own_bias
         total = bias if own is None else own.detach().float() + bias
-        consumer._parameters["bias"] = nn.Parameter(total.to(consumer.weight.dtype), requires_grad=False)
+        self._shown_bias = nn.Parameter(total.to(consumer.weight.dtype), requires_grad=False)
+        self.narrow()
 
     @property
     def consumer_weight(self) -> torch.Tensor:

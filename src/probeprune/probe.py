@@ -26,7 +26,7 @@ class Probe:
     """
 
     tokens: float = 0.5
-    """Share of the positions in the probe."""
+    """Share of the batch's positions in the probe; its width counts, padding too."""
     samples: float = 0.05
     """Share of the batch's samples in the probe (at least one)."""
     min_tokens: int = 2
@@ -47,7 +47,8 @@ class Probe:
     refresh: int = 0
     """While decoding, choose the channels of MLPs anew every so many tokens; 0 keeps those of the prompt.
     Such a step runs MLPs dense and is its own probe; the steps between move history. Heads stay: the cache
-    holds those of the prompt."""
+    holds those of the prompt. A sequence that has ended goes on counting: what `generate` feeds behind its end
+    looks like any other token."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "samples"):

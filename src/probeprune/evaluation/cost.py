@@ -5,6 +5,7 @@ counter does, though a causal kernel may skip half. Counted and analytic figures
 other in the tests.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -70,14 +71,19 @@ def blocks_flops(blocks: Sequence[Block], kept: Sequence[int], batch: int, lengt
     return sum(block_flops(b, k, batch, length) for b, k in zip(blocks, kept, strict=True))
 
 
-def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> int:
-    """FLOPs of running the probe ahead in every block that is cut, on a batch of (batch, length) tokens."""
+def probe_flops(
+    blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int
+) -> float:
+    """FLOPs of running the probe ahead in every block that is cut, on a batch of (batch, length) tokens; the
+    mean over many such batches where they share a choice (`Probe.reuse`)."""
     samples, tokens = probe_size(probe, batch, length)
-    return sum(
+    served = max(math.ceil(probe.reuse / (batch * length)), 1)  # batches that one choice serves
+    once = sum(
         block_flops(b, b.units, samples, tokens, consumer=False)
         for b, k in zip(blocks, kept, strict=True)
         if k < b.units
     )
+    return once / served
 
 
 def now(device: torch.device) -> float:
