@@ -10,10 +10,12 @@ from transformers import DynamicCache
 from probeprune import Probe, UsageError, attach, calibrate, compose
 from probeprune.blocks import find_blocks
 from probeprune.passes import find_decoder
+from probeprune.runtime import BlockRuntime
 from probeprune.statistics import History
 
 SIDES = ("none", "left", "right")
 DYNAMIC = (PROBING, "full-batch")
+PARALLEL = compose("probe", name="parallel", probe=Probe(parallel=True))
 
 
 def logits(model, ids, mask):
@@ -21,7 +23,9 @@ def logits(model, ids, mask):
         return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
 
 
-@pytest.mark.parametrize("method", ["wanda-sp", "ppsp", "magnitude", "random", "probe-reuse", *DYNAMIC])
+@pytest.mark.parametrize(
+    "method", ["wanda-sp", "ppsp", "magnitude", "random", "probe-reuse", PARALLEL, *DYNAMIC]
+)
 def test_a_pruned_pass_is_the_dense_one_masked(calibrated, method):
     model, statistics = calibrated
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -86,26 +90,34 @@ def test_full_batch_keeps_what_the_whole_batch_asks_for(calibrated, side):
     assert list(got.units) == best.tolist()
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "gemma3", "opt"])
+@pytest.mark.parametrize("probing", [PROBING, PARALLEL], ids=["in turn", "parallel"])
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma3", "opt", "gpt-neox"])
 @pytest.mark.parametrize("side", SIDES)
-def test_probe_of_an_mlp_against_a_slow_version(family, side):
+def test_probe_of_an_mlp_against_a_slow_version(family, side, probing):
     # One MLP alone is pruned (the last), so all in front of it is dense: residual, probe, fusion, scores,
-    # choice and the history afterwards are computed again in float64 from a dense pass.
+    # choice and the history afterwards are computed again in float64 from a dense pass. In parallel, the
+    # residual is the one in front of attention, and the probe sees nothing of what attention adds to it.
     model = FAMILIES[family]()
     statistics = calibrate(model, token_ids(6, 16, seed=9), batch_size=4)
     ids, mask = padded(side)
-    block = find_blocks(model)[-1]
+    *_, attention, block = find_blocks(model)
     seen: dict[str, torch.Tensor] = {}
+    source = attention if probing is PARALLEL else block
     hooks = [
-        block.norm.register_forward_pre_hook(lambda _, a: seen.update(r=a[0].double())),
+        source.norm.register_forward_pre_hook(lambda _, a: seen.update(r=a[0])),
         block.consumer.register_forward_pre_hook(lambda _, a: seen.update(z=a[0].double())),
     ]
     logits(model, ids, mask)
     for h in hooks:
         h.remove()
     real = mask.bool()
-    u = seen["r"].view(4, 24, -1).norm(dim=-1) * real
-    z = seen["z"].view(4, 24, -1)
+    r, z = seen["r"].view(4, 24, -1), seen["z"].view(4, 24, -1)
+    probed: list[torch.Tensor] = []
+    hook = block.consumer.register_forward_pre_hook(lambda _, a: probed.append(a[0].double()))
+    with torch.no_grad():
+        block.run(block.norm(r))
+    hook.remove()
+    u = r.double().norm(dim=-1) * real
     columns = sorted(sorted(range(24), key=lambda s: -float(u[:, s].norm()))[:12])
     sample = max(range(4), key=lambda b: float(u[b, columns].norm()))
     moments = statistics.moments[block.name]
@@ -113,12 +125,12 @@ def test_probe_of_an_mlp_against_a_slow_version(family, side):
     e = torch.zeros(block.width, dtype=torch.float64)
     for s in columns:
         if real[sample, s]:
-            p = z[sample, s] ** 2
+            p = probed[0][sample, s] ** 2
             e += (p**2 + history**2) / (p + history).clamp_min(1e-300)  # ReLU has dead channels
     score = e * (block.consumer.weight.detach().double() ** 4).sum(0).sqrt()
 
     layers = block.layer
-    method = compose(PROBING, allocation="nominal", skip_layers=layers)
+    method = compose(probing, allocation="nominal", skip_layers=layers)
     ratio = 0.3 / (layers + 1)
     with attach(model, method, ratio, statistics=statistics) as handle:
         runtime = handle._runtimes[-1]
@@ -135,6 +147,99 @@ def test_probe_of_an_mlp_against_a_slow_version(family, side):
         in_order = torch.empty(block.width, dtype=torch.float64)
         in_order[runtime.partition.channels] = runtime.history.energy[0].double()
     torch.testing.assert_close(in_order, moved, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_runs_beside_is_what_would_run_in_turn(family, side, monkeypatch):
+    # A probe beside the block before takes masks and positions from an earlier layer. Here it waits for its
+    # turn instead, and takes what its own layer is given.
+    model = FAMILIES[family]()
+    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    inputs = padded(side)
+    with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
+        logits(model, *inputs)
+        want = handle.kept_units()
+    probe, stale = BlockRuntime._probe, {}
+
+    def wait(self, residual):
+        if self.block.kind == "mlp" or self._layer_type in self.now.attention:
+            stale[self.block.name] = residual
+
+    def in_turn(self, residual, x, kwargs):
+        if self.block.name in stale:
+            residual = stale[self.block.name]
+            probe(self, residual, residual, kwargs, self.block.norm)
+        else:
+            probe(self, residual, x, kwargs)
+
+    monkeypatch.setattr(BlockRuntime, "probe_beside", wait)
+    monkeypatch.setattr(BlockRuntime, "_probe", in_turn)
+    with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
+        logits(model, *inputs)
+        assert handle.kept_units() == want
+        pruned = handle._runtimes
+    kinds = [r._layer_type for r in pruned if r.block.kind == "attention"]
+    in_turn_alone = len(set(kinds))  # the first attention of each type of layer
+    assert len(stale) == len(pruned) - in_turn_alone
+
+
+def test_a_probe_starts_in_front_of_the_block_before_and_is_waited_for(llama):
+    # The order in which a GPU is given its work, told by a queue that only writes down.
+    model, statistics = llama
+    log = []
+
+    class Queue:
+        def __init__(self, name):
+            self.name = name
+
+        @contextmanager
+        def run(self):
+            log.append(("starts", self.name))
+            yield
+
+        def join(self):
+            log.append(("joins", self.name))
+
+    with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
+        names = [r.block.name for r in handle._runtimes]
+        hooks = []
+        for r in handle._runtimes:
+            r._beside = Queue(r.block.name)
+
+            def enter(*_: object, r=r) -> None:
+                if not r.now.probing:
+                    log.append(("runs", r.block.name))
+
+            hooks.append(r.block.entry.register_forward_pre_hook(enter))
+        logits(model, *padded("left"))
+        for hook in hooks:
+            hook.remove()
+    want = []
+    for name, following in zip(names, [*names[1:], None], strict=True):
+        want += [("joins", name)] * (name != names[0])
+        want += [("starts", following)] * (following is not None)
+        want.append(("runs", name))
+    assert log == want
+
+
+def test_a_batch_after_one_that_broke_beside_is_like_any_other(llama, monkeypatch):
+    model, statistics = llama
+    inputs = padded("left")
+    with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
+        logits(model, *inputs)
+        want = handle.kept_units()
+    with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
+        with monkeypatch.context() as broken:
+            broken.setattr(handle._runtimes[3], "_cut", lambda scores: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                logits(model, *padded("right"))
+        for r in handle._runtimes:  # what the broken batch moved
+            r.history.energy[:] = History(statistics.moments[r.block.name], 0.99).energy[
+                :, r.partition.channels
+            ]
+        logits(model, *inputs)
+        assert handle.kept_units() == want
 
 
 def test_attaching_moves_no_ones_history():

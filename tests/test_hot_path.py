@@ -73,10 +73,11 @@ def test_the_guard_sees_what_waits(what):
         {},
         {"probe": Probe(reuse=0, fusion="none", tokens=1.0, samples=1.0)},
         {"compensation": "bias"},
+        {"probe": Probe(parallel=True)},
         {"units": "query"},
         {"units": "balanced"},
     ],
-    ids=["probe", "full batch", "bias", "query", "balanced"],
+    ids=["probe", "full batch", "bias", "parallel", "query", "balanced"],
 )
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3", "opt", "phi3-gqa"])
 def test_a_prompt_is_probed_without_waiting(family, changes, side, own, no_waiting):

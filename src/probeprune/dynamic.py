@@ -11,6 +11,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -78,6 +79,12 @@ def _attention(model: nn.Module) -> str:
     return str(config._attn_implementation)
 
 
+def _layer_type(model: nn.Module, layer: int) -> str:
+    """What kind of layer it is, where a model has several: with windowed attention, say."""
+    types = getattr(model.config, "layer_types", None)
+    return types[layer] if types else ""
+
+
 class Handle:
     """A method attached to a model; a context manager that detaches on exit.
 
@@ -106,10 +113,14 @@ class Handle:
         scores = [static_scores(method, b, statistics) for b in blocks]
         self.kept = widths(method, ratio, blocks, scores)
         self._runtimes = [
-            BlockRuntime(method, self._now, b, keep, s, statistics.moments.get(b.name))
+            BlockRuntime(
+                method, self._now, b, keep, s, statistics.moments.get(b.name), _layer_type(model, b.layer)
+            )
             for b, keep, s in zip(blocks, self.kept, scores, strict=True)
             if keep < b.units
         ]
+        if method.probe is not None and method.probe.parallel:
+            self._chain()
         _ATTACHED.add(model)
         try:
             for runtime in self._runtimes:
@@ -166,6 +177,14 @@ class Handle:
     ) -> None:
         self.detach()
 
+    def _chain(self) -> None:
+        """Let every block be probed beside the one before it, where that is pruned too."""
+        by_name = {r.block.name: r for r in self._runtimes}
+        in_order = [by_name.get(b.name) for b in self.blocks]
+        for runtime, following in pairwise(in_order):
+            if runtime is not None:
+                runtime.following = following
+
     def _run(self, now: Pass, forward: Callable[[], Any]) -> Any:
         """One pass of the decoder under a dynamic method."""
         with self._lock:
@@ -180,7 +199,7 @@ class Handle:
                 self._choice = None  # blocks and cache may stand half way between two choices
                 raise
             finally:
-                self._now.stage = "idle"
+                self._now.end()
             made = getattr(output, "past_key_values", None)
             if made is not None:
                 setattr(made, _CHOICE, self._choice)

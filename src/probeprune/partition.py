@@ -239,8 +239,8 @@ class Partition:
     # -- the rest ------------------------------------------------------------------------------
 
     def add_bias(self, bias: torch.Tensor) -> None:
-        """Add a vector (hidden size,) to the consumer's own bias while the window shows, in place of any added
-        before."""
+        """Add a vector (hidden size,) to the consumer's own bias wherever the window shows, in place of any
+        added before."""
         consumer, own = self.block.consumer, self._own_bias
         total = bias if own is None else own.detach().float() + bias
         self._shown_bias = nn.Parameter(total.to(consumer.weight.dtype), requires_grad=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from probeprune.blocks import Block
 from probeprune.errors import UsageError
@@ -47,8 +48,13 @@ class Probe:
     refresh: int = 0
     """While decoding, choose the channels of MLPs anew every so many tokens; 0 keeps those of the prompt.
     Such a step runs MLPs dense and is its own probe; the steps between move history. Heads stay: the cache
-    holds those of the prompt. A sequence that has ended goes on counting: what `generate` feeds behind its end
-    looks like any other token."""
+    holds those of the prompt. A sequence that has ended goes on counting: what `generate` feeds it looks like
+    any other token."""
+    parallel: bool = False
+    """Probe a block beside the one before it, from the residual in front of that one: the published
+    asynchronous variant. On CUDA the two overlap, on a second stream (never run so far: no GPU was at hand);
+    elsewhere one runs after the other, at no gain. The first pruned block, one behind a block left whole, and
+    the first attention block of each type of layer are probed in their turn."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "samples"):
@@ -113,7 +119,13 @@ def everything(tokens: Tokens, device: torch.device) -> Selection:
     return Selection(torch.arange(tokens.batch, device=device), torch.arange(tokens.length, device=device))
 
 
-def run_ahead(block: Block, x: torch.Tensor, selection: Selection, kwargs: dict[str, Any]) -> torch.Tensor:
+def run_ahead(
+    block: Block,
+    x: torch.Tensor,
+    selection: Selection,
+    kwargs: dict[str, Any],
+    norm: nn.Module | None = None,
+) -> torch.Tensor:
     """The coupled activation `z^p` (samples, tokens, n) of the probe, through the block's own forward.
 
     The consumer, in tap mode, hands back its input instead of multiplying.
@@ -123,8 +135,11 @@ def run_ahead(block: Block, x: torch.Tensor, selection: Selection, kwargs: dict[
         x: the block's normalised input (batch, sequence, hidden).
         selection: which part of it to run.
         kwargs: what else the model passed to the block; masks and positions are cut to the probe's own.
+        norm: what `x` has to pass first, where it is a residual.
     """
     part = x.index_select(0, selection.samples).index_select(1, selection.tokens)
+    if norm is not None:
+        part = norm(part)
     tapped: list[torch.Tensor] = []
 
     def tap(z: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ prompt chose, and a refresh chooses an MLP's channels anew. Which of these a pas
 (`dynamic.py`). Nothing here waits for an accelerator: numbers stay on the device, sizes come from shapes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from probeprune import allocation
+from probeprune.beside import Beside
 from probeprune.blocks import Block
 from probeprune.compensation import lost_bias
 from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
@@ -34,6 +35,16 @@ class Now:
     """`choose` or `reuse` (of the choice before) on a batch; `keep` or `refresh` on a pass that continues a
     cache."""
     tokens: Tokens = NO_TOKENS
+    probing: bool = False
+    """Whether a block is running on its probe: that is no part of the model's own pass."""
+    ahead: str = ""
+    """The block whose probe ran beside the one before it, until its turn comes."""
+    attention: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What this pass gives to attention beside hidden states, by type of layer, as far as it was seen."""
+
+    def end(self) -> None:
+        """Forget the pass."""
+        self.stage, self.ahead, self.attention = "idle", "", {}
 
 
 class BlockRuntime:
@@ -44,6 +55,7 @@ class BlockRuntime:
         keep: units it keeps.
         partition: its weights, kept units first.
         history: running energies, where the method fuses with them.
+        following: the pruned block right behind this one, if it is probed beside it.
         swapped: LongTensor (), units brought into the window so far.
         finite: BoolTensor (), whether the last scores were.
     """
@@ -56,6 +68,7 @@ class BlockRuntime:
         keep: int,
         scores: torch.Tensor | None,
         moments: Moments | None,
+        layer_type: str,
     ) -> None:
         self.method, self.now = method, now
         self.block, self.keep = block, keep
@@ -77,8 +90,10 @@ class BlockRuntime:
             assert moments is not None
             self.mean = moments.mean.to(device).clone()
             self.partition.followers.append(self.mean)
+        self.following: BlockRuntime | None = None
+        self._layer_type = layer_type
+        self._beside = Beside(device)
         self._residual: torch.Tensor | None = None
-        self._probing = False
 
     def start(self) -> None:
         """The first cut: for good if static, a place to start from if dynamic."""
@@ -105,7 +120,7 @@ class BlockRuntime:
         return probe is not None and probe.refresh > 0 and self.block.kind == "mlp"
 
     def _before_norm(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if self.now.stage == "choose":
+        if self.now.stage == "choose" and not self.now.probing:
             self._residual = args[0]
 
     @torch.no_grad()
@@ -114,31 +129,54 @@ class BlockRuntime:
     ) -> None:
         if self.now.stage == "refresh" and self._refreshes:
             self.partition.widen()
-        if self.now.stage != "choose" or self._probing:
+        if self.now.stage != "choose" or self.now.probing:
             return
-        tokens = self.now.tokens
         kwargs = dict(kwargs)
         flat = args[0] if args else kwargs.pop("hidden_states")
         x = self._shaped(flat)
         residual = x if self._residual is None else self._shaped(self._residual)
         self._residual = None
-        assert self.method.probe is not None
+        if self.now.ahead == self.block.name:
+            self._beside.join()
+        else:
+            self._probe(residual, x, kwargs)
+        if self.block.kind == "attention":
+            self.now.attention[self._layer_type] = kwargs
+        if self.following is not None:
+            self.following.probe_beside(residual)
+
+    def probe_beside(self, residual: torch.Tensor) -> None:
+        """Probe this block beside the one before it, whose residual is given, where all it takes is known."""
+        is_mlp = self.block.kind == "mlp"
+        kwargs = {} if is_mlp else self.now.attention.get(self._layer_type)
+        if kwargs is None or residual.device != self.block.consumer.weight.device:
+            return
+        self.now.ahead = self.block.name
+        with self._beside.run():
+            self._probe(residual, residual, kwargs, self.block.norm)
+
+    def _probe(
+        self, residual: torch.Tensor, x: torch.Tensor, kwargs: dict[str, Any], norm: nn.Module | None = None
+    ) -> None:
+        """All stages from the choice of a probe to the cut."""
+        probe, tokens = self.method.probe, self.now.tokens
+        assert probe is not None
         with record_function("probeprune::choose"):
-            selection = choose(residual, tokens, self.method.probe)
+            selection = choose(residual, tokens, probe)
         self.partition.widen()
-        self._probing = True
+        self.now.probing = True
         try:
             with record_function("probeprune::run_ahead"):
-                z = run_ahead(self.block, x, selection, kwargs)
+                z = run_ahead(self.block, x, selection, kwargs, norm)
         finally:
-            self._probing = False
+            self.now.probing = False
         with record_function("probeprune::score"):
-            scores = self._scores(fused_energy(z, selection, tokens, self.history, self.method.probe))
+            scores = self._scores(fused_energy(z, selection, tokens, self.history, probe))
         with record_function("probeprune::swap"):
             self._cut(scores)
 
     def _before_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if self.history is None or self._probing:
+        if self.history is None or self.now.probing:
             return
         if self.now.stage in ("choose", "reuse") or (self.now.stage == "keep" and self._refreshes):
             self._remember(args[0])

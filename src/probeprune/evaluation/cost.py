@@ -71,9 +71,7 @@ def blocks_flops(blocks: Sequence[Block], kept: Sequence[int], batch: int, lengt
     return sum(block_flops(b, k, batch, length) for b, k in zip(blocks, kept, strict=True))
 
 
-def probe_flops(
-    blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int
-) -> float:
+def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> float:
     """FLOPs of running the probe ahead in every block that is cut, on a batch of (batch, length) tokens; the
     mean over many such batches where they share a choice (`Probe.reuse`)."""
     samples, tokens = probe_size(probe, batch, length)
