@@ -162,26 +162,23 @@ def test_what_runs_beside_is_what_would_run_in_turn(family, side, monkeypatch):
         want = handle.kept_units()
     probe, stale = BlockRuntime._probe, {}
 
-    def wait(self, residual):
-        if self.block.kind == "mlp" or self._layer_type in self.now.attention:
+    def in_turn(self, residual, x, kwargs, norm="in turn"):
+        if norm != "in turn":  # not now
             stale[self.block.name] = residual
-
-    def in_turn(self, residual, x, kwargs):
-        if self.block.name in stale:
+            self.now.ahead = ""
+        elif self.block.name in stale:
             residual = stale[self.block.name]
             probe(self, residual, residual, kwargs, self.block.norm)
         else:
             probe(self, residual, x, kwargs)
 
-    monkeypatch.setattr(BlockRuntime, "probe_beside", wait)
     monkeypatch.setattr(BlockRuntime, "_probe", in_turn)
     with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
         logits(model, *inputs)
         assert handle.kept_units() == want
-        pruned = handle._runtimes
-    kinds = [r._layer_type for r in pruned if r.block.kind == "attention"]
-    in_turn_alone = len(set(kinds))  # the first attention of each type of layer
-    assert len(stale) == len(pruned) - in_turn_alone
+        pruned = [r.block for r in handle._runtimes]
+    late = len({handle._now.layer_type(b) for b in pruned if b.kind == "attention"})
+    assert len(stale) == len(pruned) - late, "the first attention of each type of layer alone waits"
 
 
 def test_a_probe_starts_in_front_of_the_block_before_and_is_waited_for(llama):
@@ -205,7 +202,7 @@ def test_a_probe_starts_in_front_of_the_block_before_and_is_waited_for(llama):
         names = [r.block.name for r in handle._runtimes]
         hooks = []
         for r in handle._runtimes:
-            r._beside = Queue(r.block.name)
+            r._queue = Queue(r.block.name)
 
             def enter(*_: object, r=r) -> None:
                 if not r.now.probing:

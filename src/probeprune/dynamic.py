@@ -11,7 +11,6 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -79,10 +78,9 @@ def _attention(model: nn.Module) -> str:
     return str(config._attn_implementation)
 
 
-def _layer_type(model: nn.Module, layer: int) -> str:
-    """What kind of layer it is, where a model has several: with windowed attention, say."""
-    types = getattr(model.config, "layer_types", None)
-    return types[layer] if types else ""
+def _before(method: Method, blocks: Sequence[Block], i: int) -> Block | None:
+    """The block beside which the i-th is probed, if it is."""
+    return blocks[i - 1] if i and method.probe is not None and method.probe.parallel else None
 
 
 class Handle:
@@ -105,7 +103,7 @@ class Handle:
     ) -> None:
         self.model, self.method, self.ratio = model, method, ratio
         self.blocks = blocks
-        self._now = Now()
+        self._now = Now(layer_types=getattr(model.config, "layer_types", None) or ())
         self._lock = threading.RLock()
         self._choice: int | None = None  # the one whose heads the windows show
         self._since_choice = self._since_refresh = 0  # tokens
@@ -114,13 +112,11 @@ class Handle:
         self.kept = widths(method, ratio, blocks, scores)
         self._runtimes = [
             BlockRuntime(
-                method, self._now, b, keep, s, statistics.moments.get(b.name), _layer_type(model, b.layer)
+                method, self._now, b, keep, s, statistics.moments.get(b.name), _before(method, blocks, i)
             )
-            for b, keep, s in zip(blocks, self.kept, scores, strict=True)
+            for i, (b, keep, s) in enumerate(zip(blocks, self.kept, scores, strict=True))
             if keep < b.units
         ]
-        if method.probe is not None and method.probe.parallel:
-            self._chain()
         _ATTACHED.add(model)
         try:
             for runtime in self._runtimes:
@@ -176,14 +172,6 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
-
-    def _chain(self) -> None:
-        """Let every block be probed beside the one before it, where that is pruned too."""
-        by_name = {r.block.name: r for r in self._runtimes}
-        in_order = [by_name.get(b.name) for b in self.blocks]
-        for runtime, following in pairwise(in_order):
-            if runtime is not None:
-                runtime.following = following
 
     def _run(self, now: Pass, forward: Callable[[], Any]) -> Any:
         """One pass of the decoder under a dynamic method."""

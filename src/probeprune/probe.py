@@ -53,8 +53,8 @@ class Probe:
     parallel: bool = False
     """Probe a block beside the one before it, from the residual in front of that one: the published
     asynchronous variant. On CUDA the two overlap, on a second stream (never run so far: no GPU was at hand);
-    elsewhere one runs after the other, at no gain. The first pruned block, one behind a block left whole, and
-    the first attention block of each type of layer are probed in their turn."""
+    elsewhere one runs after the other, at no gain. The model's first block, and the first attention block of
+    each type of layer, are probed in their turn."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "samples"):

@@ -5,6 +5,7 @@ prompt chose, and a refresh chooses an MLP's channels anew. Which of these a pas
 (`dynamic.py`). Nothing here waits for an accelerator: numbers stay on the device, sizes come from shapes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,13 +15,13 @@ from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from probeprune import allocation
-from probeprune.beside import Beside
 from probeprune.blocks import Block
 from probeprune.compensation import lost_bias
 from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.methods import Method
 from probeprune.partition import Partition
 from probeprune.probe import choose, everything, fused_energy, run_ahead
+from probeprune.side_queue import SideQueue
 from probeprune.statistics import History, Moments, Tokens
 
 Stage = Literal["idle", "choose", "reuse", "keep", "refresh"]
@@ -39,8 +40,14 @@ class Now:
     """Whether a block is running on its probe: that is no part of the model's own pass."""
     ahead: str = ""
     """The block whose probe ran beside the one before it, until its turn comes."""
+    layer_types: Sequence[str] = ()
+    """Of every layer, where a model has several types: with windowed attention, say."""
     attention: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What this pass gives to attention beside hidden states, by type of layer, as far as it was seen."""
+
+    def layer_type(self, block: Block) -> str:
+        """Of the block's layer."""
+        return self.layer_types[block.layer] if self.layer_types else ""
 
     def end(self) -> None:
         """Forget the pass."""
@@ -55,7 +62,7 @@ class BlockRuntime:
         keep: units it keeps.
         partition: its weights, kept units first.
         history: running energies, where the method fuses with them.
-        following: the pruned block right behind this one, if it is probed beside it.
+        beside: the block before this one, where the probe runs beside it.
         swapped: LongTensor (), units brought into the window so far.
         finite: BoolTensor (), whether the last scores were.
     """
@@ -68,7 +75,7 @@ class BlockRuntime:
         keep: int,
         scores: torch.Tensor | None,
         moments: Moments | None,
-        layer_type: str,
+        beside: Block | None,
     ) -> None:
         self.method, self.now = method, now
         self.block, self.keep = block, keep
@@ -90,9 +97,8 @@ class BlockRuntime:
             assert moments is not None
             self.mean = moments.mean.to(device).clone()
             self.partition.followers.append(self.mean)
-        self.following: BlockRuntime | None = None
-        self._layer_type = layer_type
-        self._beside = Beside(device)
+        self.beside = beside
+        self._queue = SideQueue(device)
         self._residual: torch.Tensor | None = None
 
     def start(self) -> None:
@@ -109,6 +115,11 @@ class BlockRuntime:
         ]
         if block.norm is not None:
             hooks.append(block.norm.register_forward_pre_hook(self._before_norm))
+        if self.beside is not None:
+            # Behind that block's own hooks: its turn begins before this one's probe does.
+            hooks.append(self.beside.entry.register_forward_pre_hook(self._before_beside, with_kwargs=True))
+            if self.beside.norm is not None:
+                hooks.append(self.beside.norm.register_forward_pre_hook(self._before_norm))
         if self._refreshes:
             hooks.append(block.consumer.register_forward_hook(self._after_consumer))
         return hooks
@@ -131,29 +142,42 @@ class BlockRuntime:
             self.partition.widen()
         if self.now.stage != "choose" or self.now.probing:
             return
-        kwargs = dict(kwargs)
-        flat = args[0] if args else kwargs.pop("hidden_states")
-        x = self._shaped(flat)
-        residual = x if self._residual is None else self._shaped(self._residual)
-        self._residual = None
+        x, residual, kwargs = self._given(args, kwargs)
+        if self.block.kind == "attention":
+            self.now.attention[self.now.layer_type(self.block)] = kwargs
         if self.now.ahead == self.block.name:
-            self._beside.join()
+            self._queue.join()
         else:
             self._probe(residual, x, kwargs)
-        if self.block.kind == "attention":
-            self.now.attention[self._layer_type] = kwargs
-        if self.following is not None:
-            self.following.probe_beside(residual)
 
-    def probe_beside(self, residual: torch.Tensor) -> None:
-        """Probe this block beside the one before it, whose residual is given, where all it takes is known."""
+    @torch.no_grad()
+    def _before_beside(
+        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Probe this block beside the one before it, from that one's residual, if all it takes is known."""
+        if self.now.stage != "choose" or self.now.probing:
+            return
+        assert self.beside is not None
+        _, residual, given = self._given(args, kwargs)
+        if self.beside.kind == "attention":
+            self.now.attention[self.now.layer_type(self.beside)] = given
         is_mlp = self.block.kind == "mlp"
-        kwargs = {} if is_mlp else self.now.attention.get(self._layer_type)
-        if kwargs is None or residual.device != self.block.consumer.weight.device:
+        known = {} if is_mlp else self.now.attention.get(self.now.layer_type(self.block))
+        if known is None or residual.device != self.block.consumer.weight.device:
             return
         self.now.ahead = self.block.name
-        with self._beside.run():
-            self._probe(residual, residual, kwargs, self.block.norm)
+        with self._queue.run():
+            self._probe(residual, residual, known, self.block.norm)
+
+    def _given(
+        self, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """What a block was called with: its normalised input, the residual in front of it, and the rest."""
+        kwargs = dict(kwargs)
+        x = self._shaped(args[0] if args else kwargs.pop("hidden_states"))
+        residual = x if self._residual is None else self._shaped(self._residual)
+        self._residual = None
+        return x, residual, kwargs
 
     def _probe(
         self, residual: torch.Tensor, x: torch.Tensor, kwargs: dict[str, Any], norm: nn.Module | None = None

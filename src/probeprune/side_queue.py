@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Beside:
+class SideQueue:
     """A second queue of a device, where it has one."""
 
     def __init__(self, device: torch.device) -> None:
