@@ -191,7 +191,7 @@ def test_a_probe_starts_in_front_of_the_block_before_and_is_waited_for(llama):
             self.name = name
 
         @contextmanager
-        def run(self):
+        def run(self, read):
             log.append(("starts", self.name))
             yield
 

@@ -166,7 +166,7 @@ class BlockRuntime:
         if known is None or residual.device != self.block.consumer.weight.device:
             return
         self.now.ahead = self.block.name
-        with self._queue.run():
+        with self._queue.run(residual):
             self._probe(residual, residual, known, self.block.norm)
 
     def _given(

@@ -17,11 +17,15 @@ class SideQueue:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
-    def run(self) -> Iterator[None]:
-        """What is queued inside starts when all that was queued before is done, and holds nothing up."""
+    def run(self, read: torch.Tensor) -> Iterator[None]:
+        """What is queued inside starts when all that was queued before is done, and holds nothing up.
+
+        `read` is what it reads of the model's own, so that its memory is not used again too early.
+        """
         if self._stream is None:
             yield
             return
+        read.record_stream(self._stream)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             yield
