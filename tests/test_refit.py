@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from probeprune import Refit, attach, calibrate, compose, evenly, find_blocks, prune, save
 from probeprune.elimination import LOOKS, eliminate
 from probeprune.errors import UsageError
-from probeprune.least_squares import Gram, solve, squared_error
+from probeprune.least_squares import FLOOR, Gram, solve, squared_error
 from probeprune.refit import refit
 from probeprune.sensitivity import sensitivities
 from probeprune.surgery import method_consumers
@@ -37,8 +37,8 @@ def explicit(weight, bias, z, t, damping):
     if bias is not None:
         z_mean, t_mean = z.mean(0), t.mean(0)
         z, t = z - z_mean, t - t_mean
-    strength = (damping * (z**2).sum(0).mean()).sqrt()
-    rows = torch.cat([z, strength * torch.eye(z.shape[1], dtype=torch.float64)])
+    squares = (z**2).sum(0)
+    rows = torch.cat([z, (damping * squares.clamp_min(FLOOR * squares.median())).sqrt().diag()])
     lacks = torch.cat([t - z @ weight.T, torch.zeros(z.shape[1], len(weight), dtype=torch.float64)])
     fitted = weight + torch.linalg.lstsq(rows, lacks).solution.T
     return fitted, None if bias is None else t_mean - fitted @ z_mean
@@ -187,7 +187,8 @@ def test_elimination_leaves_what_it_would_on_whole_models_and_refits_to_that(fam
     weight, bias = explicit(block.consumer.weight.detach(), block.consumer.bias, z, t, *how.damping)
     centred = z.double() - (0 if bias is None else z.double().mean(0))
     moment = centred.T @ centred / len(z)
-    moment += how.damping[0] * moment.diagonal().mean() * torch.eye(len(moment))
+    own = moment.diagonal()
+    moment += how.damping[0] * own.clamp_min(FLOOR * own.median()).diag()
     order = eliminate(
         moment,
         weight,

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
+from probeprune import knapsack
 from probeprune.blocks import Block
 from probeprune.errors import UsageError
+from probeprune.knapsack import Choice
 
-ALLOCATIONS = ("uniform", "even", "nominal", "nominal-kept", "global")
+ALLOCATIONS = ("uniform", "even", "nominal", "nominal-kept", "global", "damage", "damage-even")
 KINDS = ("attention", "mlp")
 
 
@@ -199,6 +201,94 @@ def global_threshold(
         if block.unit_kind == "balanced" and block.kind == "attention":
             kept[i] = -(-kept[i] // block.kv_heads) * block.kv_heads
     return kept
+
+
+def least_damage(
+    blocks: Sequence[Block],
+    damages: Sequence[torch.Tensor],
+    savings: Sequence[int],
+    budget: int,
+    *,
+    skip_layers: int = 0,
+    round_to: int = 1,
+    kinds: Sequence[str] = KINDS,
+) -> list[int]:
+    """The widths that save `budget` at the least damage in all, a knapsack solved exactly; returns the units
+    each block keeps, at least one.
+
+    Args:
+        blocks: all of the model.
+        damages: of each block (units + 1,), by how many units leave (`damage.damages`).
+        savings: what one unit of each block saves: parameters, FLOPs or nanoseconds (`damage.unit_flops`).
+        budget: how much to save, in the same unit.
+        skip_layers, kinds: as in `candidates`.
+        round_to: widths of MLPs are multiples of this, and of 1/48 of the block.
+
+    Raises `UsageError` where the budget is out of reach.
+    """
+
+    def choices(i: int) -> list[int]:
+        b = blocks[i]
+        return [b.units] if b.layer < skip_layers or b.kind not in kinds else _widths(b, round_to)
+
+    widths = [choices(i) for i in range(len(blocks))]
+    picked = knapsack.solve(
+        [
+            [Choice((b.units - k) * saving, float(damage[b.units - k])) for k in options]
+            for b, options, damage, saving in zip(blocks, widths, damages, savings, strict=True)
+        ],
+        budget,
+    )
+    return [options[index] for options, index in zip(widths, picked, strict=True)]
+
+
+def least_damage_even(
+    blocks: Sequence[Block],
+    damages: Sequence[torch.Tensor],
+    savings: Sequence[int],
+    budget: int,
+    *,
+    round_to: int = 1,
+    kinds: Sequence[str] = KINDS,
+) -> list[int]:
+    """As `least_damage`, but one width for all attention blocks and one for all MLPs: a plain config's.
+
+    Raises `UsageError` where the budget is out of reach or layers differ already.
+    """
+    if len({b.units for b in blocks}) > 2 or len({b.parameters for b in blocks}) > 2:
+        raise UsageError("this model's layers differ in width already; use another allocation.")
+    kept = [b.units for b in blocks]
+    members = [[i for i, b in enumerate(blocks) if b.kind == kind] for kind in KINDS]
+    options = [
+        _widths(blocks[which[0]], round_to) if kind in kinds else [blocks[which[0]].units]
+        for kind, which in zip(KINDS, members, strict=True)
+    ]
+    picked = knapsack.solve(
+        [
+            [
+                Choice(
+                    sum((blocks[i].units - k) * savings[i] for i in which),
+                    sum(float(damages[i][blocks[i].units - k]) for i in which),
+                )
+                for k in widths
+            ]
+            for which, widths in zip(members, options, strict=True)
+        ],
+        budget,
+    )
+    for which, widths, index in zip(members, options, picked, strict=True):
+        for i in which:
+            kept[i] = widths[index]
+    return kept
+
+
+def _widths(block: Block, round_to: int) -> list[int]:
+    """The widths of a block that are told apart, widest first."""
+    if block.kind == "attention":
+        step = block.kv_heads if block.unit_kind == "balanced" else 1
+    else:
+        step = max(round_to, block.units // 48 // round_to * round_to)
+    return [block.units, *range(block.units - (block.units % step or step), 0, -step)]
 
 
 def choose_units(scores: torch.Tensor, keep: int, block: Block) -> torch.Tensor:

@@ -39,6 +39,8 @@ class Statistics:
     """Of every block's coupled activation, by block name (`calibrate`)."""
     saliences: dict[str, torch.Tensor] = field(default_factory=dict)
     """Of every row or column of the blocks' linear maps, by their name (`gradients.saliences`)."""
+    damages: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of every block, by how many units leave (`damage.damages`)."""
     consumers: dict[str, Consumer] = field(default_factory=dict)
     """Refitted to what one method keeps at one ratio, by block name (`surgery.method_consumers`)."""
 
@@ -66,6 +68,16 @@ class Statistics:
                 )
             if not torch.isfinite(found).all():
                 raise FloatingPointError(f"the saliences of {m.name} are NaN or infinite.")
+
+    def check_damages(self, blocks: Sequence[Block]) -> None:
+        """Raise `UsageError` unless these are the damages of such blocks."""
+        for block in blocks:
+            found = self.damages.get(block.name)
+            if found is None or found.shape != (block.units + 1,):
+                raise UsageError(
+                    f"the statistics do not know what a cut of {block.name} would cost; collect the damages "
+                    "on this very model: probeprune.surgery.method_damages."
+                )
 
     def check_consumer(self, block: Block, keep: torch.Tensor | int) -> Consumer:
         """The block's refitted consumer. Raises `UsageError` unless it is refitted to these units, or to so

@@ -32,7 +32,7 @@ class Refit:
     """
 
     damping: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
-    """Candidates for lambda, as a share of the mean of the Gram matrix's diagonal; each block takes the one
+    """Candidates for the damping, as a share of every channel's own second moment; each block takes the one
     with the smallest error on the windows held out, and keeps its weight where none lowers that error."""
     held_out: float = 0.125
     """Share of the calibration windows (the last ones) that the damping is chosen on. The weights are then

@@ -109,7 +109,7 @@ class Handle:
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
         scores = [static_scores(method, b, statistics) for b in blocks]
-        self.kept = widths(method, ratio, blocks, scores)
+        self.kept = widths(method, ratio, blocks, scores, statistics)
         self._runtimes = [
             BlockRuntime(
                 method, self._now, b, keep, s, statistics.moments.get(b.name), _before(method, blocks, i)

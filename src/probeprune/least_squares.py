@@ -5,6 +5,8 @@ Tensors in, tensors out. Knows nothing of models, blocks or text.
 
 import torch
 
+FLOOR = 1e-3
+
 
 class Gram:
     """Count, means and centred second moments of inputs `z` (k) and targets `t` (d), streaming.
@@ -68,10 +70,11 @@ def solve(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight and bias that bring `W z + b` nearest to `t`.
 
-    Minimises `mean |t - W' z - b'|^2 + lambda |W' - W|^2`, lambda being `damping` times the mean diagonal of
-    the inputs' second moment `Z`: `W' = W + (T - W Z) (Z + lambda I)^-1`. What is damped is the change, so
-    that much damping is no refit, and the error on the moments' own tokens never grows. Float64: 8 (2 k^2 +
-    d k) bytes while it is solved.
+    Minimises `mean |t - W' z - b'|^2 + sum_j L_j |W'_j - W_j|^2` over columns `j`: `W' = W + (T - W Z)
+    (Z + L)^-1`. `L_j` is `damping` times the second moment of channel `j` (`FLOOR` of the median channel's at
+    least), so that a few huge channels do not damp all others (docs/best.md). What is damped is the change:
+    much damping is no refit, and the error on the moments' own tokens never grows. Float64: 8 (2 k^2 + d k)
+    bytes while it is solved.
 
     Args:
         gram: moments of inputs and targets.
@@ -87,9 +90,8 @@ def solve(
     """
     z_mean, t_mean, zz, tz = _second_moments(gram, centred=bias is not None)
     w = _wide(weight)
-    diagonal = zz.diagonal()
     target = tz - w @ zz
-    diagonal += damping * diagonal.mean()
+    zz.diagonal().add_(_strength(zz, damping))
     factor, failed = torch.linalg.cholesky_ex(zz)
     if failed or not torch.isfinite(factor).all() or not torch.isfinite(target).all():
         raise FloatingPointError("the second moment of its inputs cannot be factorised")
@@ -101,12 +103,17 @@ def solve(
 def normal_equations(
     gram: Gram, weight: torch.Tensor, centred: bool, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Z + lambda I` (k, k) and `T + lambda W` (d, k), of which `solve` is the solution; float64."""
+    """`Z + L` (k, k) and `T + W L` (d, k), of which `solve` gives the solution; float64."""
     _, _, zz, tz = _second_moments(gram, centred)
+    strength = _strength(zz, damping)
+    zz.diagonal().add_(strength)
+    return zz, tz + _wide(weight) * strength
+
+
+def _strength(zz: torch.Tensor, damping: float) -> torch.Tensor:
+    """`L` (k,)."""
     diagonal = zz.diagonal()
-    strength = damping * diagonal.mean()
-    diagonal += strength
-    return zz, tz + strength * _wide(weight)
+    return damping * diagonal.clamp_min(FLOOR * float(diagonal.median()))
 
 
 def squared_error(gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None) -> float:

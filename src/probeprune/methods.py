@@ -30,10 +30,13 @@ class Method:
     name: str
     importance: str = "ppsp"
     """A key of `IMPORTANCES`."""
-    allocation: Literal["uniform", "even", "nominal", "nominal-kept", "global"] = "uniform"
+    allocation: Literal["uniform", "even", "nominal", "nominal-kept", "global", "damage", "damage-even"] = (
+        "uniform"
+    )
     """`uniform`: the same share from every block, MLPs making up what whole heads cannot hit; `even`:
     likewise, one width for all layers; `nominal`: the research code's rounding of each block on its own;
-    `nominal-kept`: LLM-Pruner's; `global`: FLAP's one threshold over all blocks."""
+    `nominal-kept`: LLM-Pruner's; `global`: FLAP's one threshold over all blocks; `damage`: the widths that
+    cost least by the measured damage of every block, `damage-even` one width for all layers."""
     compensation: Compensation = "none"
     when: Literal["never", "once", "batch"] = "once"
     """`once` after calibration, or again at every `batch`."""
@@ -76,6 +79,8 @@ class Method:
                 )
             if self.allocation == "global":
                 raise UsageError(f"importance {self.importance!r} has no scores to set a threshold on.")
+        if self.allocation == "damage-even" and self.skip_layers:
+            raise UsageError("allocation 'damage-even' gives all layers one width; it needs skip_layers=0.")
         makes_order = IMPORTANCES[self.importance].needs == "refit"
         if self.refit is not None and (self.when == "never" or (self.when == "batch" and not makes_order)):
             raise UsageError(
@@ -126,7 +131,12 @@ class Method:
     @property
     def needs_calibration(self) -> bool:
         """Whether `attach` and `prune` must be given calibration statistics."""
-        return self.needs_moments or self.needs_gradients or self.needs_refit
+        return self.needs_moments or self.needs_gradients or self.needs_refit or self.needs_damages
+
+    @property
+    def needs_damages(self) -> bool:
+        """Whether it needs `Statistics.damages`."""
+        return self.allocation in ("damage", "damage-even")
 
     @property
     def needs_refit(self) -> bool:
@@ -145,6 +155,9 @@ def with_lora(method: Method) -> Method:
         source=f"{method.source.removesuffix(', without training')}, {how}",
     )
 
+
+_BEST = Refit(damping=(0.1, 0.3, 1.0), share=0.85)
+"""Chosen on C4 windows that nothing was fitted to (docs/best.md)."""
 
 _UNTRAINED: tuple[Method, ...] = (
     Method("dense", when="never", source="the unpruned model"),
@@ -174,6 +187,22 @@ _UNTRAINED: tuple[Method, ...] = (
         when="batch",
         probe=Probe(reuse=1024),
         source="Probe Pruning, small batches sharing a choice (this project)",
+    ),
+    Method(
+        "best-static",
+        importance="obs",
+        compensation="least-squares",
+        refit=_BEST,
+        source="this project: order by elimination, refit layer by layer",
+    ),
+    Method(
+        "best-dynamic",
+        importance="obs",
+        compensation="least-squares",
+        when="batch",
+        probe=Probe(),
+        refit=_BEST,
+        source="this project: best-static, a quarter of its MLP channels chosen and refitted every batch",
     ),
     Method("ppsp", source="Probe Pruning's importance, ordered once"),
     Method("magnitude", importance="magnitude", source="control"),
@@ -216,7 +245,9 @@ def compose(base: str | Method, **changes: object) -> Method:
 
 def evenly(method: str | Method) -> Method:
     """That method with one width for all layers, so that a checkpoint needs no more than a plain config."""
-    return compose(method, name=get_method(method).name, allocation="even", skip_layers=0)
+    method = get_method(method)
+    allocation = "damage-even" if method.needs_damages else "even"
+    return compose(method, name=method.name, allocation=allocation, skip_layers=0)
 
 
 def unknown(what: str, given: str, known: object) -> str:

@@ -21,7 +21,7 @@ from probeprune.methods import Method, compose
 from probeprune.models import LoadedModel, cache_dir, source_fingerprint
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
-from probeprune.surgery import check_static, prune
+from probeprune.surgery import DAMAGE_WINDOWS, check_static, prune
 
 
 def prune_to(
@@ -163,7 +163,11 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
     """
     check_static(method)
     shape = empty_model(model.config, model.dtype)
-    drawn = compose(method, importance="random", gradients=None, compensation="none", refit=None)
+    # Where widths follow from damages, others of about that size stand for them.
+    widths = {"damage": "uniform", "damage-even": "even"}.get(method.allocation, method.allocation)
+    drawn = compose(
+        method, importance="random", gradients=None, compensation="none", refit=None, allocation=widths
+    )
     done = prune(shape.eval(), drawn, ratio, steps=steps)
     if method.compensation == "bias" or (method.refit is not None and method.refit.bias):
         cut = {k.name for k in done.kept if len(k.units) < k.of}
@@ -177,7 +181,7 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
 def _calibration(loaded: LoadedModel, method: Method, text: Text, seed: int) -> torch.Tensor | None:
     """Windows enough and long enough for all that the method needs."""
     counts, lengths = [], []
-    if method.needs_moments or method.needs_refit:
+    if method.needs_moments or method.needs_refit or method.needs_damages:
         counts.append(text.windows)
         lengths.append(text.length)
     if method.gradients is not None:
@@ -198,6 +202,8 @@ def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:
     record: dict[str, Any] = {"corpus": text.corpus}
     if method.needs_moments:
         record["statistics"] = {"windows": text.windows, "length": text.length}
+    if method.needs_damages:
+        record["damages"] = {"windows": min(text.windows, DAMAGE_WINDOWS), "length": text.length}
     if method.needs_refit:
         record["refit"] = {"windows": text.windows, "length": text.length}
     if method.gradients is not None:

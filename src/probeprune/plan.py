@@ -40,6 +40,7 @@ def check_statistics(method: Method, blocks: Sequence[Block], statistics: Statis
             raise UsageError(
                 f"method {method.name!r} needs statistics: give statistics=calibrate(model, windows)"
                 + (", with saliences" if method.needs_gradients else "")
+                + (", with damages" if method.needs_damages else "")
                 + (", with consumers" if method.needs_refit else "")
                 + "."
             )
@@ -48,6 +49,8 @@ def check_statistics(method: Method, blocks: Sequence[Block], statistics: Statis
         statistics.check_moments(blocks)
     if method.needs_gradients:
         statistics.check_saliences(blocks)
+    if method.needs_damages:
+        statistics.check_damages(blocks)
     return statistics
 
 
@@ -82,9 +85,16 @@ def static_scores(method: Method, block: Block, statistics: Statistics) -> Score
 
 
 def widths(
-    method: Method, ratio: float, blocks: Sequence[Block], scores: Sequence[Scores | None]
+    method: Method,
+    ratio: float,
+    blocks: Sequence[Block],
+    scores: Sequence[Scores | None],
+    statistics: Statistics | None = None,
 ) -> list[int]:
-    """Units each block keeps under the method's allocation. Raises `UsageError` for an impossible ratio."""
+    """Units each block keeps under the method's allocation. Raises `UsageError` for an impossible ratio.
+
+    `statistics` are needed for damages only.
+    """
     allocation.check_ratio(ratio)
     if method.when == "never" or not ratio:
         return [b.units for b in blocks]
@@ -93,6 +103,9 @@ def widths(
         return allocation.global_threshold(
             blocks, known, ratio, skip_layers=method.skip_layers, kinds=method.blocks
         )
+    if method.needs_damages:
+        assert statistics is not None
+        return _least_damage(method, ratio, blocks, statistics)
     rules = {"uniform": allocation.uniform, "even": allocation.even}
     rule = rules.get(method.allocation, allocation.nominal)
     options = {"floor_kept": True} if method.allocation == "nominal-kept" else {}
@@ -103,6 +116,26 @@ def widths(
         round_to=method.round_to,
         kinds=method.blocks,
         **options,
+    )
+
+
+def _least_damage(method: Method, ratio: float, blocks: Sequence[Block], statistics: Statistics) -> list[int]:
+    """A budget of parameters."""
+    damages = [statistics.damages[b.name] for b in blocks]
+    savings = [b.unit_parameters for b in blocks]
+    budget = round(ratio * sum(b.parameters for b in blocks))
+    if method.allocation == "damage-even":
+        return allocation.least_damage_even(
+            blocks, damages, savings, budget, round_to=method.round_to, kinds=method.blocks
+        )
+    return allocation.least_damage(
+        blocks,
+        damages,
+        savings,
+        budget,
+        skip_layers=method.skip_layers,
+        round_to=method.round_to,
+        kinds=method.blocks,
     )
 
 

@@ -7,13 +7,10 @@ dense block makes of the first, plus a share of the error that the second has ga
 it was.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from probeprune import allocation
 from probeprune.blocks import Block, UnitKind, find_blocks, find_family
@@ -28,6 +25,7 @@ from probeprune.partition import Partition
 from probeprune.passes import check_eval
 from probeprune.progress import Progress, silent
 from probeprune.rest import Rest, split
+from probeprune.watching import Seen, watching
 
 
 def refit(
@@ -181,11 +179,11 @@ class _Fitting:
         moments = {b.name: (self._empty(b), self._empty(b)) for b in group}
         for i in range(len(self.dense)):
             self._show(here, dense=True)
-            with _watching(here) as seen:
+            with watching(here) as seen:
                 behind = self.layers.run(here[0].layer, i, self.dense[i])
             if self.how.sequential:
                 self._show(here, dense=False)
-                with _watching(here) as now:
+                with watching(here) as now:
                     self.layers.run(here[0].layer, i, self.pruned[i])
             for b in group:
                 k = self.partitions[b.name].kept * b.unit_width
@@ -203,7 +201,7 @@ class _Fitting:
         k = self.partitions[block.name].kept * block.unit_width
         return Gram(k, d, block.consumer.weight.device)
 
-    def _error(self, block: Block, dense: dict[str, "_Seen"], pruned: dict[str, "_Seen"]) -> torch.Tensor:
+    def _error(self, block: Block, dense: dict[str, "Seen"], pruned: dict[str, "Seen"]) -> torch.Tensor:
         """What the residual stream of the pruned model lacks in front of this block's output."""
         if not self.added:
             return torch.zeros_like(dense[block.kind].output)
@@ -301,39 +299,3 @@ class _Fitting:
             partition = self.partitions.get(block.name)
             if partition is not None:
                 partition.widen() if dense else partition.narrow()
-
-
-class _Seen:
-    """What a forward pass of a layer shows of one block."""
-
-    residual: torch.Tensor
-    z: torch.Tensor
-    output: torch.Tensor
-
-
-@contextmanager
-def _watching(blocks: Sequence[Block]) -> Iterator[dict[str, _Seen]]:
-    """Note, by block kind, the residual in front of a layer's blocks and what passes their consumers."""
-    seen: dict[str, _Seen] = {b.kind: _Seen() for b in blocks}
-    hooks: list[RemovableHandle] = []
-    try:
-        for block in blocks:
-            hooks += _watch(block, seen[block.kind])
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _watch(block: Block, seen: _Seen) -> list[RemovableHandle]:
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.residual = args[0] if args else kwargs["hidden_states"]
-
-    def after(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        seen.z, seen.output = args[0], output
-
-    front = block.entry if block.norm is None else block.norm
-    return [
-        front.register_forward_pre_hook(before, with_kwargs=True),
-        block.consumer.register_forward_hook(after),
-    ]

@@ -14,7 +14,8 @@ from torch import nn
 from probeprune import allocation
 from probeprune.blocks import Block, UnitKind, find_blocks
 from probeprune.calibration import Statistics, calibrate
-from probeprune.compensation import Consumer, lost_bias
+from probeprune.compensation import Consumer, Refit, lost_bias
+from probeprune.damage import damages
 from probeprune.errors import UsageError
 from probeprune.gradients import Criterion, saliences
 from probeprune.importance import IMPORTANCES
@@ -25,6 +26,9 @@ from probeprune.plan import Kept, Scores, check_finite, check_statistics, static
 from probeprune.progress import Progress, silent
 from probeprune.refit import refit
 from probeprune.sensitivity import sensitivities
+
+DAMAGE_WINDOWS = 32
+"""Calibration windows that damages are measured on, the first ones: curves need fewer than a refit."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def prune(
     ids = [torch.arange(n) for n in whole]
     shares = [ratio * (i + 1) / steps for i in range(steps)]
     planned = None
-    if method.allocation != "global":  # widths follow from the ratio alone, so a bad one fails at once
+    if method.allocation != "global" and not method.needs_damages:  # widths follow from the ratio alone
         planned = [widths(method, share, blocks, []) for share in shares]
         _check_removes(planned[-1], blocks, whole, ratio)
     consumers: dict[str, Consumer] = {}
@@ -127,7 +131,7 @@ def prune(
             keep = planned[step]
         else:
             left = sum(b.parameters for b in blocks)
-            keep = widths(method, max(1 - total * (1 - share) / left, 0.0), blocks, scores)
+            keep = widths(method, max(1 - total * (1 - share) / left, 0.0), blocks, scores, known)
         if step == steps - 1:
             _check_removes(keep, blocks, whole, ratio)
         chosen = _choose(blocks, keep, scores)
@@ -212,8 +216,35 @@ def _collect(
             cache=cache,
             progress=lambda n, of: report("calibration", n, of),
         ).moments
-        found = Statistics(moments, found.saliences)
+        found = replace(found, moments=moments)
+    if method.needs_damages:
+        found = replace(
+            found, damages=method_damages(model, method, windows, batch_size, cache, progress or silent)
+        )
     return found
+
+
+def method_damages(
+    model: nn.Module,
+    method: Method,
+    windows: torch.Tensor,
+    batch_size: int = 16,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, torch.Tensor]:
+    """The damages `method` allocates by, for `Statistics.damages`; arguments as in `method_consumers`."""
+    how = method.refit or Refit()
+    metrics = sensitivities(
+        model, windows[: max(how.sensitivity, 1)], seed=method.seed, cache=cache, progress=progress
+    )
+    return damages(
+        model,
+        windows[:DAMAGE_WINDOWS],
+        metrics,
+        units=method.units,
+        batch_size=batch_size,
+        progress=progress,
+    )
 
 
 def method_saliences(
@@ -283,10 +314,11 @@ def method_consumers(
         raise UsageError(f"method {method.name!r} refits nothing; compose it with a refit=Refit().")
     blocks = find_blocks(model, method.units)
     known = statistics
-    if IMPORTANCES[method.importance].needs != "refit" and (method.needs_moments or method.needs_gradients):
+    scored = IMPORTANCES[method.importance].needs != "refit"
+    if method.needs_damages or (scored and (method.needs_moments or method.needs_gradients)):
         known = check_statistics(method, blocks, statistics)
     scores = _scores(method, blocks, known or Statistics())
-    chosen = _choose(blocks, widths(method, ratio, blocks, scores), scores)
+    chosen = _choose(blocks, widths(method, ratio, blocks, scores, known), scores)
     return _refit(model, method, chosen, windows, batch_size, cache, progress)
 
 

@@ -85,7 +85,7 @@ def _check(bench: Workbench, cells: Sequence[Cell]) -> None:
     """Raise now what would stop the run later: a ratio that cannot be reached."""
     for subject in dict.fromkeys(c.subject for c in cells):
         method = subject.method
-        if method.when != "never" and method.allocation != "global":
+        if method.when != "never" and method.allocation != "global" and not method.needs_damages:
             blocks = find_blocks(bench.dense(subject).model, method.units)
             try:
                 widths(method, subject.ratio, blocks, [])

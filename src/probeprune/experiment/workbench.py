@@ -23,7 +23,7 @@ from probeprune.methods import Method
 from probeprune.models import LoadedModel, cache_dir, load_model
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
-from probeprune.surgery import method_consumers, method_saliences, prune
+from probeprune.surgery import method_consumers, method_damages, method_saliences, prune
 from probeprune.training.jobs import loraprune_to, recover_to
 
 BATCH_SIZE = 16
@@ -133,9 +133,28 @@ class Workbench:
                 )
             found = self._known[own]
         known = Statistics(moments, found)
+        if method.needs_damages:
+            known = replace(known, damages=self._damages(subject))
         if method.needs_refit and subject.ratio:
             known = replace(known, consumers=self._consumers(subject, known))
         return known
+
+    def _damages(self, subject: Subject) -> dict[str, torch.Tensor]:
+        """The same for all ratios."""
+        assert subject.calibration is not None
+        method = subject.method
+        own = ("damages", method.refit, method.units, method.seed, subject.calibration, subject.seed)
+        if own not in self._known:
+            self._known[own] = method_damages(
+                self.dense(subject).model,
+                method,
+                self.windows(subject, subject.calibration),
+                BATCH_SIZE,
+                cache_dir() / "statistics",
+                self._named(subject),
+            )
+        found: dict[str, torch.Tensor] = self._known[own]
+        return found
 
     def _consumers(self, subject: Subject, known: Statistics) -> dict[str, Consumer]:
         """Only those last asked for are kept: they are as large as the weights they stand for."""
@@ -150,6 +169,7 @@ class Workbench:
                 self.windows(subject, subject.calibration),
                 statistics=known,
                 batch_size=BATCH_SIZE,
+                cache=cache_dir() / "statistics",
                 progress=self._named(subject),
             )
             self._known["refit"] = (own, found)
