@@ -170,6 +170,27 @@ def test_compare_trains_where_a_method_says_so_and_says_how_much(tiny_folder, tm
     assert "384" in (tmp_path / "out/table.md").read_text(), "the budget stands in the table"
 
 
+def test_compare_measures_methods_that_refit_and_refits_once_a_ratio(
+    tiny_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("PROBEPRUNE_CACHE", str(tmp_path / "cache"))
+    methods = "dense,best-static,best-dynamic,ppsp"
+    assert compare(tiny_folder, tmp_path / "out", "--methods", methods, "--json") == 0
+    rows = {r["name"]: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(rows) == methods.split(",")
+    for name in ("best-static", "best-dynamic", "ppsp"):
+        assert rows[name]["removed_share"] == pytest.approx(0.3, abs=0.02)
+    assert rows["best-static"]["flops_per_token"] == rows["ppsp"]["flops_per_token"]
+    assert rows["best-static"]["value"] != rows["ppsp"]["value"] != rows["best-dynamic"]["value"]
+    assert rows["best-dynamic"]["flops_per_token"] > rows["best-static"]["flops_per_token"], (
+        "the probe, the refit"
+    )
+    stored = [
+        f for f in (tmp_path / "cache").rglob("*.safetensors") if b"/consumer/" in f.read_bytes()[:100_000]
+    ]
+    assert len(stored) == 1
+
+
 def test_trained_models_go_when_asked(tiny_folder, tmp_path, capsys):
     assert compare(tiny_folder, tmp_path / "out", "--methods", "flap+lora", "--no-keep-trained") == 0
     assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -305,6 +305,34 @@ def test_text_goes_on_under_the_units_and_weights_its_prompt_chose(family):
     assert text.equal(masked.generate(ids, **options))
 
 
+def test_consumers_are_read_back_and_made_anew_for_anything_else(tmp_path):
+    model, method = FAMILIES["opt"](), following()
+    first = method_consumers(model, method, 0.4, WINDOWS, cache=tmp_path)
+    files = set(tmp_path.glob("*.safetensors"))
+    again = method_consumers(model, method, 0.4, WINDOWS, cache=tmp_path)
+    assert set(tmp_path.glob("*.safetensors")) == files
+    assert first.keys() == again.keys()
+    for name, consumer in first.items():
+        other = again[name]
+        assert consumer.record() == other.record()
+        assert consumer.weight.equal(other.weight) and consumer.bias.equal(other.bias)
+        assert (consumer.rest is None) == (other.rest is None)
+        if consumer.rest is not None:
+            assert consumer.rest.units == other.rest.units
+            assert consumer.rest.schur.equal(other.rest.schur) and consumer.rest.mean.equal(other.rest.mean)
+    for changed in (
+        (method, 0.3, WINDOWS),
+        (method, 0.4, WINDOWS[:20]),
+        (following(Refit(damping=(1e-1,), sensitivity=2)), 0.4, WINDOWS),
+    ):
+        before = len(list(tmp_path.glob("*.safetensors")))
+        method_consumers(model, *changed, cache=tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) > before
+    broken = max(files, key=lambda f: f.stat().st_size)
+    broken.write_bytes(broken.read_bytes()[:1000])
+    assert method_consumers(model, method, 0.4, WINDOWS, cache=tmp_path).keys() == first.keys()
+
+
 def test_a_rest_gives_the_chosen_units_the_weight_they_were_given_at_first():
     model = FAMILIES["llama"]()
     how = Refit(damping=(1e-6,), sensitivity=0, sequential=False, share=0.0)

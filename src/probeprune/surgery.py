@@ -4,16 +4,16 @@ The order and the cut are those of the runtime (`plan.py`, `partition.py`); the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from probeprune import allocation
+from probeprune import allocation, stored_consumers
 from probeprune.blocks import Block, UnitKind, find_blocks
-from probeprune.calibration import Statistics, calibrate
+from probeprune.calibration import Statistics, calibrate, content_key
 from probeprune.compensation import Consumer, Refit, lost_bias
 from probeprune.damage import damages
 from probeprune.errors import UsageError
@@ -27,6 +27,7 @@ from probeprune.progress import Progress, silent
 from probeprune.refit import refit
 from probeprune.sensitivity import sensitivities
 
+_FORMAT = 1
 DAMAGE_WINDOWS = 32
 """Calibration windows that damages are measured on, the first ones: curves need fewer than a refit."""
 
@@ -304,7 +305,7 @@ def method_consumers(
         method: one with `compensation="least-squares"`.
         ratio: share of the parameters of all blocks to remove.
         statistics: what else the method needs.
-        cache: a folder to keep sensitivities in, by content; None keeps nothing.
+        cache: a folder to keep results in, by content; None keeps nothing.
 
     Raises what `refit.refit` raises, and `UsageError` for another method or missing statistics.
     """
@@ -332,13 +333,21 @@ def _refit(
     progress: Progress,
 ) -> dict[str, Consumer]:
     """Consumers refitted to these units, or to as many of the refit's own choice."""
-    how, metrics = method.refit, None
+    how, metrics, path = method.refit, None, None
     assert how is not None
+    if cache is not None:
+        which = {name: w if isinstance(w, int) else w.tolist() for name, w in chosen.items()}
+        settings = (asdict(how), which, method.units, method.seed, method.when == "batch")
+        key = content_key(model, windows, "consumers", _FORMAT, *settings)
+        path = cache / f"{key}.safetensors"
+        stored = stored_consumers.read(path)
+        if stored is not None:
+            return stored
     if how.sensitivity and any(isinstance(which, int) for which in chosen.values()):
         metrics = sensitivities(
             model, windows[: how.sensitivity], seed=method.seed, cache=cache, progress=progress
         )
-    return refit(
+    found = refit(
         model,
         chosen,
         windows,
@@ -349,6 +358,9 @@ def _refit(
         batch_size=batch_size,
         progress=progress,
     )
+    if path is not None:
+        stored_consumers.store(path, found)
+    return found
 
 
 def _choose(
