@@ -75,7 +75,7 @@ def report(name: str, case: Case, dtype: str, rounds: int) -> None:
         [method],
         RATIO,
         case.point,
-        known=known,
+        known={case.method: known},
         new_tokens=case.new_tokens,
         rounds=rounds,
         progress=lambda what, done, total: None,

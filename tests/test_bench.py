@@ -1,6 +1,7 @@
 """Bench: what it counts is what runs, profiles know every part, and the shapes are the real models'."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from probeprune.bench.targets import SHAPES, Target, of_shape
 from probeprune.cli import app, run
 from probeprune.errors import UsageError
 from probeprune.evaluation.cost import blocks_flops, probe_flops
+from probeprune.surgery import method_consumers
 
 CPU = torch.device("cpu")
 
@@ -37,7 +39,7 @@ def figures():
             [METHODS["ppsp"], PROBING],
             0.3,
             point,
-            known=known,
+            known=dict.fromkeys(("ppsp", PROBING.name), known),
             new_tokens=3,
             rounds=2,
             progress=lambda what, done, total: None,
@@ -80,7 +82,7 @@ def test_the_model_is_left_as_it_was():
     tiny = target("opt")
     before = {n: p.clone() for n, p in tiny.model.named_parameters()}
     known = calibrate(tiny.model, token_ids(6, 16, seed=9))
-    options = {"known": known, "new_tokens": 0, "rounds": 1, "progress": lambda *_: None}
+    options = {"known": {PROBING.name: known}, "new_tokens": 0, "rounds": 1, "progress": lambda *_: None}
     found = measure(tiny, [PROBING], 0.3, Point(2, 8), **options)
     assert {f["stage"] for f in found} == {"prefill"}
     assert all(p.equal(before[n]) for n, p in tiny.model.named_parameters())
@@ -95,10 +97,20 @@ def test_a_profile_knows_every_part_and_only_what_ran(family, method):
     with attach(model, method, 0.3, statistics=known) as handle, torch.no_grad():
         found, _ = profiled(handle.blocks, CPU, lambda: model(*padded("none")))
     assert tuple(found) == PARTS
-    runs = ("attention", "mlp", "rest", *(("run_ahead", *OVERHEAD) if method is PROBING else ()))
+    stages = ("run_ahead", *(s for s in OVERHEAD if s != "refit")) if method is PROBING else ()
+    runs = ("attention", "mlp", "rest", *stages)
     for part, ms in found.items():
         assert ms > 0 if part in runs else ms == 0, part
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_refit_at_every_batch_has_a_place_in_the_profile():
+    model, windows = FAMILIES["llama"](), token_ids(12, 24, seed=9)
+    method = replace(METHODS["best-dynamic"], skip_layers=1)
+    known = replace(calibrate(model, windows), consumers=method_consumers(model, method, 0.3, windows))
+    with attach(model, method, 0.3, statistics=known) as handle, torch.no_grad():
+        found, _ = profiled(handle.blocks, CPU, lambda: model(token_ids(2, 12)))
+    assert all(found[part] > 0 for part in ("run_ahead", *OVERHEAD))
 
 
 def test_shapes_are_the_real_models():
@@ -188,6 +200,8 @@ def test_the_command_writes_lines_and_a_plot(tmp_path, capsys, monkeypatch):
         "--out",
         str(tmp_path),
         "--profile",
+        "--methods",
+        "best-static,best-dynamic",
     ]
     assert run(lambda: app(arguments)) == 0
     shown = capsys.readouterr().out

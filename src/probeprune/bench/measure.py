@@ -6,7 +6,7 @@ pruning leaves alone.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -56,7 +56,7 @@ def measure(
     ratio: float,
     point: Point,
     *,
-    known: Statistics,
+    known: Mapping[str, Statistics],
     new_tokens: int,
     rounds: int,
     progress: Progress,
@@ -68,7 +68,7 @@ def measure(
         methods: what to set beside dense.
         ratio: pruning ratio.
         point: of the grid.
-        known: calibration statistics of the target.
+        known: by method name, what it needs to know of the target.
         new_tokens: tokens decoded behind the prompt, one at a time; 0 measures prefill alone.
         rounds: at least 1; each runs another batch. One more runs before, for profiles and counts.
         progress: called with (what, done, total).
@@ -80,7 +80,7 @@ def measure(
     what = f"{point.batch_size} x {point.length}"
     for done, (before, batch) in enumerate(pairwise(batches)):
         for m in everything:
-            with attach(target.model, m, ratio, statistics=known) as handle:
+            with attach(target.model, m, ratio, statistics=known.get(m.name)) as handle:
                 # The batch before sets the machine up; what this one swaps is then what it swaps in use.
                 _prefill(target, before[: max(1, point.batch_size // 4), : point.length])
                 if done:

@@ -62,12 +62,19 @@ def bench(
         with err.status("loading the model"):
             target = _target(model, shape, layers, dtype, device, trust_remote_code)
         with progress_bar() as show:
-            known = calibrate(
+            windows = target.windows(8, max(p.length for p in points))
+            moments = calibrate(
                 target.model,
-                target.windows(8, max(p.length for p in points)),
+                windows,
                 batch_size=4,
                 progress=lambda n, of, show=show: show("calibration", n, of),  # type: ignore[misc]
             )
+            known = {
+                m.name: _refitted(m, moments, target.model, ratio, windows, show)
+                if m.needs_refit
+                else moments
+                for m in chosen
+            }
             for count in all_threads:
                 with _threads(count):
                     for point in points:
@@ -100,6 +107,20 @@ def _method(name: str, shape: str | None) -> Method:
     if method.needs_gradients:
         raise UsageError(f"bench takes no gradients; {name!r} runs as fast as ppsp, which cuts the same.")
     return method if shape is None else dataclasses.replace(method, skip_layers=0)
+
+
+def _refitted(method: Method, moments: Any, model: Any, ratio: float, windows: Any, progress: Any) -> Any:
+    """What a method that refits needs: made from a few windows, enough to be timed."""
+    from probeprune.surgery import method_consumers, method_damages
+
+    known = moments
+    if method.needs_damages:
+        curves = method_damages(model, method, windows, batch_size=4, progress=progress)
+        known = dataclasses.replace(known, damages=curves)
+    consumers = method_consumers(
+        model, method, ratio, windows, statistics=known, batch_size=4, progress=progress
+    )
+    return dataclasses.replace(known, consumers=consumers)
 
 
 def _target(

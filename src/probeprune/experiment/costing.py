@@ -34,7 +34,7 @@ def cost_line(bench: Workbench, cell: Cell, progress: Progress) -> dict[str, Any
         methods,
         subject.ratio,
         Point(measure.batch_size, measure.length),
-        known=known,
+        known={subject.method.name: known},
         new_tokens=measure.new_tokens,
         rounds=measure.rounds,
         progress=progress,
