@@ -179,11 +179,11 @@ class _Fitting:
         moments = {b.name: (self._empty(b), self._empty(b)) for b in group}
         for i in range(len(self.dense)):
             self._show(here, dense=True)
-            with watching(here) as seen:
+            with watching(here, until=None if leave else group[-1]) as seen:
                 behind = self.layers.run(here[0].layer, i, self.dense[i])
             if self.how.sequential:
                 self._show(here, dense=False)
-                with watching(here) as now:
+                with watching(here, until=group[-1]) as now:
                     self.layers.run(here[0].layer, i, self.pruned[i])
             for b in group:
                 k = self.partitions[b.name].kept * b.unit_width

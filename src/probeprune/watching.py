@@ -1,7 +1,7 @@
 """What passes through the blocks of a layer while it runs: their residual, coupled activation and output."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,18 +19,33 @@ class Seen:
     output: torch.Tensor
 
 
+class _Enough(Exception):
+    """What was to be seen has been seen."""
+
+
 @contextmanager
-def watching(blocks: Sequence[Block]) -> Iterator[dict[str, Seen]]:
-    """Note, by block kind, the residual in front of a layer's blocks and what passes their consumers."""
+def watching(blocks: Sequence[Block], until: Block | None = None) -> Iterator[dict[str, Seen]]:
+    """Note, by block kind, the residual in front of a layer's blocks and what passes their consumers.
+
+    With `until` the pass, and the context with it, ends behind that block's consumer: what would come later
+    is not looked at.
+    """
     seen: dict[str, Seen] = {b.kind: Seen() for b in blocks}
     hooks: list[RemovableHandle] = []
     try:
         for block in blocks:
             hooks += _watch(block, seen[block.kind])
-        yield seen
+        if until is not None:
+            hooks.append(until.consumer.register_forward_hook(_stop))
+        with suppress(_Enough):
+            yield seen
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _stop(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    raise _Enough
 
 
 def _watch(block: Block, seen: Seen) -> list[RemovableHandle]:
