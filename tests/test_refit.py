@@ -333,6 +333,15 @@ def test_consumers_are_read_back_and_made_anew_for_anything_else(tmp_path):
     assert method_consumers(model, method, 0.4, WINDOWS, cache=tmp_path).keys() == first.keys()
 
 
+def test_a_refit_takes_no_more_windows_than_it_may():
+    model, few = FAMILIES["llama"](), refitting(how=Refit(windows=9, damping=(1e-1,)))
+    known = calibrate(model, WINDOWS)
+    some = method_consumers(model, few, 0.3, WINDOWS, statistics=known)
+    same = method_consumers(model, few, 0.3, WINDOWS[:9], statistics=known)
+    more = method_consumers(model, refitting(how=Refit(damping=(1e-1,))), 0.3, WINDOWS, statistics=known)
+    assert all(c.weight.equal(same[n].weight) and not c.weight.equal(more[n].weight) for n, c in some.items())
+
+
 def test_a_rest_gives_the_chosen_units_the_weight_they_were_given_at_first():
     model = FAMILIES["llama"]()
     how = Refit(damping=(1e-6,), sensitivity=0, sequential=False, share=0.0)
@@ -430,6 +439,7 @@ def test_what_cannot_be_refitted_is_said_in_a_sentence():
         {"held_out": 1.0},
         {"share": 2.0},
         {"core": 1.0},
+        {"windows": 0},
         {"sensitivity": -1},
         {"sequential": False},
     ):

@@ -31,6 +31,8 @@ class Refit:
     Raises `UsageError` for values that make no refit.
     """
 
+    windows: int = 128
+    """Calibration windows at most, the first ones: their hidden states are kept, twice if sequential."""
     damping: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
     """Candidates for the damping, as a share of every channel's own second moment; each block takes the one
     with the smallest error on the windows held out, and keeps its weight where none lowers that error."""
@@ -54,6 +56,8 @@ class Refit:
     always refitted."""
 
     def __post_init__(self) -> None:
+        if self.windows < 1:
+            raise UsageError("a refit needs at least 1 window.")
         if not self.damping or not all(0 < d < float("inf") for d in self.damping):
             raise UsageError("a refit's damping must be one or more numbers above 0.")
         if not 0 < self.held_out < 1:

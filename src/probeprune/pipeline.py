@@ -205,7 +205,8 @@ def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:
     if method.needs_damages:
         record["damages"] = {"windows": min(text.windows, DAMAGE_WINDOWS), "length": text.length}
     if method.needs_refit:
-        record["refit"] = {"windows": text.windows, "length": text.length}
+        assert method.refit is not None
+        record["refit"] = {"windows": min(text.windows, method.refit.windows), "length": text.length}
     if method.gradients is not None:
         record["gradients"] = {"windows": method.gradients.windows, "length": method.gradients.length}
     return record

@@ -335,6 +335,7 @@ def _refit(
     """Consumers refitted to these units, or to as many of the refit's own choice."""
     how, metrics, path = method.refit, None, None
     assert how is not None
+    windows = windows[: how.windows]
     if cache is not None:
         which = {name: w if isinstance(w, int) else w.tolist() for name, w in chosen.items()}
         settings = (asdict(how), which, method.units, method.seed, method.when == "batch")

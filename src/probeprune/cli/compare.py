@@ -31,7 +31,7 @@ def compare(
     model: MODEL = "smollm2-135m",
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas; see `probeprune methods`.")
-    ] = "dense,wanda-sp,flap,llm-pruner,loraprune,probe,full-batch",
+    ] = "dense,wanda-sp,flap,llm-pruner,loraprune,probe,full-batch,best-static,best-dynamic",
     ratios: Annotated[str, typer.Option(help="Pruning ratios, separated by commas.")] = "0.2,0.4",
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for results, table and plot.")] = Path(
         "runs/compare"
