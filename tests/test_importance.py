@@ -30,6 +30,9 @@ def test_weights_in_half_precision_are_scored_in_float32():
 def test_an_importance_needs_no_more_than_its_row_says(name, kind):
     # `needs` decides whether calibration is asked for at all.
     block = find_blocks(FAMILIES["llama-gqa"]())[kind]
+    if IMPORTANCES[name].needs == "refit":  # the order is made there, not by a score (test_refit.py)
+        assert IMPORTANCES[name].score is None
+        return
     known = {"energy": torch.rand(block.width), "variance": torch.rand(block.width)}
     needed = {k: v for k, v in known.items() if k == IMPORTANCES[name].needs}
     if IMPORTANCES[name].needs == "gradients":

@@ -79,12 +79,15 @@ class Rest:
         place = torch.full((self.units,), candidates, device=units.device)
         place[self.candidates] = _range(candidates, units)
         chosen = place[units].sort().values[:count]
-        factor, _ = torch.linalg.cholesky_ex(self.schur[chosen][:, chosen])
-        rest = torch.cholesky_solve(self.cross[:, chosen].T, factor).T
+        # index_select, for brackets are five times as slow at columns.
+        schur = self.schur.index_select(0, chosen).index_select(1, chosen)
+        factor, _ = torch.linalg.cholesky_ex(schur)
+        rest = torch.cholesky_solve(self.cross.index_select(1, chosen).T, factor).T
         column = torch.empty(self.units, dtype=torch.long, device=units.device)
         column[self.core] = _range(core, units)
         column[self.candidates[chosen]] = _range(count, units) + core
-        weight = torch.cat([self.core_weight - rest @ self.explained[chosen], rest], dim=1)[:, column[units]]
+        core_weight = self.core_weight - rest @ self.explained.index_select(0, chosen)
+        weight = torch.cat([core_weight, rest], dim=1).index_select(1, column[units])
         if self.mean is None or self.target_mean is None:
             return weight, None
         return weight, self.target_mean - weight @ self.mean[units]
