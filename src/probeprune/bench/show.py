@@ -11,7 +11,7 @@ from probeprune.bench.profiling import PARTS
 LEGEND = {
     "prefill": "speed-up: median over rounds of that round's dense time over the method's; work: decoder "
     "FLOPs over dense, a probe included; efficiency: speed-up x work, 1 where FLOPs saved are time saved; "
-    "overhead: share of the pass that is choosing, scoring, swapping and history",
+    "overhead: share of the pass that is choosing, scoring, swapping, refitting and history",
     "decode": "one token at a time behind the prompt; work: bytes of weights and KV cache that a step reads, "
     "over dense; efficiency: speed-up x work; KV cache: its bytes over dense; memory: peak over dense",
 }
