@@ -45,6 +45,7 @@ VARIANTS: dict[str, Method] = {
     "elimination, refit to dense inputs": best(DENSE_INPUTS | {"sensitivity": 0}),
     "best-static": BEST,
     "- without sensitivities": best({"sensitivity": 0}),
+    "- one damping of 0.3 for all blocks": best({"damping": (0.3,)}),
     "- share 0 of the gathered error": best({"share": 0.0}),
     "- share 0.5": best({"share": 0.5}),
     "- share 1": best({"share": 1.0}),
