@@ -226,20 +226,9 @@ def least_damage(
 
     Raises `UsageError` where the budget is out of reach.
     """
-
-    def choices(i: int) -> list[int]:
-        b = blocks[i]
-        return [b.units] if b.layer < skip_layers or b.kind not in kinds else _widths(b, round_to)
-
-    widths = [choices(i) for i in range(len(blocks))]
-    picked = knapsack.solve(
-        [
-            [Choice((b.units - k) * saving, float(damage[b.units - k])) for k in options]
-            for b, options, damage, saving in zip(blocks, widths, damages, savings, strict=True)
-        ],
-        budget,
-    )
-    return [options[index] for options, index in zip(widths, picked, strict=True)]
+    each = [[i] for i in range(len(blocks))]
+    free = [b.layer >= skip_layers and b.kind in kinds for b in blocks]
+    return _together(each, free, blocks, damages, savings, budget, round_to)
 
 
 def least_damage_even(
@@ -257,28 +246,34 @@ def least_damage_even(
     """
     if len({b.units for b in blocks}) > 2 or len({b.parameters for b in blocks}) > 2:
         raise UsageError("this model's layers differ in width already; use another allocation.")
-    kept = [b.units for b in blocks]
-    members = [[i for i, b in enumerate(blocks) if b.kind == kind] for kind in KINDS]
-    options = [
-        _widths(blocks[which[0]], round_to) if kind in kinds else [blocks[which[0]].units]
-        for kind, which in zip(KINDS, members, strict=True)
+    alike = [[i for i, b in enumerate(blocks) if b.kind == kind] for kind in KINDS]
+    return _together(alike, [kind in kinds for kind in KINDS], blocks, damages, savings, budget, round_to)
+
+
+def _together(
+    groups: Sequence[Sequence[int]],
+    free: Sequence[bool],
+    blocks: Sequence[Block],
+    damages: Sequence[torch.Tensor],
+    savings: Sequence[int],
+    budget: int,
+    round_to: int,
+) -> list[int]:
+    """Units each block keeps, where the blocks of a group, by index, have one width; whole unless free."""
+
+    def choice(group: Sequence[int], keep: int) -> Choice:
+        gone = [(i, blocks[i].units - keep) for i in group]
+        return Choice(sum(n * savings[i] for i, n in gone), sum(float(damages[i][n]) for i, n in gone))
+
+    widths = [
+        _widths(blocks[group[0]], round_to) if may else [blocks[group[0]].units]
+        for group, may in zip(groups, free, strict=True)
     ]
-    picked = knapsack.solve(
-        [
-            [
-                Choice(
-                    sum((blocks[i].units - k) * savings[i] for i in which),
-                    sum(float(damages[i][blocks[i].units - k]) for i in which),
-                )
-                for k in widths
-            ]
-            for which, widths in zip(members, options, strict=True)
-        ],
-        budget,
-    )
-    for which, widths, index in zip(members, options, picked, strict=True):
-        for i in which:
-            kept[i] = widths[index]
+    choices = [[choice(group, k) for k in own] for group, own in zip(groups, widths, strict=True)]
+    kept = [b.units for b in blocks]
+    for group, own, index in zip(groups, widths, knapsack.solve(choices, budget), strict=True):
+        for i in group:
+            kept[i] = own[index]
     return kept
 
 

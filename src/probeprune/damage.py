@@ -13,7 +13,7 @@ from torch import nn
 from probeprune.blocks import Block, UnitKind, find_blocks
 from probeprune.calibration import check_windows
 from probeprune.data import batches
-from probeprune.elimination import LOOKS, eliminate
+from probeprune.elimination import eliminate
 from probeprune.evaluation.cost import block_flops, now
 from probeprune.layerwise import Layers
 from probeprune.least_squares import Gram, normal_equations
@@ -77,18 +77,12 @@ def damages(
                     weight,
                     b.unit_width,
                     metric=metrics[b.name],
-                    at_once=max(b.units // LOOKS, 1),
                 )
             except FloatingPointError as problem:
                 raise FloatingPointError(f"the damage of {b.name} cannot be told: {problem}.") from None
             found[b.name] = order.damage.cpu() / 2
     progress("damage", len(layers), len(layers))
     return found
-
-
-def unit_parameters(blocks: Sequence[Block]) -> list[int]:
-    """What the cut of one unit saves of each block: parameters."""
-    return [b.unit_parameters for b in blocks]
 
 
 def unit_flops(blocks: Sequence[Block], length: int) -> list[int]:

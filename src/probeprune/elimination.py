@@ -39,7 +39,7 @@ def eliminate(
     width: int = 1,
     *,
     metric: torch.Tensor | None = None,
-    at_once: int = 1,
+    at_once: int | None = None,
 ) -> Elimination:
     """Take units out of `W z` one after the other until none is left.
 
@@ -52,7 +52,7 @@ def eliminate(
         weight: `W` (d, n), already the best there is for the whole of `z`.
         width: columns a unit owns.
         metric: `M` (d, d), what an error of the output counts; None for the identity.
-        at_once: units that leave between two looks at the scores, chosen one by one on the last look.
+        at_once: units that leave between two looks at the scores; None for as many as make `LOOKS` looks.
 
     Raises:
         FloatingPointError: a moment that is not finite or cannot be inverted.
@@ -64,6 +64,7 @@ def eliminate(
     w = weight.double()
     m = None if metric is None else metric.double()
     alive = torch.arange(len(moment) // width, device=moment.device)
+    at_once = at_once or max(len(alive) // LOOKS, 1)
     order: list[torch.Tensor] = []
     damage = [torch.zeros(1, dtype=w.dtype, device=w.device)]
     while len(alive):

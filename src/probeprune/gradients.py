@@ -198,8 +198,7 @@ def _differentiable(
     model: nn.Module, members: dict[str, Member], take: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
     """Only the members' weights ask for gradients; each is handed to `take` and freed as it comes."""
-    asked = {p: p.requires_grad for p in model.parameters()}
-    hooks = []
+    parameters, hooks = list(model.parameters()), []
 
     def taker(name: str) -> Callable[[torch.Tensor], None]:
         def hook(p: torch.Tensor) -> None:
@@ -209,17 +208,29 @@ def _differentiable(
 
         return hook
 
+    with weights_at_rest(model):
+        try:
+            for p in parameters:
+                p.grad = None
+            for name, m in members.items():
+                m.linear.weight.requires_grad_(True)
+                hooks.append(m.linear.weight.register_post_accumulate_grad_hook(taker(name)))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for p in parameters:
+                p.grad = None
+
+
+@contextmanager
+def weights_at_rest(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient inside, unless told to there."""
+    asked = {p: p.requires_grad for p in model.parameters()}
     try:
         for p in asked:
             p.requires_grad_(False)
-            p.grad = None
-        for name, m in members.items():
-            m.linear.weight.requires_grad_(True)
-            hooks.append(m.linear.weight.register_post_accumulate_grad_hook(taker(name)))
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for p, wanted in asked.items():
             p.requires_grad_(wanted)
-            p.grad = None

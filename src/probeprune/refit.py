@@ -17,7 +17,7 @@ from probeprune.blocks import Block, UnitKind, find_blocks, find_family
 from probeprune.calibration import check_windows
 from probeprune.compensation import Consumer, Refit
 from probeprune.data import batches
-from probeprune.elimination import LOOKS, eliminate
+from probeprune.elimination import eliminate
 from probeprune.errors import UsageError
 from probeprune.layerwise import Layers
 from probeprune.least_squares import Gram, normal_equations, solve, squared_error, target_variance
@@ -280,14 +280,13 @@ class _Fitting:
         partition = self.partitions[block.name]
         weight, bias = partition.consumer_weight, block.consumer.bias
         damping = self.how.damping[0]
-        if held.count and len(self.how.damping) > 1:
+        if held.count:  # there is something to choose
             _, damping = self._best_damping(fit, held, weight, bias)
         found = eliminate(
             normal_equations(fit, weight, bias is not None, damping)[0],
             solve(fit, weight, bias, damping)[0],
             block.unit_width,
             metric=self.metrics.get(block.name),
-            at_once=max(block.units // LOOKS, 1),
         )
         keep = self.counts[block.name]
         partition.keep(allocation.choose_units(found.scores.to(partition.order.device), keep, block))

@@ -15,6 +15,7 @@ from torch import nn
 
 from probeprune.blocks import Block, find_blocks
 from probeprune.calibration import check_windows, content_key, load_tensors, save_tensors
+from probeprune.gradients import weights_at_rest
 from probeprune.passes import check_eval
 from probeprune.progress import Progress, silent
 
@@ -63,7 +64,7 @@ def sensitivities(
     device = next(model.parameters()).device
     total: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False), _weights_at_rest(model), _outputs(blocks) as outputs:
+    with torch.inference_mode(False), weights_at_rest(model), _outputs(blocks) as outputs:
         for done, window in enumerate(windows.clone()):
             progress("sensitivities", done, len(windows))
             _draw_and_go_back(model, window[None].to(device), generator)
@@ -118,16 +119,3 @@ def _outputs(blocks: Sequence[Block]) -> Iterator[dict[str, torch.Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _weights_at_rest(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient."""
-    asked = {p: p.requires_grad for p in model.parameters()}
-    try:
-        for p in asked:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, wanted in asked.items():
-            p.requires_grad_(wanted)
