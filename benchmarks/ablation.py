@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import probeprune
-from probeprune import METHODS, Method
+from probeprune import METHODS, Method, Probe
 from probeprune.data import calibration_windows, evaluation_windows, load_corpus
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.models import cache_dir
@@ -28,7 +28,9 @@ from probeprune.surgery import method_consumers, method_damages
 
 LENGTH, TESTED = 512, 8
 BEST = METHODS["best-static"]
-assert BEST.refit is not None
+
+
+FOLLOWING: dict[str, Any] = {"when": "batch", "probe": METHODS["best-dynamic"].probe}
 
 
 def best(how: Mapping[str, Any] | None = None, **changes: Any) -> Method:
@@ -43,18 +45,27 @@ VARIANTS: dict[str, Method] = {
     "refit to dense inputs alone": best(DENSE_INPUTS, importance="ppsp"),
     "refit in sequence alone": best(importance="ppsp"),
     "elimination, refit to dense inputs": best(DENSE_INPUTS | {"sensitivity": 0}),
+    "best-dynamic": METHODS["best-dynamic"],
+    "- not refitted to the batch": best({"batch_share": 0.0}, **FOLLOWING),
+    "- units chosen once": best({"core": 0.999}, **FOLLOWING),
+    "- share 0.2 for the batch": best({"batch_share": 0.2}, **FOLLOWING),
+    "- share 0.5 for the batch": best({"batch_share": 0.5}, **FOLLOWING),
+    "- the published probe": best(when="batch", probe=Probe()),
     "best-static": BEST,
     "- without sensitivities": best({"sensitivity": 0}),
-    "- one damping of 0.3 for all blocks": best({"damping": (0.3,)}),
+    "- refitted to dense inputs": best(DENSE_INPUTS),
     "- share 0 of the gathered error": best({"share": 0.0}),
     "- share 0.5": best({"share": 0.5}),
     "- share 1": best({"share": 1.0}),
+    "- damping of 0.1": best({"damping": (0.1,)}),
+    "- damping of every block's own choice": best({"damping": (0.1, 0.3, 1.0, 3.0)}),
     "- with a new bias": best({"bias": True}),
     "- no layer left dense": best(skip_layers=0),
     "- widths by damage": best(allocation="damage"),
     "- widths by damage, no layer left dense": best(allocation="damage", skip_layers=0),
+    "- widths by damage, a budget of FLOPs": best(allocation="damage", budget="flops"),
+    "- MLPs alone": best(blocks=("mlp",)),
     "probe": METHODS["probe"],
-    "best-dynamic": METHODS["best-dynamic"],
 }
 
 
@@ -96,7 +107,11 @@ def measure(
     if method.needs_damages:
         statistics = replace(statistics, damages=method_damages(model, method, windows, 8, cache))
     if method.needs_refit:
-        consumers = method_consumers(model, method, ratio, windows, statistics=statistics, batch_size=8)
+        # With rests where they can be had: variants that differ in nothing else share one refit.
+        how = replace(method, name="refit", **FOLLOWING) if method.importance == "obs" else method
+        consumers = method_consumers(
+            model, how, ratio, windows, statistics=statistics, batch_size=8, cache=cache
+        )
         statistics = replace(statistics, consumers=consumers)
     seconds = time.perf_counter() - started
     losses = {}

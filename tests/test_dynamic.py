@@ -228,7 +228,7 @@ def test_a_batch_after_one_that_broke_beside_is_like_any_other(llama, monkeypatc
         want = handle.kept_units()
     with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
         with monkeypatch.context() as broken:
-            broken.setattr(handle._runtimes[3], "_cut", lambda scores: 1 / 0)
+            broken.setattr(handle._runtimes[3], "_cut", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 logits(model, *padded("right"))
         for r in handle._runtimes:  # what the broken batch moved

@@ -37,6 +37,20 @@ def test_size_of_the_probe(samples, tokens, shape, size):
     assert probe_size(Probe(samples=samples, tokens=tokens), *shape) == size
 
 
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((16, 512), (16, 8)),
+        ((16, 640), (16, 10)),
+        ((3, 512), (3, 43)),
+        ((1, 512), (1, 128)),
+        ((2, 20), (2, 20)),
+    ],
+)
+def test_a_probe_of_all_samples_has_a_least_size(shape, size):
+    assert probe_size(Probe(tokens=1 / 64, samples=1.0, min_size=128), *shape) == size
+
+
 @pytest.mark.parametrize(("length", "kept"), [(20, True), (22, False)])
 def test_the_sink_stays_in_short_probes_only(length, kept):
     residual = torch.ones(3, length, 4)

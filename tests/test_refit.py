@@ -7,11 +7,13 @@ import torch
 from tiny import FAMILIES, token_ids
 from transformers import AutoModelForCausalLM
 
-from probeprune import Refit, attach, calibrate, compose, evenly, find_blocks, prune, save
+from probeprune import Probe, Refit, attach, calibrate, compose, evenly, find_blocks, prune, save
+from probeprune.calibration import Statistics
 from probeprune.elimination import LOOKS, eliminate
 from probeprune.errors import UsageError
 from probeprune.least_squares import FLOOR, Gram, solve, squared_error
 from probeprune.refit import refit
+from probeprune.runtime import SAMPLE
 from probeprune.sensitivity import sensitivities
 from probeprune.surgery import method_consumers
 
@@ -242,7 +244,7 @@ def test_window_and_cut_and_checkpoint_show_the_refit_and_detaching_leaves_no_tr
 
 def following(how=None, **changes):
     """Prunes at every batch: a core and its refit, and a rest."""
-    how = how or Refit(damping=(1e-2,), sensitivity=2)
+    how = how or Refit(damping=(1e-2,), sensitivity=2, batch_share=0.0)
     return refitting("probe", importance="obs", how=how, **changes)
 
 
@@ -290,6 +292,74 @@ def test_a_rest_that_follows_the_batch_is_refitted_to_what_it_chose(family):
     assert all(
         c.units.equal(again[n].units) and c.weight.equal(again[n].weight) for n, c in consumers.items()
     )
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6])
+@pytest.mark.parametrize("family", ["llama-gqa", "opt", "gemma2", "gpt-neox", "phi3"])
+def test_what_a_batch_is_refitted_to_is_calibration_and_probe(family, share):
+    """Everything is probed, so that its share can be told from outside, and by least squares in float64."""
+    model, twin = FAMILIES[family](), FAMILIES[family]()
+    damping, ids = 0.3, token_ids(4, 12, seed=5)
+    how = Refit(damping=(damping,), sequential=False, share=0.0, sensitivity=0, batch_share=share)
+    probe = Probe(tokens=1.0, samples=1.0, fusion="none")
+    method = following(how, probe=probe, blocks=("mlp",), skip_layers=0)
+    consumers = method_consumers(model, method, 0.3, WINDOWS)
+    mlps = [b for b in find_blocks(model) if b.kind == "mlp"]
+    given, seen = {}, {}
+    with attach(model, method, 0.3, statistics=Statistics(consumers=consumers)) as handle:
+        hooks = [
+            b.entry.register_forward_pre_hook(
+                lambda _, a, k, n=b.name: given.update({n: (a, k)}), with_kwargs=True
+            )
+            for b in mlps
+        ] + [b.consumer.register_forward_hook(lambda _, a, o, n=b.name: seen.update({n: o})) for b in mlps]
+        logits(model, ids)
+        for hook in hooks:
+            hook.remove()
+        kept = {k.name: torch.tensor(k.units) for k in handle.kept_units()}
+    for block in (b for b in find_blocks(twin) if b.kind == "mlp"):
+        units, bias = kept[block.name], block.consumer.bias
+        before = watched(twin, block, WINDOWS)
+        z, t = (before[k].reshape(-1, before[k].shape[-1]).double() for k in ("z", "output"))
+        now = {}
+        hook = block.consumer.register_forward_hook(lambda _, a, o, now=now: now.update(z=a[0], output=o))
+        args, kwargs = given[block.name]
+        with torch.no_grad():
+            block.run(*args, **kwargs)
+        hook.remove()
+        own_z, own_t = (now[k].reshape(-1, now[k].shape[-1]).double() for k in ("z", "output"))
+        weight = block.consumer.weight.detach().double()[:, units]
+        shift, target_shift = (z.mean(0), t.mean(0)) if bias is not None else (0 * z[0], 0 * t[0])
+        x, y, own_x, own_y = z - shift, t - target_shift, own_z - shift, own_t - target_shift
+        squares = x.square().mean(0)
+        strength = damping * squares.clamp_min(FLOOR * squares.median())[units]
+        tokens = (
+            len(x) / (SAMPLE * (1 / share - 1))
+        ) ** 0.5  # a calibration token's weight beside the batch's
+        rows = torch.cat([x[:, units], len(x) ** 0.5 * strength.sqrt().diag(), tokens * own_x[:, units]])
+        damped = len(x) ** 0.5 * strength.sqrt()[:, None] * weight.T
+        fitted = torch.linalg.lstsq(rows, torch.cat([y, damped, tokens * own_y])).solution
+        want = own_x[:, units] @ fitted + target_shift
+        got = seen[block.name].reshape(want.shape).double()
+        assert (got - want).norm() < 2e-3 * want.norm(), block.name
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_what_padding_holds_moves_no_refit(family):
+    model = FAMILIES[family]()
+    method = following(Refit(damping=(1e-1,), sensitivity=2))
+    known = replace(calibrate(model, WINDOWS), consumers=method_consumers(model, method, 0.4, WINDOWS))
+    mask = torch.ones(4, 12, dtype=torch.long)
+    mask[1, :5] = mask[3, :2] = 0
+    ids, outputs = token_ids(4, 12, seed=5), []
+    for padding in (1, 7):
+        with attach(model, method, 0.4, statistics=known), torch.no_grad():
+            seen = model(input_ids=ids.masked_fill(mask == 0, padding), attention_mask=mask).logits
+        outputs.append(seen[mask == 1])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    with attach(model, method, 0.4, statistics=known), torch.no_grad():
+        other = model(input_ids=ids.roll(1, 0), attention_mask=mask.roll(1, 0)).logits.roll(-1, 0)[mask == 1]
+    torch.testing.assert_close(outputs[0], other, rtol=1e-3, atol=1e-3)  # nor does the order of the batch
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "opt", "gpt-neox"])
@@ -412,7 +482,7 @@ def test_what_cannot_be_refitted_is_said_in_a_sentence():
     model = FAMILIES["llama"]()
     statistics = calibrate(model, WINDOWS)
     with pytest.raises(UsageError, match="leaves none to fit"):
-        prune(model, refitting(), 0.3, calibration=WINDOWS[:1])
+        prune(model, refitting(how=Refit(damping=(0.1, 1.0))), 0.3, calibration=WINDOWS[:1])
     with pytest.raises(UsageError, match="no consumer of"):
         attach(model, refitting(), 0.3, statistics=statistics)
     other = method_consumers(model, refitting(), 0.5, WINDOWS, statistics=statistics)
@@ -441,6 +511,7 @@ def test_what_cannot_be_refitted_is_said_in_a_sentence():
         {"core": 1.0},
         {"windows": 0},
         {"sensitivity": -1},
+        {"batch_share": 1.0},
         {"sequential": False},
     ):
         with pytest.raises(UsageError):

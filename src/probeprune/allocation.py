@@ -5,6 +5,7 @@ token. The ratio is over all blocks, those in skipped first layers included. Not
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -90,11 +91,8 @@ def even(
 
     Raises `UsageError` where layers are skipped or differ already.
     """
-    if ratio and skip_layers:
-        raise UsageError("allocation 'even' gives all layers one width; it needs skip_layers=0.")
+    _check_even(blocks, ratio, skip_layers)
     pruned, share = candidates(blocks, ratio, skip_layers, kinds)
-    if len({b.units for b in blocks}) > 2 or len({b.parameters for b in blocks}) > 2:
-        raise UsageError("this model's layers differ in width already; use another allocation than 'even'.")
     kept = [b.units for b in blocks]
     mlps = [i for i in pruned if blocks[i].kind == "mlp"]
     left = ratio * sum(b.parameters for b in blocks)
@@ -102,6 +100,14 @@ def even(
     for i in mlps:
         kept[i] = _nearest(blocks[i], left / len(mlps), round_to)
     return kept
+
+
+def _check_even(blocks: Sequence[Block], ratio: float, skip_layers: int) -> None:
+    """Raise `UsageError` where layers cannot have one width."""
+    if ratio and skip_layers:
+        raise UsageError("allocations 'even' and 'damage-even' give all layers one width: skip_layers=0.")
+    if len({b.units for b in blocks}) > 2 or len({b.parameters for b in blocks}) > 2:
+        raise UsageError("this model's layers differ in width already; use an allocation that is not even.")
 
 
 def nominal(
@@ -203,67 +209,75 @@ def global_threshold(
     return kept
 
 
+@dataclass(frozen=True, eq=False)
+class Damage:
+    """What cutting a block to any width costs, and what it saves of parameters, FLOPs or nanoseconds."""
+
+    curve: torch.Tensor
+    """(units + 1,), nats a token by how many of its units leave (`damage.damages`)."""
+    saving: int
+    """What one unit saves."""
+    whole: int
+    """What the whole block takes."""
+
+
 def least_damage(
     blocks: Sequence[Block],
-    damages: Sequence[torch.Tensor],
-    savings: Sequence[int],
-    budget: int,
+    ratio: float,
+    damages: Sequence[Damage],
     *,
     skip_layers: int = 0,
     round_to: int = 1,
     kinds: Sequence[str] = KINDS,
 ) -> list[int]:
-    """The widths that save `budget` at the least damage in all, a knapsack solved exactly; returns the units
-    each block keeps, at least one.
+    """The widths that save at least `ratio` of what all blocks take at the least damage in all, a knapsack
+    solved exactly; returns the units each block keeps, at least one.
 
     Args:
         blocks: all of the model.
-        damages: of each block (units + 1,), by how many units leave (`damage.damages`).
-        savings: what one unit of each block saves: parameters, FLOPs or nanoseconds (`damage.unit_flops`).
-        budget: how much to save, in the same unit.
+        ratio: share of the sum of `Damage.whole`.
+        damages: of each block.
         skip_layers, kinds: as in `candidates`.
         round_to: widths of MLPs are multiples of this, and of 1/48 of the block.
 
-    Raises `UsageError` where the budget is out of reach.
+    Raises `UsageError` where the ratio is out of reach.
     """
     each = [[i] for i in range(len(blocks))]
     free = [b.layer >= skip_layers and b.kind in kinds for b in blocks]
-    return _together(each, free, blocks, damages, savings, budget, round_to)
+    return _together(each, free, blocks, ratio, damages, round_to)
 
 
 def least_damage_even(
     blocks: Sequence[Block],
-    damages: Sequence[torch.Tensor],
-    savings: Sequence[int],
-    budget: int,
+    ratio: float,
+    damages: Sequence[Damage],
     *,
+    skip_layers: int = 0,
     round_to: int = 1,
     kinds: Sequence[str] = KINDS,
 ) -> list[int]:
     """As `least_damage`, but one width for all attention blocks and one for all MLPs: a plain config's.
 
-    Raises `UsageError` where the budget is out of reach or layers differ already.
+    Raises `UsageError` where the ratio is out of reach, layers are to be skipped or differ already.
     """
-    if len({b.units for b in blocks}) > 2 or len({b.parameters for b in blocks}) > 2:
-        raise UsageError("this model's layers differ in width already; use another allocation.")
+    _check_even(blocks, ratio, skip_layers)
     alike = [[i for i, b in enumerate(blocks) if b.kind == kind] for kind in KINDS]
-    return _together(alike, [kind in kinds for kind in KINDS], blocks, damages, savings, budget, round_to)
+    return _together(alike, [kind in kinds for kind in KINDS], blocks, ratio, damages, round_to)
 
 
 def _together(
     groups: Sequence[Sequence[int]],
     free: Sequence[bool],
     blocks: Sequence[Block],
-    damages: Sequence[torch.Tensor],
-    savings: Sequence[int],
-    budget: int,
+    ratio: float,
+    damages: Sequence[Damage],
     round_to: int,
 ) -> list[int]:
     """Units each block keeps, where the blocks of a group, by index, have one width; whole unless free."""
 
     def choice(group: Sequence[int], keep: int) -> Choice:
-        gone = [(i, blocks[i].units - keep) for i in group]
-        return Choice(sum(n * savings[i] for i, n in gone), sum(float(damages[i][n]) for i, n in gone))
+        gone = [(damages[i], blocks[i].units - keep) for i in group]
+        return Choice(sum(n * d.saving for d, n in gone), sum(float(d.curve[n]) for d, n in gone))
 
     widths = [
         _widths(blocks[group[0]], round_to) if may else [blocks[group[0]].units]
@@ -271,6 +285,7 @@ def _together(
     ]
     choices = [[choice(group, k) for k in own] for group, own in zip(groups, widths, strict=True)]
     kept = [b.units for b in blocks]
+    budget = round(ratio * sum(d.whole for d in damages))
     for group, own, index in zip(groups, widths, knapsack.solve(choices, budget), strict=True):
         for i in group:
             kept[i] = own[index]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from probeprune.allocation import Damage
 from probeprune.blocks import Block, find_blocks
 from probeprune.compensation import Consumer
 from probeprune.data import batches
@@ -39,8 +40,8 @@ class Statistics:
     """Of every block's coupled activation, by block name (`calibrate`)."""
     saliences: dict[str, torch.Tensor] = field(default_factory=dict)
     """Of every row or column of the blocks' linear maps, by their name (`gradients.saliences`)."""
-    damages: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Of every block, by how many units leave (`damage.damages`)."""
+    damages: dict[str, Damage] = field(default_factory=dict)
+    """Of every block, by its name (`surgery.method_damages`)."""
     consumers: dict[str, Consumer] = field(default_factory=dict)
     """Refitted to what one method keeps at one ratio, by block name (`surgery.method_consumers`)."""
 
@@ -73,7 +74,7 @@ class Statistics:
         """Raise `UsageError` unless these are the damages of such blocks."""
         for block in blocks:
             found = self.damages.get(block.name)
-            if found is None or found.shape != (block.units + 1,):
+            if found is None or found.curve.shape != (block.units + 1,):
                 raise UsageError(
                     f"the statistics do not know what a cut of {block.name} would cost; collect the damages "
                     "on this very model: probeprune.surgery.method_damages."

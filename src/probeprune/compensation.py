@@ -33,16 +33,17 @@ class Refit:
 
     windows: int = 128
     """Calibration windows at most, the first ones: their hidden states are kept, twice if sequential."""
-    damping: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
-    """Candidates for the damping, as a share of every channel's own second moment; each block takes the one
-    with the smallest error on the windows held out, and keeps its weight where none lowers that error."""
+    damping: tuple[float, ...] = (0.3,)
+    """Candidates for the damping, as a share of every channel's own second moment. Of several, each block
+    takes the one with the smallest error on the windows held out, and keeps its weight where none lowers that
+    error. One for all blocks makes the better model (docs/best.md)."""
     held_out: float = 0.125
     """Share of the calibration windows (the last ones) that the damping is chosen on. The weights are then
     fitted to all windows. Of no effect with one candidate."""
     sequential: bool = True
     """Whether a block is fitted to what the model pruned and refitted so far makes of the text; else to what
     the dense model makes of it."""
-    share: float = 1.0
+    share: float = 0.85
     """Of the error that the residual stream has gathered in front of a block, how much its refit makes up
     for, in [0, 1]; sequential only. Of no effect where a norm stands behind the consumer (Gemma)."""
     sensitivity: int = 8
@@ -51,6 +52,10 @@ class Refit:
     core: float = 0.75
     """Of the units an MLP keeps, the share that stays whatever the batch; methods that prune at every batch
     only, which choose the rest anew and refit to it."""
+    batch_share: float = 0.35
+    """Of the moments that a batch's units are refitted to, the share that its probe has (as many tokens of it
+    as `runtime.SAMPLE`; fewer have less), the calibration text having the others, in [0, 1); methods that
+    prune at every batch only."""
     bias: bool = False
     """Whether a consumer without a bias gets one, which few plain configs can hold. One that is there is
     always refitted."""
@@ -64,6 +69,8 @@ class Refit:
             raise UsageError(f"a refit's held_out={self.held_out} must be between 0 and 1.")
         if not 0 < self.core < 1:
             raise UsageError(f"a refit's core={self.core} must be between 0 and 1.")
+        if not 0 <= self.batch_share < 1:
+            raise UsageError(f"a refit's batch_share={self.batch_share} must be in [0, 1).")
         if self.sensitivity < 0:
             raise UsageError("a refit's sensitivity is a number of windows, 0 or more.")
         if not 0 <= self.share <= 1:

@@ -134,6 +134,12 @@ class Handle:
             raise
 
     @property
+    def probed(self) -> tuple[list[Block], list[int]]:
+        """Blocks that follow the batch, and how many units each keeps."""
+        runtimes = [r for r in self._runtimes if self.method.when == "batch" and r.follows]
+        return [r.block for r in runtimes], [r.keep for r in runtimes]
+
+    @property
     def removed_share(self) -> float:
         """Share of all blocks' parameters that the cut leaves out."""
         return allocation.removed_share(self.blocks, self.kept)

@@ -19,6 +19,9 @@ from probeprune.probe import Probe
 Compensation = Literal["none", "bias", "least-squares"]
 """What makes up for the lost units: nothing, FLAP's bias, or a refit of the consumers."""
 
+Budget = Literal["parameters", "flops", "time"]
+"""What a ratio is a share of."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -52,6 +55,9 @@ class Method:
     """First layers that stay dense (Probe Pruning, section 5)."""
     round_to: int = 1
     """MLP widths are multiples of this (64 in the research code, for speed)."""
+    budget: Budget = "parameters"
+    """What of all blocks the ratio is a share of: parameters, FLOPs on a calibration window, or `time` of a
+    forward pass, measured where it runs. Other than parameters under allocation by damage only."""
     units: UnitKind = "group"
     """What an attention unit is under grouped-query attention (measured in docs/choices.md)."""
     seed: int = 0
@@ -79,8 +85,10 @@ class Method:
                 )
             if self.allocation == "global":
                 raise UsageError(f"importance {self.importance!r} has no scores to set a threshold on.")
-        if self.allocation == "damage-even" and self.skip_layers:
-            raise UsageError("allocation 'damage-even' gives all layers one width; it needs skip_layers=0.")
+        if self.budget not in get_args(Budget):
+            raise UsageError(unknown("budget", self.budget, get_args(Budget)))
+        if self.budget != "parameters" and not self.needs_damages:
+            raise UsageError(f"a budget of {self.budget} needs allocation 'damage' or 'damage-even'.")
         makes_order = IMPORTANCES[self.importance].needs == "refit"
         if self.refit is not None and (self.when == "never" or (self.when == "batch" and not makes_order)):
             raise UsageError(
@@ -156,9 +164,6 @@ def with_lora(method: Method) -> Method:
     )
 
 
-_BEST = Refit(damping=(0.1, 0.3, 1.0, 3.0), share=0.85)
-"""Chosen on C4 windows that nothing was fitted to (docs/best.md)."""
-
 _UNTRAINED: tuple[Method, ...] = (
     Method("dense", when="never", source="the unpruned model"),
     Method("wanda-sp", importance="wanda-sp", source="An et al., AAAI 2024 (FLAP), after Wanda"),
@@ -192,7 +197,7 @@ _UNTRAINED: tuple[Method, ...] = (
         "best-static",
         importance="obs",
         compensation="least-squares",
-        refit=_BEST,
+        refit=Refit(),
         source="this project: order by elimination, refit layer by layer",
     ),
     Method(
@@ -200,9 +205,9 @@ _UNTRAINED: tuple[Method, ...] = (
         importance="obs",
         compensation="least-squares",
         when="batch",
-        probe=Probe(),
-        refit=_BEST,
-        source="this project: best-static, a quarter of its MLP channels chosen and refitted every batch",
+        probe=Probe(tokens=1 / 64, samples=1.0, min_size=128),
+        refit=Refit(),
+        source="this project: best-static, a quarter of its MLP channels and its refit following the batch",
     ),
     Method("ppsp", source="Probe Pruning's importance, ordered once"),
     Method("magnitude", importance="magnitude", source="control"),

@@ -3,9 +3,9 @@
 What `attach` opens as a window and `prune` cuts for good. Nothing here touches a weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -103,39 +103,25 @@ def widths(
         return allocation.global_threshold(
             blocks, known, ratio, skip_layers=method.skip_layers, kinds=method.blocks
         )
+    rules: dict[str, Callable[..., list[int]]] = {
+        "uniform": allocation.uniform,
+        "even": allocation.even,
+        "damage": allocation.least_damage,
+        "damage-even": allocation.least_damage_even,
+    }
+    options: dict[str, Any] = {}
+    if method.allocation == "nominal-kept":
+        options["floor_kept"] = True
     if method.needs_damages:
         assert statistics is not None
-        return _least_damage(method, ratio, blocks, statistics)
-    rules = {"uniform": allocation.uniform, "even": allocation.even}
-    rule = rules.get(method.allocation, allocation.nominal)
-    options = {"floor_kept": True} if method.allocation == "nominal-kept" else {}
-    return rule(
+        options["damages"] = [statistics.damages[b.name] for b in blocks]
+    return rules.get(method.allocation, allocation.nominal)(
         blocks,
         ratio,
         skip_layers=method.skip_layers,
         round_to=method.round_to,
         kinds=method.blocks,
         **options,
-    )
-
-
-def _least_damage(method: Method, ratio: float, blocks: Sequence[Block], statistics: Statistics) -> list[int]:
-    """A budget of parameters."""
-    damages = [statistics.damages[b.name] for b in blocks]
-    savings = [b.unit_parameters for b in blocks]
-    budget = round(ratio * sum(b.parameters for b in blocks))
-    if method.allocation == "damage-even":
-        return allocation.least_damage_even(
-            blocks, damages, savings, budget, round_to=method.round_to, kinds=method.blocks
-        )
-    return allocation.least_damage(
-        blocks,
-        damages,
-        savings,
-        budget,
-        skip_layers=method.skip_layers,
-        round_to=method.round_to,
-        kinds=method.blocks,
     )
 
 

@@ -32,6 +32,8 @@ class Probe:
     """Share of the batch's samples in the probe (at least one)."""
     min_tokens: int = 2
     """A probe never has fewer positions (where the batch has as many)."""
+    min_size: int = 0
+    """A probe never has fewer tokens in all (where the batch has as many): it takes more positions."""
     keep_first_below: int = 10
     """A probe of at most this many positions always has the first one, the attention sink."""
     fusion: Fusion = "importance"
@@ -63,7 +65,7 @@ class Probe:
         for name in ("history_share", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"probe {name}={getattr(self, name):g} must lie in [0, 1].")
-        for name in ("reuse", "refresh"):
+        for name in ("min_size", "reuse", "refresh"):
             if getattr(self, name) < 0:
                 raise UsageError(f"probe {name}={getattr(self, name)} must be a number of tokens, 0 or more.")
         if self.fusion not in ("importance", "fixed", "none"):
@@ -80,8 +82,9 @@ class Selection:
 
 def probe_size(probe: Probe, batch: int, length: int) -> tuple[int, int]:
     """How many samples and positions of a (batch, length) batch the probe takes."""
-    tokens = min(max(_ceil(probe.tokens * length), probe.min_tokens), length)
-    return max(_ceil(probe.samples * batch), 1), tokens
+    samples = max(_ceil(probe.samples * batch), 1)
+    least = max(probe.min_tokens, -(-probe.min_size // samples))
+    return samples, min(max(_ceil(probe.tokens * length), least), length)
 
 
 def _ceil(x: float) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
@@ -20,12 +21,14 @@ from probeprune.compensation import Consumer, lost_bias
 from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.methods import Method
 from probeprune.partition import Partition
-from probeprune.probe import choose, everything, fused_energy, run_ahead
-from probeprune.rest import Rest
+from probeprune.probe import Selection, choose, everything, fused_energy, run_ahead
+from probeprune.rest import Rest, Sample
 from probeprune.side_queue import SideQueue
 from probeprune.statistics import History, Moments, Tokens
 
 Stage = Literal["idle", "choose", "reuse", "keep", "refresh"]
+SAMPLE = 256
+"""Tokens of a probe that a refit is made to, at most."""
 NO_TOKENS = Tokens(0, 0)
 
 
@@ -122,10 +125,15 @@ class BlockRuntime:
         if self.method.when == "batch" and consumer.rest is not None:
             self.rest = consumer.rest.to(device)
 
+    @property
+    def follows(self) -> bool:
+        """Whether a batch is looked at: not where a refit chose for good."""
+        return self._score is not None or self.rest is not None
+
     def hooks(self) -> list[RemovableHandle]:
         """Let the stages run whenever the model does; dynamic methods only."""
-        if self._score is None and self.rest is None:
-            return []  # chosen once, by a refit
+        if not self.follows:
+            return []
         block = self.block
         hooks = [
             block.entry.register_forward_pre_hook(self._before_block, with_kwargs=True),
@@ -215,8 +223,7 @@ class BlockRuntime:
         with record_function("probeprune::score"):
             energy = fused_energy(z, selection, tokens, self.history, probe)
             scores = self._scores(energy, len(selection.tokens))
-        with record_function("probeprune::swap"):
-            self._cut(scores)
+        self._cut(scores, self._sample(z, selection))
 
     def _before_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if self.history is None or self.now.probing:
@@ -237,8 +244,7 @@ class BlockRuntime:
             scores = self._scores(energy, len(whole.tokens))
         if self.history is not None:
             self._remember(args[0])
-        with record_function("probeprune::swap"):
-            self._cut(scores)
+        self._cut(scores, self._sample(z, whole))
 
     def _remember(self, z: torch.Tensor) -> None:
         assert self.history is not None
@@ -255,15 +261,33 @@ class BlockRuntime:
         assert self._score is not None
         return self._score(evidence)
 
-    def _cut(self, scores: torch.Tensor) -> None:
-        self.finite = torch.isfinite(scores).all()
-        self.swapped += self.partition.keep(allocation.choose_units(scores, self.keep, self.block))
-        if self.mean is not None:
-            channels = self.keep * self.block.unit_width
-            self.partition.add_bias(lost_bias(self.partition.consumer_weight, self.mean, channels))
+    def _sample(self, z: torch.Tensor, selection: Selection) -> Sample | None:
+        """What a refit needs of the probe `z` (samples, tokens, n), while the block shows all its units."""
+        refit, tokens = self.method.refit, self.now.tokens
+        if self.rest is None or refit is None or not refit.batch_share:
+            return None
+        with record_function("probeprune::refit"):
+            z, real = z.flatten(0, 1), None
+            rows = torch.arange(min(len(z), SAMPLE), device=z.device) * len(z) // min(len(z), SAMPLE)
+            if tokens.valid is not None:
+                real = tokens.valid[selection.samples][:, selection.tokens].flatten()[rows]
+            z, consumer = z[rows], self.block.consumer
+            target = linear(z, consumer.weight, consumer.bias).float()
+            in_order = torch.empty_like(z, dtype=torch.float32)
+            in_order[:, self.partition.channels] = z.float()
+            return Sample(in_order, target, real, SAMPLE * (1 / refit.batch_share - 1))
+
+    def _cut(self, scores: torch.Tensor, sample: Sample | None = None) -> None:
+        with record_function("probeprune::swap"):
+            self.finite = torch.isfinite(scores).all()
+            self.swapped += self.partition.keep(allocation.choose_units(scores, self.keep, self.block))
+            if self.mean is not None:
+                channels = self.keep * self.block.unit_width
+                self.partition.add_bias(lost_bias(self.partition.consumer_weight, self.mean, channels))
         if self.rest is not None:
             with record_function("probeprune::refit"):
-                self.partition.replace_consumer(*self.rest.consumer(self.partition.order[: self.keep]))
+                weight = self.rest.consumer(self.partition.order[: self.keep], sample)
+                self.partition.replace_consumer(*weight)
 
     def _shaped(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, width); some layers flatten the first two in front of their MLP."""

@@ -15,7 +15,7 @@ from probeprune import allocation, stored_consumers
 from probeprune.blocks import Block, UnitKind, find_blocks
 from probeprune.calibration import Statistics, calibrate, content_key
 from probeprune.compensation import Consumer, Refit, lost_bias
-from probeprune.damage import damages
+from probeprune.damage import damages, unit_flops, unit_nanoseconds
 from probeprune.errors import UsageError
 from probeprune.gradients import Criterion, saliences
 from probeprune.importance import IMPORTANCES
@@ -27,7 +27,7 @@ from probeprune.progress import Progress, silent
 from probeprune.refit import refit
 from probeprune.sensitivity import sensitivities
 
-_FORMAT = 1
+_FORMAT = 2
 DAMAGE_WINDOWS = 32
 """Calibration windows that damages are measured on, the first ones: curves need fewer than a refit."""
 
@@ -84,7 +84,8 @@ def prune(
         model: a transformers causal LM of a supported family, in eval mode, nothing attached.
         method: a static one: a name from `METHODS`, or a `Method`. `evenly(method)` gives all layers one
             width, so that the checkpoint opens with plain transformers.
-        ratio: share of the parameters of all blocks to remove, in (0, 1).
+        ratio: share of the parameters of all blocks to remove, in (0, 1); of the method's budget, where it
+            has another.
         calibration: windows of token ids (count, length), where the method needs statistics, gradients or a
             refit.
             Gradients are taken on the first `method.gradients.windows` of them and their first
@@ -109,6 +110,8 @@ def prune(
         raise UsageError(
             "steps must be at least 1, and more than one step needs calibration=, not statistics=."
         )
+    if steps > 1 and method.budget != "parameters":
+        raise UsageError(f"a budget of {method.budget} is met in one step; leave out steps.")
     blocks = find_blocks(model, method.units)
     for block in blocks:
         check_can_cut(block)
@@ -232,13 +235,13 @@ def method_damages(
     batch_size: int = 16,
     cache: Path | None = None,
     progress: Progress = silent,
-) -> dict[str, torch.Tensor]:
-    """The damages `method` allocates by, for `Statistics.damages`; arguments as in `method_consumers`."""
+) -> dict[str, allocation.Damage]:
+    """What `method` allocates by, for `Statistics.damages`; arguments as in `method_consumers`."""
     how = method.refit or Refit()
     metrics = sensitivities(
         model, windows[: max(how.sensitivity, 1)], seed=method.seed, cache=cache, progress=progress
     )
-    return damages(
+    curves = damages(
         model,
         windows[:DAMAGE_WINDOWS],
         metrics,
@@ -246,6 +249,22 @@ def method_damages(
         batch_size=batch_size,
         progress=progress,
     )
+    blocks = find_blocks(model, method.units)
+    if method.budget == "flops":
+        savings = unit_flops(blocks, windows.shape[1])
+    elif method.budget == "time":
+        ids = windows[:batch_size].to(next(model.parameters()).device)
+        savings = unit_nanoseconds(model, blocks, ids)
+    else:
+        savings = [b.unit_parameters for b in blocks]
+    whole = [
+        b.parameters if method.budget == "parameters" else b.units * saving
+        for b, saving in zip(blocks, savings, strict=True)
+    ]
+    return {
+        b.name: allocation.Damage(curves[b.name], saving, all_of_it)
+        for b, saving, all_of_it in zip(blocks, savings, whole, strict=True)
+    }
 
 
 def method_saliences(
@@ -338,7 +357,9 @@ def _refit(
     windows = windows[: how.windows]
     if cache is not None:
         which = {name: w if isinstance(w, int) else w.tolist() for name, w in chosen.items()}
-        settings = (asdict(how), which, method.units, method.seed, method.when == "batch")
+        fitted = asdict(how)
+        del fitted["batch_share"]  # of no effect until a batch comes
+        settings = (fitted, which, method.units, method.seed, method.when == "batch")
         key = content_key(model, windows, "consumers", _FORMAT, *settings)
         path = cache / f"{key}.safetensors"
         stored = stored_consumers.read(path)

@@ -47,8 +47,16 @@ def prune(
     ] = "group",
     blocks: Annotated[str, typer.Option(help="What is pruned, separated by commas.")] = "attention,mlp",
     allocation: Annotated[
-        str | None, typer.Option(help="Instead of the method's own (per-layer only): uniform, global ...")
+        str | None,
+        typer.Option(help="Instead of the method's own (per-layer only): uniform, global, damage ..."),
     ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="What the ratio is a share of: parameters; with --allocation damage also flops, or time: "
+            "what a forward pass takes on this machine."
+        ),
+    ] = "parameters",
     compensation: Annotated[
         str | None, typer.Option(help="Instead of the method's own: none, bias, least-squares (a refit).")
     ] = None,
@@ -76,7 +84,16 @@ def prune(
 
     check_free(out_dir)
     chosen = static_method(
-        method, layout, round_to, skip_layers, units, names(blocks, "blocks"), allocation, compensation, seed
+        method,
+        layout,
+        round_to,
+        skip_layers,
+        units,
+        names(blocks, "blocks"),
+        allocation,
+        budget,
+        compensation,
+        seed,
     )
     check_ratio(ratio)
     with err.status("loading the model"):
@@ -112,6 +129,7 @@ def static_method(
     units: str,
     blocks: list[str],
     allocation: str | None,
+    budget: str,
     compensation: str | None,
     seed: int,
 ) -> Method:
@@ -124,14 +142,15 @@ def static_method(
         changes["compensation"] = compensation
         changes["refit"] = (method.refit or Refit()) if compensation == "least-squares" else None
     if layout == "uniform":
-        if skip_layers or allocation:
+        if skip_layers or allocation or budget != "parameters":
             raise UsageError(
-                "the uniform layout gives all layers one width: leave --skip-layers and --allocation out, or "
-                "use --layout per-layer."
+                "the uniform layout gives all layers one width: leave --skip-layers, --allocation and "
+                "--budget out, or use --layout per-layer."
             )
         method = evenly(method)
     else:
         changes["skip_layers"] = 3 if skip_layers is None else skip_layers
+        changes["budget"] = budget
         if allocation is not None:
             changes["allocation"] = allocation
     return compose(method, name=method.name, **changes)

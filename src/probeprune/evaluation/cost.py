@@ -85,8 +85,8 @@ def blocks_flops(blocks: Sequence[Block], kept: Sequence[int], batch: int, lengt
 
 
 def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> float:
-    """FLOPs of running the probe ahead in every block that is cut, on a batch of (batch, length) tokens; the
-    mean over many such batches where they share a choice (`Probe.reuse`)."""
+    """FLOPs of running the probe ahead in each of these blocks that is cut, on a batch of (batch, length)
+    tokens; the mean over many such batches where they share a choice (`Probe.reuse`)."""
     samples, tokens = probe_size(probe, batch, length)
     served = max(math.ceil(probe.reuse / (batch * length)), 1)  # batches that one choice serves
     once = sum(

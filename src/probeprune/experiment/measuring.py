@@ -95,7 +95,9 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
         )
     shape = min(measure.batch_size, len(text)), measure.length
     full = blocks_flops(prepared.blocks, [b.units for b in prepared.blocks], *shape)
-    probe = None if handle is None else handle.method.probe
+    probing = 0.0
+    if handle is not None and handle.method.probe is not None:
+        probing = probe_flops(*handle.probed, handle.method.probe, *shape) / full
     return {
         "task": measure.corpus,
         "metric": "perplexity",
@@ -108,9 +110,7 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
         "sampling": measure.sampling,
         "averaging": measure.averaging,
         "flops_per_token": result.flops_per_token,
-        "probe_flops_share": 0.0
-        if probe is None
-        else probe_flops(prepared.blocks, prepared.kept, probe, *shape) / full,
+        "probe_flops_share": probing,
         "tokens": result.tokens,
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,

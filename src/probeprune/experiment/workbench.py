@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from probeprune.allocation import Damage
 from probeprune.blocks import Block, find_blocks
 from probeprune.calibration import Statistics, calibrate
 from probeprune.compensation import Consumer
@@ -141,11 +142,12 @@ class Workbench:
             known = replace(known, consumers=self._consumers(subject, known))
         return known
 
-    def _damages(self, subject: Subject) -> dict[str, torch.Tensor]:
+    def _damages(self, subject: Subject) -> dict[str, Damage]:
         """The same for all ratios."""
         assert subject.calibration is not None
         method = subject.method
-        own = ("damages", method.refit, method.units, method.seed, subject.calibration, subject.seed)
+        how = (method.refit, method.units, method.seed, method.budget)
+        own = ("damages", how, subject.calibration, subject.seed)
         if own not in self._known:
             self._known[own] = method_damages(
                 self.dense(subject).model,
@@ -155,7 +157,7 @@ class Workbench:
                 cache_dir() / "statistics",
                 self._named(subject),
             )
-        found: dict[str, torch.Tensor] = self._known[own]
+        found: dict[str, Damage] = self._known[own]
         return found
 
     def _consumers(self, subject: Subject, known: Statistics) -> dict[str, Consumer]:

@@ -1,0 +1,166 @@
+"""Where following the batch pays, and where not: `best-dynamic` over `best-static`, by what is in a batch.
+
+Run: .venv/bin/python benchmarks/following.py [--ratio 0.4] [--out runs/following]
+About 20 minutes on 2 cores, where a refit of that ratio is at hand; else 8 more.
+
+Three texts, nearer to and farther from the calibration text: C4 that it does not hold, WikiText-2, and the
+standard library's Python source. Of each, 8 topics (documents, or stretches of the text) of 4 windows of
+256 tokens. The same windows come alone, with those of their own topic, or mixed with other topics', so only
+the choice differs; and the heads of the topics come at 128 to 1024 tokens, one in a batch. "Chosen only" is
+refitted to the calibration text alone, whatever it keeps. "All known" probes with the whole batch
+and leaves history out: more than the dense model costs, and about what following can do.
+SmolLM2-135M-Instruct, float32, calibrated on 128 windows of C4, seed 0. Goes on after a kill.
+"""
+
+import argparse
+import json
+import statistics
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import probeprune
+from probeprune import METHODS, Method, Probe, Refit, compose
+from probeprune.data import calibration_windows, evaluation_windows, load_corpus, tokenize
+from probeprune.evaluation.paired import paired_bootstrap
+from probeprune.evaluation.perplexity import perplexity
+from probeprune.models import LoadedModel, cache_dir
+from probeprune.surgery import method_consumers
+
+TOPICS, WINDOWS, LENGTH = 8, 4, 256
+LENGTHS = (128, 256, 512, 1024)
+TEXTS = ("C4, held out", "WikiText-2", "Python")
+BEST = METHODS["best-dynamic"]
+METHODS_BY_NAME: dict[str, Method] = {
+    "ordered once (ppsp)": METHODS["ppsp"],
+    "probe": METHODS["probe"],
+    "best-static": METHODS["best-static"],
+    "best-dynamic": BEST,
+    "chosen only": compose(BEST, refit=Refit(batch_share=0.0)),
+    "all known": compose(BEST, probe=Probe(tokens=1.0, samples=1.0, fusion="none")),
+}
+OVER = {
+    "probe": "ordered once (ppsp)",
+    "chosen only": "best-static",
+    "best-dynamic": "best-static",
+    "all known": "best-static",
+}
+"""What each dynamic method is compared with: the same without following."""
+
+
+def topics(text: str, loaded: LoadedModel) -> torch.Tensor:
+    """Token ids (topics, windows x length)."""
+    size = WINDOWS * LENGTH
+    if text == "WikiText-2":
+        stretches = evaluation_windows(load_corpus("wikitext2"), loaded.tokenizer, length=size)
+        return stretches[:: len(stretches) // TOPICS][:TOPICS]
+    if text == "Python":
+        sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        documents = [source.read_text(errors="replace") for source in sources[:: len(sources) // 40]]
+    else:
+        documents = load_corpus("c4-held-out")
+    found: list[list[int]] = []
+    for document in documents:
+        ids = tokenize(document, loaded.tokenizer)
+        if len(ids) >= size and len(found) < TOPICS:
+            found.append(ids[:size])
+    return torch.tensor(found)
+
+
+def arrangements(ids: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, int, list[int]]]:
+    """Name, windows in order, batch size, and where each window stands in the first arrangement."""
+    windows = ids.view(TOPICS * WINDOWS, LENGTH)
+    own = list(range(len(windows)))
+    yield "alone", windows, 1, own
+    yield f"{WINDOWS} of one topic", windows, WINDOWS, own
+    mixed = torch.arange(len(windows)).view(TOPICS, WINDOWS).T.flatten()
+    yield f"{WINDOWS} of {WINDOWS} topics", windows[mixed], WINDOWS, mixed.tolist()
+    yield f"{2 * TOPICS} of {TOPICS} topics", windows[mixed], 2 * TOPICS, mixed.tolist()
+    for length in LENGTHS:
+        yield f"alone, first {length} tokens", ids[:, :length], 1, list(range(len(ids)))
+
+
+def measure(results: Path, ratio: float) -> None:
+    """Append what is not in `results` yet."""
+    loaded = probeprune.load_model("smollm2-135m", dtype="float32")
+    model, cache = loaded.model, cache_dir() / "statistics"
+    windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=128, length=512, seed=0)
+    known = probeprune.calibrate(model, windows, cache=cache)
+    consumers = method_consumers(model, METHODS["best-dynamic"], ratio, windows, cache=cache)
+    refitted = replace(known, consumers=consumers)
+    done = {(row["text"], row["name"], row["method"]) for row in read(results)}
+    for text in TEXTS:
+        ids = topics(text, loaded)
+        distance = distance_of(ids.view(-1, LENGTH), model, known)
+        for name, arranged, batch, places in arrangements(ids):
+            for method in METHODS_BY_NAME:
+                if (text, name, method) in done:
+                    continue
+                with probeprune.attach(model, METHODS_BY_NAME[method], ratio, statistics=refitted):
+                    found = perplexity(model, arranged, batch_size=batch)
+                losses = [loss for _, loss in sorted(zip(places, found.losses, strict=True))]
+                row = {"text": text, "name": name, "method": method, "losses": losses, "distance": distance}
+                with results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{text}, {name}, {method}: {found.value:.2f}", flush=True)
+
+
+def distance_of(windows: torch.Tensor, model: Any, known: probeprune.Statistics) -> float:
+    """How far a text's channels are from calibration's: median over MLP channels of how many times more, or
+    less, energy each has."""
+    here = probeprune.calibrate(model, windows, cache=cache_dir() / "statistics")
+    ratios = [
+        (energy(here, name) / energy(known, name)).log().abs() for name in known.moments if "mlp" in name
+    ]
+    return float(torch.cat(ratios).median().exp())
+
+
+def energy(of: probeprune.Statistics, name: str) -> torch.Tensor:
+    """Mean of `z^2` a token, by channel."""
+    moments = of.moments[name]
+    return moments.m2 / moments.count + moments.mean.square()
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The lines measured so far."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: perplexity of following over that of the same without, with its 95 % interval."""
+    by = {(row["text"], row["name"], row["method"]): row for row in rows}
+    lines = ["| text | batch | " + " | ".join(OVER) + " |", "| --- | --- |" + " ---: |" * len(OVER)]
+    for text, name in dict.fromkeys((row["text"], row["name"]) for row in rows):
+        cells = []
+        for method, over in OVER.items():
+            pair = by.get((text, name, method)), by.get((text, name, over))
+            if pair[0] is None or pair[1] is None:
+                cells.append("")
+                continue
+            found = paired_bootstrap(pair[0]["losses"], pair[1]["losses"])
+            cells.append(f"{found.factor:.3f} ({found.low:.3f} to {found.high:.3f})")
+        lines.append(f"| {text} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ratio", type=float, default=0.4)
+    parser.add_argument("--out", type=Path, default=Path("runs/following"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = options.out / f"{options.ratio:g}.jsonl"
+    measure(results, options.ratio)
+    rows = read(results)
+    for text in TEXTS:
+        away = statistics.fmean(row["distance"] for row in rows if row["text"] == text)
+        print(f"{text}: a channel's energy is {away:.2f} times calibration's, or 1 over that (median)")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
