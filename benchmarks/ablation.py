@@ -1,6 +1,6 @@
 """What each part of the best recipes gains: alone, all together, and each left out.
 
-Run: .venv/bin/python benchmarks/ablation.py [--windows 24] [--ratio 0.4] [--out runs/ablation]
+Run: .venv/bin/python benchmarks/ablation.py [--windows 24] [--ratio 0.4] [--only NAME ...]
 
 SmolLM2-135M-Instruct, float32. One line a variant: perplexity over the dense model's on C4 windows that
 nothing was fitted to (parts were chosen by these), on held-out C4 and on WikiText-2, 8 windows of 512 each,
@@ -41,31 +41,28 @@ def best(how: Mapping[str, Any] | None = None, **changes: Any) -> Method:
 
 DENSE_INPUTS = {"sequential": False, "share": 0.0}
 VARIANTS: dict[str, Method] = {
-    "ppsp, ordered once": METHODS["ppsp"],
-    "refit to dense inputs alone": best(DENSE_INPUTS, importance="ppsp"),
-    "refit in sequence alone": best(importance="ppsp"),
-    "elimination, refit to dense inputs": best(DENSE_INPUTS | {"sensitivity": 0}),
     "best-dynamic": METHODS["best-dynamic"],
     "- not refitted to the batch": best({"batch_share": 0.0}, **FOLLOWING),
-    "- units chosen once": best({"core": 0.999}, **FOLLOWING),
     "- share 0.2 for the batch": best({"batch_share": 0.2}, **FOLLOWING),
     "- share 0.5 for the batch": best({"batch_share": 0.5}, **FOLLOWING),
     "- the published probe": best(when="batch", probe=Probe()),
     "best-static": BEST,
-    "- without sensitivities": best({"sensitivity": 0}),
+    "- ordered by ppsp": best(importance="ppsp"),
     "- refitted to dense inputs": best(DENSE_INPUTS),
+    "- damping of every block's own choice": best({"damping": (0.1, 0.3, 1.0, 3.0)}),
+    "- without sensitivities": best({"sensitivity": 0}),
     "- share 0 of the gathered error": best({"share": 0.0}),
     "- share 0.5": best({"share": 0.5}),
     "- share 1": best({"share": 1.0}),
-    "- damping of 0.1": best({"damping": (0.1,)}),
-    "- damping of every block's own choice": best({"damping": (0.1, 0.3, 1.0, 3.0)}),
-    "- with a new bias": best({"bias": True}),
     "- no layer left dense": best(skip_layers=0),
     "- widths by damage": best(allocation="damage"),
     "- widths by damage, no layer left dense": best(allocation="damage", skip_layers=0),
-    "- widths by damage, a budget of FLOPs": best(allocation="damage", budget="flops"),
-    "- MLPs alone": best(blocks=("mlp",)),
+    "ppsp, ordered once": METHODS["ppsp"],
+    "ppsp, refitted to dense inputs": best(DENSE_INPUTS, importance="ppsp"),
+    "elimination, refitted to dense inputs": best(DENSE_INPUTS | {"sensitivity": 0}),
     "probe": METHODS["probe"],
+    "full-batch": METHODS["full-batch"],
+    "best-dynamic, units chosen once": best({"core": 0.999}, **FOLLOWING),
 }
 
 
@@ -74,6 +71,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--ratio", type=float, default=0.4)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args()
     loaded = probeprune.load_model("smollm2-135m", dtype="float32")
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -89,7 +87,7 @@ def main() -> None:
     lines = options.out / f"{options.ratio:g}-{options.windows}.jsonl"
     done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     known = {row["variant"]: row for row in done}
-    for name in ("dense", *VARIANTS):
+    for name in ("dense", *options.only):
         if name not in known:
             known[name] = {"variant": name, **measure(model, name, options.ratio, windows, texts)}
             with lines.open("a") as file:

@@ -4,7 +4,7 @@ Run: .venv/bin/python benchmarks/following.py [--ratio 0.4] [--out runs/followin
 About 20 minutes on 2 cores, where a refit of that ratio is at hand; else 8 more.
 
 Three texts, nearer to and farther from the calibration text: C4 that it does not hold, WikiText-2, and the
-standard library's Python source. Of each, 8 topics (documents, or stretches of the text) of 4 windows of
+standard library's Python source. Of each, 6 topics (documents, or stretches of the text) of 4 windows of
 256 tokens. The same windows come alone, with those of their own topic, or mixed with other topics', so only
 the choice differs; and the heads of the topics come at 128 to 1024 tokens, one in a batch. "Chosen only" is
 refitted to the calibration text alone, whatever it keeps. "All known" probes with the whole batch
@@ -31,11 +31,12 @@ from probeprune.evaluation.perplexity import perplexity
 from probeprune.models import LoadedModel, cache_dir
 from probeprune.surgery import method_consumers
 
-TOPICS, WINDOWS, LENGTH = 8, 4, 256
-LENGTHS = (128, 256, 512, 1024)
+TOPICS, WINDOWS, LENGTH = 6, 4, 256
+LENGTHS = (128, 512, 1024)
 TEXTS = ("C4, held out", "WikiText-2", "Python")
 BEST = METHODS["best-dynamic"]
 METHODS_BY_NAME: dict[str, Method] = {
+    "dense": METHODS["dense"],
     "ordered once (ppsp)": METHODS["ppsp"],
     "probe": METHODS["probe"],
     "best-static": METHODS["best-static"],
@@ -73,7 +74,7 @@ def topics(text: str, loaded: LoadedModel) -> torch.Tensor:
 
 def arrangements(ids: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, int, list[int]]]:
     """Name, windows in order, batch size, and where each window stands in the first arrangement."""
-    windows = ids.view(TOPICS * WINDOWS, LENGTH)
+    windows = ids.reshape(TOPICS * WINDOWS, LENGTH)
     own = list(range(len(windows)))
     yield "alone", windows, 1, own
     yield f"{WINDOWS} of one topic", windows, WINDOWS, own
@@ -95,15 +96,21 @@ def measure(results: Path, ratio: float) -> None:
     done = {(row["text"], row["name"], row["method"]) for row in read(results)}
     for text in TEXTS:
         ids = topics(text, loaded)
-        distance = distance_of(ids.view(-1, LENGTH), model, known)
+        distance = distance_of(ids.reshape(-1, LENGTH), model, known)
         for name, arranged, batch, places in arrangements(ids):
             for method in METHODS_BY_NAME:
                 if (text, name, method) in done:
                     continue
                 with probeprune.attach(model, METHODS_BY_NAME[method], ratio, statistics=refitted):
                     found = perplexity(model, arranged, batch_size=batch)
-                losses = [loss for _, loss in sorted(zip(places, found.losses, strict=True))]
-                row = {"text": text, "name": name, "method": method, "losses": losses, "distance": distance}
+                row = {
+                    "text": text,
+                    "name": name,
+                    "method": method,
+                    "losses": [loss for _, loss in sorted(zip(places, found.losses, strict=True))],
+                    "flops": found.flops_per_token,
+                    "distance": distance,
+                }
                 with results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{text}, {name}, {method}: {found.value:.2f}", flush=True)
@@ -131,19 +138,17 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: perplexity of following over that of the same without, with its 95 % interval."""
-    by = {(row["text"], row["name"], row["method"]): row for row in rows}
-    lines = ["| text | batch | " + " | ".join(OVER) + " |", "| --- | --- |" + " ---: |" * len(OVER)]
+    """Markdown: perplexity of following over that of the same without, with its 95 % interval; and FLOPs."""
+    heads = ["text", "batch", *OVER, "FLOPs: probe", "best-static", "best-dynamic"]
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
     for text, name in dict.fromkeys((row["text"], row["name"]) for row in rows):
-        cells = []
-        for method, over in OVER.items():
-            pair = by.get((text, name, method)), by.get((text, name, over))
-            if pair[0] is None or pair[1] is None:
-                cells.append("")
-                continue
-            found = paired_bootstrap(pair[0]["losses"], pair[1]["losses"])
-            cells.append(f"{found.factor:.3f} ({found.low:.3f} to {found.high:.3f})")
-        lines.append(f"| {text} | {name} | " + " | ".join(cells) + " |")
+        here = {row["method"]: row for row in rows if (row["text"], row["name"]) == (text, name)}
+        if here.keys() != METHODS_BY_NAME.keys():
+            continue  # not measured to the end
+        found = [paired_bootstrap(here[m]["losses"], here[over]["losses"]) for m, over in OVER.items()]
+        cells = [f"{c.factor:.3f} ({c.low:.3f} to {c.high:.3f})" for c in found]
+        shares = [here[m]["flops"] / here["dense"]["flops"] for m in ("probe", "best-static", "best-dynamic")]
+        lines.append(f"| {text} | {name} | {' | '.join(cells + [f'{s:.1%}' for s in shares])} |")
     return "\n".join(lines)
 
 
