@@ -70,7 +70,7 @@ def configurations() -> list[Configuration]:
     fusions: dict[str, dict[str, Any]] = {"no fusion": {"fusion": "none"}}
     for share in (0.25, 0.5, 0.75):
         fusions[f"history's share fixed at {share}"] = {"fusion": "fixed", "history_share": share}
-    budgets = [(1, 0.1), (1, 0.25), (1, 1.0), (2, 0.5), (4, 0.5), (4, 1.0)]
+    budgets = [(1, 0.1), (1, 0.25), (1, 1.0), (2, 0.5), (4, 0.5), (4, 1.0), (BATCH, 1 / 32)]
     few = {"batch": SMALL_BATCH, "over": f"decay 0.99, batches of {SMALL_BATCH}"}
     return [
         Configuration("reference", "published", same),
@@ -271,7 +271,7 @@ def draw(found: dict[tuple[str, str], Row]) -> None:
     from matplotlib.figure import Figure
 
     shown = [c for c in configurations() if c.name != c.over and any((c.name, t) in found for t in TEXTS)]
-    figure = Figure(figsize=(8, 0.3 * len(shown) + 1.2), layout="constrained")
+    figure = Figure(figsize=(9, 0.3 * len(shown) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     for shift, (text, label) in zip((-0.15, 0.15), TEXTS.items(), strict=True):
         points = [(i, found[c.name, text]) for i, c in enumerate(shown) if (c.name, text) in found]
@@ -289,7 +289,7 @@ def draw(found: dict[tuple[str, str], Row]) -> None:
             axes.axhline(i - 0.5, color="lightgrey", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [c.name for c in shown])
     axes.invert_yaxis()
-    axes.set_xlabel("perplexity over the published probe's, % (bars: two paired standard errors)")
+    axes.set_xlabel("perplexity over the published probe's, % (bars: 2 paired standard errors)")
     figure.legend(loc="outside upper center", ncols=len(TEXTS))
     figure.savefig(FIGURE, dpi=120)
 
