@@ -23,13 +23,12 @@ import probeprune
 from probeprune import METHODS, Method, Probe
 from probeprune.data import calibration_windows, evaluation_windows, load_corpus
 from probeprune.evaluation.perplexity import perplexity
+from probeprune.methods import refit_of
 from probeprune.models import cache_dir
 from probeprune.surgery import method_consumers, method_damages
 
 LENGTH, TESTED = 512, 8
 BEST = METHODS["best-static"]
-
-
 FOLLOWING: dict[str, Any] = {"when": "batch", "probe": METHODS["best-dynamic"].probe}
 
 
@@ -105,10 +104,8 @@ def measure(
     if method.needs_damages:
         statistics = replace(statistics, damages=method_damages(model, method, windows, 8, cache))
     if method.needs_refit:
-        # With rests where they can be had: variants that differ in nothing else share one refit.
-        how = replace(method, name="refit", **FOLLOWING) if method.importance == "obs" else method
-        consumers = method_consumers(
-            model, how, ratio, windows, statistics=statistics, batch_size=8, cache=cache
+        consumers = method_consumers(  # variants that differ in nothing else share one refit
+            model, refit_of(method), ratio, windows, statistics=statistics, batch_size=8, cache=cache
         )
         statistics = replace(statistics, consumers=consumers)
     seconds = time.perf_counter() - started

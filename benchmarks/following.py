@@ -69,8 +69,10 @@ def topics(text: str, loaded: LoadedModel) -> torch.Tensor:
         documents = load_corpus("c4-held-out")
     found: list[list[int]] = []
     for document in documents:
+        if len(found) == TOPICS:
+            break
         ids = tokenize(document, loaded.tokenizer)
-        if len(ids) >= size and len(found) < TOPICS:
+        if len(ids) >= size:
             found.append(ids[:size])
     return torch.tensor(found)
 

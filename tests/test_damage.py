@@ -45,7 +45,7 @@ def test_the_damage_of_a_width_is_what_the_refitted_block_misses(family):
         assert float(curve[-1]) == pytest.approx(float(want), rel=1e-2), block.name
 
 
-def test_costsare_those_of_the_model_given_and_leave_it_alone():
+def test_damages_are_those_of_the_model_given_and_leave_it_alone():
     model = FAMILIES["llama"]()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     metrics = sensitivities(model, WINDOWS[:3])
@@ -163,11 +163,13 @@ def test_a_method_that_allocates_by_damage_prunes_what_it_shows(family, allocati
         torch.testing.assert_close(model(input_ids=ids).logits, shown, rtol=1e-3, atol=1e-3)
 
 
-def test_coststhat_are_missing_are_asked_for():
+def test_damages_that_are_missing_are_asked_for():
     model = FAMILIES["llama"]()
     method = compose("ppsp", allocation="damage", name="by-damage")
     assert evenly(method).allocation == "damage-even"
     with pytest.raises(UsageError, match="method_damages"):
         attach(model, method, 0.3, statistics=calibrate(model, WINDOWS))
+    with pytest.raises(UsageError, match="one width"):
+        compose("ppsp", allocation="damage-even")
     with pytest.raises(UsageError, match="one width"):
         allocation.least_damage_even(find_blocks(model), 0.3, [], skip_layers=1)

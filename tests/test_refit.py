@@ -333,9 +333,8 @@ def test_what_a_batch_is_refitted_to_is_calibration_and_probe(family, share):
         x, y, own_x, own_y = z - shift, t - target_shift, own_z - shift, own_t - target_shift
         squares = x.square().mean(0)
         strength = damping * squares.clamp_min(FLOOR * squares.median())[units]
-        tokens = (
-            len(x) / (SAMPLE * (1 / share - 1))
-        ) ** 0.5  # a calibration token's weight beside the batch's
+        prior = SAMPLE * (1 / share - 1)  # tokens that all of the calibration text counts as
+        tokens = (len(x) / prior) ** 0.5
         rows = torch.cat([x[:, units], len(x) ** 0.5 * strength.sqrt().diag(), tokens * own_x[:, units]])
         damped = len(x) ** 0.5 * strength.sqrt()[:, None] * weight.T
         fitted = torch.linalg.lstsq(rows, torch.cat([y, damped, tokens * own_y])).solution

@@ -136,7 +136,7 @@ class Handle:
     @property
     def probed(self) -> tuple[list[Block], list[int]]:
         """Blocks that follow the batch, and how many units each keeps."""
-        runtimes = [r for r in self._runtimes if self.method.when == "batch" and r.follows]
+        runtimes = [r for r in self._runtimes if r.follows]
         return [r.block for r in runtimes], [r.keep for r in runtimes]
 
     @property

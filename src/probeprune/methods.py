@@ -89,6 +89,8 @@ class Method:
             raise UsageError(unknown("budget", self.budget, get_args(Budget)))
         if self.budget != "parameters" and not self.needs_damages:
             raise UsageError(f"a budget of {self.budget} needs allocation 'damage' or 'damage-even'.")
+        if self.allocation == "damage-even" and self.skip_layers:
+            raise UsageError("allocation 'damage-even' gives all layers one width; it needs skip_layers=0.")
         makes_order = IMPORTANCES[self.importance].needs == "refit"
         if self.refit is not None and (self.when == "never" or (self.when == "batch" and not makes_order)):
             raise UsageError(
@@ -218,6 +220,20 @@ METHODS: dict[str, Method] = {
     m.name: m for m in (*_UNTRAINED, *(with_lora(m) for m in _UNTRAINED if m.when != "batch"))
 }
 """By name; every method that prunes once, and dense as the control, also with LoRA."""
+
+
+def refit_of(method: Method) -> Method:
+    """A method whose refits serve `method` and all that differ from it in no more than when they prune: where
+    the refit chooses the units, with what following the batch takes."""
+    follows = IMPORTANCES[method.importance].needs == "refit"
+    return replace(
+        method,
+        name="refit",
+        source="",
+        training="none",
+        when="batch" if follows else "once",
+        probe=Probe() if follows else None,
+    )
 
 
 def check_untrained(method: Method) -> None:

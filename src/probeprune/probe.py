@@ -83,7 +83,7 @@ class Selection:
 def probe_size(probe: Probe, batch: int, length: int) -> tuple[int, int]:
     """How many samples and positions of a (batch, length) batch the probe takes."""
     samples = max(_ceil(probe.samples * batch), 1)
-    least = max(probe.min_tokens, -(-probe.min_size // samples))
+    least = max(probe.min_tokens, _ceil(probe.min_size / samples))
     return samples, min(max(_ceil(probe.tokens * length), least), length)
 
 

@@ -128,7 +128,7 @@ class BlockRuntime:
     @property
     def follows(self) -> bool:
         """Whether a batch is looked at: not where a refit chose for good."""
-        return self._score is not None or self.rest is not None
+        return self.method.when == "batch" and (self._score is not None or self.rest is not None)
 
     def hooks(self) -> list[RemovableHandle]:
         """Let the stages run whenever the model does; dynamic methods only."""
@@ -253,8 +253,7 @@ class BlockRuntime:
 
     def _scores(self, energy: torch.Tensor, positions: int) -> torch.Tensor:
         """Scores of the block's units, from channels' energies over some positions, in the present order."""
-        in_order = torch.empty_like(energy)
-        in_order[self.partition.channels] = energy
+        in_order = self._in_order(energy)
         if self.rest is not None:
             return self.rest.scores(in_order, positions)
         evidence = Evidence(self.block, self.norms, energy=in_order, seed=self.method.seed)
@@ -268,14 +267,14 @@ class BlockRuntime:
             return None
         with record_function("probeprune::refit"):
             z, real = z.flatten(0, 1), None
-            rows = torch.arange(min(len(z), SAMPLE), device=z.device) * len(z) // min(len(z), SAMPLE)
+            count = min(len(z), SAMPLE)
+            rows = torch.arange(count, device=z.device) * len(z) // count
             if tokens.valid is not None:
                 real = tokens.valid[selection.samples][:, selection.tokens].flatten()[rows]
             z, consumer = z[rows], self.block.consumer
+            # Not through the module: its hooks are for the model's own pass.
             target = linear(z, consumer.weight, consumer.bias).float()
-            in_order = torch.empty_like(z, dtype=torch.float32)
-            in_order[:, self.partition.channels] = z.float()
-            return Sample(in_order, target, real, SAMPLE * (1 / refit.batch_share - 1))
+            return Sample(self._in_order(z.float()), target, real, SAMPLE * (1 / refit.batch_share - 1))
 
     def _cut(self, scores: torch.Tensor, sample: Sample | None = None) -> None:
         with record_function("probeprune::swap"):
@@ -288,6 +287,12 @@ class BlockRuntime:
             with record_function("probeprune::refit"):
                 weight = self.rest.consumer(self.partition.order[: self.keep], sample)
                 self.partition.replace_consumer(*weight)
+
+    def _in_order(self, x: torch.Tensor) -> torch.Tensor:
+        """Channels (..., n) in their original order, from the present one."""
+        in_order = torch.empty_like(x)
+        in_order[..., self.partition.channels] = x
+        return in_order
 
     def _shaped(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, width); some layers flatten the first two in front of their MLP."""

@@ -257,13 +257,10 @@ def method_damages(
         savings = unit_nanoseconds(model, blocks, ids)
     else:
         savings = [b.unit_parameters for b in blocks]
-    whole = [
-        b.parameters if method.budget == "parameters" else b.units * saving
-        for b, saving in zip(blocks, savings, strict=True)
-    ]
+    counted = method.budget == "parameters"  # a block has some that belong to no unit
     return {
-        b.name: allocation.Damage(curves[b.name], saving, all_of_it)
-        for b, saving, all_of_it in zip(blocks, savings, whole, strict=True)
+        b.name: allocation.Damage(curves[b.name], saving, b.parameters if counted else b.units * saving)
+        for b, saving in zip(blocks, savings, strict=True)
     }
 
 

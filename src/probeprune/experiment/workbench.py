@@ -20,10 +20,8 @@ from probeprune.compensation import Consumer
 from probeprune.data import Text, calibration_windows, load_corpus
 from probeprune.dynamic import Handle, attach
 from probeprune.experiment.cells import Subject
-from probeprune.importance import IMPORTANCES
-from probeprune.methods import Method
+from probeprune.methods import Method, refit_of
 from probeprune.models import LoadedModel, cache_dir, load_model
-from probeprune.probe import Probe
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
 from probeprune.surgery import method_consumers, method_damages, method_saliences, prune
@@ -163,17 +161,8 @@ class Workbench:
     def _consumers(self, subject: Subject, known: Statistics) -> dict[str, Consumer]:
         """Only those last asked for are kept: they are as large as the weights they stand for."""
         assert subject.calibration is not None
-        # A rest is little work beside the refit: one refit serves methods that follow the batch and those
-        # that do not.
-        follows = IMPORTANCES[subject.method.importance].needs == "refit"
-        method = replace(
-            subject.method,
-            name="refit",
-            source="",
-            training="none",
-            when="batch" if follows else "once",
-            probe=Probe() if follows else None,
-        )
+        # A rest is little work beside the refit.
+        method = refit_of(subject.method)
         own = (method, subject.ratio, subject.calibration, subject.seed)
         if self._known.get("refit", (None,))[0] != own:
             found = method_consumers(
