@@ -182,6 +182,7 @@ def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
         (["--ratios", "1.5"], "outside"),
         (["--seeds", "x"], "not a number"),
         (["--workers", "0"], "--workers"),
+        (["--executor", "ray", "--no-keep-trained"], "--executor local"),
     ],
 )
 def test_bad_input_is_one_sentence(more, says, tmp_path, capsys):

@@ -67,6 +67,10 @@ def table(
     one_of("executor", executor, ("local", "ray"))
     if workers < 1:
         raise UsageError("--workers must be at least 1.")
+    if executor == "ray" and not keep_trained:
+        raise UsageError(
+            "--no-keep-trained needs --executor local: on a cluster, checkpoints may lie on other machines."
+        )
     if show:
         print(preset_file(preset).read_text(encoding="utf-8"), end="")
         return
