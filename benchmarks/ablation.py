@@ -4,8 +4,8 @@ Run: .venv/bin/python benchmarks/ablation.py [--windows 24] [--ratio 0.4] [--onl
 
 SmolLM2-135M-Instruct, float32. One line a variant: perplexity over the dense model's on C4 windows that
 nothing was fitted to (parts were chosen by these), on held-out C4 and on WikiText-2, 8 windows of 512 each,
-in one batch and, where it makes a difference, one by one; and the seconds to prune. Goes on after a kill.
-About 2 minutes a variant on one core with 24 calibration windows.
+in one batch and, where it makes a difference, one by one; FLOPs over the dense model's in that batch; and the
+seconds to prune. Goes on after a kill. About 2 minutes a variant on one core with 24 calibration windows.
 """
 
 import argparse
@@ -21,15 +21,17 @@ import torch
 
 import probeprune
 from probeprune import METHODS, Method, Probe
+from probeprune.blocks import find_blocks
 from probeprune.data import calibration_windows, evaluation_windows, load_corpus
+from probeprune.evaluation.cost import blocks_flops
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.methods import refit_of
 from probeprune.models import cache_dir
+from probeprune.plan import widths
 from probeprune.surgery import method_consumers, method_damages
 
 LENGTH, TESTED = 512, 8
 BEST = METHODS["best-static"]
-FOLLOWING: dict[str, Any] = {"when": "batch", "probe": METHODS["best-dynamic"].probe}
 
 
 def best(how: Mapping[str, Any] | None = None, **changes: Any) -> Method:
@@ -38,13 +40,21 @@ def best(how: Mapping[str, Any] | None = None, **changes: Any) -> Method:
     return replace(BEST, refit=replace(BEST.refit, **(how or {})), **changes)
 
 
+def following(how: Mapping[str, Any] | None = None, **changes: Any) -> Method:
+    """`best-dynamic` with some of its refit and its probe changed."""
+    probe = METHODS["best-dynamic"].probe
+    assert probe is not None
+    return best(how, when="batch", probe=replace(probe, **changes))
+
+
 DENSE_INPUTS = {"sequential": False, "share": 0.0}
 VARIANTS: dict[str, Method] = {
     "best-dynamic": METHODS["best-dynamic"],
-    "- not refitted to the batch": best({"batch_share": 0.0}, **FOLLOWING),
-    "- share 0.2 for the batch": best({"batch_share": 0.2}, **FOLLOWING),
-    "- share 0.5 for the batch": best({"batch_share": 0.5}, **FOLLOWING),
-    "- the published probe": best(when="batch", probe=Probe()),
+    "- picked by residual importance": following(pick="residual"),
+    "- the published probe": best(when="batch", probe=Probe(fusion="none")),
+    "- twice the tokens": following(tokens=1 / 32, min_size=256),
+    "- share 0.2 for the batch": following({"batch_share": 0.2}),
+    "- share 0.5 for the batch": following({"batch_share": 0.5}),
     "best-static": BEST,
     "- ordered by ppsp": best(importance="ppsp"),
     "- refitted to dense inputs": best(DENSE_INPUTS),
@@ -55,13 +65,14 @@ VARIANTS: dict[str, Method] = {
     "- share 1": best({"share": 1.0}),
     "- no layer left dense": best(skip_layers=0),
     "- widths by damage": best(allocation="damage"),
-    "- widths by damage, no layer left dense": best(allocation="damage", skip_layers=0),
+    "- widths by damage, same FLOPs": best(allocation="damage", budget="flops"),
+    "- so, no layer left dense": best(allocation="damage", budget="flops", skip_layers=0),
+    "- heads leave from every group alike": best(units="balanced"),
     "ppsp, ordered once": METHODS["ppsp"],
     "ppsp, refitted to dense inputs": best(DENSE_INPUTS, importance="ppsp"),
     "elimination, refitted to dense inputs": best(DENSE_INPUTS | {"sensitivity": 0}),
     "probe": METHODS["probe"],
     "full-batch": METHODS["full-batch"],
-    "best-dynamic, units chosen once": best({"core": 0.999}, **FOLLOWING),
 }
 
 
@@ -97,8 +108,15 @@ def main() -> None:
 def measure(
     model: Any, name: str, ratio: float, windows: torch.Tensor, texts: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Losses a text, in one batch and one by one, and the seconds that pruning took."""
+    """Losses a text, in one batch and one by one, FLOPs a token, and the seconds that pruning took."""
     method, cache = VARIANTS.get(name, METHODS["dense"]), cache_dir() / "statistics"
+    if method.budget == "flops":  # as many as uniform widths save
+        blocks = find_blocks(model)
+        whole, left = (
+            blocks_flops(blocks, kept, 1, LENGTH)
+            for kept in ([b.units for b in blocks], widths(BEST, ratio, blocks, []))
+        )
+        ratio = 1 - left / whole
     statistics = probeprune.calibrate(model, windows, batch_size=8, cache=cache)
     started = time.perf_counter()
     if method.needs_damages:
@@ -109,14 +127,16 @@ def measure(
         )
         statistics = replace(statistics, consumers=consumers)
     seconds = time.perf_counter() - started
-    losses = {}
+    losses: dict[str, float] = {}
+    flops: dict[int, float] = {}
     for batch in (TESTED, 1):
         if batch == 1 and method.when != "batch":
             continue
         for text, ids in texts.items():
             with probeprune.attach(model, method, ratio, statistics=statistics):
-                losses[f"{text}/{batch}"] = math.log(perplexity(model, ids, batch_size=batch).value)
-    return {"losses": losses, "seconds": seconds}
+                found = perplexity(model, ids, batch_size=batch)
+            losses[f"{text}/{batch}"], flops[batch] = math.log(found.value), found.flops_per_token
+    return {"losses": losses, "flops": flops[TESTED], "seconds": seconds}
 
 
 def show(row: Mapping[str, Any], dense: Mapping[str, Any]) -> None:
@@ -124,7 +144,9 @@ def show(row: Mapping[str, Any], dense: Mapping[str, Any]) -> None:
     cells = [f"{row['variant']:<42}"]
     for key, loss in row["losses"].items():
         cells.append(f"{key} {math.exp(loss - dense['losses'][key.split('/')[0] + f'/{TESTED}']):.3f}")
-    print("  ".join(cells), f"  {row['seconds']:.0f} s", flush=True)
+    print(
+        "  ".join(cells), f"  FLOPs {row['flops'] / dense['flops']:.1%}  {row['seconds']:.0f} s", flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ About 20 minutes on 2 cores, where a refit of that ratio is at hand; else 8 more
 Three texts, nearer to and farther from the calibration text: C4 that it does not hold, WikiText-2, and the
 standard library's Python source. Of each, 6 topics (documents, or stretches of the text) of 4 windows of
 256 tokens. The same windows come alone, with those of their own topic, or mixed with other topics', so only
-the choice differs; and the heads of the topics come at 128 to 1024 tokens, one in a batch. "Chosen only" is
-refitted to the calibration text alone, whatever it keeps. "All known" probes with the whole batch
-and leaves history out: more than the dense model costs, and about what following can do.
-In the last rows the first 512 tokens of a topic are a prompt that is chosen and refitted on, and the next 512
-are scored: text that the method has not seen. SmolLM2-135M-Instruct, float32, 128 windows of C4 to calibrate,
-seed 0. Goes on after a kill.
+the choice differs; and the heads of the topics come at 128 to 1024 tokens, one in a batch. "All known" probes
+with the whole batch: more than the dense model costs, and about what following can do.
+In the last rows the first 512 tokens of a topic are a prompt that is chosen on, or refitted to, and the next
+512 are scored: text that the method has not seen. SmolLM2-135M-Instruct, float32, 128 windows of C4 to
+calibrate, seed 0. Goes on after a kill.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 import probeprune
-from probeprune import METHODS, Method, Probe, Refit, compose
+from probeprune import METHODS, Method, Probe, compose
 from probeprune.data import calibration_windows, evaluation_windows, load_corpus, tokenize
 from probeprune.evaluation.paired import paired_bootstrap
 from probeprune.evaluation.perplexity import perplexity
@@ -44,12 +43,10 @@ METHODS_BY_NAME: dict[str, Method] = {
     "probe": METHODS["probe"],
     "best-static": METHODS["best-static"],
     "best-dynamic": BEST,
-    "chosen only": compose(BEST, refit=Refit(batch_share=0.0)),
     "all known": compose(BEST, probe=Probe(tokens=1.0, samples=1.0, fusion="none")),
 }
 OVER = {
     "probe": "ordered once (ppsp)",
-    "chosen only": "best-static",
     "best-dynamic": "best-static",
     "all known": "best-static",
 }
@@ -96,7 +93,7 @@ def measure(results: Path, ratio: float) -> None:
     model, cache = loaded.model, cache_dir() / "statistics"
     windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=128, length=512, seed=0)
     known = probeprune.calibrate(model, windows, cache=cache)
-    consumers = method_consumers(model, METHODS["best-dynamic"], ratio, windows, cache=cache)
+    consumers = method_consumers(model, BEST, ratio, windows, cache=cache)
     refitted = replace(known, consumers=consumers)
     done = {(row["text"], row["name"], row["method"]) for row in read(results)}
     for text in TEXTS:

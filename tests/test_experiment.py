@@ -185,9 +185,7 @@ def test_compare_measures_methods_that_refit_and_refits_once_a_ratio(
     assert rows["best-dynamic"]["flops_per_token"] > rows["best-static"]["flops_per_token"], (
         "the probe, the refit"
     )
-    stored = [
-        f for f in (tmp_path / "cache").rglob("*.safetensors") if b"/consumer/" in f.read_bytes()[:100_000]
-    ]
+    stored = [f for f in (tmp_path / "cache").rglob("*.safetensors") if b"/units" in f.read_bytes()[:100_000]]
     assert len(stored) == 1
 
 

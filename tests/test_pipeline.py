@@ -97,10 +97,33 @@ def test_a_refit_is_recorded_and_stays_a_plain_checkpoint(prune, tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
 
 
+BY_DAMAGE = ["--layout", "per-layer", "--allocation", "damage"]
+
+
+def test_widths_by_damage_meet_a_budget_of_flops(prune, tmp_path):
+    options = [*BY_DAMAGE, "--budget", "flops", "--round-to", 1, "--windows", 0]
+    assert prune("--method", "magnitude", "--ratio", 0.3, *options) == 0
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert record["method"]["budget"] == "flops" and record["calibration"]["damages"]["windows"] == 12
+    assert record["removed_share"] == pytest.approx(0.3, abs=0.06)
+    assert len({len(k["units"]) for n, k in record["kept"].items() if "mlp" in n}) > 1
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "says"),
     [
         ("llama", ["--method", "probe"], "at every batch"),
+        ("llama", ["--method", "random", "--budget", "flops"], "--layout per-layer"),
+        (
+            "llama",
+            ["--method", "random", "--layout", "per-layer", "--budget", "flops"],
+            "allocation 'damage'",
+        ),
+        (
+            "llama",
+            ["--method", "random", *BY_DAMAGE, "--budget", "time", "--steps", "2"],
+            "in one step",
+        ),
         ("llama", ["--method", "flapp"], "did you mean 'flap'"),
         ("llama", ["--method", "random", "--layout", "even"], "unknown layout"),
         ("llama", ["--method", "random", "--layout", "uniform", "--skip-layers", "2"], "--layout per-layer"),

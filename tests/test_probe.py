@@ -51,6 +51,16 @@ def test_a_probe_of_all_samples_has_a_least_size(shape, size):
     assert probe_size(Probe(tokens=1 / 64, samples=1.0, min_size=128), *shape) == size
 
 
+@pytest.mark.parametrize(("share", "columns"), [(1.0, [*range(8)]), (0.5, [1, 3, 5, 7]), (0.25, [2, 6])])
+def test_evenly_spaced_probes_look_at_no_residual(share, columns):
+    probe = Probe(tokens=share, samples=0.5, pick="even")
+    for residual in (torch.zeros(4, 8, 3), torch.randn(4, 8, 3).exp()):
+        chosen = choose(residual, Tokens(4, 8), probe)
+        assert chosen.tokens.tolist() == columns and chosen.samples.tolist() == [1, 3]
+    with pytest.raises(UsageError, match="unknown pick 'odd'"):
+        Probe(pick="odd")
+
+
 @pytest.mark.parametrize(("length", "kept"), [(20, True), (22, False)])
 def test_the_sink_stays_in_short_probes_only(length, kept):
     residual = torch.ones(3, length, 4)

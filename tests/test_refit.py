@@ -243,22 +243,19 @@ def test_window_and_cut_and_checkpoint_show_the_refit_and_detaching_leaves_no_tr
 
 
 def following(how=None, **changes):
-    """Prunes at every batch: a core and its refit, and a rest."""
-    how = how or Refit(damping=(1e-2,), sensitivity=2, batch_share=0.0)
-    return refitting("probe", importance="obs", how=how, **changes)
+    """Static units, MLPs refitted at every batch."""
+    how = how or Refit(damping=(1e-2,), sensitivity=2)
+    options = {"probe": Probe(fusion="none"), **changes}
+    return refitting("probe", importance="obs", how=how, **options)
 
 
-def mask(dense, handle, consumers):
-    """Give a dense model the weights that the handle shows, other units' columns at zero."""
-    for block, kept in zip(find_blocks(dense), handle.kept_units(), strict=True):
-        if block.name not in consumers:
-            continue
-        units, consumer = torch.tensor(kept.units), consumers[block.name]
-        weight, bias = consumer.weight, consumer.bias
-        if consumer.rest is not None:
-            assert set(consumer.rest.core.tolist()) <= set(kept.units)
-            weight, bias = consumer.rest.consumer(units)
+def masked(family, handle):
+    """A dense model with the consumers shown under the handle, other units' columns at zero."""
+    dense = FAMILIES[family]()
+    for block, shown, kept in zip(find_blocks(dense), handle.blocks, handle.kept_units(), strict=True):
+        units = torch.tensor(kept.units)
         columns = (units[:, None] * block.unit_width + torch.arange(block.unit_width)).flatten()
+        weight, bias = shown.consumer.weight.detach().clone(), shown.consumer.bias
         with torch.no_grad():
             block.consumer.weight.zero_()
             block.consumer.weight[:, columns] = weight
@@ -268,23 +265,31 @@ def mask(dense, handle, consumers):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_rest_that_follows_the_batch_is_refitted_to_what_it_chose(family):
-    """The model under the method is the dense one with other units' columns at zero and the weights shown."""
+def test_a_method_that_follows_the_batch_refits_its_mlps_and_leaves_no_trace(family):
+    """The model under it is the dense one with other units' columns at zero and the weights shown."""
     model = FAMILIES[family]()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    known, method = calibrate(model, WINDOWS), following()
+    method = following()
     consumers = method_consumers(model, method, 0.4, WINDOWS)
     mlps = {b.name for b in find_blocks(model) if b.kind == "mlp"}
-    assert {n for n, c in consumers.items() if c.rest is not None} == mlps & consumers.keys()
-    masked, choices = FAMILIES[family](), []
-    with attach(model, method, 0.4, statistics=replace(known, consumers=consumers)) as handle:
-        for ids in (token_ids(4, 12, seed=5), token_ids(4, 12, seed=6)):
-            got = logits(model, ids)
-            torch.testing.assert_close(
-                got, logits(mask(masked, handle, consumers), ids), rtol=1e-3, atol=1e-3
+    assert {n for n, c in consumers.items() if c.inverse is not None} == mlps & consumers.keys()
+    outputs = []
+    with attach(model, method, 0.4, statistics=Statistics(consumers=consumers)) as handle:
+        assert {b.name for b in handle.probed[0]} == mlps & consumers.keys()
+        for ids in (token_ids(4, 12, seed=5), token_ids(4, 12, seed=6), token_ids(4, 12, seed=5)):
+            outputs.append(logits(model, ids))
+            want = logits(masked(family, handle), ids)
+            torch.testing.assert_close(outputs[-1], want, rtol=1e-3, atol=1e-3)
+            assert all(
+                k.units == tuple(consumers[k.name].units.tolist())
+                for k in handle.kept_units()
+                if k.name in consumers
             )
-            choices.append([k.units for k in handle.kept_units()])
-        assert choices[0] != choices[1] and handle.swapped > 0
+    assert outputs[0].equal(outputs[2]), "no batch leaves anything to the next"
+    with attach(
+        model, replace(method, when="once", probe=None), 0.4, statistics=Statistics(consumers=consumers)
+    ):
+        assert (logits(model, token_ids(4, 12, seed=5)) - outputs[0]).abs().max() > 1e-3
     after = model.state_dict()
     assert before.keys() == after.keys() and all(v.equal(after[k]) for k, v in before.items())
     # What it was attached with is as it was: weights shown are copies.
@@ -292,6 +297,22 @@ def test_a_rest_that_follows_the_batch_is_refitted_to_what_it_chose(family):
     assert all(
         c.units.equal(again[n].units) and c.weight.equal(again[n].weight) for n, c in consumers.items()
     )
+
+
+def test_a_batch_that_overflows_is_an_error_and_the_next_one_is_not():
+    model, method = FAMILIES["llama"](), following()
+    known = Statistics(consumers=method_consumers(model, method, 0.4, WINDOWS))
+    with attach(model, method, 0.4, statistics=known) as handle:
+        before = logits(model, token_ids())
+        norm = handle.probed[0][0].norm.weight
+        own = norm.detach().clone()
+        with torch.no_grad():
+            norm.fill_(float("inf"))
+        with pytest.raises(FloatingPointError, match="refit of"):
+            logits(model, token_ids())
+        with torch.no_grad():
+            norm.copy_(own)
+        assert logits(model, token_ids()).equal(before)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6])
@@ -347,7 +368,7 @@ def test_what_a_batch_is_refitted_to_is_calibration_and_probe(family, share):
 def test_what_padding_holds_moves_no_refit(family):
     model = FAMILIES[family]()
     method = following(Refit(damping=(1e-1,), sensitivity=2))
-    known = replace(calibrate(model, WINDOWS), consumers=method_consumers(model, method, 0.4, WINDOWS))
+    known = Statistics(consumers=method_consumers(model, method, 0.4, WINDOWS))
     mask = torch.ones(4, 12, dtype=torch.long)
     mask[1, :5] = mask[3, :2] = 0
     ids, outputs = token_ids(4, 12, seed=5), []
@@ -362,16 +383,15 @@ def test_what_padding_holds_moves_no_refit(family):
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "opt", "gpt-neox"])
-def test_text_goes_on_under_the_units_and_weights_its_prompt_chose(family):
-    model = FAMILIES[family]()
-    known, method = calibrate(model, WINDOWS), following()
-    consumers = method_consumers(model, method, 0.4, WINDOWS)
+def test_text_goes_on_under_the_weights_its_prompt_was_refitted_to(family):
+    model, method = FAMILIES[family](), following()
+    known = Statistics(consumers=method_consumers(model, method, 0.4, WINDOWS))
     ids = token_ids(2, 10, seed=5)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with attach(model, method, 0.4, statistics=replace(known, consumers=consumers)) as handle:
+    with attach(model, method, 0.4, statistics=known) as handle:
         text = model.generate(ids, **options)
-        masked = mask(FAMILIES[family](), handle, consumers)
-    assert text.equal(masked.generate(ids, **options))
+        dense = masked(family, handle)
+    assert text.equal(dense.generate(ids, **options))
 
 
 def test_consumers_are_read_back_and_made_anew_for_anything_else(tmp_path):
@@ -385,10 +405,9 @@ def test_consumers_are_read_back_and_made_anew_for_anything_else(tmp_path):
         other = again[name]
         assert consumer.record() == other.record()
         assert consumer.weight.equal(other.weight) and consumer.bias.equal(other.bias)
-        assert (consumer.rest is None) == (other.rest is None)
-        if consumer.rest is not None:
-            assert consumer.rest.units == other.rest.units
-            assert consumer.rest.schur.equal(other.rest.schur) and consumer.rest.mean.equal(other.rest.mean)
+        assert (consumer.inverse is None) == (other.inverse is None)
+        if consumer.inverse is not None:
+            assert consumer.inverse.equal(other.inverse) and consumer.mean.equal(other.mean)
     for changed in (
         (method, 0.3, WINDOWS),
         (method, 0.4, WINDOWS[:20]),
@@ -409,16 +428,6 @@ def test_a_refit_takes_no_more_windows_than_it_may():
     same = method_consumers(model, few, 0.3, WINDOWS[:9], statistics=known)
     more = method_consumers(model, refitting(how=Refit(damping=(1e-1,))), 0.3, WINDOWS, statistics=known)
     assert all(c.weight.equal(same[n].weight) and not c.weight.equal(more[n].weight) for n, c in some.items())
-
-
-def test_a_rest_gives_the_chosen_units_the_weight_they_were_given_at_first():
-    model = FAMILIES["llama"]()
-    how = Refit(damping=(1e-6,), sensitivity=0, sequential=False, share=0.0)
-    for name, consumer in method_consumers(model, following(how), 0.4, WINDOWS).items():
-        if consumer.rest is not None:
-            weight, _ = consumer.rest.consumer(consumer.units)
-            difference = (weight - consumer.weight).norm() / consumer.weight.norm()
-            assert difference < 1e-2, name
 
 
 def test_damping_is_chosen_on_the_windows_held_out_and_may_be_none():
@@ -502,12 +511,15 @@ def test_what_cannot_be_refitted_is_said_in_a_sentence():
         refit(model, {"lm_head": torch.arange(3)}, WINDOWS)
     with pytest.raises(UsageError, match="importance 'obs'"):
         compose("probe", compensation="least-squares", refit=Refit())
+    for probe in (Probe(), Probe(fusion="none", refresh=4)):
+        with pytest.raises(UsageError, match="nothing to fuse"):
+            following(probe=probe)
     for wrong in (
         {"damping": ()},
         {"damping": (0.0,)},
         {"held_out": 1.0},
         {"share": 2.0},
-        {"core": 1.0},
+        {"batch_share": 0.0},
         {"windows": 0},
         {"sensitivity": -1},
         {"batch_share": 1.0},

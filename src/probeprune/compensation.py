@@ -4,13 +4,12 @@ A bias, or a refit of the consumer. How a refit is computed is in `least_squares
 in `refit.py`; here is what can be asked for and what comes out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from probeprune.errors import UsageError
-from probeprune.rest import Rest
 
 
 def lost_bias(weight: torch.Tensor, mean: torch.Tensor, kept_channels: int) -> torch.Tensor:
@@ -49,13 +48,10 @@ class Refit:
     sensitivity: int = 8
     """Calibration windows on which it is measured what an error of a block's output does to the model's
     prediction, so that the choice of units (importance `obs`) weighs it by that; 0 weighs all alike."""
-    core: float = 0.75
-    """Of the units an MLP keeps, the share that stays whatever the batch; methods that prune at every batch
-    only, which choose the rest anew and refit to it."""
     batch_share: float = 0.35
-    """Of the moments that a batch's units are refitted to, the share that its probe has (as many tokens of it
-    as `runtime.SAMPLE`; fewer have less), the calibration text having the others, in [0, 1); methods that
-    prune at every batch only."""
+    """Of the moments that MLPs are refitted to at a batch, the share that its probe has (as many tokens of it
+    as `runtime.SAMPLE`; fewer have less), the calibration text having the others, in (0, 1); methods that
+    follow the batch only."""
     bias: bool = False
     """Whether a consumer without a bias gets one, which few plain configs can hold. One that is there is
     always refitted."""
@@ -67,10 +63,8 @@ class Refit:
             raise UsageError("a refit's damping must be one or more numbers above 0.")
         if not 0 < self.held_out < 1:
             raise UsageError(f"a refit's held_out={self.held_out} must be between 0 and 1.")
-        if not 0 < self.core < 1:
-            raise UsageError(f"a refit's core={self.core} must be between 0 and 1.")
-        if not 0 <= self.batch_share < 1:
-            raise UsageError(f"a refit's batch_share={self.batch_share} must be in [0, 1).")
+        if not 0 < self.batch_share < 1:
+            raise UsageError(f"a refit's batch_share={self.batch_share} must be between 0 and 1.")
         if self.sensitivity < 0:
             raise UsageError("a refit's sensitivity is a number of windows, 0 or more.")
         if not 0 <= self.share <= 1:
@@ -96,8 +90,20 @@ class Consumer:
     fitted to the others; on all windows where none were held out."""
     error_before: float
     """The same, for the weight as it was."""
-    rest: Rest | None = None
-    """What it takes to choose and refit a part of the units anew at every batch."""
+    inverse: torch.Tensor | None = None
+    """Inverse of the damped second moment of the kept channels (kept, kept), float32, where the refit is to
+    follow batches (`batch_refit.py`)."""
+    mean: torch.Tensor | None = None
+    """Of the kept channels (kept,), float32: moments are around it. None where there is no bias to refit."""
+
+    def to(self, device: torch.device | str) -> "Consumer":
+        """The same on a device."""
+        moved = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def record(self) -> dict[str, Any]:
         """The figures as JSON has them."""

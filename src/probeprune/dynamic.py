@@ -227,7 +227,7 @@ class Handle:
             self._since_refresh = 0 if due else self._since_refresh
 
     def _check_finite(self) -> None:
-        """Raise `FloatingPointError` where scores ordered nothing: one look at the device for all blocks."""
+        """Raise `FloatingPointError` where scores or refits are not finite: one look at the device."""
         flags = [r.finite for r in self._runtimes if not r.finite.is_meta]
         if flags and not bool(torch.stack([f.to(flags[0].device) for f in flags]).all()):
             raise overflow(next(r.block for r in self._runtimes if not r.finite))

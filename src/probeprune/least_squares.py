@@ -91,13 +91,18 @@ def solve(
     z_mean, t_mean, zz, tz = _second_moments(gram, centred=bias is not None)
     w = _wide(weight)
     target = tz - w @ zz
-    zz.diagonal().add_(_strength(zz, damping))
-    factor, failed = torch.linalg.cholesky_ex(zz)
-    if failed or not torch.isfinite(factor).all() or not torch.isfinite(target).all():
-        raise FloatingPointError("the second moment of its inputs cannot be factorised")
+    factor = _factor(zz, damping)
+    if not torch.isfinite(target).all():
+        raise FloatingPointError("the products of its inputs and targets are NaN or infinite")
     fitted = w + torch.cholesky_solve(target.T, factor).T
     shift = None if bias is None else (t_mean - fitted @ z_mean).float().to(weight.device)
     return fitted.float().to(weight.device), shift
+
+
+def inverse_moment(gram: Gram, centred: bool, damping: float) -> torch.Tensor:
+    """`(Z + L)^-1` (k, k) of the moment that `solve` takes, float32; raises what that does."""
+    _, _, zz, _ = _second_moments(gram, centred)
+    return torch.cholesky_inverse(_factor(zz, damping)).float().to(gram.zz.device)
 
 
 def normal_equations(
@@ -108,6 +113,15 @@ def normal_equations(
     strength = _strength(zz, damping)
     zz.diagonal().add_(strength)
     return zz, tz + _wide(weight) * strength
+
+
+def _factor(zz: torch.Tensor, damping: float) -> torch.Tensor:
+    """The Cholesky factor of `Z + L`, in place of `Z`."""
+    zz.diagonal().add_(_strength(zz, damping))
+    factor, failed = torch.linalg.cholesky_ex(zz)
+    if failed or not torch.isfinite(factor).all():
+        raise FloatingPointError("the second moment of its inputs cannot be factorised")
+    return factor
 
 
 def _strength(zz: torch.Tensor, damping: float) -> torch.Tensor:

@@ -42,7 +42,8 @@ class Method:
     cost least by the measured damage of every block, `damage-even` one width for all layers."""
     compensation: Compensation = "none"
     when: Literal["never", "once", "batch"] = "once"
-    """`once` after calibration, or again at every `batch`."""
+    """`once` after calibration, or again at every `batch`: the units are chosen anew, or for importance `obs`
+    the consumers of MLPs refitted anew."""
     probe: Probe | None = None
     """How a batch is probed; only and always with `when="batch"`."""
     gradients: Gradients | None = None
@@ -94,8 +95,8 @@ class Method:
         makes_order = IMPORTANCES[self.importance].needs == "refit"
         if self.refit is not None and (self.when == "never" or (self.when == "batch" and not makes_order)):
             raise UsageError(
-                "a least-squares refit is for methods that prune once, or that prune at every batch by "
-                "importance 'obs'; use another compensation."
+                "a least-squares refit is for methods that prune once, or for importance 'obs', whose refit "
+                "can follow the batch; use another compensation."
             )
         if self.when not in ("never", "once", "batch"):
             raise UsageError(unknown("moment of pruning", self.when, ("never", "once", "batch")))
@@ -107,7 +108,11 @@ class Method:
             raise UsageError(
                 f"importance {self.importance!r} cannot be scored from a probe; use ppsp, wanda-sp or obs."
             )
-
+        if makes_order and self.probe is not None and (self.probe.fusion != "none" or self.probe.refresh):
+            raise UsageError(
+                f"importance {self.importance!r} scores no batch, so it has nothing to fuse or to refresh: "
+                "give its probe fusion='none' and refresh=0."
+            )
         if (IMPORTANCES[self.importance].needs == "gradients") != (self.gradients is not None):
             raise UsageError("a method has gradients if and only if its importance needs them.")
         if not self.blocks or not set(self.blocks) <= set(KINDS):
@@ -207,9 +212,9 @@ _UNTRAINED: tuple[Method, ...] = (
         importance="obs",
         compensation="least-squares",
         when="batch",
-        probe=Probe(tokens=1 / 64, samples=1.0, min_size=128),
+        probe=Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even", fusion="none"),
         refit=Refit(),
-        source="this project: best-static, a quarter of its MLP channels and its refit following the batch",
+        source="this project: best-static, the refit of its MLPs following the batch",
     ),
     Method("ppsp", source="Probe Pruning's importance, ordered once"),
     Method("magnitude", importance="magnitude", source="control"),
@@ -232,7 +237,7 @@ def refit_of(method: Method) -> Method:
         source="",
         training="none",
         when="batch" if follows else "once",
-        probe=Probe() if follows else None,
+        probe=Probe(fusion="none") if follows else None,
     )
 
 
@@ -269,6 +274,15 @@ def evenly(method: str | Method) -> Method:
     method = get_method(method)
     allocation = "damage-even" if method.needs_damages else "even"
     return compose(method, name=method.name, allocation=allocation, skip_layers=0)
+
+
+def stand_in(method: Method) -> Method:
+    """That method with widths that follow from the ratio alone, for one whose widths follow from damages: to
+    try a cut before they are measured."""
+    if not method.needs_damages:
+        return method
+    allocation = "even" if method.allocation == "damage-even" else "uniform"
+    return compose(method, name=method.name, allocation=allocation, budget="parameters")
 
 
 def unknown(what: str, given: str, known: object) -> str:

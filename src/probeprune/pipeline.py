@@ -17,11 +17,11 @@ from probeprune.errors import UsageError
 from probeprune.evaluation.cost import PeakMemory
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.files import write_json
-from probeprune.methods import Method, compose
+from probeprune.methods import Method, compose, stand_in
 from probeprune.models import LoadedModel, cache_dir, source_fingerprint
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
-from probeprune.surgery import DAMAGE_WINDOWS, check_static, prune
+from probeprune.surgery import DAMAGE_WINDOWS, check_static, check_steps, prune
 
 
 def prune_to(
@@ -162,12 +162,9 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
     Returns the number of parameters that will be saved. Raises what `prune` and `export` raise.
     """
     check_static(method)
+    check_steps(method, steps)
     shape = empty_model(model.config, model.dtype)
-    # Where widths follow from damages, others of about that size stand for them.
-    widths = {"damage": "uniform", "damage-even": "even"}.get(method.allocation, method.allocation)
-    drawn = compose(
-        method, importance="random", gradients=None, compensation="none", refit=None, allocation=widths
-    )
+    drawn = compose(stand_in(method), importance="random", gradients=None, compensation="none", refit=None)
     done = prune(shape.eval(), drawn, ratio, steps=steps)
     if method.compensation == "bias" or (method.refit is not None and method.refit.bias):
         cut = {k.name for k in done.kept if len(k.units) < k.of}

@@ -132,7 +132,7 @@ def check_finite(scores: Scores, block: Block) -> None:
 
 
 def overflow(block: Block) -> FloatingPointError:
-    """What to raise where the scores of a block's units are not finite."""
+    """What to raise where the scores of a block's units, or its refitted weight, are not finite."""
     return FloatingPointError(
-        f"the importance of {block.name} is NaN or infinite; the model's activations overflowed."
+        f"the importance or the refit of {block.name} is NaN or infinite; the model's activations overflowed."
     )

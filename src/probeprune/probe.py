@@ -7,7 +7,7 @@ fusion with history). Scoring is `importance.py`, the cut `partition.py`, the lo
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from probeprune.errors import UsageError
 from probeprune.statistics import History, Tokens
 
 Fusion = Literal["importance", "fixed", "none"]
+Pick = Literal["residual", "even"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,12 @@ class Probe:
     """A probe never has fewer positions (where the batch has as many)."""
     min_size: int = 0
     """A probe never has fewer tokens in all (where the batch has as many): it takes more positions."""
+    pick: Pick = "residual"
+    """`residual`: positions and samples of the greatest residual importance, as published; `even`: evenly
+    spaced ones, which tell more of what a batch is like on the whole: for a refit to it (docs/best.md)."""
     keep_first_below: int = 10
-    """A probe of at most this many positions always has the first one, the attention sink."""
+    """A probe picked by residual importance of at most this many positions always has the first one, the
+    attention sink."""
     fusion: Fusion = "importance"
     """`importance`: each part weighted by its own share; `fixed`: by `history_share`; `none`: probe alone."""
     history_share: float = 0.5
@@ -68,8 +73,9 @@ class Probe:
         for name in ("min_size", "reuse", "refresh"):
             if getattr(self, name) < 0:
                 raise UsageError(f"probe {name}={getattr(self, name)} must be a number of tokens, 0 or more.")
-        if self.fusion not in ("importance", "fixed", "none"):
-            raise UsageError(f"unknown fusion {self.fusion!r}; choose importance, fixed or none.")
+        for name, known in (("fusion", get_args(Fusion)), ("pick", get_args(Pick))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def _ceil(x: float) -> int:
 
 
 def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
-    """Pick tokens, then samples, by residual importance (Probe Pruning, section 4.1).
+    """Pick tokens, then samples, by residual importance (Probe Pruning, section 4.1), or evenly spaced ones.
 
     `u_bs = norm2(R_bs)`; a position's score is the 2-norm of `u` over samples; a sample's the 2-norm over
     the chosen positions. Padding scores zero.
@@ -102,11 +108,15 @@ def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
         tokens: which tokens are real.
         probe: the budget.
     """
+    wanted, count = probe_size(probe, tokens.batch, tokens.length)
+    if probe.pick == "even":
+        return Selection(
+            _evenly(wanted, tokens.batch, residual.device), _evenly(count, tokens.length, residual.device)
+        )
     wider = None if residual.dtype == torch.float32 else torch.float32  # naming the dtype it has is slower
     u = torch.linalg.vector_norm(residual, dim=-1, dtype=wider)
     if tokens.valid is not None:
         u = u.masked_fill(~tokens.valid, 0)
-    wanted, count = probe_size(probe, *u.shape)
     score = torch.linalg.vector_norm(u, dim=0)
     if count <= probe.keep_first_below:
         used = tokens.valid.any(0).long() if tokens.valid is not None else torch.ones_like(score)
@@ -115,6 +125,11 @@ def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
     per_sample = torch.linalg.vector_norm(u[:, columns], dim=1)
     samples = per_sample.argsort(descending=True, stable=True)[:wanted].sort().values
     return Selection(samples, columns)
+
+
+def _evenly(count: int, of: int, device: torch.device) -> torch.Tensor:
+    """The middles of `count` equal stretches of so many: LongTensor (count,)."""
+    return (2 * torch.arange(count, device=device) + 1) * of // (2 * count)
 
 
 def everything(tokens: Tokens, device: torch.device) -> Selection:

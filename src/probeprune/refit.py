@@ -20,11 +20,17 @@ from probeprune.data import batches
 from probeprune.elimination import eliminate
 from probeprune.errors import UsageError
 from probeprune.layerwise import Layers
-from probeprune.least_squares import Gram, normal_equations, solve, squared_error, target_variance
+from probeprune.least_squares import (
+    Gram,
+    inverse_moment,
+    normal_equations,
+    solve,
+    squared_error,
+    target_variance,
+)
 from probeprune.partition import Partition
 from probeprune.passes import check_eval
 from probeprune.progress import Progress, silent
-from probeprune.rest import Rest, split
 from probeprune.watching import Seen, watching
 
 
@@ -36,7 +42,7 @@ def refit(
     *,
     units: UnitKind = "group",
     metrics: Mapping[str, torch.Tensor] | None = None,
-    with_rest: bool = False,
+    following: bool = False,
     batch_size: int = 16,
     progress: Progress = silent,
 ) -> dict[str, Consumer]:
@@ -57,7 +63,7 @@ def refit(
         units: what an attention unit is.
         metrics: by block name what an error of its output counts (d, d) in the choice of units
             (`sensitivity.sensitivities`); None: all directions alike.
-        with_rest: also give what choosing a part of an MLP's units anew takes, where they are chosen here.
+        following: also give what it takes for the refits of MLPs to follow batches (`Consumer.inverse`).
         batch_size: windows a forward pass.
         progress: called with (what, layers done, layers in all).
 
@@ -92,7 +98,7 @@ def refit(
                 else:
                     partition.keep(units_kept.to(partition.order.device))
             added = not find_family(model).norm_last
-            fitting = _Fitting(layers, partitions, counts, metrics or {}, how, first_held, added, with_rest)
+            fitting = _Fitting(layers, partitions, counts, metrics or {}, how, first_held, added, following)
             return fitting.run(blocks, progress)
         finally:
             for partition in partitions.values():
@@ -133,11 +139,11 @@ class _Fitting:
         how: Refit,
         first_held: int,
         added: bool,
-        with_rest: bool,
+        following: bool,
     ) -> None:
         self.layers, self.partitions, self.how = layers, partitions, how
         self.counts, self.metrics = counts, metrics
-        self.first_held, self.added, self.with_rest = first_held, added, with_rest
+        self.first_held, self.added, self.following = first_held, added, following
         self.dense = self.pruned = layers.hidden
 
     def run(self, blocks: Sequence[Block], progress: Progress) -> dict[str, Consumer]:
@@ -217,7 +223,6 @@ class _Fitting:
         result from now on."""
         partition = self.partitions[block.name]
         own_bias = block.consumer.bias
-        whole = (fit, held)
         try:
             if block.name in self.counts:
                 fit, held = self._eliminate(block, fit, held)
@@ -232,7 +237,10 @@ class _Fitting:
             if held.count:
                 fit.merge(held)
             best = solve(fit, weight, bias, damping) if error < before else (weight.clone(), own_bias)
-            rest = self._rest(block, *whole, damping) if block.name in self.counts else None
+            inverse, mean = None, None
+            if self.following and block.kind == "mlp":
+                inverse = inverse_moment(fit, bias is not None, damping)
+                mean = None if bias is None else fit.z_mean
         except FloatingPointError as problem:
             raise FloatingPointError(
                 f"the refit of {block.name} failed: {problem}; give more calibration windows or more "
@@ -247,27 +255,9 @@ class _Fitting:
             damping=damping if error < before else None,
             error=min(error, before) / scale,
             error_before=before / scale,
-            rest=rest,
+            inverse=None if inverse is None else inverse.cpu(),
+            mean=None if mean is None else mean.cpu(),
         )
-
-    def _rest(self, block: Block, fit: Gram, held: Gram, damping: float) -> Rest | None:
-        """Fitted to all windows, as the consumer is."""
-        if not self.with_rest or block.kind != "mlp":
-            return None
-        partition, centred = self.partitions[block.name], block.consumer.bias is not None
-        if held.count:
-            fit.merge(held)
-        in_place = partition.consumer_weight
-        weight = torch.empty_like(in_place).index_copy_(1, partition.channels, in_place)
-        return split(
-            *normal_equations(fit, weight, centred, damping),
-            partition.kept_units.to(weight.device),
-            self.how.core,
-            fit.zz.diagonal() / fit.count + fit.z_mean.square(),
-            metric=self.metrics.get(block.name),
-            mean=fit.z_mean if centred else None,
-            target_mean=fit.t_mean if centred else None,
-        ).to("cpu")
 
     def _best_damping(
         self, fit: Gram, judge: Gram, weight: torch.Tensor, bias: torch.Tensor | None

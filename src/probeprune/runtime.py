@@ -1,8 +1,9 @@
 """One pruned block while its model runs: its partition and, for dynamic methods, the stages of Probe Pruning.
 
-A batch is probed and cut, or small ones reuse the choice before; a pass that continues a cache keeps what its
-prompt chose, and a refresh chooses an MLP's channels anew. Which of these a pass is, the handle says
-(`dynamic.py`). Nothing here waits for an accelerator: numbers stay on the device, sizes come from shapes.
+A batch is probed and the block cut anew, or its consumer refitted to it; small batches reuse what was chosen
+before. A pass that continues a cache keeps what its prompt chose, and a refresh chooses an MLP's channels
+anew. Which of these a pass is, the handle says (`dynamic.py`). Nothing here waits for an accelerator: numbers
+stay on the device, sizes come from shapes.
 """
 
 from collections.abc import Sequence
@@ -16,13 +17,13 @@ from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from probeprune import allocation
+from probeprune.batch_refit import Sample, towards
 from probeprune.blocks import Block
 from probeprune.compensation import Consumer, lost_bias
 from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.methods import Method
 from probeprune.partition import Partition
 from probeprune.probe import Selection, choose, everything, fused_energy, run_ahead
-from probeprune.rest import Rest, Sample
 from probeprune.side_queue import SideQueue
 from probeprune.statistics import History, Moments, Tokens
 
@@ -69,7 +70,7 @@ class BlockRuntime:
         beside: the block before this one, where the probe runs beside it.
         swapped: LongTensor (), units brought into the window so far.
         finite: BoolTensor (), whether the last scores were.
-        rest: what choosing a part of the units anew and refitting to it takes, where a method does.
+        consumer: fitted to calibration text, what refits to a batch start from; None where there are none.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class BlockRuntime:
             assert moments is not None
             self.mean = moments.mean.to(device).clone()
             self.partition.followers.append(self.mean)
-        self.rest: Rest | None = None
+        self.consumer: Consumer | None = None
         self.beside = beside
         self._queue = SideQueue(device)
         self._residual: torch.Tensor | None = None
@@ -119,16 +120,16 @@ class BlockRuntime:
 
     def refitted(self, consumer: Consumer) -> None:
         """Keep what a refit chose, or was made for, and show it."""
-        device = self.partition.order.device
-        self.partition.keep(consumer.units.to(device))
+        consumer = consumer.to(self.partition.order.device)
+        self.partition.keep(consumer.units)
         self.partition.replace_consumer(consumer.weight, consumer.bias)
-        if self.method.when == "batch" and consumer.rest is not None:
-            self.rest = consumer.rest.to(device)
+        if self.method.when == "batch" and consumer.inverse is not None:
+            self.consumer = consumer
 
     @property
     def follows(self) -> bool:
-        """Whether a batch is looked at: not where a refit chose for good."""
-        return self.method.when == "batch" and (self._score is not None or self.rest is not None)
+        """Whether a batch is looked at: not where a refit is for good."""
+        return self.method.when == "batch" and (self._score is not None or self.consumer is not None)
 
     def hooks(self) -> list[RemovableHandle]:
         """Let the stages run whenever the model does; dynamic methods only."""
@@ -208,7 +209,7 @@ class BlockRuntime:
     def _probe(
         self, residual: torch.Tensor, x: torch.Tensor, kwargs: dict[str, Any], norm: nn.Module | None = None
     ) -> None:
-        """All stages from the choice of a probe to the cut."""
+        """All stages from the choice of a probe to the cut, or to the refit."""
         probe, tokens = self.method.probe, self.now.tokens
         assert probe is not None
         with record_function("probeprune::choose"):
@@ -220,10 +221,12 @@ class BlockRuntime:
                 z = run_ahead(self.block, x, selection, kwargs, norm)
         finally:
             self.now.probing = False
+        if self.consumer is not None:
+            self._refit(z, selection, self.consumer)
+            return
         with record_function("probeprune::score"):
-            energy = fused_energy(z, selection, tokens, self.history, probe)
-            scores = self._scores(energy, len(selection.tokens))
-        self._cut(scores, self._sample(z, selection))
+            scores = self._scores(fused_energy(z, selection, tokens, self.history, probe))
+        self._cut(scores)
 
     def _before_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if self.history is None or self.now.probing:
@@ -241,30 +244,36 @@ class BlockRuntime:
             z, tokens = self._shaped(args[0]), self.now.tokens
             whole = everything(tokens, z.device)
             energy = fused_energy(z, whole, tokens, self.history, self.method.probe)
-            scores = self._scores(energy, len(whole.tokens))
+            scores = self._scores(energy)
         if self.history is not None:
             self._remember(args[0])
-        self._cut(scores, self._sample(z, whole))
+        self._cut(scores)
 
     def _remember(self, z: torch.Tensor) -> None:
         assert self.history is not None
         with record_function("probeprune::history"):
             self.history.update(self._shaped(z), self.now.tokens)
 
-    def _scores(self, energy: torch.Tensor, positions: int) -> torch.Tensor:
-        """Scores of the block's units, from channels' energies over some positions, in the present order."""
-        in_order = self._in_order(energy)
-        if self.rest is not None:
-            return self.rest.scores(in_order, positions)
+    def _scores(self, energy: torch.Tensor) -> torch.Tensor:
+        """Scores of the block's units, from channels' energies in the present order."""
+        in_order = torch.empty_like(energy)
+        in_order[self.partition.channels] = energy
         evidence = Evidence(self.block, self.norms, energy=in_order, seed=self.method.seed)
         assert self._score is not None
         return self._score(evidence)
 
-    def _sample(self, z: torch.Tensor, selection: Selection) -> Sample | None:
-        """What a refit needs of the probe `z` (samples, tokens, n), while the block shows all its units."""
+    def _cut(self, scores: torch.Tensor) -> None:
+        with record_function("probeprune::swap"):
+            self.finite = torch.isfinite(scores).all()
+            self.swapped += self.partition.keep(allocation.choose_units(scores, self.keep, self.block))
+            if self.mean is not None:
+                channels = self.keep * self.block.unit_width
+                self.partition.add_bias(lost_bias(self.partition.consumer_weight, self.mean, channels))
+
+    def _refit(self, z: torch.Tensor, selection: Selection, start: Consumer) -> None:
+        """Refit the consumer to the probe `z` (samples, tokens, n) too; the block shows all its units."""
         refit, tokens = self.method.refit, self.now.tokens
-        if self.rest is None or refit is None or not refit.batch_share:
-            return None
+        assert refit is not None and start.inverse is not None
         with record_function("probeprune::refit"):
             z, real = z.flatten(0, 1), None
             count = min(len(z), SAMPLE)
@@ -274,25 +283,11 @@ class BlockRuntime:
             z, consumer = z[rows], self.block.consumer
             # Not through the module: its hooks are for the model's own pass.
             target = linear(z, consumer.weight, consumer.bias).float()
-            return Sample(self._in_order(z.float()), target, real, SAMPLE * (1 / refit.batch_share - 1))
-
-    def _cut(self, scores: torch.Tensor, sample: Sample | None = None) -> None:
-        with record_function("probeprune::swap"):
-            self.finite = torch.isfinite(scores).all()
-            self.swapped += self.partition.keep(allocation.choose_units(scores, self.keep, self.block))
-            if self.mean is not None:
-                channels = self.keep * self.block.unit_width
-                self.partition.add_bias(lost_bias(self.partition.consumer_weight, self.mean, channels))
-        if self.rest is not None:
-            with record_function("probeprune::refit"):
-                weight = self.rest.consumer(self.partition.order[: self.keep], sample)
-                self.partition.replace_consumer(*weight)
-
-    def _in_order(self, x: torch.Tensor) -> torch.Tensor:
-        """Channels (..., n) in their original order, from the present one."""
-        in_order = torch.empty_like(x)
-        in_order[..., self.partition.channels] = x
-        return in_order
+            kept = z[:, : len(start.inverse)].float()  # in front, as long as nothing swaps
+            sample = Sample(kept, target, real, SAMPLE * (1 / refit.batch_share - 1))
+            weight, bias = towards(sample, start.weight, start.bias, start.inverse, start.mean)
+            self.finite = torch.isfinite(weight).all()
+            self.partition.replace_consumer(weight, bias)
 
     def _shaped(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, width); some layers flatten the first two in front of their MLP."""

@@ -1,6 +1,7 @@
 """Refitted consumers on disk: a refit takes minutes, and is needed again when a run goes on.
 
-One safetensors file a refit, as large as the weights it stands for; with rests about twice that.
+One safetensors file a refit, as large as the weights it stands for, and the inverse moments where it is to
+follow batches.
 """
 
 import json
@@ -13,7 +14,6 @@ import torch
 
 from probeprune.calibration import load_tensors, save_tensors
 from probeprune.compensation import Consumer
-from probeprune.rest import Rest
 
 _FIGURES = ("damping", "error", "error_before")
 
@@ -24,13 +24,10 @@ def store(path: Path, consumers: Mapping[str, Consumer]) -> None:
     figures = {}
     for name, consumer in consumers.items():
         figures[name] = {key: getattr(consumer, key) for key in _FIGURES}
-        for part, owner in (("consumer", consumer), ("rest", consumer.rest)):
-            for f in fields(owner) if owner is not None else ():
-                value = getattr(owner, f.name)
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{name}/{part}/{f.name}"] = value
-        if consumer.rest is not None:
-            figures[name]["units"] = consumer.rest.units
+        for f in fields(consumer):
+            value = getattr(consumer, f.name)
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}/{f.name}"] = value
     save_tensors(path, tensors, {"figures": json.dumps(figures)})
 
 
@@ -40,19 +37,12 @@ def read(path: Path) -> dict[str, Consumer] | None:
     if found is None:
         return None
     tensors, metadata = found
-    parts: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
-        name, part, attribute = key.rsplit("/", 2)
-        parts.setdefault(name, {}).setdefault(part, {})[attribute] = tensor
+        name, attribute = key.rsplit("/", 1)
+        parts.setdefault(name, {"bias": None})[attribute] = tensor
     try:
         figures = json.loads(metadata["figures"])
-        return {name: _consumer(parts[name], own) for name, own in figures.items()}
+        return {name: Consumer(**parts[name], **own) for name, own in figures.items()}
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _consumer(parts: Mapping[str, Mapping[str, torch.Tensor]], figures: Mapping[str, Any]) -> Consumer:
-    values: dict[str, Any] = {"bias": None, **parts["consumer"], **{key: figures[key] for key in _FIGURES}}
-    if "units" in figures:
-        values["rest"] = Rest(units=figures["units"], **parts["rest"])
-    return Consumer(**values)

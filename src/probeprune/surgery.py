@@ -13,7 +13,7 @@ from torch import nn
 
 from probeprune import allocation, stored_consumers
 from probeprune.blocks import Block, UnitKind, find_blocks
-from probeprune.calibration import Statistics, calibrate, content_key
+from probeprune.calibration import Statistics, calibrate, content_key, load_tensors, save_tensors
 from probeprune.compensation import Consumer, Refit, lost_bias
 from probeprune.damage import damages, unit_flops, unit_nanoseconds
 from probeprune.errors import UsageError
@@ -27,7 +27,7 @@ from probeprune.progress import Progress, silent
 from probeprune.refit import refit
 from probeprune.sensitivity import sensitivities
 
-_FORMAT = 2
+_FORMAT = 3
 DAMAGE_WINDOWS = 32
 """Calibration windows that damages are measured on, the first ones: curves need fewer than a refit."""
 
@@ -106,12 +106,9 @@ def prune(
     allocation.check_ratio(ratio)
     check_static(method)
     check_eval(model)
-    if steps < 1 or (steps > 1 and statistics is not None):
-        raise UsageError(
-            "steps must be at least 1, and more than one step needs calibration=, not statistics=."
-        )
-    if steps > 1 and method.budget != "parameters":
-        raise UsageError(f"a budget of {method.budget} is met in one step; leave out steps.")
+    check_steps(method, steps)
+    if steps > 1 and statistics is not None:
+        raise UsageError("more than one step needs calibration=, not statistics=.")
     blocks = find_blocks(model, method.units)
     for block in blocks:
         check_can_cut(block)
@@ -194,6 +191,14 @@ def check_static(method: Method) -> None:
     raise UsageError(f"method {method.name!r} leaves nothing to cut for good ({why}); use one of {static}.")
 
 
+def check_steps(method: Method, steps: int) -> None:
+    """Raise `UsageError` for a number of steps in which `method` cannot prune."""
+    if steps < 1:
+        raise UsageError("steps must be at least 1.")
+    if steps > 1 and method.budget != "parameters":
+        raise UsageError(f"a budget of {method.budget} is met in one step; leave out steps.")
+
+
 def _collect(
     model: nn.Module,
     method: Method,
@@ -237,18 +242,7 @@ def method_damages(
     progress: Progress = silent,
 ) -> dict[str, allocation.Damage]:
     """What `method` allocates by, for `Statistics.damages`; arguments as in `method_consumers`."""
-    how = method.refit or Refit()
-    metrics = sensitivities(
-        model, windows[: max(how.sensitivity, 1)], seed=method.seed, cache=cache, progress=progress
-    )
-    curves = damages(
-        model,
-        windows[:DAMAGE_WINDOWS],
-        metrics,
-        units=method.units,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    curves = _damage_curves(model, method, windows, batch_size, cache, progress)
     blocks = find_blocks(model, method.units)
     if method.budget == "flops":
         savings = unit_flops(blocks, windows.shape[1])
@@ -262,6 +256,39 @@ def method_damages(
         b.name: allocation.Damage(curves[b.name], saving, b.parameters if counted else b.units * saving)
         for b, saving in zip(blocks, savings, strict=True)
     }
+
+
+def _damage_curves(
+    model: nn.Module,
+    method: Method,
+    windows: torch.Tensor,
+    batch_size: int,
+    cache: Path | None,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    how = method.refit or Refit()
+    looked_at, damping = max(how.sensitivity, 1), how.damping[0]
+    path = None
+    if cache is not None:
+        settings = (looked_at, damping, method.units, method.seed)
+        used = windows[: max(DAMAGE_WINDOWS, looked_at)]
+        path = cache / f"{content_key(model, used, 'damages', _FORMAT, *settings)}.safetensors"
+        stored = load_tensors(path)
+        if stored is not None:
+            return stored[0]
+    metrics = sensitivities(model, windows[:looked_at], seed=method.seed, cache=cache, progress=progress)
+    curves = damages(
+        model,
+        windows[:DAMAGE_WINDOWS],
+        metrics,
+        units=method.units,
+        damping=damping,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    if path is not None:
+        save_tensors(path, curves, {})
+    return curves
 
 
 def method_saliences(
@@ -373,7 +400,7 @@ def _refit(
         how,
         units=method.units,
         metrics=metrics,
-        with_rest=method.when == "batch",
+        following=method.when == "batch",
         batch_size=batch_size,
         progress=progress,
     )

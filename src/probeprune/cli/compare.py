@@ -47,7 +47,10 @@ def compare(
     units: Annotated[
         str, typer.Option(help="Attention units under grouped-query attention: group, balanced, query.")
     ] = "group",
-    skip_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 3,
+    skip_layers: Annotated[
+        int | None,
+        typer.Option(help="First layers that stay dense, instead of the methods' own (3, mostly)."),
+    ] = None,
     sampling: Annotated[
         str,
         typer.Option(
@@ -92,8 +95,11 @@ def compare(
             raise UsageError(f"--{name} is too small.")
     one_of("unit kind", units, get_args(UnitKind))
     one_of("sampling", sampling, get_args(Sampling))
+    changes: dict[str, object] = {"units": units}
+    if skip_layers is not None:
+        changes["skip_layers"] = skip_layers
     chosen = [
-        m if m.when == "never" else compose(m, name=m.name, units=units, skip_layers=skip_layers)
+        m if m.when == "never" else compose(m, name=m.name, **changes)
         for m in map(get_method, names(methods, "methods"))
     ]
     shares = [number(r) for r in names(ratios, "ratios")]

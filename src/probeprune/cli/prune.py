@@ -40,7 +40,8 @@ def prune(
     ] = "uniform",
     round_to: Annotated[int, typer.Option(help="MLP widths are multiples of this (for speed).")] = 64,
     skip_layers: Annotated[
-        int | None, typer.Option(help="First layers that stay dense (per-layer only). [default: 3]")
+        int | None,
+        typer.Option(help="Instead of the method's own (per-layer only): first layers that stay dense."),
     ] = None,
     units: Annotated[
         str, typer.Option(help="Attention units under grouped-query attention: group, balanced.")
@@ -51,12 +52,12 @@ def prune(
         typer.Option(help="Instead of the method's own (per-layer only): uniform, global, damage ..."),
     ] = None,
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="What the ratio is a share of: parameters; with --allocation damage also flops, or time: "
-            "what a forward pass takes on this machine."
+            help="Instead of the method's own (per-layer only): what the ratio is a share of, parameters; by "
+            "allocation damage also flops, or time: what a forward pass takes on this machine."
         ),
-    ] = "parameters",
+    ] = None,
     compensation: Annotated[
         str | None, typer.Option(help="Instead of the method's own: none, bias, least-squares (a refit).")
     ] = None,
@@ -129,7 +130,7 @@ def static_method(
     units: str,
     blocks: list[str],
     allocation: str | None,
-    budget: str,
+    budget: str | None,
     compensation: str | None,
     seed: int,
 ) -> Method:
@@ -142,15 +143,13 @@ def static_method(
         changes["compensation"] = compensation
         changes["refit"] = (method.refit or Refit()) if compensation == "least-squares" else None
     if layout == "uniform":
-        if skip_layers or allocation or budget != "parameters":
+        if skip_layers or allocation or budget:
             raise UsageError(
                 "the uniform layout gives all layers one width: leave --skip-layers, --allocation and "
                 "--budget out, or use --layout per-layer."
             )
         method = evenly(method)
     else:
-        changes["skip_layers"] = 3 if skip_layers is None else skip_layers
-        changes["budget"] = budget
-        if allocation is not None:
-            changes["allocation"] = allocation
+        own = {"skip_layers": skip_layers, "allocation": allocation, "budget": budget}
+        changes |= {key: value for key, value in own.items() if value is not None}
     return compose(method, name=method.name, **changes)

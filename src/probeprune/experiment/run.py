@@ -10,6 +10,7 @@ from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results, Row
 from probeprune.experiment.workbench import Unprepared, Workbench
+from probeprune.methods import stand_in
 from probeprune.plan import widths
 
 Done = Callable[[Cell, Row], None]
@@ -84,8 +85,8 @@ def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Itera
 def _check(bench: Workbench, cells: Sequence[Cell]) -> None:
     """Raise now what would stop the run later: a ratio that cannot be reached."""
     for subject in dict.fromkeys(c.subject for c in cells):
-        method = subject.method
-        if method.when != "never" and method.allocation != "global" and not method.needs_damages:
+        method = stand_in(subject.method)
+        if method.when != "never" and method.allocation != "global":
             blocks = find_blocks(bench.dense(subject).model, method.units)
             try:
                 widths(method, subject.ratio, blocks, [])

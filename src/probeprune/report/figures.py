@@ -101,6 +101,7 @@ def _quality(
     summary: Summary, title: str, path: Path, text: str | None, cost: Cost, label: str
 ) -> list[Path]:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     text, dense = text or next(iter(summary.texts), ""), summary.dense
     known = [e for e in summary.entries if text in e.perplexity and cost(e) is not None]
@@ -130,6 +131,7 @@ def _quality(
         )
     axes.axhline(level, color="grey", linewidth=0.8, linestyle=":", label="dense")
     axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # more would be written over one another
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.set_xlabel(label)
