@@ -511,6 +511,8 @@ def test_what_cannot_be_refitted_is_said_in_a_sentence():
         refit(model, {"lm_head": torch.arange(3)}, WINDOWS)
     with pytest.raises(UsageError, match="importance 'obs'"):
         compose("probe", compensation="least-squares", refit=Refit())
+    with pytest.raises(UsageError, match="in MLPs alone"):
+        following(blocks=("attention",))
     for probe in (Probe(), Probe(fusion="none", refresh=4)):
         with pytest.raises(UsageError, match="nothing to fuse"):
             following(probe=probe)

@@ -113,6 +113,10 @@ class Method:
                 f"importance {self.importance!r} scores no batch, so it has nothing to fuse or to refresh: "
                 "give its probe fusion='none' and refresh=0."
             )
+        if makes_order and self.when == "batch" and "mlp" not in self.blocks:
+            raise UsageError(
+                f"importance {self.importance!r} follows the batch in MLPs alone: prune them too."
+            )
         if (IMPORTANCES[self.importance].needs == "gradients") != (self.gradients is not None):
             raise UsageError("a method has gradients if and only if its importance needs them.")
         if not self.blocks or not set(self.blocks) <= set(KINDS):
