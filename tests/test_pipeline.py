@@ -106,6 +106,7 @@ def test_widths_by_damage_meet_a_budget_of_flops(prune, tmp_path):
     record = json.loads((tmp_path / "out/pruning.json").read_text())
     assert record["method"]["budget"] == "flops" and record["calibration"]["damages"]["windows"] == 12
     assert record["removed_share"] == pytest.approx(0.3, abs=0.06)
+    assert "| 30.0% of the attention and MLP blocks' FLOPs |" in (tmp_path / "out/README.md").read_text()
     assert len({len(k["units"]) for n, k in record["kept"].items() if "mlp" in n}) > 1
 
 

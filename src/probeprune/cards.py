@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from probeprune.surgery import Pruning
 
+_BUDGETS = {"parameters": "parameters", "flops": "FLOPs", "time": "time, measured where they were pruned"}
+
 
 def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
     """The model card (Markdown): what was done, with which data, and what it cost."""
@@ -16,8 +18,8 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
             "importance, allocation, compensation",
             f"{method.importance}, {method.allocation}, {method.compensation}",
         ),
-        ("asked for", f"{done.ratio:.1%} of the attention and MLP blocks' parameters"),
-        ("removed", f"{done.removed_share:.1%} of them"),
+        ("asked for", f"{done.ratio:.1%} of the attention and MLP blocks' {_BUDGETS[method.budget]}"),
+        ("removed", f"{done.removed_share:.1%} of their parameters"),
         ("parameters, embeddings included", f"{before / 1e6:.1f} M before, {after / 1e6:.1f} M after"),
         ("kept", _kept_line(done)),
         ("seed", str(record["seed"])),
