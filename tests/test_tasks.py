@@ -514,13 +514,8 @@ def test_a_model_in_training_mode_is_refused(tokenizer):
         (gzip.compress(b'{"query": "Question: a\\n"}\n'), "piqa.jsonl.gz' does not hold the items of piqa"),
         (gzip.compress(OURS["piqa"].encode()), "holds 1 items of piqa, not 1838"),
     ],
-    ids=[
-        "missing",
-        "not packed",
-        "no JSON",
-        "no items",
-        "too few",
-    ],  # packed bytes name the second they were made
+    # Packed bytes name the second they were made in; workers must give a test one name.
+    ids=["missing", "not packed", "no JSON", "no items", "too few"],
 )
 def test_missing_and_damaged_files_are_named(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(task_data, "ASSETS", tmp_path)

@@ -255,6 +255,17 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
         beside.unlink(missing_ok=True)
 
 
+def cached_tensors(path: Path | None, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A cache entry, made and written where there is none yet; without a path made every time."""
+    found = None if path is None else load_tensors(path)
+    if found is not None:
+        return found[0]
+    made = make()
+    if path is not None:
+        save_tensors(path, made, {})
+    return made
+
+
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
     """A cache entry and its metadata; one that cannot be read is a miss and will be written again."""
     if not path.exists():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from probeprune.blocks import Member, find_blocks
-from probeprune.calibration import check_windows, content_key, load_tensors, save_tensors
+from probeprune.calibration import cached_tensors, check_windows, content_key
 from probeprune.errors import UsageError
 from probeprune.passes import check_eval
 
@@ -99,12 +99,21 @@ def saliences(
     if cache is not None:
         extra = (rank, draws, seed) if criterion == "lora-guided" else ()
         path = cache / f"{content_key(model, windows, 'saliences', _FORMAT, criterion, *extra)}.safetensors"
-        found = load_tensors(path)
-        if found is not None:
-            return found[0]
-    taken = _Taken(members, criterion, len(windows))
     report = progress or (lambda done, total: None)
-    with torch.inference_mode(False), _differentiable(model, members, taken.add):
+
+    def take() -> dict[str, torch.Tensor]:
+        taken = _Taken(members, criterion, len(windows))
+        _go_back(model, windows, taken, report)
+        return taken.reduce(rank, draws, seed)
+
+    return cached_tensors(path, take)
+
+
+def _go_back(
+    model: nn.Module, windows: torch.Tensor, taken: "_Taken", report: Callable[[int, int], None]
+) -> None:
+    """One backward pass a window."""
+    with torch.inference_mode(False), _differentiable(model, taken.members, taken.add):
         for done, window in enumerate(windows.clone()):
             report(done, len(windows))
             taken.sample = done
@@ -117,10 +126,6 @@ def saliences(
                     )
                 loss.backward()
         report(len(windows), len(windows))
-    result = taken.reduce(rank, draws, seed)
-    if path is not None:
-        save_tensors(path, result, {})
-    return result
 
 
 class _Taken:

@@ -79,7 +79,7 @@ class Method:
             raise UsageError(
                 "compensation 'least-squares' and a refit go together: give both, as in refit=Refit()."
             )
-        if IMPORTANCES[self.importance].needs == "refit":
+        if self.refit_orders:
             if self.refit is None:
                 raise UsageError(
                     f"importance {self.importance!r} is an order for a refit: give refit=Refit()."
@@ -92,8 +92,9 @@ class Method:
             raise UsageError(f"a budget of {self.budget} needs allocation 'damage' or 'damage-even'.")
         if self.allocation == "damage-even" and self.skip_layers:
             raise UsageError("allocation 'damage-even' gives all layers one width; it needs skip_layers=0.")
-        makes_order = IMPORTANCES[self.importance].needs == "refit"
-        if self.refit is not None and (self.when == "never" or (self.when == "batch" and not makes_order)):
+        if self.refit is not None and (
+            self.when == "never" or (self.when == "batch" and not self.refit_orders)
+        ):
             raise UsageError(
                 "a least-squares refit is for methods that prune once, or for importance 'obs', whose refit "
                 "can follow the batch; use another compensation."
@@ -108,12 +109,16 @@ class Method:
             raise UsageError(
                 f"importance {self.importance!r} cannot be scored from a probe; use ppsp, wanda-sp or obs."
             )
-        if makes_order and self.probe is not None and (self.probe.fusion != "none" or self.probe.refresh):
+        if (
+            self.refit_orders
+            and self.probe is not None
+            and (self.probe.fusion != "none" or self.probe.refresh)
+        ):
             raise UsageError(
                 f"importance {self.importance!r} scores no batch, so it has nothing to fuse or to refresh: "
                 "give its probe fusion='none' and refresh=0."
             )
-        if makes_order and self.when == "batch" and "mlp" not in self.blocks:
+        if self.refit_orders and self.when == "batch" and "mlp" not in self.blocks:
             raise UsageError(
                 f"importance {self.importance!r} follows the batch in MLPs alone: prune them too."
             )
@@ -131,6 +136,11 @@ class Method:
     def record(self) -> dict[str, Any]:
         """All its parameters as JSON has them: what result lines and checkpoints keep."""
         return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
+
+    @property
+    def refit_orders(self) -> bool:
+        """Whether units are ordered by the refit, not by scores."""
+        return IMPORTANCES[self.importance].needs == "refit"
 
     @property
     def needs_gradients(self) -> bool:
@@ -234,14 +244,13 @@ METHODS: dict[str, Method] = {
 def refit_of(method: Method) -> Method:
     """A method whose refits serve `method` and all that differ from it in no more than when they prune: where
     the refit chooses the units, with what following the batch takes."""
-    follows = IMPORTANCES[method.importance].needs == "refit"
     return replace(
         method,
         name="refit",
         source="",
         training="none",
-        when="batch" if follows else "once",
-        probe=Probe(fusion="none") if follows else None,
+        when="batch" if method.refit_orders else "once",
+        probe=Probe(fusion="none") if method.refit_orders else None,
     )
 
 

@@ -68,7 +68,8 @@ def refit(
         progress: called with (what, layers done, layers in all).
 
     Returns:
-        By block name, for the blocks in `kept`; weights in the model's dtype.
+        By block name, for the blocks in `kept`; weights in the model's dtype; with `following` 4 k^2 bytes
+        more an MLP.
 
     Raises:
         UsageError: unsupported model, names that are no blocks, too few or too long windows.
@@ -239,8 +240,8 @@ class _Fitting:
             best = solve(fit, weight, bias, damping) if error < before else (weight.clone(), own_bias)
             inverse, mean = None, None
             if self.following and block.kind == "mlp":
-                inverse = inverse_moment(fit, bias is not None, damping)
-                mean = None if bias is None else fit.z_mean
+                inverse = inverse_moment(fit, bias is not None, damping).cpu()
+                mean = None if bias is None else fit.z_mean.cpu()
         except FloatingPointError as problem:
             raise FloatingPointError(
                 f"the refit of {block.name} failed: {problem}; give more calibration windows or more "
@@ -255,8 +256,8 @@ class _Fitting:
             damping=damping if error < before else None,
             error=min(error, before) / scale,
             error_before=before / scale,
-            inverse=None if inverse is None else inverse.cpu(),
-            mean=None if mean is None else mean.cpu(),
+            inverse=inverse,
+            mean=mean,
         )
 
     def _best_damping(

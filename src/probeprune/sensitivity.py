@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from probeprune.blocks import Block, find_blocks
-from probeprune.calibration import check_windows, content_key, load_tensors, save_tensors
+from probeprune.calibration import cached_tensors, check_windows, content_key
 from probeprune.gradients import weights_at_rest
 from probeprune.passes import check_eval
 from probeprune.progress import Progress, silent
@@ -57,9 +57,12 @@ def sensitivities(
     path = None
     if cache is not None:
         path = cache / f"{content_key(model, windows, 'sensitivities', _FORMAT, seed)}.safetensors"
-        found = load_tensors(path)
-        if found is not None:
-            return found[0]
+    return cached_tensors(path, lambda: _measured(model, windows, seed, progress))
+
+
+def _measured(
+    model: nn.Module, windows: torch.Tensor, seed: int, progress: Progress
+) -> dict[str, torch.Tensor]:
     blocks = find_blocks(model)
     device = next(model.parameters()).device
     total: dict[str, torch.Tensor] = {}
@@ -84,8 +87,6 @@ def sensitivities(
     for fisher in total.values():
         diagonal = fisher.diagonal()
         diagonal += FLOOR * diagonal.mean()
-    if path is not None:
-        save_tensors(path, total, {})
     return total
 
 

@@ -13,12 +13,11 @@ from torch import nn
 
 from probeprune import allocation, stored_consumers
 from probeprune.blocks import Block, UnitKind, find_blocks
-from probeprune.calibration import Statistics, calibrate, content_key, load_tensors, save_tensors
+from probeprune.calibration import Statistics, cached_tensors, calibrate, content_key
 from probeprune.compensation import Consumer, Refit, lost_bias
 from probeprune.damage import damages, unit_flops, unit_nanoseconds
 from probeprune.errors import UsageError
 from probeprune.gradients import Criterion, saliences
-from probeprune.importance import IMPORTANCES
 from probeprune.methods import METHODS, Method, check_untrained, get_method
 from probeprune.partition import Partition, check_can_cut
 from probeprune.passes import check_eval
@@ -273,22 +272,19 @@ def _damage_curves(
         settings = (looked_at, damping, method.units, method.seed)
         used = windows[: max(DAMAGE_WINDOWS, looked_at)]
         path = cache / f"{content_key(model, used, 'damages', _FORMAT, *settings)}.safetensors"
-        stored = load_tensors(path)
-        if stored is not None:
-            return stored[0]
-    metrics = sensitivities(model, windows[:looked_at], seed=method.seed, cache=cache, progress=progress)
-    curves = damages(
-        model,
-        windows[:DAMAGE_WINDOWS],
-        metrics,
-        units=method.units,
-        damping=damping,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    if path is not None:
-        save_tensors(path, curves, {})
-    return curves
+
+    def measure() -> dict[str, torch.Tensor]:
+        return damages(
+            model,
+            windows[:DAMAGE_WINDOWS],
+            sensitivities(model, windows[:looked_at], seed=method.seed, cache=cache, progress=progress),
+            units=method.units,
+            damping=damping,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    return cached_tensors(path, measure)
 
 
 def method_saliences(
@@ -358,7 +354,7 @@ def method_consumers(
         raise UsageError(f"method {method.name!r} refits nothing; compose it with a refit=Refit().")
     blocks = find_blocks(model, method.units)
     known = statistics
-    scored = IMPORTANCES[method.importance].needs != "refit"
+    scored = not method.refit_orders
     if method.needs_damages or (scored and (method.needs_moments or method.needs_gradients)):
         known = check_statistics(method, blocks, statistics)
     scores = _scores(method, blocks, known or Statistics())

@@ -161,8 +161,7 @@ class Workbench:
     def _consumers(self, subject: Subject, known: Statistics) -> dict[str, Consumer]:
         """Only those last asked for are kept: they are as large as the weights they stand for."""
         assert subject.calibration is not None
-        # A rest is little work beside the refit.
-        method = refit_of(subject.method)
+        method = refit_of(subject.method)  # what following takes is little work beside the refit
         own = (method, subject.ratio, subject.calibration, subject.seed)
         if self._known.get("refit", (None,))[0] != own:
             found = method_consumers(
