@@ -21,12 +21,13 @@ import torch
 
 import probeprune
 from probeprune import METHODS, Method, Probe
-from probeprune.blocks import find_blocks
-from probeprune.data import calibration_windows, evaluation_windows, load_corpus
-from probeprune.evaluation.cost import blocks_flops
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.methods import refit_of
-from probeprune.models import cache_dir
+from probeprune.model.blocks import find_blocks
+from probeprune.model.cost import blocks_flops
+from probeprune.model.loading import cache_dir
 from probeprune.plan import widths
 from probeprune.surgery import method_consumers, method_damages
 

@@ -26,10 +26,11 @@ import torch
 
 import probeprune
 from probeprune import METHODS, Method, Probe, compose
-from probeprune.data import calibration_windows, evaluation_windows, load_corpus, tokenize
-from probeprune.evaluation.paired import paired_bootstrap
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows, evaluation_windows, tokenize
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.models import LoadedModel, cache_dir
+from probeprune.model.loading import LoadedModel, cache_dir
+from probeprune.report.paired import paired_bootstrap
 from probeprune.surgery import method_consumers
 
 TOPICS, WINDOWS, LENGTH = 6, 4, 256

@@ -7,7 +7,8 @@ Perplexity on the first 24 WikiText-2 windows of 512 at 20 % and 40 % of the blo
 
 import probeprune
 from probeprune import Gradients, Method, Statistics, compose
-from probeprune.data import calibration_windows, evaluation_windows, load_corpus
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.surgery import method_saliences
 

@@ -12,8 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import probeprune
-from probeprune.data import calibration_windows, load_corpus
-from probeprune.evaluation.cost import PeakMemory
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows
+from probeprune.model.cost import PeakMemory
 
 GIB = 2**30
 

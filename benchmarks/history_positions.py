@@ -9,11 +9,12 @@ perplexity on the first 32 WikiText-2 windows of 512.
 import torch
 
 import probeprune
-from probeprune.calibration import collecting
-from probeprune.data import batches, calibration_windows, evaluation_windows, load_corpus
+from probeprune.algebra.moments import Moments
+from probeprune.calibration.collecting import collecting
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import batches, calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.passes import find_decoder
-from probeprune.statistics import Moments
+from probeprune.model.passes import find_decoder
 
 LENGTH = 512
 

@@ -6,10 +6,11 @@ Perplexity on the first 24 WikiText-2 windows of 512, 128 C4 windows of 512 for 
 """
 
 import probeprune
-from probeprune import Statistics, compose, evenly
-from probeprune.data import calibration_windows, evaluation_windows, load_corpus
+from probeprune import Statistics, compose, with_equal_widths
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.models import cache_dir
+from probeprune.model.loading import cache_dir
 from probeprune.surgery import method_saliences
 
 
@@ -27,8 +28,8 @@ def main() -> None:
             for what, method in (
                 ("per-layer", compose(name)),
                 ("per-layer, none skipped", compose(name, skip_layers=0)),
-                ("uniform, multiples of 1", evenly(name)),
-                ("uniform, multiples of 64", compose(evenly(name), round_to=64)),
+                ("uniform, multiples of 1", with_equal_widths(name)),
+                ("uniform, multiples of 64", compose(with_equal_widths(name), round_to=64)),
             ):
                 with probeprune.attach(loaded.model, method, ratio, statistics=statistics) as handle:
                     found = perplexity(loaded.model, text, batch_size=12)

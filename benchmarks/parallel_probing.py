@@ -11,9 +11,10 @@ import time
 
 import probeprune
 from probeprune import Probe, compose
-from probeprune.data import calibration_windows, evaluation_windows, load_corpus
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.models import cache_dir
+from probeprune.model.loading import cache_dir
 
 ROUNDS = 2
 

@@ -26,13 +26,15 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import probeprune
-from probeprune import METHODS, Method, Probe, compose, runtime
-from probeprune.data import calibration_windows, evaluation_windows, load_corpus
+from probeprune import METHODS, Method, Probe, compose
+from probeprune.algebra.moments import Tokens
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.models import LoadedModel, cache_dir
-from probeprune.passes import find_decoder
-from probeprune.probe import Selection, choose, probe_size
-from probeprune.statistics import Tokens
+from probeprune.model.loading import LoadedModel, cache_dir
+from probeprune.model.passes import find_decoder
+from probeprune.runtime import block as runtime
+from probeprune.strategies.probe import Selection, choose, probe_size
 
 RATIO = 0.4
 LENGTH = 256

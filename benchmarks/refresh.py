@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 
 import probeprune
 from probeprune import Method, Probe, compose
-from probeprune.data import calibration_windows, evaluation_windows, load_corpus
-from probeprune.models import cache_dir
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows, evaluation_windows
+from probeprune.model.loading import cache_dir
 
 WAYS: dict[str, Method] = {
     "dense": probeprune.METHODS["dense"],

@@ -8,9 +8,10 @@ that of the first line.
 """
 
 import probeprune
-from probeprune.data import calibration_windows, load_corpus
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows
 from probeprune.evaluation.tasks import evaluate_task
-from probeprune.models import cache_dir
+from probeprune.model.loading import cache_dir
 
 TASK, ITEMS, RATIO = "arc_easy", 60, 0.2
 GROUPINGS = ((16, "length"), (16, "given"), (4, "length"), (4, "given"), (1, "given"))

@@ -16,10 +16,11 @@ from pathlib import Path
 from peft import get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from probeprune.blocks import find_blocks
-from probeprune.data import load_corpus, training_windows
-from probeprune.hub import quiet_libraries
-from probeprune.models import load_model
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import training_windows
+from probeprune.model.blocks import find_blocks
+from probeprune.model.loading import load_model
+from probeprune.quiet import quiet_libraries
 from probeprune.training.loraprune import LoraPrune
 from probeprune.training.recovery import lora_config, recover
 from probeprune.training.settings import Lora, Training

@@ -9,8 +9,8 @@ from tiny import FAMILIES, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from probeprune.calibration import calibrate
-from probeprune.models import LoadedModel, load_model
+from probeprune.calibration.collecting import calibrate
+from probeprune.model.loading import LoadedModel, load_model
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ import torch
 from tiny import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from probeprune.allocation import even, global_threshold, nominal, removed_share, uniform
-from probeprune.blocks import find_blocks
 from probeprune.errors import UsageError
+from probeprune.model.blocks import find_blocks
+from probeprune.strategies.allocation import even, global_threshold, nominal, removed_share, uniform
 
 
 def meta_llama(**shape):

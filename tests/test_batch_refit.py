@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from probeprune.batch_refit import Sample, towards
+from probeprune.algebra.batch_refit import Sample, refit_to_batch
 
 
 def problem(seed=0, k=8, d=5, tokens=400):
@@ -25,7 +25,7 @@ def fitted(z, t, with_bias):
 
 def moved(sample, weight, bias, inverse, mean):
     """In float32, as on models."""
-    return towards(sample, *(None if x is None else x.float() for x in (weight, bias, inverse, mean)))
+    return refit_to_batch(sample, *(None if x is None else x.float() for x in (weight, bias, inverse, mean)))
 
 
 @pytest.mark.parametrize("padded", [False, True])

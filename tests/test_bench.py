@@ -12,10 +12,10 @@ from probeprune.bench.measure import Point, measure
 from probeprune.bench.profiling import OVERHEAD, PARTS, profiled
 from probeprune.bench.show import plot, profile_table, tables
 from probeprune.bench.targets import SHAPES, Target, of_shape
-from probeprune.calibration import Statistics
+from probeprune.calibration.statistics import Statistics
 from probeprune.cli import app, run
 from probeprune.errors import UsageError
-from probeprune.evaluation.cost import blocks_flops, probe_flops
+from probeprune.model.cost import blocks_flops, probe_flops
 from probeprune.surgery import method_consumers
 
 CPU = torch.device("cpu")

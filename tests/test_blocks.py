@@ -6,8 +6,8 @@ from tiny import FAMILIES
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from probeprune.blocks import find_blocks
 from probeprune.errors import UsageError
+from probeprune.model.blocks import find_blocks
 
 
 @pytest.mark.parametrize("family", FAMILIES)

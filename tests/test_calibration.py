@@ -6,8 +6,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import FAMILIES, token_ids
 
-from probeprune import UsageError, attach, calibrate, calibration
-from probeprune.calibration import Statistics, model_fingerprint
+from probeprune import UsageError, attach, calibrate
+from probeprune.calibration import collecting as calibration
+from probeprune.calibration.statistics import Statistics
+from probeprune.provenance import model_fingerprint
 
 WINDOWS = token_ids(10, 12)
 

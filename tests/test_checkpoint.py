@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, SHAPE, token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from probeprune import calibrate, checkpoint, compose, evenly, find_blocks, load_model, prune, save
-from probeprune.checkpoint import export
+from probeprune import calibrate, compose, find_blocks, load_model, prune, save, with_equal_widths
 from probeprune.errors import UsageError
+from probeprune.model import checkpoint
+from probeprune.model.checkpoint import export
 
 IDS = token_ids(3, 20)
 
@@ -44,7 +45,7 @@ def pruned(family: str, layout: str):
         prune(model, compose("random", skip_layers=2), 0.4 if family == "gemma3" else 0.2)
     else:
         blocks = ("mlp",) if layout == "mlp" else ("attention", "mlp")
-        prune(model, compose(evenly("random"), blocks=blocks), 0.2)
+        prune(model, compose(with_equal_widths("random"), blocks=blocks), 0.2)
     return model
 
 
@@ -146,7 +147,7 @@ def test_rotary_scaling_survives_the_change_of_family(tmp_path):
     }
     shape = {**SHAPE, "num_key_value_heads": 6}
     model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope, tie_word_embeddings=True)).eval()
-    prune(model, evenly("random"), 0.2)
+    prune(model, with_equal_widths("random"), 0.2)
     save(model, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(loaded).__name__ == "MistralForCausalLM" and logits(loaded).equal(logits(model))
@@ -159,7 +160,7 @@ def test_biases_go_into_a_plain_config_where_it_has_room(family, tmp_path):
     model = FAMILIES[family]()
     statistics = calibrate(model, IDS)
     blocks = ("attention", "mlp") if family == "llama-gqa" else ("mlp",)
-    prune(model, compose(evenly("flap"), blocks=blocks), 0.5, statistics=statistics)
+    prune(model, compose(with_equal_widths("flap"), blocks=blocks), 0.5, statistics=statistics)
     save(model, tmp_path / "out", layout="uniform")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not type(loaded).__name__.startswith("Pruned")
@@ -171,7 +172,7 @@ def test_biases_go_into_a_plain_config_where_it_has_room(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
 def test_a_bias_that_no_plain_config_holds_is_an_error_that_names_alternatives(family, tmp_path):
     model = FAMILIES[family]()
-    prune(model, evenly("flap"), 0.2, statistics=calibrate(model, IDS))
+    prune(model, with_equal_widths("flap"), 0.2, statistics=calibrate(model, IDS))
     with pytest.raises(UsageError, match=r"bias.*layout per-layer.*without compensation"):
         save(model, tmp_path / "out", layout="uniform")
     assert not list(tmp_path.iterdir())

@@ -6,11 +6,11 @@ from tiny import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import probeprune
-from probeprune.blocks import find_blocks
-from probeprune.evaluation.cost import PeakMemory, blocks_flops, counting_flops, probe_flops
 from probeprune.methods import compose
-from probeprune.passes import find_decoder
-from probeprune.probe import Probe
+from probeprune.model.blocks import find_blocks
+from probeprune.model.cost import PeakMemory, blocks_flops, counting_flops, probe_flops
+from probeprune.model.passes import find_decoder
+from probeprune.strategies.probe import Probe
 
 LENGTH = 24
 

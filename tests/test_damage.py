@@ -6,13 +6,14 @@ import pytest
 import torch
 from tiny import FAMILIES, token_ids
 
-from probeprune import Refit, allocation, attach, calibrate, compose, evenly, find_blocks, prune
-from probeprune.allocation import Damage
-from probeprune.calibration import Statistics
-from probeprune.damage import damages, unit_flops, unit_nanoseconds
+from probeprune import Refit, attach, calibrate, compose, find_blocks, prune, with_equal_widths
+from probeprune.calibration.damage import damages, unit_flops, unit_nanoseconds
+from probeprune.calibration.sensitivity import sensitivities
+from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
-from probeprune.evaluation.cost import block_flops, blocks_flops
-from probeprune.sensitivity import sensitivities
+from probeprune.model.cost import block_flops, blocks_flops
+from probeprune.strategies import allocation
+from probeprune.strategies.allocation import Damage
 from probeprune.surgery import method_consumers, method_damages
 
 WINDOWS = token_ids(12, 24, seed=3)
@@ -166,7 +167,7 @@ def test_a_method_that_allocates_by_damage_prunes_what_it_shows(family, allocati
 def test_damages_that_are_missing_are_asked_for():
     model = FAMILIES["llama"]()
     method = compose("ppsp", allocation="damage", name="by-damage")
-    assert evenly(method).allocation == "damage-even"
+    assert with_equal_widths(method).allocation == "damage-even"
     with pytest.raises(UsageError, match="method_damages"):
         attach(model, method, 0.3, statistics=calibrate(model, WINDOWS))
     with pytest.raises(UsageError, match="one width"):

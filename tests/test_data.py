@@ -11,16 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from probeprune.data import (
-    ASSETS,
-    EMBEDDED_CORPORA,
-    batches,
-    calibration_windows,
-    evaluation_windows,
-    load_corpus,
-    pad_batch,
-    tokenize,
-)
+from probeprune.data.corpora import ASSETS, EMBEDDED_CORPORA, load_corpus
+from probeprune.data.windows import batches, calibration_windows, evaluation_windows, pad_batch, tokenize
 from probeprune.errors import UsageError
 from probeprune.evaluation.task_data import TASKS
 

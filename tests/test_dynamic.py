@@ -8,10 +8,10 @@ from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
 from transformers import DynamicCache
 
 from probeprune import Probe, UsageError, attach, calibrate, compose
-from probeprune.blocks import find_blocks
-from probeprune.passes import find_decoder
-from probeprune.runtime import BlockRuntime
-from probeprune.statistics import History
+from probeprune.algebra.moments import History
+from probeprune.model.blocks import find_blocks
+from probeprune.model.passes import find_decoder
+from probeprune.runtime.block import BlockRuntime
 
 SIDES = ("none", "left", "right")
 DYNAMIC = (PROBING, "full-batch")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from probeprune.elimination import eliminate
+from probeprune.algebra.elimination import eliminate
 
 
 def problem(seed=0, units=6, width=1, d=4, tokens=200):

@@ -14,7 +14,7 @@ from tiny import write_model_and_text
 
 from probeprune import report
 from probeprune.cli import app, run
-from probeprune.data import Text
+from probeprune.data.windows import Text
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell, TextMeasure, grid, scaled_budget, subject
 from probeprune.experiment.results import RESULTS, Results

@@ -8,8 +8,8 @@ from tiny import FAMILIES
 
 from probeprune import UsageError
 from probeprune.cli import app, run
-from probeprune.generation import Sampling, encode, generate
-from probeprune.models import LoadedModel
+from probeprune.jobs.generate import Decoding, encode, generate
+from probeprune.model.loading import LoadedModel
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_drawing_follows_the_seed_and_greedy_does_not(loaded):
     inputs = encode(loaded, ["7 8 9"])
 
     def text(**how) -> str:
-        return generate(loaded, inputs, max_new_tokens=8, sampling=Sampling(**how)).texts[0]
+        return generate(loaded, inputs, max_new_tokens=8, sampling=Decoding(**how)).texts[0]
 
     assert text(temperature=1.0, seed=1) == text(temperature=1.0, seed=1)
     assert len({text(temperature=2.0, seed=s) for s in range(4)}) > 1
@@ -83,7 +83,7 @@ def test_what_cannot_be_generated_is_refused(loaded):
         ({"top_p": 0.5}, "needs a temperature"),
     ):
         with pytest.raises(UsageError, match=says):
-            Sampling(**bad)
+            Decoding(**bad)
 
 
 def test_a_chat_template_is_the_tokenizers_own(loaded):

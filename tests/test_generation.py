@@ -8,7 +8,7 @@ from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from probeprune import Probe, UsageError, attach, calibrate, compose
-from probeprune.passes import find_decoder
+from probeprune.model.passes import find_decoder
 
 OPTIONS = {
     "max_new_tokens": 7,

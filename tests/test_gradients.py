@@ -7,8 +7,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from probeprune import Gradients, Statistics, attach, compose, find_blocks, prune, saliences
+from probeprune.calibration.gradients import _lora_a
 from probeprune.errors import UsageError
-from probeprune.gradients import _lora_a
 from probeprune.plan import static_scores
 
 WINDOWS = token_ids(3, 12, seed=5)

@@ -12,8 +12,8 @@ from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from probeprune import Probe, attach, calibrate, compose
-from probeprune import partition as partition_module
-from probeprune.blocks import find_layers
+from probeprune.model import partition as partition_module
+from probeprune.model.blocks import find_layers
 
 aten = torch.ops.aten
 WAITS = {

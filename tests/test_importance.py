@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import FAMILIES
 
-from probeprune.allocation import choose_units
-from probeprune.blocks import find_blocks
-from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
+from probeprune.model.blocks import find_blocks
+from probeprune.strategies.allocation import choose_units
+from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
 
 
 def test_weights_in_half_precision_are_scored_in_float32():

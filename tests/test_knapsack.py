@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 
-from probeprune import knapsack
+from probeprune.algebra import knapsack
+from probeprune.algebra.knapsack import Choice, solve
 from probeprune.errors import UsageError
-from probeprune.knapsack import Choice, solve
 
 
 def brute(choices, budget):

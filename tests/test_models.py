@@ -11,9 +11,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from probeprune import models
 from probeprune.errors import UsageError
-from probeprune.models import cache_dir, fastest_dtype, load_model
+from probeprune.model import loading as models
+from probeprune.model.loading import cache_dir, fastest_dtype, load_model
 
 REAL_PRODUCT_SECONDS = models._product_seconds
 

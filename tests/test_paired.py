@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from probeprune.errors import UsageError
-from probeprune.evaluation.paired import Comparison, paired_accuracy, paired_bootstrap
+from probeprune.report.paired import Comparison, paired_accuracy, paired_bootstrap
 
 
 def losses(seed: int, windows: int = 30) -> list[float]:

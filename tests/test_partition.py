@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import FAMILIES, masked, padded, token_ids
 
-from probeprune import partition as partition_module
-from probeprune.blocks import find_blocks
 from probeprune.errors import UsageError
-from probeprune.partition import Partition
+from probeprune.model import partition as partition_module
+from probeprune.model.blocks import find_blocks
+from probeprune.model.partition import Partition
 
 KINDS = ("group", "balanced", "query")
 

@@ -8,7 +8,7 @@ from tiny import FAMILIES
 
 from probeprune.errors import UsageError
 from probeprune.evaluation.perplexity import perplexity, window_losses
-from probeprune.passes import find_decoder
+from probeprune.model.passes import find_decoder
 
 WINDOWS = torch.arange(7 * 20).remainder(97).view(7, 20) + 3
 

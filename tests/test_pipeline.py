@@ -7,8 +7,8 @@ from tiny import FAMILIES, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from probeprune import find_blocks
-from probeprune.blocks import supported_models
 from probeprune.cli import app, run
+from probeprune.model.families import supported_models
 
 
 def call(*arguments: object) -> int:

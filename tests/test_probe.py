@@ -9,11 +9,20 @@ import pytest
 import torch
 from tiny import FAMILIES, padded
 
-from probeprune.blocks import find_blocks
+from probeprune.algebra.moments import Tokens
 from probeprune.errors import UsageError
-from probeprune.passes import find_decoder
-from probeprune.probe import Probe, Selection, choose, fuse, probe_energy, probe_size, restrict, run_ahead
-from probeprune.statistics import Tokens
+from probeprune.model.blocks import find_blocks
+from probeprune.model.passes import find_decoder
+from probeprune.strategies.probe import (
+    Probe,
+    Selection,
+    choose,
+    fuse,
+    probe_energy,
+    probe_size,
+    restrict,
+    run_ahead,
+)
 
 SIDES = ("none", "left", "right")
 

@@ -3,10 +3,11 @@
 import pytest
 
 from probeprune import attach, calibrate
-from probeprune.blocks import find_blocks
-from probeprune.data import calibration_windows, evaluation_windows, load_corpus
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.models import cache_dir
+from probeprune.model.blocks import find_blocks
+from probeprune.model.loading import cache_dir
 
 pytestmark = pytest.mark.real
 

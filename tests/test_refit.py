@@ -7,14 +7,14 @@ import torch
 from tiny import FAMILIES, token_ids
 from transformers import AutoModelForCausalLM
 
-from probeprune import Probe, Refit, attach, calibrate, compose, evenly, find_blocks, prune, save
-from probeprune.calibration import Statistics
-from probeprune.elimination import LOOKS, eliminate
+from probeprune import Probe, Refit, attach, calibrate, compose, find_blocks, prune, save, with_equal_widths
+from probeprune.algebra.elimination import LOOKS, eliminate
+from probeprune.algebra.least_squares import FLOOR, Gram, solve, squared_error
+from probeprune.calibration.refit import refit
+from probeprune.calibration.sensitivity import sensitivities
+from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
-from probeprune.least_squares import FLOOR, Gram, solve, squared_error
-from probeprune.refit import refit
-from probeprune.runtime import SAMPLE
-from probeprune.sensitivity import sensitivities
+from probeprune.runtime.block import SAMPLE
 from probeprune.surgery import method_consumers
 
 WINDOWS = token_ids(24, 24, seed=3)
@@ -469,7 +469,7 @@ def test_a_new_bias_only_where_asked_for():
 
 def test_one_width_for_all_layers_stays_a_plain_checkpoint(tmp_path):
     model = FAMILIES["mistral"]()
-    method = replace(evenly("wanda-sp"), compensation="least-squares", refit=Refit())
+    method = replace(with_equal_widths("wanda-sp"), compensation="least-squares", refit=Refit())
     prune(model, method, 0.3, calibration=WINDOWS)
     save(model, tmp_path / "out", layout="uniform")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "MistralForCausalLM"

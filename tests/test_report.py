@@ -17,9 +17,9 @@ import pytest
 from probeprune import report
 from probeprune.cli import app, run
 from probeprune.errors import UsageError
-from probeprune.evaluation.paired import paired_accuracy, paired_bootstrap
 from probeprune.methods import METHODS
 from probeprune.report.columns import best, columns
+from probeprune.report.paired import paired_accuracy, paired_bootstrap
 from probeprune.report.palette import COLOURS
 from probeprune.report.summary import Speed, pareto_front, prr
 from probeprune.report.text import failures

@@ -7,8 +7,8 @@ import torch
 from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
 
 from probeprune import Probe, UsageError, attach, calibrate, compose
-from probeprune.blocks import find_blocks
-from probeprune.passes import find_decoder
+from probeprune.model.blocks import find_blocks
+from probeprune.model.passes import find_decoder
 
 REFRESHING = compose("probe", probe=Probe(reuse=0, refresh=1))
 

@@ -5,7 +5,7 @@ import torch
 from tiny import token_ids
 
 from probeprune import find_blocks
-from probeprune.sensitivity import FLOOR, sensitivities
+from probeprune.calibration.sensitivity import FLOOR, sensitivities
 
 
 def exact(model, ids, block):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import FAMILIES, padded, token_ids
 
-from probeprune.allocation import choose_units
-from probeprune.blocks import find_blocks
-from probeprune.calibration import collecting
-from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
-from probeprune.probe import Probe, Selection, choose, fuse, fused_energy
-from probeprune.statistics import History, Moments, Tokens, position_sums
+from probeprune.algebra.moments import History, Moments, Tokens, position_sums
+from probeprune.calibration.collecting import collecting
+from probeprune.model.blocks import find_blocks
+from probeprune.strategies.allocation import choose_units
+from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
+from probeprune.strategies.probe import Probe, Selection, choose, fuse, fused_energy
 
 SIDES = ("none", "left", "right")
 OWN = (0, 1, 3, 50)

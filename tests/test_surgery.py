@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, masked, padded, token_ids
 
-from probeprune import Gradients, Probe, attach, calibrate, compose, evenly, find_blocks, prune
+from probeprune import Gradients, Probe, attach, calibrate, compose, find_blocks, prune, with_equal_widths
 from probeprune.errors import UsageError
 
 WINDOWS = token_ids(8, 24, seed=3)
@@ -114,7 +114,7 @@ def test_steps_end_at_the_ratio_and_calibrate_anew(allocation):
 
 def test_evenly_gives_one_width_to_all_layers():
     model = FAMILIES["llama"]()
-    prune(model, evenly("magnitude"), 0.4)
+    prune(model, with_equal_widths("magnitude"), 0.4)
     assert len({b.units for b in find_blocks(model)}) == 2
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from probeprune import Probe, UsageError, attach, calibrate, compose
-from probeprune.data import ASSETS, read_text
+from probeprune.data.corpora import ASSETS, read_text
 from probeprune.evaluation import harness, published, task_data
 from probeprune.evaluation.likelihood import Request, make_batches, score
 from probeprune.evaluation.task_data import TASKS, load_rows

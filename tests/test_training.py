@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from probeprune import compose, find_blocks, load_model, prune, save
 from probeprune.cli import app, run
-from probeprune.data import training_windows
+from probeprune.data.windows import training_windows
 from probeprune.errors import UsageError
 from probeprune.training import processes
-from probeprune.training.loraprune import LoraPrune, loraprune, schedule, sensitivity
+from probeprune.training.loraprune import LoraPrune, lora_salience, loraprune, schedule
 from probeprune.training.recovery import lora_config, merged, recover
 from probeprune.training.settings import Lora, Training
 from probeprune.training.trainer import last_checkpoint
@@ -87,7 +87,7 @@ def test_sensitivity_is_the_explicit_formula(family):
             )
             whole = m.linear.weight.double() + 2 * b.double() @ a.double()
             expected = (gradient * whole).abs().sum(1 - m.axis)
-            torch.testing.assert_close(sensitivity(m, layer).double(), expected, rtol=1e-4, atol=1e-9)
+            torch.testing.assert_close(lora_salience(m, layer).double(), expected, rtol=1e-4, atol=1e-9)
 
 
 def test_scores_are_a_moving_average_of_normalised_sums_and_a_nan_step_is_left_out(tmp_path):
@@ -103,7 +103,7 @@ def test_scores_are_a_moving_average_of_normalised_sums_and_a_nan_step_is_left_o
                 layer.lora_A["default"].weight.grad[0, 0] = float("nan")
             parts = []
             for m in blocks[1].members:
-                s = sensitivity(m, model.get_base_model().get_submodule(m.name))
+                s = lora_salience(m, model.get_base_model().get_submodule(m.name))
                 parts.append(s / s.square().sum().sqrt())
             seen.append(sum(parts))
 
@@ -511,8 +511,8 @@ def test_an_adapter_given_as_model_is_said_to_be_one(files, tmp_path, capsys):
 
 
 def test_figures_before_training_are_measured_once(tmp_path, number_tokenizer, files):
-    from probeprune.data import Text
-    from probeprune.pipeline import Measure
+    from probeprune.data.windows import Text
+    from probeprune.jobs.measure import Measure
     from probeprune.progress import silent
 
     loaded = load_model(str(files / "dense"), dtype="float32")

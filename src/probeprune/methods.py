@@ -5,16 +5,15 @@ A new method is a row here or a `Method` of the caller's own; no class is needed
 
 import json
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from typing import Any, Literal, cast, get_args
 
-from probeprune.allocation import ALLOCATIONS, KINDS
-from probeprune.blocks import UnitKind
-from probeprune.compensation import Refit
-from probeprune.errors import UsageError
-from probeprune.gradients import Gradients
-from probeprune.importance import IMPORTANCES
-from probeprune.probe import Probe
+from probeprune.calibration.gradients import Gradients
+from probeprune.errors import UsageError, unknown
+from probeprune.model.blocks import UnitKind
+from probeprune.strategies.allocation import ALLOCATIONS, KINDS
+from probeprune.strategies.compensation import Refit
+from probeprune.strategies.importance import IMPORTANCES
+from probeprune.strategies.probe import Probe
 
 Compensation = Literal["none", "bias", "least-squares"]
 """What makes up for the lost units: nothing, FLAP's bias, or a refit of the consumers."""
@@ -282,25 +281,17 @@ def compose(base: str | Method, **changes: object) -> Method:
     return replace(method, **changes)  # type: ignore[arg-type]
 
 
-def evenly(method: str | Method) -> Method:
+def with_equal_widths(method: str | Method) -> Method:
     """That method with one width for all layers, so that a checkpoint needs no more than a plain config."""
     method = get_method(method)
     allocation = "damage-even" if method.needs_damages else "even"
     return compose(method, name=method.name, allocation=allocation, skip_layers=0)
 
 
-def stand_in(method: Method) -> Method:
+def without_measured_widths(method: Method) -> Method:
     """That method with widths that follow from the ratio alone, for one whose widths follow from damages: to
     try a cut before they are measured."""
     if not method.needs_damages:
         return method
     allocation = "even" if method.allocation == "damage-even" else "uniform"
     return compose(method, name=method.name, allocation=allocation, budget="parameters")
-
-
-def unknown(what: str, given: str, known: object) -> str:
-    """One sentence for an unknown name, with the nearest known one and all of them."""
-    names = sorted(str(k) for k in known)  # type: ignore[attr-defined]
-    near = get_close_matches(str(given), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {given!r}; {hint}Known: {', '.join(names)}."

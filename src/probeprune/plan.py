@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from probeprune import allocation
-from probeprune.blocks import Block
-from probeprune.calibration import Statistics
+from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
-from probeprune.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.methods import Method
+from probeprune.model.blocks import Block
+from probeprune.strategies import allocation
+from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
 
 Scores = torch.Tensor
 """Importance of a block's units (units,), float32; larger is more important."""

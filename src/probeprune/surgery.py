@@ -11,20 +11,24 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from probeprune import allocation, stored_consumers
-from probeprune.blocks import Block, UnitKind, find_blocks
-from probeprune.calibration import Statistics, cached_tensors, calibrate, content_key
-from probeprune.compensation import Consumer, Refit, lost_bias
-from probeprune.damage import damages, unit_flops, unit_nanoseconds
+from probeprune.calibration import stored_consumers
+from probeprune.calibration.collecting import calibrate
+from probeprune.calibration.damage import damages, unit_flops, unit_nanoseconds
+from probeprune.calibration.gradients import Criterion, saliences
+from probeprune.calibration.refit import refit
+from probeprune.calibration.sensitivity import sensitivities
+from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
-from probeprune.gradients import Criterion, saliences
+from probeprune.files import cached_tensors
 from probeprune.methods import METHODS, Method, check_untrained, get_method
-from probeprune.partition import Partition, check_can_cut
-from probeprune.passes import check_eval
+from probeprune.model.blocks import Block, UnitKind, find_blocks
+from probeprune.model.partition import Partition, check_can_cut
+from probeprune.model.passes import check_eval
 from probeprune.plan import Kept, Scores, check_finite, check_statistics, static_scores, widths
 from probeprune.progress import Progress, silent
-from probeprune.refit import refit
-from probeprune.sensitivity import sensitivities
+from probeprune.provenance import content_key
+from probeprune.strategies import allocation
+from probeprune.strategies.compensation import Consumer, Refit, lost_bias
 
 _FORMAT = 3
 DAMAGE_WINDOWS = 32

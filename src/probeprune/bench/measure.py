@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from probeprune.allocation import removed_parameters
 from probeprune.bench.profiling import OVERHEAD, profiled
 from probeprune.bench.targets import Target
-from probeprune.blocks import Block
-from probeprune.calibration import Statistics
-from probeprune.dynamic import attach
-from probeprune.evaluation.cost import PeakMemory, counting_flops, now
+from probeprune.calibration.statistics import Statistics
 from probeprune.methods import METHODS, Method
-from probeprune.passes import find_decoder
+from probeprune.model.blocks import Block
+from probeprune.model.cost import PeakMemory, counting_flops, synced_clock
+from probeprune.model.passes import find_decoder
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
+from probeprune.runtime.handle import attach
+from probeprune.strategies.allocation import removed_parameters
 
 Figures = dict[str, Any]
 """One line: a method, a stage (prefill or decode) and a point of the grid."""
@@ -123,13 +123,13 @@ def _step(target: Target, ids: torch.Tensor, cache: DynamicCache) -> None:
 
 def _round(target: Target, batch: torch.Tensor, length: int, run: _Run) -> None:
     """Time one prompt and the tokens behind it."""
-    times = [now(target.device)]
+    times = [synced_clock(target.device)]
     cache = _prefill(target, batch[:, :length])
-    times.append(now(target.device))
+    times.append(synced_clock(target.device))
     steps = batch[:, length:].split(1, dim=1) if batch.shape[1] > length else ()
     for token in steps:
         _step(target, token, cache)
-    times.append(now(target.device))
+    times.append(synced_clock(target.device))
     run.seconds["prefill"].append(times[1] - times[0])
     if steps:
         run.seconds["decode"].append((times[2] - times[1]) / len(steps))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from probeprune.blocks import Block
+from probeprune.model.blocks import Block
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from probeprune.blocks import find_blocks
-from probeprune.data import calibration_windows, load_corpus
-from probeprune.errors import UsageError
-from probeprune.methods import unknown
-from probeprune.models import LoadedModel
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows
+from probeprune.errors import UsageError, unknown
+from probeprune.model.blocks import find_blocks
+from probeprune.model.loading import LoadedModel
 
 SHAPES: dict[str, dict[str, Any]] = {
     # hidden size, MLP width, layers, heads, key-value heads, head size: from the models' config.json

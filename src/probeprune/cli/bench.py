@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from probeprune.allocation import check_ratio
 from probeprune.cli.common import DEVICE, JSON, MODEL, TRUST, err, names, out, progress_bar, say_written
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
+from probeprune.strategies.allocation import check_ratio
 
 
 def bench(
@@ -47,7 +47,7 @@ def bench(
     """
     from probeprune.bench.measure import Figures, Point, measure
     from probeprune.bench.show import plot, profile_table, tables
-    from probeprune.calibration import calibrate
+    from probeprune.calibration.collecting import calibrate
 
     chosen = [_method(name, shape) for name in names(methods, "methods")]
     check_ratio(ratio)
@@ -127,7 +127,7 @@ def _target(
     model: str, shape: str | None, layers: int | None, dtype: str, device: str, trust_remote_code: bool
 ) -> Any:
     from probeprune.bench.targets import from_loaded, of_shape
-    from probeprune.models import choose_device, choose_dtype, load_model
+    from probeprune.model.loading import choose_device, choose_dtype, load_model
 
     if shape is None:
         return from_loaded(load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code))

@@ -19,8 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from probeprune.errors import UsageError
-from probeprune.methods import unknown
+from probeprune.errors import UsageError, unknown
 
 err = Console(stderr=True)
 

@@ -5,8 +5,6 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from probeprune.allocation import check_ratio
-from probeprune.blocks import UnitKind
 from probeprune.cli.common import (
     DEVICE,
     DTYPE,
@@ -22,9 +20,11 @@ from probeprune.cli.common import (
     say_written,
     warn,
 )
-from probeprune.data import Sampling
+from probeprune.data.windows import Sampling
 from probeprune.errors import UsageError
 from probeprune.methods import compose, get_method
+from probeprune.model.blocks import UnitKind
+from probeprune.strategies.allocation import check_ratio
 
 
 def compare(
@@ -82,12 +82,12 @@ def compare(
     Example: [bold]probeprune compare smollm2-135m --methods dense,probe --ratios 0.2,0.4,0.6[/bold]
     """
     from probeprune import report
-    from probeprune.data import Text
+    from probeprune.data.windows import Text
     from probeprune.experiment.cells import Cell, TextMeasure, grid, scaled_budget, subject
     from probeprune.experiment.results import Results
     from probeprune.experiment.run import run
     from probeprune.experiment.workbench import Workbench
-    from probeprune.models import load_model, source_fingerprint
+    from probeprune.model.loading import load_model, source_fingerprint
     from probeprune.provenance import dtype_name
 
     for name, value in (("windows", windows + 1), ("length", length - 1), ("batch-size", batch_size)):

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from probeprune.allocation import check_ratio
 from probeprune.cli.common import DEVICE, DTYPE, JSON, MODEL, TRUST, err, progress_bar
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, compose, get_method
+from probeprune.strategies.allocation import check_ratio
 
 ROUNDS = 3
 """Of `--compare`, dense and pruned in turn; medians are shown."""
@@ -56,15 +56,15 @@ def generate(
     Example: [bold]probeprune generate smollm2-135m --method probe --ratio 0.2 --chat --prompt "Hello"[/bold]
     """
     from probeprune import attach
-    from probeprune.data import Text
-    from probeprune.generation import Sampling, encode
-    from probeprune.generation import generate as run
-    from probeprune.models import load_model
+    from probeprune.data.windows import Text
+    from probeprune.jobs.generate import Decoding, encode
+    from probeprune.jobs.generate import generate as run
+    from probeprune.model.loading import load_model
     from probeprune.provenance import dtype_name
 
     chosen = _method(method, refresh)
     check_ratio(ratio)
-    sampling = Sampling(temperature, top_p, seed)
+    sampling = Decoding(temperature, top_p, seed)
     prompts = _prompts(prompt or [], file or [])
     if max_new_tokens < 1:
         raise UsageError("--max-new-tokens must be at least 1.")
@@ -160,7 +160,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Median rates of the dense and the pruned model, generating in turn to equal length."""
     from probeprune import METHODS, attach
-    from probeprune.generation import generate as run
+    from probeprune.jobs.generate import generate as run
 
     rates: dict[str, list[tuple[float, float]]] = {"dense": [], method.name: []}
     with err.status("measuring speed"):

@@ -5,9 +5,9 @@ import json
 
 from rich.table import Table
 
-from probeprune.blocks import FAMILIES
 from probeprune.cli.common import JSON, out
 from probeprune.methods import METHODS
+from probeprune.model.families import FAMILIES
 
 
 def list_methods(as_json: JSON = False) -> None:

@@ -5,9 +5,6 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from probeprune.allocation import check_ratio
-from probeprune.blocks import UnitKind
-from probeprune.checkpoint import Layout
 from probeprune.cli.common import (
     DEVICE,
     DTYPE,
@@ -21,9 +18,12 @@ from probeprune.cli.common import (
     say_saved,
     weights_dtype,
 )
-from probeprune.compensation import Refit
 from probeprune.errors import UsageError
-from probeprune.methods import Method, compose, evenly, get_method
+from probeprune.methods import Method, compose, get_method, with_equal_widths
+from probeprune.model.blocks import UnitKind
+from probeprune.model.checkpoint import Layout
+from probeprune.strategies.allocation import check_ratio
+from probeprune.strategies.compensation import Refit
 
 
 def prune(
@@ -78,10 +78,10 @@ def prune(
 
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """
-    from probeprune import pipeline
-    from probeprune.checkpoint import check_free
-    from probeprune.data import Text
-    from probeprune.models import load_model
+    from probeprune.data.windows import Text
+    from probeprune.jobs import prune as pipeline
+    from probeprune.model.checkpoint import check_free
+    from probeprune.model.loading import load_model
 
     check_free(out_dir)
     chosen = static_method(
@@ -148,7 +148,7 @@ def static_method(
                 "the uniform layout gives all layers one width: leave --skip-layers, --allocation and "
                 "--budget out, or use --layout per-layer."
             )
-        method = evenly(method)
+        method = with_equal_widths(method)
     else:
         own = {"skip_layers": skip_layers, "allocation": allocation, "budget": budget}
         changes |= {key: value for key, value in own.items() if value is not None}

@@ -61,7 +61,7 @@ def table(
     from probeprune.experiment.results import Results
     from probeprune.experiment.run import run
     from probeprune.experiment.workbench import Workbench
-    from probeprune.models import choose_device, choose_dtype
+    from probeprune.model.loading import choose_device, choose_dtype
     from probeprune.provenance import dtype_name
 
     one_of("executor", executor, ("local", "ray"))

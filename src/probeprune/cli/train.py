@@ -7,8 +7,6 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from probeprune.allocation import check_ratio
-from probeprune.checkpoint import Layout
 from probeprune.cli.common import (
     DEVICE,
     DTYPE,
@@ -22,6 +20,8 @@ from probeprune.cli.common import (
     weights_dtype,
 )
 from probeprune.errors import UsageError
+from probeprune.model.checkpoint import Layout
+from probeprune.strategies.allocation import check_ratio
 
 STEPS = Annotated[int, typer.Option(help="Optimiser steps.")]
 TRAIN_BATCH = Annotated[int, typer.Option(help="Sequences a step, over all processes.")]
@@ -76,9 +76,9 @@ def recover(
 
     Example: [bold]probeprune recover pruned --out recovered --merge[/bold]
     """
-    from probeprune.checkpoint import check_free
-    from probeprune.data import Text
-    from probeprune.training import jobs
+    from probeprune.data.windows import Text
+    from probeprune.jobs import train as jobs
+    from probeprune.model.checkpoint import check_free
     from probeprune.training.settings import Lora, Training
 
     check_free(out_dir)
@@ -145,9 +145,9 @@ def loraprune(
 
     Example: [bold]probeprune loraprune smollm2-135m --ratio 0.2 --out pruned[/bold]
     """
-    from probeprune.checkpoint import check_free
-    from probeprune.data import Text
-    from probeprune.training import jobs
+    from probeprune.data.windows import Text
+    from probeprune.jobs import train as jobs
+    from probeprune.model.checkpoint import check_free
     from probeprune.training.settings import Lora, Training
 
     check_free(out_dir)
@@ -198,7 +198,7 @@ def pruning_of(model: str) -> dict[str, Any] | None:
 
 def load_for_training(model: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
     """The model in every process, each on its own device."""
-    from probeprune.models import load_model
+    from probeprune.model.loading import load_model
     from probeprune.training import processes
 
     processes.join(device)

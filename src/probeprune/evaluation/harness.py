@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from probeprune.errors import UsageError, first_line
 from probeprune.evaluation.likelihood import Order, Request, Scores, make_batches, score
 from probeprune.evaluation.task_data import Task, load_rows
-from probeprune.hub import quiet_libraries
+from probeprune.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)

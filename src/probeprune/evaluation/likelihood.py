@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from probeprune.data import pad_batch, require_positive
-from probeprune.errors import UsageError
-from probeprune.passes import find_decoder
+from probeprune.data.windows import pad_batch
+from probeprune.errors import UsageError, require_positive
+from probeprune.model.passes import find_decoder
 
 Order = Literal["length", "given"]
 Batch = list[int]

@@ -15,12 +15,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from probeprune.calibration import check_windows
-from probeprune.data import batches
+from probeprune.data.windows import batches
 from probeprune.errors import UsageError
-from probeprune.evaluation.cost import counting_flops, now
 from probeprune.evaluation.likelihood import HEAD_TOKENS, next_token_logits
-from probeprune.passes import find_decoder
+from probeprune.model.cost import counting_flops, synced_clock
+from probeprune.model.passes import check_windows, find_decoder
 
 Averaging = Literal["token", "published"]
 
@@ -89,9 +88,9 @@ def perplexity(
         for batch in batches(windows, batch_size):
             ids = batch.to(device)
             with nullcontext() if losses else counting_flops() as count:
-                started = now(device)
+                started = synced_clock(device)
                 hidden = decoder(input_ids=ids, use_cache=False)[0]
-                took = now(device) - started
+                took = synced_clock(device) - started
             if count is not None:
                 flops_per_token = count.flops / ids.numel()
             seconds += took

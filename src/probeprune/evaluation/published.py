@@ -12,7 +12,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedTokenizerBase
 
-from probeprune.data import require_positive, tokenize
+from probeprune.data.windows import tokenize
+from probeprune.errors import require_positive
 from probeprune.evaluation.harness import Answers, LiveModel, questions, right_option
 from probeprune.evaluation.likelihood import Batch, Request, score
 

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from probeprune.data import ASSETS, read_text
-from probeprune.errors import UsageError
-from probeprune.methods import unknown
+from probeprune.data.corpora import ASSETS, read_text
+from probeprune.errors import UsageError, unknown
 
 Row = dict[str, Any]
 """One item, in the columns of the harness' data set."""

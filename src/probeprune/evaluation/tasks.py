@@ -12,11 +12,10 @@ from typing import Literal, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from probeprune.data import require_positive
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, require_positive
 from probeprune.evaluation.likelihood import Order
 from probeprune.evaluation.task_data import TASKS, Metric, get_task
-from probeprune.passes import check_eval
+from probeprune.model.passes import check_eval
 
 Protocol = Literal["harness", "published"]
 

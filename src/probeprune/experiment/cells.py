@@ -10,11 +10,11 @@ from functools import cached_property
 from math import gcd
 from typing import Any, Literal
 
-from probeprune.allocation import check_ratio
-from probeprune.data import Sampling, Text
+from probeprune.data.windows import Sampling, Text
 from probeprune.errors import UsageError
 from probeprune.evaluation.perplexity import Averaging
 from probeprune.methods import Method
+from probeprune.strategies.allocation import check_ratio
 from probeprune.training.settings import Training
 
 _FORMAT = 1
@@ -22,7 +22,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Budget:
+class TrainingBudget:
     """How much a method with training may train, and on what text."""
 
     training: Training = field(default_factory=Training)
@@ -40,7 +40,7 @@ class Subject:
     seed: int
     """Draws calibration windows, what the method draws, and the order of training text."""
     calibration: Text | None
-    budget: Budget | None
+    budget: TrainingBudget | None
     dtype: str
     device: str
     weights: str = ""
@@ -139,7 +139,7 @@ class Cell:
 
 def scaled_budget(
     steps: int, batch_size: int, length: int, learning_rate: float, corpus: str = "c4", packing: bool = False
-) -> Budget:
+) -> TrainingBudget:
     """A budget of any size in the proportions of LLM-Pruner's recovery.
 
     The learning rate rises for a sixth of the steps; a twenty-fifth of the text is held out (at least 16
@@ -155,7 +155,7 @@ def scaled_budget(
         evaluate_every=max(steps // 4, 1),
         evaluate_windows=min(max(steps * batch_size // 25, 16), 800),
     )
-    return Budget(training, corpus, packing)
+    return TrainingBudget(training, corpus, packing)
 
 
 def subject(
@@ -165,7 +165,7 @@ def subject(
     *,
     seed: int = 0,
     calibration: Text,
-    budget: Budget | None = None,
+    budget: TrainingBudget | None = None,
     dtype: str,
     device: str,
     weights: str = "",

@@ -3,15 +3,15 @@
 import time
 from typing import Any
 
-from probeprune.allocation import removed_parameters
 from probeprune.bench.measure import Point
 from probeprune.bench.measure import measure as measure_point
 from probeprune.bench.profiling import OVERHEAD
 from probeprune.bench.targets import from_loaded
-from probeprune.calibration import calibrate
+from probeprune.calibration.collecting import calibrate
 from probeprune.experiment.cells import Cell, CostMeasure
 from probeprune.experiment.workbench import Workbench
 from probeprune.progress import Progress
+from probeprune.strategies.allocation import removed_parameters
 from probeprune.surgery import method_consumers, method_saliences
 
 _TIMES = ("seconds", "tokens_per_second", "speedup", "speedup_range", "efficiency")

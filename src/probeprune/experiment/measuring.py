@@ -5,16 +5,17 @@ from dataclasses import asdict
 
 import torch
 
-from probeprune.data import evaluation_windows, load_corpus
-from probeprune.dynamic import Handle
-from probeprune.evaluation.cost import PeakMemory, blocks_flops, probe_flops
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.evaluation.tasks import evaluate_task
 from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeasure
 from probeprune.experiment.costing import cost_line
 from probeprune.experiment.results import Row
 from probeprune.experiment.workbench import Prepared, Workbench
+from probeprune.model.cost import PeakMemory, blocks_flops, probe_flops
 from probeprune.provenance import versions
+from probeprune.runtime.handle import Handle
 
 Steps = Callable[[int, int], None]
 """Called with (parts done, parts in all)."""

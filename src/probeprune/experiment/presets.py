@@ -10,27 +10,27 @@ from typing import Any, NoReturn
 
 import yaml
 
-from probeprune.data import Text
-from probeprune.errors import UsageError
+from probeprune.calibration.gradients import Gradients
+from probeprune.data.windows import Text
+from probeprune.errors import UsageError, unknown
 from probeprune.evaluation.task_data import TASKS
 from probeprune.experiment.cells import (
-    Budget,
     Cell,
     CostMeasure,
     Measure,
     Subject,
     TaskMeasure,
     TextMeasure,
+    TrainingBudget,
     grid,
     scaled_budget,
     subject,
 )
-from probeprune.gradients import Gradients
-from probeprune.methods import Method, get_method, unknown
-from probeprune.models import source_fingerprint
-from probeprune.probe import Probe
+from probeprune.methods import Method, get_method
+from probeprune.model.loading import source_fingerprint
+from probeprune.strategies.probe import Probe
 
-FOLDER = Path(__file__).parents[1] / "presets"
+FOLDER = Path(__file__).parent / "preset_files"
 PUBLISHED = FOLDER / "published.yaml"
 
 
@@ -53,7 +53,7 @@ class Preset:
     seeds: tuple[int, ...]
     calibration: Text
     parts: tuple[Part, ...]
-    budget: Budget | None = None
+    budget: TrainingBudget | None = None
     training_seeds: tuple[int, ...] | None = None
     """Seeds with which methods are trained (None: all)."""
 
@@ -208,7 +208,7 @@ class _Reader:
         values = self.record(node, Text)
         return self.checked(node, lambda: Text(**{"corpus": "c4", "windows": 128, **values}))
 
-    def budget(self, node: yaml.Node) -> tuple[Budget, tuple[int, ...] | None]:
+    def budget(self, node: yaml.Node) -> tuple[TrainingBudget, tuple[int, ...] | None]:
         parts = self.mapping(
             node, {"steps", "batch_size", "length", "learning_rate", "corpus", "packing", "seeds"}
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
-from probeprune.lines import RESULTS, Row, read_lines
+from probeprune.files import RESULTS, Row, read_lines
 
 
 @dataclass

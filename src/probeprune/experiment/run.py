@@ -4,13 +4,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
-from probeprune.blocks import find_blocks
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results, Row
 from probeprune.experiment.workbench import Unprepared, Workbench
-from probeprune.methods import stand_in
+from probeprune.methods import without_measured_widths
+from probeprune.model.blocks import find_blocks
 from probeprune.plan import widths
 
 Done = Callable[[Cell, Row], None]
@@ -85,7 +85,7 @@ def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Itera
 def _check(bench: Workbench, cells: Sequence[Cell]) -> None:
     """Raise now what would stop the run later: a ratio that cannot be reached."""
     for subject in dict.fromkeys(c.subject for c in cells):
-        method = stand_in(subject.method)
+        method = without_measured_widths(subject.method)
         if method.when != "never" and method.allocation != "global":
             blocks = find_blocks(bench.dense(subject).model, method.units)
             try:

@@ -13,19 +13,21 @@ from typing import Any
 
 import torch
 
-from probeprune.allocation import Damage
-from probeprune.blocks import Block, find_blocks
-from probeprune.calibration import Statistics, calibrate
-from probeprune.compensation import Consumer
-from probeprune.data import Text, calibration_windows, load_corpus
-from probeprune.dynamic import Handle, attach
+from probeprune.calibration.collecting import calibrate
+from probeprune.calibration.statistics import Statistics
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import Text, calibration_windows
 from probeprune.experiment.cells import Subject
+from probeprune.jobs.train import loraprune_to, recover_to
 from probeprune.methods import Method, refit_of
-from probeprune.models import LoadedModel, cache_dir, load_model
+from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.loading import LoadedModel, cache_dir, load_model
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
+from probeprune.runtime.handle import Handle, attach
+from probeprune.strategies.allocation import Damage
+from probeprune.strategies.compensation import Consumer
 from probeprune.surgery import method_consumers, method_damages, method_saliences, prune
-from probeprune.training.jobs import loraprune_to, recover_to
 
 BATCH_SIZE = 16
 """Windows a forward pass of calibration."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from probeprune.evaluation.paired import Comparison, Difference, paired_accuracy, paired_bootstrap
+from probeprune.report.paired import Comparison, Difference, paired_accuracy, paired_bootstrap
 from probeprune.report.summary import Entry, Summary, pairs
 
 Compared = Comparison | Difference

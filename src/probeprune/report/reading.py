@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from probeprune.errors import UsageError
-from probeprune.lines import RESULTS, Row, read_lines
+from probeprune.files import RESULTS, Row, read_lines
 
 _NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 

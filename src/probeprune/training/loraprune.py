@@ -14,12 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from probeprune.blocks import Block, Member, find_blocks, find_layers
 from probeprune.errors import UsageError
-from probeprune.importance import sum_of_shares
 from probeprune.methods import Method, compose
+from probeprune.model.blocks import Block, Member, find_blocks, find_layers
 from probeprune.plan import widths
 from probeprune.progress import Progress, silent
+from probeprune.strategies.importance import sum_of_shares
 from probeprune.surgery import cut
 from probeprune.training.recovery import Trained, merged, recover
 from probeprune.training.settings import Training
@@ -35,7 +35,7 @@ def schedule(progress: float, ramp: float = 0.1) -> float:
     return 1 - (1 - p) ** 3
 
 
-def sensitivity(member: Member, adapter: Any, name: str = "default") -> torch.Tensor:
+def lora_salience(member: Member, adapter: Any, name: str = "default") -> torch.Tensor:
     """`sum |(dB A + B dA - dB dA) * (W + s B A)|` over each row or column that belongs to the member.
 
     LoRAPrune, equations 7 and 8: the frozen weight's gradient estimated from LoRA's.
@@ -142,7 +142,7 @@ class LoraPrune(TrainerCallback, ExportableState):
         for block, _ in self.blocks:
             parts = []
             for m in block.members:
-                values = m.part(sensitivity(m, _adapter(model, m)), block.units)
+                values = m.part(lora_salience(m, _adapter(model, m)), block.units)
                 parts.append(values.view(block.units, m.width).sum(1))
             fresh[block.name] = sum_of_shares(parts)
         # One copy to the CPU for all blocks: on CUDA each would wait for the device.

@@ -18,13 +18,14 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from probeprune.blocks import find_blocks
-from probeprune.calibration import check_windows, model_fingerprint
 from probeprune.errors import UsageError
-from probeprune.evaluation.cost import PeakMemory
 from probeprune.files import write_json
-from probeprune.hub import quiet_libraries
+from probeprune.model.blocks import find_blocks
+from probeprune.model.cost import PeakMemory
+from probeprune.model.passes import check_windows
 from probeprune.progress import Progress, silent
+from probeprune.provenance import model_fingerprint
+from probeprune.quiet import quiet_libraries
 from probeprune.training import processes
 from probeprune.training.settings import Lora, Training
 from probeprune.training.trainer import (

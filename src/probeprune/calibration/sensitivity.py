@@ -1,0 +1,123 @@
+"""Sensitivity: what an error in a block's output does to the model's next-token distribution.
+
+To second order an error `e` of one token's output costs `e' F e / 2` nats in KL divergence from the model's
+own prediction, where `F` is the Fisher information `E[g g']` of the gradient `g` of the log-likelihood of
+labels drawn from the model. One backward pass a window; no text is taken as the truth.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from probeprune.calibration.gradients import weights_at_rest
+from probeprune.files import cached_tensors
+from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.passes import check_eval, check_windows
+from probeprune.progress import Progress, silent
+from probeprune.provenance import content_key
+
+_FORMAT = 1
+FLOOR = 0.1
+"""Of the mean over directions that every direction counts at least: few windows do not show all of them."""
+
+
+def sensitivities(
+    model: nn.Module,
+    windows: torch.Tensor,
+    *,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, torch.Tensor]:
+    """The Fisher information of every block's output, averaged over tokens.
+
+    Memory: d^2 float32 numbers a block, and one window's activations. A token's gradient is that of the
+    whole window's log-likelihood, so what later tokens read of it counts too; that errors of different
+    tokens add up or cancel is left out.
+
+    Args:
+        model: a supported causal LM in eval mode, nothing attached. Its weights get no gradients.
+        windows: LongTensor (count, length) of token ids.
+        seed: for the labels drawn.
+        cache: a folder to keep results in, by content; None keeps nothing.
+        progress: called with (what, windows done, windows in all).
+
+    Returns:
+        By block name `F + FLOOR mean(diag F) I` (d, d), float32.
+
+    Raises:
+        UsageError: unsupported model, windows too long.
+        FloatingPointError: a NaN or infinite gradient (float16 overflows easily).
+    """
+    check_windows(model, windows)
+    check_eval(model, "sensitivities need")
+    path = None
+    if cache is not None:
+        path = cache / f"{content_key(model, windows, 'sensitivities', _FORMAT, seed)}.safetensors"
+    return cached_tensors(path, lambda: _measured(model, windows, seed, progress))
+
+
+def _measured(
+    model: nn.Module, windows: torch.Tensor, seed: int, progress: Progress
+) -> dict[str, torch.Tensor]:
+    blocks = find_blocks(model)
+    device = next(model.parameters()).device
+    total: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False), weights_at_rest(model), _outputs(blocks) as outputs:
+        for done, window in enumerate(windows.clone()):
+            progress("sensitivities", done, len(windows))
+            _draw_and_go_back(model, window[None].to(device), generator)
+            for name, output in outputs.items():
+                gradient = output.grad
+                assert gradient is not None
+                g = gradient.flatten(0, -2).float()
+                if not torch.isfinite(g).all():
+                    raise FloatingPointError(
+                        f"the gradient of {name} is NaN or infinite at calibration window {done}; use "
+                        "float32 or bfloat16."
+                    )
+                share = g.T @ g / (len(g) * len(windows))
+                total[name] = total[name] + share if name in total else share
+            outputs.clear()
+    progress("sensitivities", len(windows), len(windows))
+    for fisher in total.values():
+        diagonal = fisher.diagonal()
+        diagonal += FLOOR * diagonal.mean()
+    return total
+
+
+def _draw_and_go_back(model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
+    """Draw a label at every token from the model's prediction; send its log-likelihood's gradient back."""
+    with torch.enable_grad():
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+        # Gumbel's trick, so that one generator on the CPU serves every device.
+        uniform = torch.rand(logits.shape, generator=generator).clamp_(1e-20).to(logits.device)
+        labels = (logits.detach() - (-uniform.log()).log()).argmax(-1)
+        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+
+
+@contextmanager
+def _outputs(blocks: Sequence[Block]) -> Iterator[dict[str, torch.Tensor]]:
+    """What the consumers of these blocks give, by block name, each keeping its gradient."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keeper(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.retain_grad()
+                seen[name] = output
+
+        return hook
+
+    hooks = [b.consumer.register_forward_hook(keeper(b.name)) for b in blocks]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,242 @@
+"""Windows of token ids, cut from texts: for calibration, training and evaluation, and padded batches.
+
+Knows nothing of models, methods or metrics, and never touches a global random state.
+"""
+
+import itertools
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from probeprune.data.corpora import ROW_SEPARATOR
+from probeprune.errors import UsageError, require_positive
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of a text that a model is calibrated or measured on."""
+
+    corpus: str
+    windows: int
+    length: int = 512
+
+
+Sampling = Literal["in-order", "published"]
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text of any length, without special tokens and without a warning about the length."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def calibration_windows(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int
+) -> torch.Tensor:
+    """Random crops of random documents: what statistics are collected on.
+
+    The protocol of SparseGPT, Wanda and Probe Pruning: take a random document, skip it when it has no more
+    than `length` tokens, cut one window at a random offset out of it. Here the documents come in a shuffled
+    order instead of being drawn with replacement, so none comes twice before every long enough one came once;
+    then they go round again, each time at a new offset. One long text so gives windows at random offsets.
+
+    Args:
+        documents: as from `load_corpus`.
+        tokenizer: of the model to calibrate; no special tokens are added.
+        count: how many windows.
+        length: tokens a window.
+        seed: the same seed gives the same windows; no global random state is read or changed.
+
+    Returns:
+        LongTensor (count, length).
+
+    Raises:
+        UsageError: no document is long enough.
+    """
+    require_positive(count=count, length=length)
+    generator = random.Random(seed)
+    order = list(range(len(documents)))
+    generator.shuffle(order)
+
+    windows: list[list[int]] = []
+
+    def crop(ids: list[int]) -> None:
+        start = generator.randrange(len(ids) - length)
+        windows.append(ids[start : start + length])
+
+    long_enough: list[list[int]] = []
+    longest = 0
+    for index in order:
+        if len(windows) == count:
+            break
+        ids = tokenize(documents[index], tokenizer)
+        longest = max(longest, len(ids))
+        if len(ids) > length:
+            long_enough.append(ids)
+            crop(ids)
+    if not long_enough:
+        raise UsageError(
+            f"No document has more than {length} tokens, the longest has {longest}:"
+            f" ask for windows of at most {max(longest - 1, 0)} tokens or give longer texts."
+        )
+    for ids in itertools.islice(itertools.cycle(long_enough), count - len(windows)):
+        crop(ids)
+    return torch.tensor(windows)
+
+
+def training_windows(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    packing: bool = False,
+    held_out: float = 0.04,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences to train on and sequences held out, from different documents.
+
+    Args:
+        documents: as from `load_corpus`; shuffled by the seed.
+        tokenizer: of the model; no special tokens are added.
+        length: tokens a sequence.
+        packing: False: the first `length` tokens of every document that has more (LLM-Pruner, LoRAPrune).
+            True: documents one after the other, the end-of-text token between them, cut anywhere; nothing
+            is lost but a rest.
+        held_out: share of the documents held out, at least one (800 of 20000 in the published runs).
+        seed: draws the order and the held-out documents.
+
+    Returns:
+        Two LongTensors (count, length); the second may be empty where there is little text.
+
+    Raises:
+        UsageError: no sequence of that length, or no end-of-text token to pack with.
+    """
+    require_positive(length=length)
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    split = max(round(held_out * len(order)), 1) if len(order) > 1 else 0
+    if packing and tokenizer.eos_token_id is None:
+        raise UsageError("packing needs a tokenizer with an end-of-text token; train without packing.")
+
+    def windows(chosen: Sequence[int]) -> torch.Tensor:
+        rows: list[list[int]] = []
+        rest: list[int] = []
+        for index in chosen:
+            ids = tokenize(documents[index], tokenizer)
+            if not packing:
+                if len(ids) > length:
+                    rows.append(ids[:length])
+                continue
+            rest += [*ids, tokenizer.eos_token_id]
+            whole = len(rest) // length * length
+            rows += [rest[i : i + length] for i in range(0, whole, length)]
+            rest = rest[whole:]
+        return torch.tensor(rows, dtype=torch.long).view(-1, length)
+
+    train = windows(order[split:])
+    if not len(train):
+        raise UsageError(
+            f"the training text has no {'' if packing else 'document of more than '}{length} tokens; give "
+            "longer text, ask for shorter sequences, or pack documents together."
+        )
+    return train, windows(order[:split])
+
+
+def evaluation_windows(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    limit: int | None = None,
+    sampling: Sampling = "in-order",
+    seed: int = 0,
+) -> torch.Tensor:
+    """Windows of a text for measuring perplexity.
+
+    Several documents are joined with a blank line and the whole is tokenised at once, without special tokens.
+
+    Args:
+        documents: as from `load_corpus`.
+        tokenizer: of the model to evaluate.
+        length: tokens a window.
+        limit: at most so many windows; all when None.
+        sampling: `in-order` cuts the text front to back and drops the incomplete last window (the log, level
+            INFO, says how many tokens that leaves out); every token counts at most once. `published` is what
+            the Probe Pruning code does: as many windows, but at uniformly random offsets, so they overlap and
+            miss parts of the text; for comparing with published tables only.
+        seed: for `published`.
+
+    Returns:
+        LongTensor (windows, length).
+
+    Raises:
+        UsageError: the text is shorter than one window, or the sampling is unknown.
+    """
+    require_positive(length=length, **({} if limit is None else {"limit": limit}))
+    tokens = torch.tensor(tokenize(ROW_SEPARATOR.join(documents), tokenizer), dtype=torch.long)
+    available = len(tokens) // length
+    if available == 0:
+        raise UsageError(
+            f"The text has {len(tokens)} tokens, less than one window of {length}: use shorter windows."
+        )
+    count = available if limit is None else min(limit, available)
+    if sampling == "in-order":
+        logger.info(
+            "%d windows of %d tokens; %d tokens of the text left out",
+            count,
+            length,
+            len(tokens) - count * length,
+        )
+        return tokens[: count * length].view(count, length)
+    if sampling == "published":
+        generator = random.Random(seed)
+        starts = [generator.randrange(max(len(tokens) - length, 1)) for _ in range(count)]
+        return torch.stack([tokens[start : start + length] for start in starts])
+    raise UsageError(f"Unknown sampling '{sampling}': use 'in-order' or 'published'.")
+
+
+def batches(windows: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
+    """Views of `batch_size` rows of `windows` each; the last is shorter where it does not divide."""
+    require_positive(batch_size=batch_size)
+    return windows.split(batch_size)
+
+
+def pad_batch(
+    sequences: Sequence[Sequence[int]], pad_id: int | None, side: Literal["left", "right"] = "left"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One batch from sequences of unequal length.
+
+    Args:
+        sequences: token ids, at least one each.
+        pad_id: the id to fill up with, usually `tokenizer.pad_token_id`.
+        side: where the padding goes: `left` to generate, `right` to score.
+
+    Returns:
+        `input_ids` and `attention_mask`, LongTensors (batch, longest); the mask is 1 on real tokens.
+
+    Raises:
+        UsageError: no pad id, nothing to pad, or an empty sequence.
+    """
+    if pad_id is None:
+        raise UsageError(
+            "The tokenizer has no padding token: set tokenizer.pad_token, for example to tokenizer.eos_token."
+        )
+    if not sequences or not all(len(sequence) for sequence in sequences):
+        raise UsageError("A batch needs at least one sequence, and every sequence at least one token.")
+    if side not in ("left", "right"):
+        raise UsageError(f"Unknown padding side '{side}': use 'left' or 'right'.")
+    longest = max(len(sequence) for sequence in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), None) if side == "left" else slice(len(sequence))
+        input_ids[row, place] = torch.as_tensor(sequence)
+        attention_mask[row, place] = 1
+    return input_ids, attention_mask

@@ -1,0 +1,139 @@
+"""Cost: FLOPs counted as they run and from formulas, and peak memory.
+
+FLOPs are those of matrix products, a multiply-add as two. Attention counts all query-key pairs, as torch's
+counter does, though a causal kernel may skip half. Counted and analytic figures are checked against each
+other in the tests.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from probeprune.model.blocks import Block
+from probeprune.strategies.probe import Probe, probe_size
+
+
+@dataclass
+class FlopCount:
+    """Filled when its context ends."""
+
+    flops: int = 0
+
+
+def _attention_flops(
+    query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    batch, heads, q_length, width = query
+    return 2 * batch * heads * q_length * key[2] * (width + value[3])
+
+
+def _cholesky_flops(matrix: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(matrix[-1] ** 3 // 3)
+
+
+def _cholesky_solve_flops(right: Any, factor: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * factor[-1] ** 2 * right[-1])
+
+
+@contextmanager
+def counting_flops() -> Iterator[FlopCount]:
+    """Count the FLOPs that run inside, with torch's `FlopCounterMode`."""
+    count = FlopCount()
+    # torch's table lacks the CPU's fused attention kernel, and the solutions of a refit at every batch.
+    aten = torch.ops.aten
+    more = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten.linalg_cholesky_ex: _cholesky_flops,
+        aten.cholesky_solve: _cholesky_solve_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
+        yield count
+    count.flops = counter.get_total_flops()
+
+
+def block_flops(block: Block, kept: int, batch: int, length: int, *, consumer: bool = True) -> int:
+    """FLOPs of one block that keeps `kept` units, on (batch, length) tokens.
+
+    `consumer=False` leaves the consumer out, as when a probe runs ahead.
+    """
+    tokens = batch * length
+    hidden = block.consumer.out_features
+    gone = block.units - kept
+    total = 0
+    for linear in block.producers:
+        rows = linear.out_features - gone * sum(m.width for m in block.members if m.linear is linear)
+        total += 2 * tokens * linear.in_features * rows
+    if consumer:
+        total += 2 * tokens * hidden * kept * block.unit_width
+    if block.kind == "attention":
+        heads = kept * block.unit_width // block.head_dim
+        total += 2 * 2 * batch * heads * length * length * block.head_dim
+    return total
+
+
+def blocks_flops(blocks: Sequence[Block], kept: Sequence[int], batch: int, length: int) -> int:
+    """FLOPs of all blocks at these widths, probe not included."""
+    return sum(block_flops(b, k, batch, length) for b, k in zip(blocks, kept, strict=True))
+
+
+def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> float:
+    """FLOPs of running the probe ahead in each of these blocks that is cut, on a batch of (batch, length)
+    tokens; the mean over many such batches where they share a choice (`Probe.reuse`)."""
+    samples, tokens = probe_size(probe, batch, length)
+    served = max(math.ceil(probe.reuse / (batch * length)), 1)  # batches that one choice serves
+    once = sum(
+        block_flops(b, b.units, samples, tokens, consumer=False)
+        for b, k in zip(blocks, kept, strict=True)
+        if k < b.units
+    )
+    return once / served
+
+
+def synced_clock(device: torch.device) -> float:
+    """Seconds of a clock, read when the device has finished all that it was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class PeakMemory:
+    """Context: peak memory in bytes while inside, of this process (CPU, sampled) or of its GPU.
+
+    Attributes:
+        bytes: the peak, once the context has ended.
+    """
+
+    def __init__(self, device: torch.device, every: float = 0.01) -> None:
+        self.bytes = 0
+        self._device, self._every = device, every
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, process.memory_info().rss)
+            if self._stop.wait(self._every):
+                return
+
+    def __enter__(self) -> "PeakMemory":
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._stop.set()
+            self._thread.join()

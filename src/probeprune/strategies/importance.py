@@ -1,0 +1,137 @@
+"""Importance: statistics and weights in, one score a unit out. One function each.
+
+Scores are float32 and larger is more important. Channels come in original order. To add an importance,
+write a function and give it a row in `IMPORTANCES`; nothing here decides how many units go.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from probeprune.model.blocks import Block
+
+
+@dataclass(frozen=True)
+class ColumnNorms:
+    """What importances read of the consumer's weight `W` (d, n), computed once: each (n,), float32."""
+
+    absolute: torch.Tensor
+    """sum_i |W_ij|"""
+    squared: torch.Tensor
+    """sum_i W_ij^2"""
+    quartic: torch.Tensor
+    """sqrt(sum_i W_ij^4)"""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, block: Block) -> "ColumnNorms":
+        """The norms of the block's consumer, in the weight's present order."""
+        weight = block.consumer.weight.float()
+        squared = weight.square()
+        return cls(weight.abs().sum(0), squared.sum(0), squared.square().sum(0).sqrt())
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about one block's channels when its units are scored; absent parts are None."""
+
+    block: Block
+    norms: ColumnNorms
+    energy: torch.Tensor | None = None
+    """`e_j` (n,): mean over samples of `z_j^2`, summed over positions."""
+    variance: torch.Tensor | None = None
+    """Var(z_j) (n,) over calibration tokens."""
+    saliences: tuple[torch.Tensor, ...] = ()
+    """One for each of the block's members, summed to units: (units,)."""
+    reduction: Literal["sum", "mean", "max", "prod"] = "sum"
+    seed: int = 0
+
+
+def _units(scores: torch.Tensor, block: Block) -> torch.Tensor:
+    """Channel scores (n,) as (units, unit_width)."""
+    return scores.view(block.units, block.unit_width)
+
+
+def ppsp(evidence: Evidence) -> torch.Tensor:
+    """PPsp (PP): `norm2_i(e_j W_ij^2) = e_j sqrt(sum_i W_ij^4)`; a head: 2-norm of its channels."""
+    assert evidence.energy is not None
+    return torch.linalg.vector_norm(_units(evidence.energy * evidence.norms.quartic, evidence.block), dim=1)
+
+
+def wanda_sp(evidence: Evidence) -> torch.Tensor:
+    """Wanda-sp (An et al. 2023, after Wanda): `sqrt(e_j) sum_i |W_ij|`; a head: sum over its channels."""
+    assert evidence.energy is not None
+    return _units(evidence.energy.sqrt() * evidence.norms.absolute, evidence.block).sum(1)
+
+
+def flap(evidence: Evidence) -> torch.Tensor:
+    """FLAP (An et al. 2023): `Var(z_j) sum_i W_ij^2`, standardised within the block; a head: mean."""
+    assert evidence.variance is not None
+    scores = evidence.variance * evidence.norms.squared
+    scores = (scores - scores.mean()) / scores.std(correction=0).clamp_min(torch.finfo(scores.dtype).tiny)
+    return _units(scores, evidence.block).mean(1)
+
+
+def taylor(evidence: Evidence) -> torch.Tensor:
+    """LLM-Pruner (Ma et al. 2023): saliences of a unit's rows and columns, put together over its members."""
+    parts = torch.stack(evidence.saliences)
+    if evidence.reduction == "max":
+        return parts.amax(0)
+    if evidence.reduction == "prod":
+        return parts.prod(0)
+    return parts.mean(0) if evidence.reduction == "mean" else parts.sum(0)
+
+
+def lora_guided(evidence: Evidence) -> torch.Tensor:
+    """LoRAPrune (Zhang et al. 2023): each member's saliences over their 2-norm, summed over members."""
+    return sum_of_shares(evidence.saliences)
+
+
+def sum_of_shares(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`sum_m s_m / (norm2(s_m) + 1e-8)`: (units,) of one tensor (units,) a linear map."""
+    return torch.stack([s / (torch.linalg.vector_norm(s) + 1e-8) for s in parts]).sum(0)
+
+
+def magnitude(evidence: Evidence) -> torch.Tensor:
+    """Control: 2-norm of all weights that a cut of the unit removes."""
+    total = torch.zeros(evidence.block.units, device=evidence.norms.squared.device)
+    for m in evidence.block.members:
+        weight = m.part(m.linear.weight.detach(), evidence.block.units)
+        squares = weight.float().square().sum(1 - m.axis)
+        total += squares.view(evidence.block.units, m.width).sum(1)
+    return total.sqrt()
+
+
+def random(evidence: Evidence) -> torch.Tensor:
+    """Control: uniform numbers from the seed, the layer and the block's kind."""
+    block = evidence.block
+    seed = (evidence.seed * 1009 + block.layer) * 2 + (block.kind == "mlp")
+    scores = torch.rand(block.units, generator=torch.Generator().manual_seed(seed))
+    return scores.to(evidence.norms.squared.device)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """An importance function and what it needs: statistics of `z`, gradients, or a refit."""
+
+    score: Callable[[Evidence], torch.Tensor] | None
+    """None where the order is made while the block is refitted (`refit.py`)."""
+    needs: Literal["nothing", "energy", "variance", "gradients", "refit"]
+    formula: str
+
+
+IMPORTANCES: dict[str, Importance] = {
+    "ppsp": Importance(ppsp, "energy", "e_j sqrt(sum_i W_ij^4)"),
+    "wanda-sp": Importance(wanda_sp, "energy", "sqrt(e_j) sum_i |W_ij|"),
+    "flap": Importance(flap, "variance", "Var(z_j) sum_i W_ij^2, standardised"),
+    "param_first": Importance(taylor, "gradients", "sum |w g|"),
+    "vectorize": Importance(taylor, "gradients", "|sum w g| a row or column"),
+    "param_second": Importance(taylor, "gradients", "sum |w A w|, A = mean g_n^2"),
+    "param_mix": Importance(taylor, "gradients", "sum |w g - w A w / 2|"),
+    "lora-guided": Importance(lora_guided, "gradients", "sum |(dB A) w|, over its norm in each map"),
+    "obs": Importance(None, "refit", "damage of leaving, all others refitted, one by one"),
+    "magnitude": Importance(magnitude, "nothing", "norm2 of the unit's weights"),
+    "random": Importance(random, "nothing", "uniform random numbers"),
+}
