@@ -68,7 +68,7 @@ def report(name: str, case: Case, dtype: str, rounds: int) -> None:
     known = probeprune.calibrate(target.model, target.windows(8, case.point.length), batch_size=4)
     with probeprune.attach(target.model, method, RATIO, statistics=known) as handle:
         heads = [
-            k / b.units for b, k in zip(handle.blocks, handle.kept, strict=True) if b.kind == "attention"
+            k / b.units for b, k in zip(handle.blocks, handle.widths, strict=True) if b.kind == "attention"
         ]
     lines = measure(
         target,

@@ -62,7 +62,7 @@ def test_work_is_what_the_formulas_say(figures):
     model = FAMILIES["llama-gqa"]()
     known = calibrate(model, token_ids(6, 16, seed=9))
     with attach(model, PROBING, 0.3, statistics=known) as handle:
-        blocks, kept, removed = handle.blocks, handle.kept, handle.removed_share
+        blocks, kept, removed = handle.blocks, handle.widths, handle.removed_share
     full = [b.units for b in blocks]
     heads = [k / b.units for b, k in zip(blocks, kept, strict=True) if b.kind == "attention"]
     weights = 4 * sum(b.parameters for b in blocks)

@@ -158,9 +158,9 @@ def test_rotary_scaling_survives_the_change_of_family(tmp_path):
 @pytest.mark.parametrize("family", ["llama-gqa", "opt", "gpt-neox"])
 def test_biases_go_into_a_plain_config_where_it_has_room(family, tmp_path):
     model = FAMILIES[family]()
-    statistics = calibrate(model, IDS)
+    calibration = IDS
     blocks = ("attention", "mlp") if family == "llama-gqa" else ("mlp",)
-    prune(model, compose(with_equal_widths("flap"), blocks=blocks), 0.5, statistics=statistics)
+    prune(model, compose(with_equal_widths("flap"), blocks=blocks), 0.5, calibration=calibration)
     save(model, tmp_path / "out", layout="uniform")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not type(loaded).__name__.startswith("Pruned")

@@ -7,15 +7,22 @@ import torch
 from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
 from transformers import DynamicCache
 
-from probeprune import Probe, UsageError, attach, calibrate, compose
+from probeprune import METHODS, Probe, UsageError, attach, compose
 from probeprune.algebra.moments import History
 from probeprune.model.blocks import find_blocks
 from probeprune.model.passes import find_decoder
+from probeprune.prepare import statistics_for
 from probeprune.runtime.block import BlockRuntime
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 SIDES = ("none", "left", "right")
 DYNAMIC = (PROBING, "full-batch")
-PARALLEL = compose("probe", name="parallel", probe=Probe(parallel=True))
+PARALLEL = compose("probe", name="parallel", when=ProbeEveryBatch(Probe(parallel=True)))
+
+
+def moments_of(model, calibration):
+    """Moments of the dense model, by block name."""
+    return statistics_for(model, METHODS["ppsp"], 0.3, calibration).moments
 
 
 def logits(model, ids, mask):
@@ -27,12 +34,12 @@ def logits(model, ids, mask):
     "method", ["wanda-sp", "ppsp", "magnitude", "random", "probe-reuse", PARALLEL, *DYNAMIC]
 )
 def test_a_pruned_pass_is_the_dense_one_masked(calibrated, method):
-    model, statistics = calibrated
+    model, calibration = calibrated
     before = {n: p.clone() for n, p in model.named_parameters()}
     inputs = [padded(side) for side in SIDES] + [padded("none", batch=1), padded("none", length=40)]
     dense = [logits(model, *i) for i in inputs]
     got, chosen = [], []
-    with attach(model, method, 0.3, statistics=statistics) as handle:
+    with attach(model, method, 0.3, calibration=calibration) as handle:
         assert handle.removed_share == pytest.approx(0.3, abs=0.005)
         for i in inputs:
             got.append(logits(model, *i))
@@ -46,21 +53,23 @@ def test_a_pruned_pass_is_the_dense_one_masked(calibrated, method):
 
 
 def test_keeping_everything_is_dense(calibrated):
-    model, statistics = calibrated
+    model, calibration = calibrated
     inputs = padded("left")
     dense = logits(model, *inputs)
     for method in ("dense", "flap", *DYNAMIC):
-        with attach(model, method, 0.0, statistics=statistics):
+        with attach(model, method, 0.0, calibration=calibration):
             assert logits(model, *inputs).equal(dense)
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_probe_of_everything_without_history_is_full_batch(calibrated, side):
-    model, statistics = calibrated
-    everything = compose("probe", probe=Probe(reuse=0, tokens=1.0, samples=1.0, fusion="none"))
+    model, calibration = calibrated
+    everything = compose(
+        "probe", when=ProbeEveryBatch(Probe(reuse=0, tokens=1.0, samples=1.0), fusion="none")
+    )
     choices = []
     for method in (everything, "full-batch"):
-        with attach(model, method, 0.3, statistics=statistics) as handle:
+        with attach(model, method, 0.3, calibration=calibration) as handle:
             logits(model, *padded(side))
             choices.append(handle.kept_units())
     assert choices[0] == choices[1]
@@ -69,7 +78,7 @@ def test_a_probe_of_everything_without_history_is_full_batch(calibrated, side):
 @pytest.mark.parametrize("side", SIDES)
 def test_full_batch_keeps_what_the_whole_batch_asks_for(calibrated, side):
     # The first pruned block sees the dense model's input, so its choice follows from a dense pass alone.
-    model, statistics = calibrated
+    model, calibration = calibrated
     ids, mask = padded(side)
     blocks = find_blocks(model)
     block = next(b for b in blocks if b.layer == 3 and b.kind == "attention")
@@ -83,7 +92,7 @@ def test_full_batch_keeps_what_the_whole_batch_asks_for(calibrated, side):
     w = block.consumer.weight.detach().double()
     channel = (energy[None] * w**2).square().sum(0)
     score = channel.view(block.units, -1).sum(1).sqrt()
-    with attach(model, "full-batch", 0.3, statistics=statistics) as handle:
+    with attach(model, "full-batch", 0.3, calibration=calibration) as handle:
         logits(model, ids, mask)
         got = next(k for k in handle.kept_units() if k.name == block.name)
     best = score.argsort(descending=True)[: len(got.units)].sort().values
@@ -98,7 +107,7 @@ def test_probe_of_an_mlp_against_a_slow_version(family, side, probing):
     # choice and the history afterwards are computed again in float64 from a dense pass. In parallel, the
     # residual is the one in front of attention, and the probe sees nothing of what attention adds to it.
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9), batch_size=4)
+    calibration = token_ids(6, 16, seed=9)
     ids, mask = padded(side)
     *_, attention, block = find_blocks(model)
     seen: dict[str, torch.Tensor] = {}
@@ -120,7 +129,7 @@ def test_probe_of_an_mlp_against_a_slow_version(family, side, probing):
     u = r.double().norm(dim=-1) * real
     columns = sorted(sorted(range(24), key=lambda s: -float(u[:, s].norm()))[:12])
     sample = max(range(4), key=lambda b: float(u[b, columns].norm()))
-    moments = statistics.moments[block.name]
+    moments = moments_of(model, calibration)[block.name]
     history = moments.energy[0].double() / float(moments.tokens[0])
     e = torch.zeros(block.width, dtype=torch.float64)
     for s in columns:
@@ -132,20 +141,20 @@ def test_probe_of_an_mlp_against_a_slow_version(family, side, probing):
     layers = block.layer
     method = compose(probing, allocation="nominal", skip_layers=layers)
     ratio = 0.3 / (layers + 1)
-    with attach(model, method, ratio, statistics=statistics) as handle:
-        runtime = handle._runtimes[-1]
+    with attach(model, method, ratio, calibration=calibration) as handle:
+        runtime = handle.runtimes[-1]
         assert runtime.block.name == block.name
         # Attention in that layer comes before the MLP: leave it whole.
-        for r in handle._runtimes[:-1]:
-            r.keep = r.block.units
+        for r in handle.runtimes[:-1]:
+            r.pruned.width = r.block.units
         logits(model, ids, mask)
-        units = runtime.partition.kept_units
+        units = runtime.pruned.partition.kept_units
         best = score.argsort(descending=True)[: len(units)].sort().values
         assert units.tolist() == best.tolist()
         moved = history.clone()
         moved[best] += 0.01 * ((z[real] ** 2).mean(0)[best] - history[best])
         in_order = torch.empty(block.width, dtype=torch.float64)
-        in_order[runtime.partition.channels] = runtime.history.energy[0].double()
+        in_order[runtime.pruned.partition.channels] = runtime.follower.follower.history.energy[0].double()
     torch.testing.assert_close(in_order, moved, rtol=1e-4, atol=1e-6)
 
 
@@ -155,9 +164,9 @@ def test_what_runs_beside_is_what_would_run_in_turn(family, side, monkeypatch):
     # A probe beside the block before takes masks and positions from an earlier layer. Here it waits for its
     # turn instead, and takes what its own layer is given.
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     inputs = padded(side)
-    with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
+    with attach(model, PARALLEL, 0.3, calibration=calibration) as handle:
         logits(model, *inputs)
         want = handle.kept_units()
     probe, stale = BlockRuntime._probe, {}
@@ -165,7 +174,7 @@ def test_what_runs_beside_is_what_would_run_in_turn(family, side, monkeypatch):
     def in_turn(self, residual, x, kwargs, norm="in turn"):
         if norm != "in turn":  # not now
             stale[self.block.name] = residual
-            self.now.ahead = ""
+            self.current.ahead = ""
         elif self.block.name in stale:
             residual = stale[self.block.name]
             probe(self, residual, residual, kwargs, self.block.norm)
@@ -173,17 +182,17 @@ def test_what_runs_beside_is_what_would_run_in_turn(family, side, monkeypatch):
             probe(self, residual, x, kwargs)
 
     monkeypatch.setattr(BlockRuntime, "_probe", in_turn)
-    with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
+    with attach(model, PARALLEL, 0.3, calibration=calibration) as handle:
         logits(model, *inputs)
         assert handle.kept_units() == want
-        pruned = [r.block for r in handle._runtimes]
-    late = len({handle._now.layer_type(b) for b in pruned if b.kind == "attention"})
+        pruned = [r.block for r in handle.runtimes]
+    late = len({handle.current.layer_type(b) for b in pruned if b.kind == "attention"})
     assert len(stale) == len(pruned) - late, "the first attention of each type of layer alone waits"
 
 
 def test_a_probe_starts_in_front_of_the_block_before_and_is_waited_for(llama):
     # The order in which a GPU is given its work, told by a queue that only writes down.
-    model, statistics = llama
+    model, calibration = llama
     log = []
 
     class Queue:
@@ -198,14 +207,14 @@ def test_a_probe_starts_in_front_of_the_block_before_and_is_waited_for(llama):
         def join(self):
             log.append(("joins", self.name))
 
-    with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
-        names = [r.block.name for r in handle._runtimes]
+    with attach(model, PARALLEL, 0.3, calibration=calibration) as handle:
+        names = [r.block.name for r in handle.runtimes]
         hooks = []
-        for r in handle._runtimes:
-            r._queue = Queue(r.block.name)
+        for r in handle.runtimes:
+            r.side_stream = Queue(r.block.name)
 
             def enter(*_: object, r=r) -> None:
-                if not r.now.probing:
+                if not r.current.probing:
                     log.append(("runs", r.block.name))
 
             hooks.append(r.block.entry.register_forward_pre_hook(enter))
@@ -221,19 +230,19 @@ def test_a_probe_starts_in_front_of_the_block_before_and_is_waited_for(llama):
 
 
 def test_a_batch_after_one_that_broke_beside_is_like_any_other(llama, monkeypatch):
-    model, statistics = llama
+    model, calibration = llama
     inputs = padded("left")
-    with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
+    with attach(model, PARALLEL, 0.3, calibration=calibration) as handle:
         logits(model, *inputs)
         want = handle.kept_units()
-    with attach(model, PARALLEL, 0.3, statistics=statistics) as handle:
+    with attach(model, PARALLEL, 0.3, calibration=calibration) as handle:
         with monkeypatch.context() as broken:
-            broken.setattr(handle._runtimes[3], "_cut", lambda *_: 1 / 0)
+            broken.setattr(handle.runtimes[3].pruned, "cut", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 logits(model, *padded("right"))
-        for r in handle._runtimes:  # what the broken batch moved
-            r.history.energy[:] = History(statistics.moments[r.block.name], 0.99).energy[
-                :, r.partition.channels
+        for r in handle.runtimes:  # what the broken batch moved
+            r.follower.history.energy[:] = History(moments_of(model, calibration)[r.block.name], 0.99).energy[
+                :, r.pruned.partition.channels
             ]
         logits(model, *inputs)
         assert handle.kept_units() == want
@@ -241,23 +250,23 @@ def test_a_batch_after_one_that_broke_beside_is_like_any_other(llama, monkeypatc
 
 def test_attaching_moves_no_ones_history():
     model = FAMILIES["llama"]()
-    statistics = calibrate(model, token_ids(4, 16), batch_size=4)
-    state = {n: {k: v.clone() for k, v in m.state().items()} for n, m in statistics.moments.items()}
-    with attach(model, PROBING, 0.3, statistics=statistics):
+    calibration = token_ids(4, 16)
+    state = {n: {k: v.clone() for k, v in m.state().items()} for n, m in moments_of(model, calibration).items()}
+    with attach(model, PROBING, 0.3, calibration=calibration):
         logits(model, *padded("none"))
-    for name, moments in statistics.moments.items():
+    for name, moments in moments_of(model, calibration).items():
         assert all(v.equal(state[name][k]) for k, v in moments.state().items())
-    assert isinstance(History(next(iter(statistics.moments.values())), 0.9).energy, torch.Tensor)
+    assert isinstance(History(next(iter(moments_of(model, calibration).values())), 0.9).energy, torch.Tensor)
 
 
 @contextmanager
-def lost_means_added(choice, statistics):
+def lost_means_added(choice, moments):
     """What the lost channels give on average, added behind the dense model's consumers."""
     hooks = []
     for block, units in choice:
         gone = torch.ones(block.units)
         gone[list(units)] = 0
-        lost = statistics.moments[block.name].mean * gone.repeat_interleave(block.unit_width)
+        lost = moments[block.name].mean * gone.repeat_interleave(block.unit_width)
         bias = block.consumer.weight.detach() @ lost
         hooks.append(block.consumer.register_forward_hook(lambda _, a, out, b=bias: out + b))
     yield
@@ -266,21 +275,21 @@ def lost_means_added(choice, statistics):
 
 
 def test_flap_bias_is_what_the_formula_says(calibrated):
-    model, statistics = calibrated
+    model, calibration = calibrated
     inputs = padded("right")
-    with attach(model, "flap", 0.3, statistics=statistics) as handle:
+    with attach(model, "flap", 0.3, calibration=calibration) as handle:
         choice, got = kept(handle), logits(model, *inputs)
-    with masked(choice), lost_means_added(choice, statistics):
+    with masked(choice), lost_means_added(choice, moments_of(model, calibration)):
         close(got, logits(model, *inputs))
 
 
 def test_an_exception_in_a_pass_leaves_the_model_restorable(llama):
-    model, statistics = llama
+    model, calibration = llama
     before = {n: p.clone() for n, p in model.named_parameters()}
     inputs = padded("left")
     dense = logits(model, *inputs)
     norm = find_decoder(model).layers[4].post_attention_layernorm
-    with pytest.raises(ZeroDivisionError), attach(model, PROBING, 0.3, statistics=statistics):
+    with pytest.raises(ZeroDivisionError), attach(model, PROBING, 0.3, calibration=calibration):
         hook = norm.register_forward_hook(lambda *_: 1 / 0)
         logits(model, *inputs)
     hook.remove()
@@ -289,13 +298,13 @@ def test_an_exception_in_a_pass_leaves_the_model_restorable(llama):
 
 
 def test_overflow_is_an_error_that_names_the_block(llama):
-    model, statistics = llama
+    model, calibration = llama
     layer = find_decoder(model).layers[3].mlp.up_proj
     with torch.no_grad():
         layer.weight[5] *= 1e30
     with (
         pytest.raises(FloatingPointError, match=r"layers\.3\.mlp"),
-        attach(model, PROBING, 0.3, statistics=statistics),
+        attach(model, PROBING, 0.3, calibration=calibration),
     ):
         logits(model, *padded("none"))
     with torch.no_grad():
@@ -303,8 +312,8 @@ def test_overflow_is_an_error_that_names_the_block(llama):
 
 
 def test_misuse_is_refused_with_a_reason(llama):
-    model, statistics = llama
-    with attach(model, "wanda-sp", 0.3, statistics=statistics) as handle:
+    model, calibration = llama
+    with attach(model, "wanda-sp", 0.3, calibration=calibration) as handle:
         with pytest.raises(UsageError, match="already"):
             attach(model, "random", 0.3)
         handle.detach()
@@ -312,7 +321,7 @@ def test_misuse_is_refused_with_a_reason(llama):
     with pytest.raises(UsageError, match="needs statistics"):
         attach(model, PROBING, 0.3)
     with pytest.raises(UsageError, match="another model"):
-        attach(FAMILIES["opt"](), "probe", 0.3, statistics=statistics)
+        attach(FAMILIES["opt"](), "probe", 0.3, calibration=calibration)
     with pytest.raises(UsageError, match="outside"):
         attach(model, "random", 1.0)
     with pytest.raises(UsageError, match="did you mean 'probe'"):
@@ -325,19 +334,19 @@ def test_misuse_is_refused_with_a_reason(llama):
     with pytest.raises(UsageError, match=r"model.eval\(\)"):
         attach(model, "random", 0.3)
     model.eval()
-    with attach(model, PROBING, 0.3, statistics=statistics), pytest.raises(UsageError, match="eval"):
+    with attach(model, PROBING, 0.3, calibration=calibration), pytest.raises(UsageError, match="eval"):
         model.train()
         logits(model, *padded("none"))
     model.eval()
 
 
 def test_two_models_at_once_do_not_meet(llama):
-    model, statistics = llama
+    model, calibration = llama
     other = FAMILIES["qwen3"]()
     inputs = padded("none")
-    with attach(model, PROBING, 0.3, statistics=statistics):
+    with attach(model, PROBING, 0.3, calibration=calibration):
         alone = logits(model, *inputs)
-    with attach(model, PROBING, 0.3, statistics=statistics), attach(other, "random", 0.2):
+    with attach(model, PROBING, 0.3, calibration=calibration), attach(other, "random", 0.2):
         logits(other, *inputs)
         assert logits(model, *inputs).equal(alone)
 
@@ -346,9 +355,9 @@ def test_two_models_at_once_do_not_meet(llama):
     "changes", [{"allocation": "global"}, {"compensation": "bias"}, {"units": "balanced"}]
 )
 def test_compositions_run_and_equal_the_masked_model(llama, changes):
-    model, statistics = llama
+    model, calibration = llama
     inputs = padded("left")
-    with attach(model, compose(PROBING, **changes), 0.3, statistics=statistics) as handle:
+    with attach(model, compose(PROBING, **changes), 0.3, calibration=calibration) as handle:
         got, choice = logits(model, *inputs), kept(handle)
     if "compensation" not in changes:
         with masked(choice):
@@ -387,7 +396,7 @@ def dense_pass(model, block, ids, mask):
 def test_probe_of_attention_against_a_slow_version(calibrated, side):
     # The first pruned block: all in front of it is dense. The probe's attention is that of the whole block
     # with the keys of all other tokens hidden; the rest is the formulas, in float64.
-    model, statistics = calibrated
+    model, calibration = calibrated
     ids, mask = padded(side)
     real = mask.bool()
     block = next(b for b in find_blocks(model) if b.layer == 3 and b.kind == "attention")
@@ -406,7 +415,7 @@ def test_probe_of_attention_against_a_slow_version(calibrated, side):
         block.run(seen["x"], **{**seen["kwargs"], "attention_mask": visible})
     hook.remove()
 
-    moments = statistics.moments[block.name]
+    moments = moments_of(model, calibration)[block.name]
     history = moments.energy[0].double() / float(moments.tokens[0])
     e = torch.zeros(block.width, dtype=torch.float64)
     for s in columns:
@@ -418,13 +427,13 @@ def test_probe_of_attention_against_a_slow_version(calibrated, side):
     score = (e[None] * w**2).square().sum(0).view(block.units, -1).sum(1).sqrt()
 
     # The mean of the real tokens alone moves history, and in kept channels only.
-    probing = compose("probe", probe=Probe(reuse=0, samples=0.5))
-    with attach(model, probing, 0.3, statistics=statistics) as handle:
-        runtime = next(r for r in handle._runtimes if r.block.name == block.name)
+    probing = compose("probe", when=ProbeEveryBatch(Probe(reuse=0, samples=0.5)))
+    with attach(model, probing, 0.3, calibration=calibration) as handle:
+        runtime = next(r for r in handle.runtimes if r.block.name == block.name)
         logits(model, ids, mask)
-        units = runtime.partition.kept_units
+        units = runtime.pruned.partition.kept_units
         in_order = torch.empty(block.width, dtype=torch.float64)
-        in_order[runtime.partition.channels] = runtime.history.energy[0].double()
+        in_order[runtime.pruned.partition.channels] = runtime.follower.follower.history.energy[0].double()
     best = score.argsort(descending=True)[: len(units)].sort().values
     assert units.tolist() == best.tolist()
     channels = (best[:, None] * block.unit_width + torch.arange(block.unit_width)).flatten()
@@ -436,9 +445,9 @@ def test_probe_of_attention_against_a_slow_version(calibrated, side):
 
 def test_every_batch_is_chosen_anew_and_swaps_are_counted(llama):
     # One cut for all batches would pass every test of a single batch.
-    model, statistics = llama
-    probing = compose("probe", probe=Probe(reuse=0, fusion="none", samples=1.0))
-    with attach(model, probing, 0.3, statistics=statistics) as handle:
+    model, calibration = llama
+    probing = compose("probe", when=ProbeEveryBatch(Probe(reuse=0, samples=1.0), fusion="none"))
+    with attach(model, probing, 0.3, calibration=calibration) as handle:
         logits(model, *padded("none"))
         last, swapped, distinct = handle.kept_units(), handle.swapped, set()
         for seed in range(6):
@@ -453,11 +462,11 @@ def test_every_batch_is_chosen_anew_and_swaps_are_counted(llama):
 
 
 def test_small_batches_share_a_choice_until_enough_tokens_went_by(llama):
-    model, statistics = llama
-    method = compose("probe", probe=Probe(reuse=60))
+    model, calibration = llama
+    method = compose("probe", when=ProbeEveryBatch(Probe(reuse=60)))
     batches = [token_ids(2, 12, seed=50 + i) for i in range(8)]  # 24 tokens each
-    with attach(model, method, 0.3, statistics=statistics) as handle:
-        history = handle._runtimes[-1].history.energy
+    with attach(model, method, 0.3, calibration=calibration) as handle:
+        history = handle.runtimes[-1].history.energy
         swapped, before, seen = [], history.clone(), []
         for ids in batches:
             got = logits(model, ids, torch.ones_like(ids))
@@ -474,10 +483,13 @@ def test_small_batches_share_a_choice_until_enough_tokens_went_by(llama):
 
 
 def test_large_batches_and_prompts_of_a_cache_are_always_probed(llama):
-    model, statistics = llama
+    model, calibration = llama
     with_default, published = [], []
-    for method, found in ((compose("probe", probe=Probe(reuse=24)), with_default), (PROBING, published)):
-        with attach(model, method, 0.3, statistics=statistics) as handle, torch.no_grad():
+    for method, found in (
+        (compose("probe", when=ProbeEveryBatch(Probe(reuse=24))), with_default),
+        (PROBING, published),
+    ):
+        with attach(model, method, 0.3, calibration=calibration) as handle, torch.no_grad():
             for seed in range(4):
                 model(token_ids(2, 12, seed=seed))
                 found.append(handle.kept_units())
@@ -487,31 +499,35 @@ def test_large_batches_and_prompts_of_a_cache_are_always_probed(llama):
 
 
 def test_what_a_failed_batch_chose_is_not_reused(llama):
-    model, statistics = llama
-    with attach(model, compose("probe", probe=Probe(reuse=10**6)), 0.3, statistics=statistics) as handle:
+    model, calibration = llama
+    with attach(
+        model, compose("probe", when=ProbeEveryBatch(Probe(reuse=10**6))), 0.3, calibration=calibration
+    ) as handle:
         embedded = model.get_input_embeddings()(token_ids())
         with pytest.raises(FloatingPointError), torch.no_grad():
             model(inputs_embeds=torch.full_like(embedded, float("nan")))
         logits(model, *padded("none"))
         first = handle.kept_units()
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle:
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle:
         logits(model, *padded("none"))
         assert handle.kept_units() == first
 
 
 def test_history_decides_where_the_probe_says_little(llama):
     # A history that is kept but never read would leave no other trace than its memory.
-    model, statistics = llama
+    model, calibration = llama
     choices = []
     for share in (0.0, 1.0):
-        fixed = compose("probe", probe=Probe(reuse=0, fusion="fixed", history_share=share, decay=1.0))
-        with attach(model, fixed, 0.3, statistics=statistics) as handle:
-            runtime = handle._runtimes[-1]
+        fixed = compose(
+            "probe", when=ProbeEveryBatch(Probe(reuse=0), fusion="fixed", history_share=share, decay=1.0)
+        )
+        with attach(model, fixed, 0.3, calibration=calibration) as handle:
+            runtime = handle.runtimes[-1]
             seen = []
             for seed in range(3):
                 ids = token_ids(2, 12, seed=seed)
                 logits(model, ids, torch.ones_like(ids))
-                seen.append(tuple(runtime.partition.kept_units.tolist()))
+                seen.append(tuple(runtime.pruned.partition.kept_units.tolist()))
             choices.append(seen)
     assert len(set(choices[0])) > 1, "the probe alone follows the batch"
     assert len(set(choices[1])) == 1, "history alone, never moved, always says the same"
@@ -523,9 +539,9 @@ def test_history_decides_where_the_probe_says_little(llama):
 @pytest.mark.parametrize("length", [1, 2, 3])
 @pytest.mark.parametrize("method", DYNAMIC)
 def test_prompts_shorter_than_any_probe(calibrated, method, length):
-    model, statistics = calibrated
+    model, calibration = calibrated
     ids = token_ids(1, length)
-    with attach(model, method, 0.3, statistics=statistics) as handle:
+    with attach(model, method, 0.3, calibration=calibration) as handle:
         got, choice = logits(model, ids, torch.ones_like(ids)), kept(handle)
     with masked(choice):
         close(got, logits(model, ids, torch.ones_like(ids)))
@@ -537,11 +553,11 @@ def test_prompts_shorter_than_any_probe(calibrated, method, length):
 def test_dynamic_query_heads_in_every_grouped_family(family, units, side):
     # Here attention goes through our own registered function, under the probe too.
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     inputs = padded(side)
     attributes = [dict(b.entry.__dict__) for b in find_blocks(model)]
     dense = logits(model, *inputs)
-    with attach(model, compose(PROBING, units=units), 0.3, statistics=statistics) as handle:
+    with attach(model, compose(PROBING, unit_kind=units), 0.3, calibration=calibration) as handle:
         logits(model, *padded("none"))
         got, choice = logits(model, *inputs), kept(handle)
     assert any(len(k) < b.units for b, k in choice if b.kind == "attention")
@@ -556,7 +572,7 @@ def test_dynamic_query_heads_in_every_grouped_family(family, units, side):
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma2", "opt"])
 def test_masks_of_other_forms_tell_the_same_padding(family):
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     ids, mask = padded("left")
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     full = torch.ones(24, 24, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool()
@@ -566,7 +582,7 @@ def test_masks_of_other_forms_tell_the_same_padding(family):
         forms |= {"four dimensions": full, "additive": additive}
     results = {}
     for name, form in {"integers": mask, **forms}.items():
-        with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
+        with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
             out = model(ids, attention_mask=form, position_ids=positions).logits[mask.bool()]
             results[name] = (out, handle.kept_units())
     want, units = results.pop("integers")
@@ -576,38 +592,38 @@ def test_masks_of_other_forms_tell_the_same_padding(family):
 
 
 def test_a_mask_of_ones_is_no_mask(llama):
-    model, statistics = llama
+    model, calibration = llama
     ids = token_ids()
     results = []
     for kwargs in ({}, {"attention_mask": torch.ones_like(ids)}):
-        with attach(model, PROBING, 0.3, statistics=statistics), torch.no_grad():
+        with attach(model, PROBING, 0.3, calibration=calibration), torch.no_grad():
             results.append(model(ids, **kwargs).logits)
     assert results[0].equal(results[1])
 
 
 def test_embeddings_in_place_of_ids_and_the_decoder_alone(calibrated):
-    model, statistics = calibrated
+    model, calibration = calibrated
     ids, mask = padded("left")
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle:
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle:
         want, units = logits(model, ids, mask), handle.kept_units()
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
         embedded = model.get_input_embeddings()(ids)
         got = model(inputs_embeds=embedded, attention_mask=mask).logits[mask.bool()]
         assert handle.kept_units() == units
         close(got, want)
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
         find_decoder(model)(ids, mask)  # by position
         assert handle.kept_units() == units
 
 
 @pytest.mark.parametrize("method", ["flap", *DYNAMIC])
 def test_inference_mode_gives_the_same_as_no_grad(calibrated, method):
-    model, statistics = calibrated
+    model, calibration = calibrated
     inputs = padded("left")
     before = {n: p.clone() for n, p in model.named_parameters()}
     results = []
     for mode in (torch.no_grad, torch.inference_mode):
-        with attach(model, method, 0.3, statistics=statistics):
+        with attach(model, method, 0.3, calibration=calibration):
             for _ in range(2):
                 with mode():
                     out = model(*inputs).logits[inputs[1].bool()]
@@ -620,10 +636,10 @@ def test_inference_mode_gives_the_same_as_no_grad(calibrated, method):
 def test_attached_in_inference_mode_and_detached_outside(method):
     # Detaching must not fail: the weights would stay permuted for good.
     model = FAMILIES["llama-gqa"]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     before = {n: p.clone() for n, p in model.named_parameters()}
     with torch.inference_mode():
-        handle = attach(model, method, 0.3, statistics=statistics)
+        handle = attach(model, method, 0.3, calibration=calibration)
         model(*padded("left"))
     with torch.no_grad():
         model(*padded("right"))
@@ -651,12 +667,12 @@ def test_a_model_without_memory_can_be_attached():
     with torch.device("meta"):
         model = FAMILIES["llama-gqa"]()
     shapes: dict[str, tuple[int, ...]] = {}
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
         for b in handle.blocks:
             b.consumer.register_forward_pre_hook(lambda _, a, n=b.name: shapes.update({n: a[0].shape}))
         out = model(torch.ones(2, 9, dtype=torch.long, device="meta")).logits
         assert out.shape == (2, 9, 128) and out.is_meta
-        widths = [k * b.unit_width for b, k in zip(handle.blocks, handle.kept, strict=True)]
+        widths = [k * b.unit_width for b, k in zip(handle.blocks, handle.widths, strict=True)]
         assert [shapes[b.name][-1] for b in handle.blocks] == widths
         assert handle.removed_share == pytest.approx(0.3, abs=0.005)
     assert model.model.layers[4].mlp.down_proj.weight.shape == (48, 100)
@@ -669,14 +685,14 @@ def test_a_model_without_memory_can_be_attached():
 def test_bias_of_a_dynamic_method_follows_every_batch(family):
     # The bias of the first cut, or of the batch before, would be that of other units.
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     inputs = padded("left")
-    with attach(model, compose(PROBING, compensation="bias"), 0.3, statistics=statistics) as handle:
+    with attach(model, compose(PROBING, compensation="bias"), 0.3, calibration=calibration) as handle:
         for seed in range(3):
             ids = token_ids(2, 12, seed=seed)
             logits(model, ids, torch.ones_like(ids))
         got, choice = logits(model, *inputs), kept(handle)
-    with masked(choice), lost_means_added(choice, statistics):
+    with masked(choice), lost_means_added(choice, moments_of(model, calibration)):
         close(got, logits(model, *inputs))
 
 
@@ -686,9 +702,9 @@ def test_bias_of_a_dynamic_method_follows_every_batch(family):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", DYNAMIC)
 def test_nan_activations_name_the_first_block_and_the_next_batch_works(llama, method, bad):
-    model, statistics = llama
+    model, calibration = llama
     ids, mask = padded("none")
-    with attach(model, method, 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, method, 0.3, calibration=calibration) as handle, torch.no_grad():
         embedded = model.get_input_embeddings()(ids)
         with pytest.raises(FloatingPointError, match=r"layers\.3\.self_attn"):
             model(inputs_embeds=torch.full_like(embedded, bad))
@@ -702,10 +718,10 @@ def test_nan_activations_name_the_first_block_and_the_next_batch_works(llama, me
 def test_a_pass_after_an_exception_is_like_any_other(family, where):
     # In a block, a probe may be running: a consumer left in tap mode, or a block left wide, would show.
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     inputs = padded("left")
     for block in find_blocks(model)[-2:]:
-        with attach(model, PROBING, 0.3, statistics=statistics) as handle:
+        with attach(model, PROBING, 0.3, calibration=calibration) as handle:
             linear = block.producers[0] if where == "producer" else block.consumer
             hook = linear.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
             with pytest.raises(ZeroDivisionError):
@@ -717,24 +733,24 @@ def test_a_pass_after_an_exception_is_like_any_other(family, where):
 
 
 def test_attaching_again_gives_the_same_and_a_failed_attach_leaves_nothing(llama):
-    model, statistics = llama
+    model, calibration = llama
     inputs = padded("left")
     hooks = {id(m): len(m._forward_pre_hooks) for m in model.modules()}
     results = []
     for _ in range(2):
-        with attach(model, PROBING, 0.3, statistics=statistics):
+        with attach(model, PROBING, 0.3, calibration=calibration):
             results.append(logits(model, *inputs))
         assert {id(m): len(m._forward_pre_hooks) for m in model.modules()} == hooks
         with pytest.raises(UsageError):
-            attach(model, PROBING, 0.99, statistics=statistics)
+            attach(model, PROBING, 0.99, calibration=calibration)
     assert results[0].equal(results[1])
 
 
 def test_probing_refuses_other_attention_before_anything_is_changed():
     model = FAMILIES["llama-gqa"]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UsageError, match="sdpa or eager"):
-        attach(model, PROBING, 0.3, statistics=statistics)
+        attach(model, PROBING, 0.3, calibration=calibration)
     model.config._attn_implementation = "sdpa"
-    attach(model, PROBING, 0.3, statistics=statistics).detach()
+    attach(model, PROBING, 0.3, calibration=calibration).detach()

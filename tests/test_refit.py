@@ -219,7 +219,7 @@ def test_window_and_cut_and_checkpoint_show_the_refit_and_detaching_leaves_no_tr
 ):
     model = FAMILIES[family]()
     method = refitting(
-        "random", importance=importance, units=units, how=Refit(damping=(1e-1,), sensitivity=2)
+        "random", importance=importance, unit_kind=units, how=Refit(damping=(1e-1,), sensitivity=2)
     )
     before, ids = {k: v.clone() for k, v in model.state_dict().items()}, token_ids()
     consumers = method_consumers(model, method, 0.3, WINDOWS, batch_size=8)
@@ -227,7 +227,7 @@ def test_window_and_cut_and_checkpoint_show_the_refit_and_detaching_leaves_no_tr
     plain = replace(method, importance="random", compensation="none", refit=None)
     with attach(model, plain, 0.3):
         without = logits(model, ids)
-    with attach(model, method, 0.3, statistics=statistics) as handle:
+    with attach(model, method, 0.3, calibration=calibration) as handle:
         attached = logits(model, ids)
         kept = handle.kept_units()
     assert (attached - without).abs().max() > 1e-2
@@ -488,16 +488,16 @@ def test_a_failed_refit_names_its_block_and_changes_nothing():
 
 def test_what_cannot_be_refitted_is_said_in_a_sentence():
     model = FAMILIES["llama"]()
-    statistics = calibrate(model, WINDOWS)
+    calibration = WINDOWS
     with pytest.raises(UsageError, match="leaves none to fit"):
         prune(model, refitting(how=Refit(damping=(0.1, 1.0))), 0.3, calibration=WINDOWS[:1])
     with pytest.raises(UsageError, match="no consumer of"):
-        attach(model, refitting(), 0.3, statistics=statistics)
-    other = method_consumers(model, refitting(), 0.5, WINDOWS, statistics=statistics)
+        attach(model, refitting(), 0.3, calibration=calibration)
+    other = method_consumers(model, refitting(), 0.5, WINDOWS, calibration=calibration)
     with pytest.raises(UsageError, match="no consumer of"):
         prune(model, refitting(), 0.3, statistics=replace(statistics, consumers=other))
     with pytest.raises(UsageError, match="refits nothing"):
-        method_consumers(model, "wanda-sp", 0.3, WINDOWS, statistics=statistics)
+        method_consumers(model, "wanda-sp", 0.3, WINDOWS, calibration=calibration)
     with pytest.raises(UsageError, match="give refit="):
         compose("wanda-sp", importance="obs")
     with pytest.raises(UsageError, match="no scores"):

@@ -15,14 +15,15 @@ from tiny import FAMILIES, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from probeprune import Probe, UsageError, attach, calibrate, compose
+from probeprune import UsageError, attach, calibrate, compose
 from probeprune.data.corpora import ASSETS, read_text
 from probeprune.evaluation import harness, published, task_data
 from probeprune.evaluation.likelihood import Request, make_batches, score
 from probeprune.evaluation.task_data import TASKS, load_rows
 from probeprune.evaluation.tasks import evaluate_task, mean_accuracy
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
-MOVING = compose("probe", probe=Probe(decay=0.1))
+MOVING = compose("probe", when=ProbeEveryBatch(decay=0.1))
 """Its history is mostly the last batch, so that it decides."""
 
 MAX_LENGTH = 300
@@ -262,7 +263,7 @@ def test_results_are_the_harness_own_in_other_families(tokenizer, family):
 
 @pytest.mark.parametrize("method", ["dense", "wanda-sp"])
 def test_results_do_not_depend_on_batches(llama, statistics, tokenizer, method):
-    with attach(llama, method, 0.3, statistics=statistics):
+    with attach(llama, method, 0.3, calibration=calibration):
         results = [
             evaluate_task(llama, tokenizer, "openbookqa", limit=10, batch_size=size, order=order)
             for size in (1, 4, 16)
@@ -361,7 +362,7 @@ def test_padding_never_enters(llama, statistics, method, padding):
         lambda: score(llama, requests, [[0, 1, 2, 3]], max_length=MAX_LENGTH).loglikelihoods,
         lambda: slow_likelihoods(llama, requests, *padding),
     ):
-        with attach(llama, method, 0.3, statistics=statistics) as handle:
+        with attach(llama, method, 0.3, calibration=calibration) as handle:
             first = run()
             kept.append(handle.kept_units())
             second = score(llama, requests, [[2, 3, 1, 0]], max_length=MAX_LENGTH)  # by history moved so far
@@ -378,7 +379,7 @@ def test_without_a_mask_padding_would_enter(llama, statistics, tokenizer):
         lambda: harness.LiveModel(llama, tokenizer, batch_size=24),
         lambda: HFLM(pretrained=llama, tokenizer=copy.deepcopy(tokenizer), batch_size=24, logits_cache=False),
     ):
-        with attach(llama, "full-batch", 0.3, statistics=statistics) as handle:
+        with attach(llama, "full-batch", 0.3, calibration=calibration) as handle:
             build().loglikelihood(task.instances, disable_tqdm=True)
             kept.append(handle.kept_units())
     assert kept[0] != kept[1]
@@ -399,11 +400,11 @@ def test_dynamic_results_depend_on_batches_and_history(llama, statistics, tokeni
     def run(**options):
         return evaluate_task(llama, tokenizer, "openbookqa", limit=8, **options).loglikelihoods
 
-    with attach(llama, MOVING, 0.3, statistics=statistics):
+    with attach(llama, MOVING, 0.3, calibration=calibration):
         first, second = run(), run()
-    with attach(llama, MOVING, 0.3, statistics=statistics):
+    with attach(llama, MOVING, 0.3, calibration=calibration):
         assert run() == first
-    with attach(llama, MOVING, 0.3, statistics=statistics):
+    with attach(llama, MOVING, 0.3, calibration=calibration):
         assert run(batch_size=4) != first
     assert second != first
 

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from probeprune import Probe, compose, save
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 SHAPE = {
     "hidden_size": 48,
@@ -133,7 +134,7 @@ class masked:
             hook.remove()
 
 
-PROBING = compose("probe", name="probe", probe=Probe(reuse=0))
+PROBING = compose("probe", name="probe", when=ProbeEveryBatch(Probe(reuse=0)))
 """Probe Pruning as published: every batch is probed, however small."""
 
 

@@ -1,10 +1,9 @@
-"""Order and cut: a block's weights permuted in place, seen through a narrower window.
+"""Order and cut: a block's weights permuted in place, seen through narrower views.
 
-A block computes the same function when its units are permuted consistently. A `Partition` keeps the
-units that stay in front, so a cut is a view (`weight[:k]`, `weight[:, :k]`), never a copy, and a new
-choice swaps only the units that enter with those that leave. Original unit ids are remembered; `restore`
-puts every parameter back bit for bit, `cut` makes the window all there is. Which units stay is somebody
-else's decision.
+A block computes the same function when its units are permuted consistently. A `Partition` keeps the units
+that stay in front, so a cut is a view (`weight[:k]`, `weight[:, :k]`), never a copy, and a new choice swaps
+only the units that enter with those that leave. It remembers original unit ids: `restore` puts every
+parameter back bit for bit, `cut` drops the rest for good. It does not decide which units stay.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +27,9 @@ class Partition:
     Attributes:
         block: the block; its linear maps are changed in place until `restore`.
         order: LongTensor (units,), the original id of the unit at each position.
-        kept: how many units, from position 0 on, the window shows.
-        followers: tensors (..., block.width) in the order of the coupled activation's channels; they are
-            permuted along with the weights.
+        shown: number of units in view, from position 0 on.
+        companions: tensors (..., block.width) in the order of the coupled activation's channels, permuted
+            along with the weights.
     """
 
     def __init__(self, block: Block) -> None:
@@ -38,12 +37,12 @@ class Partition:
         device = block.consumer.weight.device
         with torch.inference_mode(False):
             self.order = torch.arange(block.units, device=device)
-        self.kept = block.units
-        self.followers: list[torch.Tensor] = []
+        self.shown = block.units
+        self.companions: list[torch.Tensor] = []
         self._parameters = {m.linear: dict(m.linear._parameters) for m in block.members}
         self._own_bias = self._shown_bias = block.consumer.bias
         self._refitted: nn.Parameter | None = None
-        self._windows: list[tuple[nn.Linear, str, nn.Parameter, nn.Parameter]] = []
+        self._views: list[tuple[nn.Linear, str, nn.Parameter, nn.Parameter]] = []
         self._forwards: list[tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]] = []
         self._attributes: dict[str, object] = {}
         self._by_query_head = block.unit_kind != "group"
@@ -64,11 +63,11 @@ class Partition:
                 every group.
 
         Returns:
-            How many units were moved into the window: LongTensor ().
+            Number of units that came into view: LongTensor ().
         """
         moved = self._bring_to_front(units)
-        if len(units) != self.kept or not self._windows:
-            self.kept = len(units)
+        if len(units) != self.shown or not self._views:
+            self.shown = len(units)
             self._open()
         self.narrow()
         return moved
@@ -78,7 +77,7 @@ class Partition:
         if self.order.is_meta:  # shapes only: there is nothing to move
             return self.order.new_zeros(())
         wanted = torch.zeros_like(self.order, dtype=torch.bool).index_fill_(0, units, True)
-        if k != self.kept:
+        if k != self.shown:
             # The first cut, or one of another width: lay out afresh. Ascending ids keep the query heads
             # of a group together.
             self._permute(wanted.argsort(descending=True, stable=True))
@@ -125,15 +124,15 @@ class Partition:
             moved.append((m.part(weight.data, self.block.units), m.axis, m.width))
             if bias is not None and m.axis == 0:
                 moved.append((m.part(bias.data, self.block.units), 0, m.width))
-        moved += [(f, f.ndim - 1, self.block.unit_width) for f in self.followers]
+        moved += [(f, f.ndim - 1, self.block.unit_width) for f in self.companions]
         return moved
 
     # -- cut -----------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Make what the window shows: views of the full parameters, made once a width."""
+        """Make the views of the full parameters, once per width."""
         self.widen()
-        self._windows, self._forwards = [], []
+        self._views, self._forwards = [], []
         self._refitted, self._shown_bias = None, self._own_bias
         with torch.inference_mode(False):
             for linear, parameters in self._parameters.items():
@@ -146,7 +145,7 @@ class Partition:
                     for name, (view,) in views.items():
                         full = parameters[name]
                         assert full is not None
-                        self._windows.append((linear, name, full, view))
+                        self._views.append((linear, name, full, view))
                 else:
                     biases: Sequence[nn.Parameter | None] = views.get("bias") or [None] * len(kept)
                     self._forwards.append((linear, _side_by_side(views["weight"], biases)))
@@ -162,28 +161,28 @@ class Partition:
         return [("weight", weight, 0)] + ([] if bias is None else [("bias", bias, 0)])
 
     def _kept_ranges(self, linear: nn.Linear) -> list[tuple[int, int]]:
-        """(start, length) of the rows or columns that the window shows; several for a fused map."""
+        """(start, length) of the rows or columns in view; several for a fused map."""
         consumer = linear is self.block.consumer
         end = linear.in_features if consumer else linear.out_features
         ranges, position = [], 0
         for m in self.block.members:
             if m.linear is linear:
-                ranges += [(position, m.start - position), (m.start, self.kept * m.width)]
+                ranges += [(position, m.start - position), (m.start, self.shown * m.width)]
                 position = m.start + self.block.units * m.width
         return [r for r in [*ranges, (position, end - position)] if r[1]]
 
     def narrow(self) -> None:
         """Show the kept units only."""
-        for linear, name, _, window in self._windows:
-            linear._parameters[name] = window
+        for linear, name, _, view in self._views:
+            linear._parameters[name] = view
         self.block.consumer._parameters["bias"] = self._shown_bias
         for linear, forward in self._forwards:
             linear.forward = forward  # type: ignore[method-assign, assignment]
-        self._tell_attention(self.kept)
+        self._tell_attention(self.shown)
 
     def widen(self) -> None:
         """Show all units, in the present order (the dense block's function, to rounding)."""
-        for linear, name, full, _ in self._windows:
+        for linear, name, full, _ in self._views:
             linear._parameters[name] = full
         self.block.consumer._parameters["bias"] = self._own_bias
         for linear, _ in self._forwards:
@@ -215,7 +214,7 @@ class Partition:
 
     @torch.no_grad()
     def cut(self) -> None:
-        """Make the window permanent: the other units are gone, and there is nothing to restore.
+        """Drop the units out of view for good. There is nothing left to restore.
 
         The block must be found anew afterwards. Raises `UsageError` where groups of query heads would keep
         different numbers of them, which no model code can run.
@@ -234,17 +233,17 @@ class Partition:
                 linear._parameters["weight"] = nn.Parameter(self._refitted.data, requires_grad=wanted)
             linear.out_features, linear.in_features = linear.weight.shape
             parameters.clear()  # frees the dense weight before the next map is copied
-        self._windows, self._forwards, self._refitted = [], [], None
+        self._views, self._forwards, self._refitted = [], [], None
         if self._by_query_head:  # balanced: consecutive heads share a group again
             self._restore_attributes()
-            block.entry.num_key_value_groups = self.kept // block.kv_heads  # type: ignore[assignment]
+            block.entry.num_key_value_groups = self.shown // block.kv_heads  # type: ignore[assignment]
             self._take_config()
-        self._set_counts(self.kept)
+        self._set_counts(self.shown)
 
     # -- the rest ------------------------------------------------------------------------------
 
     def add_bias(self, bias: torch.Tensor) -> None:
-        """Add a vector (hidden size,) to the consumer's own bias wherever the window shows, in place of any
+        """Add a vector (hidden size,) to the consumer's own bias while the block is narrow, in place of any
         added before."""
         consumer, own = self.block.consumer, self._own_bias
         total = bias if own is None else own.detach().float() + bias
@@ -252,10 +251,11 @@ class Partition:
         self.narrow()
 
     def replace_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Let the window show another weight (hidden size, kept channels) and bias of the consumer.
+        """Show another weight (hidden size, kept channels) and bias of the consumer while the block is
+        narrow.
 
-        Columns are those of the kept units, in their present order. It lasts until units are kept in another
-        number; the dense block keeps its own. Without a bias the consumer's own stays.
+        Columns are those of the kept units, in their present order. The replacement lasts until the number of
+        units changes; the dense block keeps its own. Without a bias the consumer's own stays.
         """
         consumer = self.block.consumer
         if self._refitted is not None:
@@ -267,8 +267,8 @@ class Partition:
                 )
             full = self._parameters[consumer]["weight"]
             assert full is not None
-            self._windows = [w for w in self._windows if w[0] is not consumer]
-            self._windows.append((consumer, "weight", full, self._refitted))
+            self._views = [v for v in self._views if v[0] is not consumer]
+            self._views.append((consumer, "weight", full, self._refitted))
         if bias is not None:
             with torch.inference_mode(False):
                 self._shown_bias = nn.Parameter(bias.to(self.consumer_weight.dtype), requires_grad=False)
@@ -283,8 +283,8 @@ class Partition:
 
     @property
     def kept_units(self) -> torch.Tensor:
-        """Original ids of the units in the window, ascending: LongTensor (kept,)."""
-        return self.order[: self.kept].sort().values
+        """Original ids of the units in view, ascending: LongTensor (shown,)."""
+        return self.order[: self.shown].sort().values
 
     @property
     def channels(self) -> torch.Tensor:
@@ -296,11 +296,11 @@ class Partition:
         """Undo everything: same parameters, same bits, same attributes as before."""
         if not self.order.is_meta:
             self._permute(torch.arange(self.block.units, device=self.order.device))
-        self.kept = self.block.units
+        self.shown = self.block.units
         self.widen()
         for linear, parameters in self._parameters.items():
             linear._parameters.update(parameters)
-        self._windows, self._forwards, self._refitted = [], [], None
+        self._views, self._forwards, self._refitted = [], [], None
         self._restore_attributes()
 
     def _restore_attributes(self) -> None:
@@ -318,11 +318,11 @@ class Partition:
 
 
 def check_can_cut(block: Block) -> None:
-    """Raise `UsageError` for units that can be hidden by a window but not cut for good."""
+    """Raise `UsageError` for units that can be hidden from view but not cut for good."""
     if block.unit_kind == "query":
         raise UsageError(
-            "units='query' keeps different numbers of query heads from group to group, which no checkpoint "
-            "can hold; use units='group' or 'balanced'."
+            "unit_kind='query' keeps different numbers of query heads from group to group, which no "
+            "checkpoint can hold; use unit_kind='group' or 'balanced'."
         )
 
 

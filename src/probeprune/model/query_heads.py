@@ -57,7 +57,7 @@ def attention_overrides(module: nn.Module) -> dict[str, object]:
     if implementation not in _SUPPORTED:
         raise UsageError(
             f"attention units 'query' and 'balanced' work with {' and '.join(_SUPPORTED)} attention, not "
-            f"{implementation!r}; load the model with attn_implementation='sdpa' or use units='group'."
+            f"{implementation!r}; load the model with attn_implementation='sdpa' or use unit_kind='group'."
         )
     own = copy(config)
     own._attn_implementation = _PREFIX + implementation
