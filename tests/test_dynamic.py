@@ -4,13 +4,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
+from tiny import FAMILIES, PROBING, Given, close, kept, masked, padded, token_ids
 from transformers import DynamicCache
 
 from probeprune import METHODS, Probe, UsageError, attach, compose
 from probeprune.algebra.moments import History
+from probeprune.calibration.collecting import calibrate
+from probeprune.calibration.statistics import Statistics
 from probeprune.model.blocks import find_blocks
 from probeprune.model.passes import find_decoder
+from probeprune.preparation import Preparation
 from probeprune.prepare import statistics_for
 from probeprune.runtime.block import BlockRuntime
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
@@ -154,7 +157,7 @@ def test_probe_of_an_mlp_against_a_slow_version(family, side, probing):
         moved = history.clone()
         moved[best] += 0.01 * ((z[real] ** 2).mean(0)[best] - history[best])
         in_order = torch.empty(block.width, dtype=torch.float64)
-        in_order[runtime.pruned.partition.channels] = runtime.follower.follower.history.energy[0].double()
+        in_order[runtime.pruned.partition.channels] = runtime.follower.history.energy[0].double()
     torch.testing.assert_close(in_order, moved, rtol=1e-4, atol=1e-6)
 
 
@@ -231,6 +234,7 @@ def test_a_probe_starts_in_front_of_the_block_before_and_is_waited_for(llama):
 
 def test_a_batch_after_one_that_broke_beside_is_like_any_other(llama, monkeypatch):
     model, calibration = llama
+    moments = moments_of(model, calibration)
     inputs = padded("left")
     with attach(model, PARALLEL, 0.3, calibration=calibration) as handle:
         logits(model, *inputs)
@@ -241,22 +245,22 @@ def test_a_batch_after_one_that_broke_beside_is_like_any_other(llama, monkeypatc
             with pytest.raises(ZeroDivisionError):
                 logits(model, *padded("right"))
         for r in handle.runtimes:  # what the broken batch moved
-            r.follower.history.energy[:] = History(moments_of(model, calibration)[r.block.name], 0.99).energy[
-                :, r.pruned.partition.channels
-            ]
+            fresh = History(moments[r.block.name], 0.99).energy
+            r.follower.history.energy[:] = fresh[:, r.pruned.partition.channels]
         logits(model, *inputs)
         assert handle.kept_units() == want
 
 
 def test_attaching_moves_no_ones_history():
     model = FAMILIES["llama"]()
-    calibration = token_ids(4, 16)
-    state = {n: {k: v.clone() for k, v in m.state().items()} for n, m in moments_of(model, calibration).items()}
+    calibration = Preparation(model, token_ids(4, 16), batch_size=4)
+    before = {
+        n: {k: v.clone() for k, v in m.state().items()} for n, m in moments_of(model, calibration).items()
+    }
     with attach(model, PROBING, 0.3, calibration=calibration):
         logits(model, *padded("none"))
     for name, moments in moments_of(model, calibration).items():
-        assert all(v.equal(state[name][k]) for k, v in moments.state().items())
-    assert isinstance(History(next(iter(moments_of(model, calibration).values())), 0.9).energy, torch.Tensor)
+        assert all(v.equal(before[name][k]) for k, v in moments.state().items())
 
 
 @contextmanager
@@ -279,7 +283,8 @@ def test_flap_bias_is_what_the_formula_says(calibrated):
     inputs = padded("right")
     with attach(model, "flap", 0.3, calibration=calibration) as handle:
         choice, got = kept(handle), logits(model, *inputs)
-    with masked(choice), lost_means_added(choice, moments_of(model, calibration)):
+    moments = moments_of(model, calibration)
+    with masked(choice), lost_means_added(choice, moments):
         close(got, logits(model, *inputs))
 
 
@@ -318,7 +323,7 @@ def test_misuse_is_refused_with_a_reason(llama):
             attach(model, "random", 0.3)
         handle.detach()
         handle.detach()
-    with pytest.raises(UsageError, match="needs statistics"):
+    with pytest.raises(UsageError, match="needs calibration="):
         attach(model, PROBING, 0.3)
     with pytest.raises(UsageError, match="another model"):
         attach(FAMILIES["opt"](), "probe", 0.3, calibration=calibration)
@@ -352,7 +357,7 @@ def test_two_models_at_once_do_not_meet(llama):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"allocation": "global"}, {"compensation": "bias"}, {"units": "balanced"}]
+    "changes", [{"allocation": "global"}, {"compensation": "bias"}, {"unit_kind": "balanced"}]
 )
 def test_compositions_run_and_equal_the_masked_model(llama, changes):
     model, calibration = llama
@@ -433,7 +438,7 @@ def test_probe_of_attention_against_a_slow_version(calibrated, side):
         logits(model, ids, mask)
         units = runtime.pruned.partition.kept_units
         in_order = torch.empty(block.width, dtype=torch.float64)
-        in_order[runtime.pruned.partition.channels] = runtime.follower.follower.history.energy[0].double()
+        in_order[runtime.pruned.partition.channels] = runtime.follower.history.energy[0].double()
     best = score.argsort(descending=True)[: len(units)].sort().values
     assert units.tolist() == best.tolist()
     channels = (best[:, None] * block.unit_width + torch.arange(block.unit_width)).flatten()
@@ -466,7 +471,7 @@ def test_small_batches_share_a_choice_until_enough_tokens_went_by(llama):
     method = compose("probe", when=ProbeEveryBatch(Probe(reuse=60)))
     batches = [token_ids(2, 12, seed=50 + i) for i in range(8)]  # 24 tokens each
     with attach(model, method, 0.3, calibration=calibration) as handle:
-        history = handle.runtimes[-1].history.energy
+        history = handle.runtimes[-1].follower.history.energy
         swapped, before, seen = [], history.clone(), []
         for ids in batches:
             got = logits(model, ids, torch.ones_like(ids))
@@ -663,9 +668,10 @@ def test_batches_in_and_out_of_inference_mode_mix(modes):
 
 def test_a_model_without_memory_can_be_attached():
     # Costs of models too large for this machine are counted on the meta device.
-    statistics = calibrate(FAMILIES["llama-gqa"](), token_ids(6, 16, seed=9))
+    moments = calibrate(FAMILIES["llama-gqa"](), token_ids(6, 16, seed=9))
     with torch.device("meta"):
         model = FAMILIES["llama-gqa"]()
+    calibration = Given(model, Statistics(moments))
     shapes: dict[str, tuple[int, ...]] = {}
     with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
         for b in handle.blocks:
@@ -692,7 +698,8 @@ def test_bias_of_a_dynamic_method_follows_every_batch(family):
             ids = token_ids(2, 12, seed=seed)
             logits(model, ids, torch.ones_like(ids))
         got, choice = logits(model, *inputs), kept(handle)
-    with masked(choice), lost_means_added(choice, moments_of(model, calibration)):
+    moments = moments_of(model, calibration)
+    with masked(choice), lost_means_added(choice, moments):
         close(got, logits(model, *inputs))
 
 

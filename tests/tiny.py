@@ -29,6 +29,8 @@ from transformers import (
 )
 
 from probeprune import Probe, compose, save
+from probeprune.calibration.statistics import Statistics
+from probeprune.preparation import Piece, Preparation
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 SHAPE = {
@@ -132,6 +134,17 @@ class masked:
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+class Given(Preparation):
+    """Statistics made by hand, to be given as `calibration`."""
+
+    def __init__(self, model: nn.Module, statistics: Statistics) -> None:
+        super().__init__(model, token_ids())
+        self.given = statistics
+
+    def get(self, piece: Piece) -> dict:
+        return getattr(self.given, piece.part)
 
 
 PROBING = compose("probe", name="probe", when=ProbeEveryBatch(Probe(reuse=0)))
