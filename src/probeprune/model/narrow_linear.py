@@ -38,6 +38,8 @@ class View:
         self.added_bias: torch.Tensor | None = None
         self._weights: list[torch.Tensor] = []
         self._biases: list[torch.Tensor] = []
+        self._stamp: list[tuple[object, ...]] = []
+        self.stamp()
 
     def show(self, ranges: list[tuple[int, int]]) -> None:
         """Show these ranges, and no replacement."""
@@ -56,6 +58,24 @@ class View:
             self._weights = self._parts(weight.detach(), self.axis)
             # A consumer's bias belongs to no unit.
             self._biases = self._parts(bias.detach(), 0) if bias is not None and self.axis == 0 else []
+        self.stamp()
+
+    def stamp(self) -> None:
+        """Take the parameters for unchanged as they are now."""
+        self._stamp = self._state()
+
+    @property
+    def changed(self) -> bool:
+        """Whether somebody else has written to the parameters, or put others in their place, since
+        `stamp`."""
+        return self._state() != self._stamp
+
+    def _state(self) -> list[tuple[object, ...]]:
+        return [
+            (p.data_ptr(), p._version, p.dtype) if not p.is_meta else (p.dtype,)
+            for p in self.linear._parameters.values()
+            if p is not None
+        ]
 
     def _parts(self, whole: torch.Tensor, axis: int) -> list[torch.Tensor]:
         return [whole.narrow(axis, *r) for r in self.ranges]
@@ -140,5 +160,5 @@ def open_view(linear: nn.Linear, axis: int, original: Callable[[str], torch.Tens
 def close_view(linear: nn.Linear) -> None:
     """Turn a linear map with a view into a plain one again."""
     if isinstance(linear, NarrowLinear):
-        linear.__class__ = nn.Linear
+        linear.__class__ = nn.Linear  # type: ignore[assignment]
         del linear.__dict__[_STATE]

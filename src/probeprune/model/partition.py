@@ -98,6 +98,7 @@ class Partition:
             a, b = _spread(here, width), _spread(there, width)
             tensor.index_copy_(axis, a, tensor.index_select(axis, b))
         self.order[here] = self.order[there]
+        self._stamp()
         return moved
 
     def _first(self, chosen: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
@@ -114,6 +115,24 @@ class Partition:
         for tensor, axis, width in self._tensors():
             tensor.copy_(tensor.index_select(axis, _spread(source, width)))
         self.order.copy_(order)
+        self._stamp()
+
+    def _stamp(self) -> None:
+        for view in self._views.values():
+            view.stamp()
+
+    def check(self) -> None:
+        """Raise `UsageError` where somebody else has changed the block's weights.
+
+        Looks at addresses and version counters, not at weights: nothing waits for a device.
+        """
+        for linear, view in self._views.items():
+            if view.changed:
+                name = next(m.name for m in self.block.members if m.linear is linear)
+                raise UsageError(
+                    f"the weights of {name} were changed while a method is attached, and its choice of units "
+                    "does not fit them; detach it and attach it again."
+                )
 
     def _tensors(self) -> list[tuple[torch.Tensor, int, int]]:
         """Everything a permutation moves: (tensor, axis, entries per unit)."""

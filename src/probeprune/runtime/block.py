@@ -32,6 +32,7 @@ class BlockRuntime:
         current: the pass under way.
         beside: the block before this one, where the probe runs beside it.
         side_stream: where it then runs.
+        passed: whether the pass under way has gone through the consumer.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class BlockRuntime:
         self.block = pruned.block
         self.side_stream = SideStream(pruned.partition.order.device)
         self._shadow = Shadow(pruned.block, pruned.partition)
+        self.passed = False
         self._residual: torch.Tensor | None = None
         self._refreshes = when.refresh > 0 and self.block.kind == "mlp"  # heads: the cache holds the prompt's
 
@@ -130,6 +132,7 @@ class BlockRuntime:
     def _after_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
         if self.current.stage is None:
             return
+        self.passed = True
         # A block that does not refresh runs a refresh as any other step.
         stage = "keep" if self.current.stage == "refresh" and not self._refreshes else self.current.stage
         self.follower.on_pass(self._shaped(args[0]), self.current.tokens, stage)
