@@ -147,7 +147,7 @@ class Workbench:
     def _train(self, subject: Subject, out: Path) -> None:
         budget, method = subject.budget, subject.method
         assert budget is not None
-        training = replace(budget.training, seed=subject.seed)
+        training = budget.training(subject.seed)
         before: dict[str, Any] | None = None
         if method.when == Once(recovery=True):
             before = self._cut(subject, without_training(method))
