@@ -17,10 +17,11 @@ import torch
 from probeprune.errors import UsageError, first_line
 from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure
-from probeprune.experiment.results import Results, Row
+from probeprune.experiment.results import Results
 from probeprune.experiment.run import Done, measured, unmeasured
 from probeprune.experiment.workbench import Workbench
 from probeprune.progress import Progress, silent
+from probeprune.result_lines import Line
 
 RETRIES = 3
 """How often a subject is begun anew when its worker dies."""
@@ -38,7 +39,7 @@ class Worker:
         """Of this process."""
         return os.getpid()
 
-    def measure(self, cells: list[Cell]) -> list[Row]:
+    def measure(self, cells: list[Cell]) -> list[Line]:
         """The lines of the cells of one subject."""
         return [row for _, row in measured(self.bench, cells, keep_going=True)]
 
@@ -54,7 +55,7 @@ def run_on_ray(
     progress: Progress = silent,
     done: Done = lambda cell, row: None,
     started: Callable[[list[int]], Any] | None = None,
-) -> list[Row]:
+) -> list[Line]:
     """As `run` with `keep_going`, on a Ray cluster; returns the rows of all cells, in their order.
 
     Args:

@@ -7,13 +7,14 @@ from itertools import groupby
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure, measure
-from probeprune.experiment.results import Results, Row
+from probeprune.experiment.results import Results
 from probeprune.experiment.workbench import Unprepared, Workbench
 from probeprune.methods import without_measured_widths
 from probeprune.model.blocks import find_blocks
 from probeprune.plan import widths
+from probeprune.result_lines import Line
 
-Done = Callable[[Cell, Row], None]
+Done = Callable[[Cell, Line], None]
 
 
 def run(
@@ -24,7 +25,7 @@ def run(
     done: Done = lambda cell, row: None,
     keep_going: bool = False,
     keep_trained: bool = True,
-) -> list[Row]:
+) -> list[Line]:
     """Measure every cell that `results` does not hold yet; returns the rows of all cells, in their order.
 
     Args:
@@ -61,7 +62,7 @@ def unmeasured(cells: Iterable[Cell], results: Results, done: Done) -> list[Cell
     return left
 
 
-def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Iterator[tuple[Cell, Row]]:
+def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Iterator[tuple[Cell, Line]]:
     """The lines of the cells of one subject, one after the other.
 
     Each cell finds the subject as new: what a dynamic method learns on one text must not reach the next.
