@@ -12,7 +12,7 @@ from probeprune.evaluation.tasks import evaluate_task
 from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeasure
 from probeprune.experiment.costing import cost_line
 from probeprune.experiment.workbench import Prepared, Workbench
-from probeprune.model.cost import PeakMemory, blocks_flops, probe_flops
+from probeprune.model.cost import PeakMemory, blocks_flops
 from probeprune.provenance import versions
 from probeprune.result_lines import (
     AccuracyRecord,
@@ -24,6 +24,7 @@ from probeprune.result_lines import (
     UnitRecord,
 )
 from probeprune.runtime.handle import Handle
+from probeprune.strategies.probe import probe_flops
 
 Steps = Callable[[int, int], None]
 """Called with (steps done, steps in total)."""
