@@ -1,7 +1,7 @@
 """`probeprune compare`: methods x ratios on one model, one table."""
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 
@@ -89,6 +89,7 @@ def compare(
     from probeprune.experiment.workbench import Workbench
     from probeprune.model.loading import load_model, source_fingerprint
     from probeprune.provenance import dtype_name
+    from probeprune.result_lines import Line
 
     for name, value in (("windows", windows + 1), ("length", length - 1), ("batch-size", batch_size)):
         if value < 1:
@@ -133,7 +134,7 @@ def compare(
     results = Results.open(out_dir)
     warn(results.problems)
 
-    def done(cell: Cell, row: dict[str, Any]) -> None:
+    def done(cell: Cell, row: Line) -> None:
         err.print(
             f"[green]done[/green] {cell.subject.label:<16} perplexity {row['value']:.2f}", highlight=False
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -63,6 +63,7 @@ def table(
     from probeprune.experiment.workbench import Workbench
     from probeprune.model.loading import choose_device, choose_dtype
     from probeprune.provenance import dtype_name
+    from probeprune.result_lines import Line
 
     one_of("executor", executor, ("local", "ray"))
     if workers < 1:
@@ -88,7 +89,7 @@ def table(
     known = sum(results.find(c) is not None for c in cells)
     err.print(f"{len(cells)} cells, {known} measured already", highlight=False)
 
-    def done(cell: Cell, row: dict[str, Any]) -> None:
+    def done(cell: Cell, row: Line) -> None:
         said = f"{row['metric']} {row['value']:.4g}" if row["kind"] == "result" else f"FAILED: {row['error']}"
         what = f"{cell.subject.label:<20} seed {cell.subject.seed} {cell.measure.name:<14}"
         err.print(

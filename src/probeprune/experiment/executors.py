@@ -18,10 +18,11 @@ import torch
 from probeprune.errors import UsageError, first_line
 from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure
-from probeprune.experiment.results import Results, Row
+from probeprune.experiment.results import Results
 from probeprune.experiment.run import Done, measure_cells, missing
 from probeprune.experiment.workbench import Workbench
 from probeprune.progress import Progress, silent
+from probeprune.result_lines import Line
 
 RETRIES = 3
 """How often a subject is measured again after its worker died."""
@@ -52,7 +53,7 @@ class Worker:
         """Process id."""
         return os.getpid()
 
-    def measure(self, cells: list[Cell]) -> list[Row]:
+    def measure(self, cells: list[Cell]) -> list[Line]:
         """Measure the cells of one subject; returns their rows."""
         return [row for _, row in measure_cells(self.bench, cells, keep_going=True)]
 
@@ -67,7 +68,7 @@ def run_on_ray(
     progress: Progress = silent,
     done: Done = lambda cell, row: None,
     started: Callable[[list[int]], Any] | None = None,
-) -> list[Row]:
+) -> list[Line]:
     """`run_cells` with `keep_going` on a Ray cluster; returns the rows of all cells, in their order.
 
     Args:

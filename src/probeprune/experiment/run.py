@@ -7,13 +7,14 @@ from itertools import groupby
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell, prunes
 from probeprune.experiment.measuring import failure, measure
-from probeprune.experiment.results import Results, Row
+from probeprune.experiment.results import Results
 from probeprune.experiment.workbench import Unprepared, Workbench
 from probeprune.methods import without_measured_widths
 from probeprune.model.blocks import find_blocks
 from probeprune.plan import widths
+from probeprune.result_lines import Line
 
-Done = Callable[[Cell, Row], None]
+Done = Callable[[Cell, Line], None]
 """Called with every cell and its row, measured just now or before."""
 
 
@@ -25,7 +26,7 @@ def run_cells(
     done: Done = lambda cell, row: None,
     keep_going: bool = False,
     keep_trained: bool = True,
-) -> list[Row]:
+) -> list[Line]:
     """Measure every cell that `results` does not hold yet; returns the rows of all cells, in their order.
 
     Args:
@@ -63,7 +64,7 @@ def missing(cells: Iterable[Cell], results: Results, done: Done) -> list[Cell]:
     return not_measured
 
 
-def measure_cells(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Iterator[tuple[Cell, Row]]:
+def measure_cells(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Iterator[tuple[Cell, Line]]:
     """Measure the cells of one subject, one after the other.
 
     The subject is prepared anew for each cell: a dynamic method must not carry its history over to the next
