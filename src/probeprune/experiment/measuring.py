@@ -11,7 +11,7 @@ from probeprune.evaluation.perplexity import perplexity
 from probeprune.evaluation.tasks import evaluate_task
 from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeasure
 from probeprune.experiment.costing import cost_line
-from probeprune.experiment.workbench import Prepared, Workbench
+from probeprune.experiment.workbench import Ready, Workbench
 from probeprune.model.cost import PeakMemory, blocks_flops
 from probeprune.provenance import versions
 from probeprune.result_lines import (
@@ -25,6 +25,7 @@ from probeprune.result_lines import (
 )
 from probeprune.runtime.handle import Handle
 from probeprune.strategies.probe import probe_flops
+from probeprune.strategies.schedule import EveryBatch
 
 Steps = Callable[[int, int], None]
 """Called with (steps done, steps in total)."""
@@ -79,7 +80,7 @@ def _identity(cell: Cell) -> Identity:
     }
 
 
-def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> TextLine:
+def _on_text(measure: TextMeasure, prepared: Ready, progress: Steps) -> TextLine:
     model, handle = prepared.loaded.model, prepared.handle
     text = evaluation_windows(
         load_corpus(measure.corpus),
@@ -103,8 +104,8 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> TextL
     shape = min(measure.batch_size, len(text)), measure.length
     full = blocks_flops(prepared.blocks, [b.units for b in prepared.blocks], *shape)
     probing = 0.0
-    if handle is not None and handle.method.probe is not None:
-        probing = probe_flops(*handle.probed, handle.method.probe, *shape) / full
+    if handle is not None and isinstance(handle.method.when, EveryBatch):
+        probing = probe_flops(*handle.probed, handle.method.when.probe, *shape) / full
     return {
         "task": measure.corpus,
         "metric": "perplexity",
@@ -126,7 +127,7 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> TextL
     }
 
 
-def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> TaskLine:
+def _on_task(measure: TaskMeasure, prepared: Ready, progress: Steps) -> TaskLine:
     with PeakMemory(prepared.loaded.device) as memory:
         result = evaluate_task(
             prepared.loaded.model,
@@ -166,7 +167,7 @@ def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> TaskL
     }
 
 
-def _training(prepared: Prepared) -> TrainingRecord | None:
+def _training(prepared: Ready) -> TrainingRecord | None:
     """The training record of a line: its main settings and measurements."""
     record = prepared.training
     if record is None:
@@ -198,7 +199,7 @@ class UnitCounter:
 
     def count(self) -> None:
         """Count the units that are kept now."""
-        if self.batches and self.handle.method.when != "batch":
+        if self.batches and not self.handle.method.when.every_batch:
             return
         for k in self.handle.kept_units():
             mask = torch.zeros(k.of)
@@ -212,7 +213,7 @@ class UnitCounter:
     def summary(self) -> list[UnitRecord]:
         """One record a block; the frequencies of channels are sorted and averaged in at most `BINS` bins."""
         entries: list[UnitRecord] = []
-        for block, keep in zip(self.handle.blocks, self.handle.kept, strict=True):
+        for block, keep in zip(self.handle.blocks, self.handle.widths, strict=True):
             frequency = self._kept[block.name] / max(self.batches, 1)
             if block.kind == "mlp":
                 bins = frequency.sort(descending=True).values.tensor_split(min(BINS, block.units))
