@@ -11,6 +11,7 @@ from functools import cached_property
 from math import gcd
 from typing import Any, Literal
 
+from probeprune import records
 from probeprune.data.windows import BATCH_SIZE, CALIBRATION, Sampling, Text
 from probeprune.errors import UsageError
 from probeprune.evaluation.perplexity import Averaging
@@ -117,7 +118,7 @@ class Subject:
     def key(self) -> str:
         """Hash of all settings."""
         budget = None if self.budget is None else self.budget.record()
-        return _key({**asdict(self), "budget": budget})
+        return _key({**records.to_json(self), "budget": budget})
 
 
 @dataclass(frozen=True)
