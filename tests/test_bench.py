@@ -15,7 +15,8 @@ from probeprune.bench.targets import SHAPES, Target, of_shape
 from probeprune.calibration.statistics import Statistics
 from probeprune.cli import app, run
 from probeprune.errors import UsageError
-from probeprune.model.cost import blocks_flops, probe_flops
+from probeprune.model.cost import blocks_flops
+from probeprune.strategies.probe import probe_flops
 from probeprune.surgery import method_consumers
 
 CPU = torch.device("cpu")

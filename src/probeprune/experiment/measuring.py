@@ -1,6 +1,5 @@
 """One line of results: a prepared model measured on one thing, with what it cost."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -13,12 +12,11 @@ from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeas
 from probeprune.experiment.costing import cost_line
 from probeprune.experiment.results import Row
 from probeprune.experiment.workbench import Prepared, Workbench
-from probeprune.model.cost import PeakMemory, blocks_flops, probe_flops
+from probeprune.model.cost import PeakMemory, blocks_flops
+from probeprune.progress import Progress
 from probeprune.provenance import versions
 from probeprune.runtime.handle import Handle
-
-Steps = Callable[[int, int], None]
-"""Called with (parts done, parts in all)."""
+from probeprune.strategies.probe import probe_flops
 
 BINS = 64
 """Into how many parts the channels of an MLP are put in a result line."""
@@ -28,8 +26,8 @@ def measure(bench: Workbench, cell: Cell) -> Row:
     """The cell's line. Raises what preparing the subject and the measurement raise."""
     subject, what = cell.subject, cell.measure
 
-    def report(done: int, of: int) -> None:
-        bench.progress(f"{subject.label}: {what.name}", done, of)
+    def report(_: str, done: int, total: int) -> None:
+        bench.progress(f"{subject.label}: {what.name}", done, total)
 
     row = {
         "kind": "result",
@@ -41,7 +39,7 @@ def measure(bench: Workbench, cell: Cell) -> Row:
         "versions": versions(),
     }
     if isinstance(what, CostMeasure):  # attaches by itself, in turn with the dense model
-        return {**row, "training": None, **cost_line(bench, cell, lambda _, n, of: report(n, of))}
+        return {**row, "training": None, **cost_line(bench, cell, report)}
     with bench.prepared(subject) as prepared:
         found = (
             _on_text(what, prepared, report)
@@ -73,7 +71,7 @@ def _identity(cell: Cell) -> Row:
     }
 
 
-def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
+def _on_text(measure: TextMeasure, prepared: Prepared, progress: Progress) -> Row:
     model, handle = prepared.loaded.model, prepared.handle
     text = evaluation_windows(
         load_corpus(measure.corpus),
@@ -85,10 +83,10 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
     )
     units = None if handle is None else UnitCounter(handle)
 
-    def after_batch(done: int, of: int) -> None:
+    def after_batch(what: str, done: int, total: int) -> None:
         if units is not None:
             units.count()  # here, where no time is taken
-        progress(done, of)
+        progress(what, done, total)
 
     with PeakMemory(prepared.loaded.device) as memory:
         result = perplexity(
@@ -120,7 +118,7 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
     }
 
 
-def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> Row:
+def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Progress) -> Row:
     with PeakMemory(prepared.loaded.device) as memory:
         result = evaluate_task(
             prepared.loaded.model,

@@ -6,6 +6,7 @@ fusion with history). Scoring is `importance.py`, the cut `partition.py`, the lo
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,8 @@ from torch import nn
 from probeprune.algebra.moments import History, Tokens
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
+from probeprune.model.cost import block_flops
+from probeprune.model.forwards import replaced_forward
 
 Fusion = Literal["importance", "fixed", "none"]
 Pick = Literal["residual", "even"]
@@ -93,6 +96,22 @@ def probe_size(probe: Probe, batch: int, length: int) -> tuple[int, int]:
     return samples, min(max(_ceil(probe.tokens * length), least), length)
 
 
+def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> float:
+    """FLOPs of probing on a batch of (batch, length) tokens.
+
+    Blocks that keep all their units are not probed. Where several batches share a choice (`Probe.reuse`),
+    the cost of one probe is spread evenly over them.
+    """
+    samples, tokens = probe_size(probe, batch, length)
+    batches_per_choice = max(math.ceil(probe.reuse / (batch * length)), 1)
+    flops = sum(
+        block_flops(b, b.units, samples, tokens, consumer=False)
+        for b, k in zip(blocks, kept, strict=True)
+        if k < b.units
+    )
+    return flops / batches_per_choice
+
+
 def _ceil(x: float) -> int:
     return math.ceil(x - 1e-9)
 
@@ -164,16 +183,8 @@ def run_ahead(
         tapped.append(z)
         return z
 
-    consumer: Any = block.consumer
-    own_forward = consumer.__dict__.get("forward")  # accelerate's hooks put one there
-    consumer.forward = tap
-    try:
+    with replaced_forward(block.consumer, tap):
         block.run(part, **restrict(kwargs, selection, x.shape[0]))
-    finally:
-        if own_forward is None:
-            del consumer.forward
-        else:
-            consumer.forward = own_forward
     return tapped[0]
 
 
