@@ -59,7 +59,6 @@ def test_an_exception_inside_a_pass_leaves_the_model_usable_and_restorable(famil
     ids, mask = padded("left")
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt), attach(model, ALL[name], RATIO, calibration=calibration) as handle:
-        # In front of the last MLP, and while it runs on its probe if it is probed.
         hook = handle.blocks[-1].producers[0].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             logits(model, ids, mask)

@@ -74,8 +74,7 @@ def test_a_probe_starts_in_front_of_the_block_before_and_is_waited_for(llama):
             r.side_stream = Queue(r.block.name)
 
             def enter(*_: object, r=r) -> None:
-                if not r.current.probing:
-                    log.append(("runs", r.block.name))
+                log.append(("runs", r.block.name))
 
             hooks.append(r.block.entry.register_forward_pre_hook(enter))
         logits(model, *padded("left"))

@@ -49,7 +49,7 @@ def test_an_exception_anywhere_leaves_the_model_restorable(calibrated, place, wh
         cache = None
         if when == "refresh":
             cache = model(token_ids(), use_cache=True).past_key_values
-        # In front of our own hooks, and in a probe that runs ahead too.
+        # In front of our own hooks.
         hook = module.register_forward_pre_hook(fail, prepend=True)
         with pytest.raises(error):
             model(*inputs) if cache is None else model(token_ids(4, 1), past_key_values=cache)

@@ -220,8 +220,8 @@ class Preparation:
         if len(windows) < wanted.windows or windows.shape[1] < wanted.length:
             raise UsageError(
                 f"method {method.name!r} takes gradients on {wanted.windows} windows of {wanted.length} "
-                f"tokens, and calibration has {len(windows)} of {windows.shape[1]}; give more, or compose the method "
-                "with gradients=Gradients(windows=..., length=...)."
+                f"tokens, and calibration has {len(windows)} of {windows.shape[1]}; give more, or compose "
+                "the method with gradients=Gradients(windows=..., length=...)."
             )
         return windows[: wanted.windows, : wanted.length]
 

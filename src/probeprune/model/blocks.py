@@ -15,6 +15,7 @@ from torch import nn
 
 from probeprune.errors import UsageError
 from probeprune.model.families import AttentionRecord, MlpRecord, find_family
+from probeprune.model.narrow_linear import NarrowLinear
 
 UnitKind = Literal["group", "balanced", "query"]
 """What one attention unit is. With as many key-value heads as query heads all three are one head.
@@ -67,6 +68,8 @@ class Block:
     """The module whose input is the block's normalised input `X`."""
     run: Callable[..., object]
     """The block's own forward from `X` on; its result passes through the consumer."""
+    activation: nn.Module | None
+    """The activation of an MLP that is no module of its own; else None."""
     norm: nn.Module | None
     """Its input is the residual stream `R`; None where that is the block's own input."""
     head_dim: int = 0
@@ -184,6 +187,7 @@ def _attention_block(
         consumer=o,
         entry=module,
         run=module,
+        activation=None,
         norm=layer.get_submodule(record.norm) if norm_first else None,
         head_dim=head_dim,
         query_heads=query_heads,
@@ -198,6 +202,7 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
     name = f"{prefix}.{record.module or 'mlp'}"
     producers = tuple(_linear(layer, path, prefix) for path in record.producers)
     consumer = _linear(layer, record.consumer, prefix)
+    activation: nn.Module | None = None
     if record.module is not None:
         entry: nn.Module = layer.get_submodule(record.module)
         run: Callable[..., object] = entry
@@ -227,6 +232,7 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         consumer=consumer,
         entry=entry,
         run=run,
+        activation=activation,
         norm=layer.get_submodule(record.norm) if norm_first else None,
     )
 
@@ -235,14 +241,14 @@ def _linear(root: nn.Module, path: str, name: str) -> nn.Linear:
     """The linear map at `path`, refused unless its weight is a plain tensor that can be permuted."""
     module = root.get_submodule(path)
     where = f"{name}.{path}"
+    if isinstance(module, NarrowLinear):
+        raise UsageError(f"a method is attached to this model ({where} shows a part only); detach it first.")
     # Exactly nn.Linear: quantised and adapter-wrapped layers subclass or replace it.
     if type(module) is not nn.Linear or not module.weight.is_floating_point():
         raise UsageError(
             f"{where} is a {type(module).__name__}, not a plain floating-point linear layer; quantised or "
             "wrapped weights cannot be permuted: load the model unquantised (and merge adapters) first."
         )
-    if module.weight.shape != (module.out_features, module.in_features):
-        raise UsageError(f"a method is attached to this model ({where} shows a part only); detach it first.")
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and getattr(hook, "offload", False):
         raise UsageError(

@@ -68,9 +68,8 @@ class BatchRefit:
             rows = torch.arange(count, device=z.device) * len(z) // count
             if tokens.valid is not None:
                 real = tokens.valid[selection.samples][:, selection.tokens].flatten()[rows]
-            z, consumer = z[rows], self.block.block.consumer
-            # Not through the module: its hooks are for the model's own pass.
-            target = linear(z, consumer.weight, consumer.bias).float()
+            z, partition = z[rows], self.block.partition
+            target = linear(z, partition.consumer_weight, partition.consumer_bias).float()
             kept = z[:, : len(start.inverse)].float()  # the kept channels stand in front
             sample = Sample(kept, target, real, SAMPLE * (1 / self.settings.share - 1))
             self.block.show_consumer(
