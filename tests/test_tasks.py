@@ -20,7 +20,7 @@ from probeprune.data.corpora import ASSETS, read_text
 from probeprune.evaluation import harness, published, task_data
 from probeprune.evaluation.likelihood import Request, make_batches, score
 from probeprune.evaluation.task_data import TASKS, load_rows
-from probeprune.evaluation.tasks import evaluate_task, mean_accuracy
+from probeprune.evaluation.tasks import evaluate_task
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 MOVING = compose("probe", when=ProbeEveryBatch(decay=0.1))
@@ -459,21 +459,12 @@ def test_protocols_are_told_apart(llama, tokenizer):
     assert (theirs.value, theirs.error) == (theirs.acc_norm, theirs.acc_norm_error)
 
 
-def test_mean_is_over_each_task_once(llama, tokenizer):
-    results = [evaluate_task(llama, tokenizer, name, limit=5) for name in TASKS]
-    mean, error = mean_accuracy(results)
+def test_the_value_of_a_task_is_the_metric_of_published_tables(llama, tokenizer):
     metrics = ["acc", "acc_norm", "acc_norm", "acc", "acc_norm", "acc_norm", "acc_norm"]
-    values = [getattr(r, m) for r, m in zip(results, metrics, strict=True)]
-    assert mean == pytest.approx(sum(values) / 7)
-    errors = [math.sqrt(v * (1 - v) / 4) for v in values]
-    assert error == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 7)
-    with pytest.raises(UsageError, match="one result of each"):
-        mean_accuracy(results[1:])
-    with pytest.raises(UsageError, match="one result of each"):
-        mean_accuracy([*results, results[0]])
-    other = evaluate_task(llama, tokenizer, "boolq", limit=5, protocol="published")
-    with pytest.raises(UsageError, match="no common mean"):
-        mean_accuracy([other, *results[1:]])
+    for name, metric in zip(TASKS, metrics, strict=True):
+        result = evaluate_task(llama, tokenizer, name, limit=5)
+        assert result.value == getattr(result, metric)
+        assert result.error == pytest.approx(math.sqrt(result.value * (1 - result.value) / 4))
 
 
 # -- bad input -------------------------------------------------------------------------------------

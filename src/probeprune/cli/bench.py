@@ -45,19 +45,23 @@ def bench(
     Example: [bold]probeprune bench --methods probe --batch-sizes 1,16 --lengths 128,512[/bold]
     Example: [bold]probeprune bench --shape llama-2-7b --layers 2 --batch-sizes 1[/bold]
     """
-    from probeprune.bench.measure import Figures, Point, measure
-    from probeprune.bench.show import plot, profile_table, tables
+    from probeprune.bench.lines import BenchLine
+    from probeprune.bench.measure import GridPoint, measure_point
+    from probeprune.bench.plot import plot
+    from probeprune.bench.tables import profile_table, tables
     from probeprune.calibration.collecting import calibrate
 
     chosen = [_method(name, shape) for name in names(methods, "methods")]
     check_ratio(ratio)
-    points = [Point(b, n) for b in _counts(batch_sizes, "batch-sizes") for n in _counts(lengths, "lengths")]
+    points = [
+        GridPoint(b, n) for b in _counts(batch_sizes, "batch-sizes") for n in _counts(lengths, "lengths")
+    ]
     if rounds < 1 or new_tokens < 0:
         raise UsageError("--rounds must be at least 1 and --new-tokens at least 0.")
     if layers is not None and shape is None:
         raise UsageError("--layers goes with --shape; a real model has the layers it has.")
     all_threads = _counts(threads, "threads", least=0)
-    figures: list[Figures] = []
+    figures: list[BenchLine] = []
     for dtype in names(dtypes, "dtypes"):
         with err.status("loading the model"):
             target = _target(model, shape, layers, dtype, device, trust_remote_code)
@@ -78,7 +82,7 @@ def bench(
             for count in all_threads:
                 with _threads(count):
                     for point in points:
-                        figures += measure(
+                        figures += measure_point(
                             target,
                             chosen,
                             ratio,

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from probeprune.errors import UsageError, unknown
+from probeprune.result_lines import Line
 
 err = Console(stderr=True)
 
@@ -95,7 +96,7 @@ def warn(sentences: Iterable[str]) -> None:
         err.print(f"[yellow]{escape(sentence)}[/yellow]", highlight=False, soft_wrap=True)
 
 
-def say_rows(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
+def say_rows(rows: Sequence[Line], title: str, as_json: bool) -> None:
     """Result lines as JSON, or as a table."""
     from probeprune import report
 

@@ -1,7 +1,7 @@
 """`probeprune compare`: methods x ratios on one model, one table."""
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 
@@ -83,12 +83,13 @@ def compare(
     """
     from probeprune import report
     from probeprune.data.windows import Text
-    from probeprune.experiment.cells import Cell, TextMeasure, grid, scaled_budget, subject
+    from probeprune.experiment.cells import Cell, Setting, TextMeasure, TrainingBudget, grid, subject
     from probeprune.experiment.results import Results
-    from probeprune.experiment.run import run
+    from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
     from probeprune.model.loading import load_model, source_fingerprint
     from probeprune.provenance import dtype_name
+    from probeprune.result_lines import Line
 
     for name, value in (("windows", windows + 1), ("length", length - 1), ("batch-size", batch_size)):
         if value < 1:
@@ -107,26 +108,20 @@ def compare(
         check_ratio(share)
     if train_tokens is not None:
         train_steps = max(round(train_tokens / (train_batch_size * train_length)), 1)
-    budget = scaled_budget(train_steps, train_batch_size, train_length, train_rate, train_text)
+    budget = TrainingBudget(train_steps, train_batch_size, train_length, train_rate, train_text)
     with err.status("loading the model"):
         loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     # Of a local model's files: read once, not for every cell.
     weights = source_fingerprint(model)
-    subjects = [
-        subject(
-            model,
-            method,
-            share,
-            seed=seed,
-            calibration=Text(calibration, calibration_windows, length),
-            budget=budget,
-            dtype=dtype_name(loaded.dtype),
-            device=loaded.device.type,
-            weights=weights,
-        )
-        for method in chosen
-        for share in shares
-    ]
+    setting = Setting(
+        model,
+        dtype_name(loaded.dtype),
+        loaded.device.type,
+        Text(calibration, calibration_windows, length),
+        budget,
+        weights,
+    )
+    subjects = [subject(setting, method, share, seed) for method in chosen for share in shares]
     measure = TextMeasure(
         corpus=corpus,
         windows=windows or None,
@@ -139,7 +134,7 @@ def compare(
     results = Results.open(out_dir)
     warn(results.problems)
 
-    def done(cell: Cell, row: dict[str, Any]) -> None:
+    def done(cell: Cell, row: Line) -> None:
         err.print(
             f"[green]done[/green] {cell.subject.label:<16} perplexity {row['value']:.2f}", highlight=False
         )
@@ -147,7 +142,7 @@ def compare(
     with progress_bar() as show:
         bench = Workbench(out_dir, show, trust_remote_code)
         bench.take(loaded)
-        rows = run(bench, results, grid(subjects, [measure]), done=done, keep_trained=keep_trained)
+        rows = run_cells(bench, results, grid(subjects, [measure]), done=done, keep_trained=keep_trained)
     title = (
         f"{model}, {corpus}: {rows[0]['windows']} windows of {length} in batches of {batch_size}; "
         f"calibrated on {calibration_windows} of {calibration}; {rows[0]['dtype']}, {rows[0]['device']}, "

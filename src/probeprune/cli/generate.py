@@ -136,23 +136,14 @@ def _prompts(prompts: list[str], files: list[Path]) -> list[str]:
 
 def _statistics(loaded: Any, method: Method, ratio: float, text: Any, seed: int, progress: Any) -> Any:
     """What the method needs to know of the model, from the cache where it is there."""
-    from probeprune.experiment.cells import subject
+    from probeprune.experiment.cells import Setting, subject
     from probeprune.experiment.workbench import Workbench
     from probeprune.provenance import dtype_name
 
     bench = Workbench(Path(), progress)
     bench.take(loaded)
-    return bench.statistics(
-        subject(
-            loaded.name,
-            method,
-            ratio,
-            seed=seed,
-            calibration=text,
-            dtype=dtype_name(loaded.dtype),
-            device=loaded.device.type,
-        )
-    )
+    setting = Setting(loaded.name, dtype_name(loaded.dtype), loaded.device.type, text)
+    return bench.statistics(subject(setting, method, ratio, seed))
 
 
 def _compare(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -56,13 +56,14 @@ def table(
     """
     from probeprune import report
     from probeprune.experiment.cells import Cell
-    from probeprune.experiment.executors import run_on_ray
+    from probeprune.experiment.executors import Cluster, run_on_ray
     from probeprune.experiment.presets import load_preset, preset_file, published
     from probeprune.experiment.results import Results
-    from probeprune.experiment.run import run
+    from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
     from probeprune.model.loading import choose_device, choose_dtype
     from probeprune.provenance import dtype_name
+    from probeprune.result_lines import Line
 
     one_of("executor", executor, ("local", "ray"))
     if workers < 1:
@@ -88,7 +89,7 @@ def table(
     known = sum(results.find(c) is not None for c in cells)
     err.print(f"{len(cells)} cells, {known} measured already", highlight=False)
 
-    def done(cell: Cell, row: dict[str, Any]) -> None:
+    def done(cell: Cell, row: Line) -> None:
         said = f"{row['metric']} {row['value']:.4g}" if row["kind"] == "result" else f"FAILED: {row['error']}"
         what = f"{cell.subject.label:<20} seed {cell.subject.seed} {cell.measure.name:<14}"
         err.print(
@@ -103,15 +104,14 @@ def table(
                 out_dir,
                 results,
                 cells,
-                address=address,
-                workers=workers,
+                cluster=Cluster(address, workers),
                 trust_remote_code=trust_remote_code,
                 progress=progress,
                 done=done,
             )
         else:
             bench = Workbench(out_dir, progress, trust_remote_code)
-            rows = run(bench, results, cells, done=done, keep_going=True, keep_trained=keep_trained)
+            rows = run_cells(bench, results, cells, done=done, keep_going=True, keep_trained=keep_trained)
     title = f"{preset}: {chosen.description}" if chosen.description else preset
     (out_dir / "table.md").write_text(report.markdown(rows, title), encoding="utf-8")
     files = [results.path, out_dir / "table.md"]

@@ -5,7 +5,7 @@ Two protocols that must not share a column: `harness`, what the LM evaluation ha
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -167,20 +167,3 @@ def _share(hits: Sequence[bool]) -> tuple[float, float]:
     """The share of hits and its standard error, the harness' own (sample variance over count)."""
     share = sum(hits) / len(hits)
     return share, math.sqrt(share * (1 - share) / (len(hits) - 1)) if len(hits) > 1 else math.nan
-
-
-def mean_accuracy(results: Iterable[TaskResult]) -> tuple[float, float]:
-    """The mean of published tables over all seven tasks, each by its own metric, and its standard error.
-
-    Raises `UsageError` unless there is one result of each task, all by the same protocol.
-    """
-    results = list(results)
-    given = sorted(r.task for r in results)
-    if given != sorted(TASKS):
-        raise UsageError(
-            f"the mean is over one result of each of {', '.join(TASKS)}; there are: {', '.join(given)}."
-        )
-    if len({r.protocol for r in results}) > 1:
-        raise UsageError("results of the harness and the published protocol have no common mean.")
-    mean = math.fsum(r.value for r in results) / len(results)
-    return mean, math.sqrt(math.fsum(r.error**2 for r in results)) / len(results)

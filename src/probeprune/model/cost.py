@@ -5,7 +5,6 @@ counter does, though a causal kernel may skip half. Counted and analytic figures
 other in the tests.
 """
 
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from probeprune.model.blocks import Block
-from probeprune.strategies.probe import Probe, probe_size
 
 
 @dataclass
@@ -82,19 +80,6 @@ def block_flops(block: Block, kept: int, batch: int, length: int, *, consumer: b
 def blocks_flops(blocks: Sequence[Block], kept: Sequence[int], batch: int, length: int) -> int:
     """FLOPs of all blocks at these widths, probe not included."""
     return sum(block_flops(b, k, batch, length) for b, k in zip(blocks, kept, strict=True))
-
-
-def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> float:
-    """FLOPs of running the probe ahead in each of these blocks that is cut, on a batch of (batch, length)
-    tokens; the mean over many such batches where they share a choice (`Probe.reuse`)."""
-    samples, tokens = probe_size(probe, batch, length)
-    served = max(math.ceil(probe.reuse / (batch * length)), 1)  # batches that one choice serves
-    once = sum(
-        block_flops(b, b.units, samples, tokens, consumer=False)
-        for b, k in zip(blocks, kept, strict=True)
-        if k < b.units
-    )
-    return once / served
 
 
 def synced_clock(device: torch.device) -> float:

@@ -271,8 +271,8 @@ class Handle:
         heads_matter = any(p.block.kind == "attention" for p in self.pruned) or self.runtimes
         if heads_matter and not fits:
             raise UsageError(
-                "this KV cache was not filled under the heads kept now: another prompt or method ran since, or "
-                "a pass failed; run its prompt again, and only one generation at a time."
+                "this KV cache was not filled under the heads kept now: another prompt or method ran since, "
+                "or a pass failed; run its prompt again, and only one generation at a time."
             )
 
     def _mark_cache(self, started: Pass, output: Any) -> None:
