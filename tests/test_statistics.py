@@ -11,7 +11,7 @@ from probeprune.calibration.collecting import collecting
 from probeprune.model.blocks import find_blocks
 from probeprune.strategies.allocation import choose_units
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
-from probeprune.strategies.probe import Probe, Selection, choose, fuse, fused_energy
+from probeprune.strategies.probe import Probe, Selection, by_importance, choose, fused_energy
 
 SIDES = ("none", "left", "right")
 OWN = (0, 1, 3, 50)
@@ -113,9 +113,9 @@ def test_padding_changes_no_statistics(family, side):
     with torch.no_grad(), collecting(model, own_positions=5) as alone:
         for row, real_tokens in zip(ids, mask.bool(), strict=True):
             model(input_ids=row[real_tokens][None])
-    for name, moments in together.moments.items():
+    for name, moments in together.items():
         for key, value in moments.state().items():
-            torch.testing.assert_close(value, alone.moments[name].state()[key], rtol=2e-4, atol=2e-4)
+            torch.testing.assert_close(value, alone[name].state()[key], rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("units", ["group", "query"])
@@ -192,7 +192,6 @@ def test_choice_against_loops(side, probe):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("fusion", ["importance", "fixed", "none"])
 def test_fused_energy_against_loops(fusion, side, own):
-    probe = Probe(fusion=fusion, history_share=0.3)
     calibration, calibrated = batch("none", seed=5)
     moments = Moments(7, own)
     moments.update(calibration, calibrated)
@@ -200,7 +199,7 @@ def test_fused_energy_against_loops(fusion, side, own):
     full, tokens = batch(side, seed=6)
     chosen = Selection(torch.tensor([1, 4]), torch.tensor([2, 3, 7, 10]))
     z = full[chosen.samples][:, chosen.tokens]
-    got = fused_energy(z, chosen, tokens, history, probe)
+    got = fused_energy(z, chosen, tokens, history, fusion, 0.3)
     for j in range(7):
         total = 0.0
         for column in chosen.tokens.tolist():
@@ -219,8 +218,8 @@ def test_fused_energy_against_loops(fusion, side, own):
 
 def test_fusion_of_huge_and_of_no_energy():
     huge, nothing = torch.full((1, 2), 1e30), torch.zeros(1, 2)
-    assert fuse(huge, huge, Probe()).equal(huge)
-    assert fuse(nothing, nothing, Probe()).equal(nothing)
+    assert by_importance(huge, huge, 0.5).equal(huge)
+    assert by_importance(nothing, nothing, 0.5).equal(nothing)
 
 
 def test_sequences_shorter_and_longer_than_the_own_positions_mix():
@@ -228,7 +227,7 @@ def test_sequences_shorter_and_longer_than_the_own_positions_mix():
     with torch.no_grad(), collecting(model, own_positions=10) as statistics:
         model(token_ids(2, 6))
         model(token_ids(2, 20))
-    moments = next(iter(statistics.moments.values()))
+    moments = next(iter(statistics.values()))
     assert moments.tokens.tolist() == [4.0] * 6 + [2.0] * 4 + [20.0]
 
 
