@@ -28,6 +28,12 @@ class Text:
     length: int = 512
 
 
+CALIBRATION = Text("c4", 128, 512)
+"""Default calibration text of every command and preset."""
+
+BATCH_SIZE = 16
+"""Default number of windows in a forward pass, for calibration and measuring alike."""
+
 Sampling = Literal["in-order", "published"]
 
 
