@@ -126,7 +126,8 @@ class WidthOptions:
         str,
         typer.Option(
             help="Layout of the checkpoint: uniform (one width for all layers, opens with plain "
-            "transformers) or per-layer (a width for each layer, opens with probeprune imported or trust_remote_code=True)."
+            "transformers) or per-layer (a width for each layer, opens with probeprune imported or "
+            "trust_remote_code=True)."
         ),
     ] = "uniform"
     round_to: Annotated[

@@ -33,10 +33,10 @@ BINS = 64
 
 def measure(bench: Workbench, cell: Cell) -> Line:
     """Measure the cell; returns its line. Errors of preparing and measuring pass through."""
-    subject, what = cell.subject, cell.measure
+    subject, measured = cell.subject, cell.measure
 
-    def report(_: str, done: int, total: int) -> None:
-        bench.progress(f"{subject.label}: {what.name}", done, total)
+    def report(_: str, done: int, of: int) -> None:
+        bench.progress(f"{subject.label}: {measured.name}", done, of)
 
     line: Line = {
         "kind": "result",
@@ -47,13 +47,13 @@ def measure(bench: Workbench, cell: Cell) -> Line:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    if isinstance(what, CostMeasure):  # attaches by itself, in turn with the dense model
+    if isinstance(measured, CostMeasure):  # it attaches the method itself, in turns with dense
         return {**line, "training": None, **cost_line(bench, cell, report)}
     with bench.prepared(subject) as prepared:
         line["training"], line["removed_share"] = _training(prepared), prepared.removed_share
-        if isinstance(what, TextMeasure):
-            return {**line, **_on_text(what, prepared, report)}
-        return {**line, **_on_task(what, prepared, report)}
+        if isinstance(measured, TextMeasure):
+            return {**line, **_on_text(measured, prepared, report)}
+        return {**line, **_on_task(measured, prepared, report)}
 
 
 def failure(cell: Cell, error: BaseException) -> Line:
