@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from probeprune import Probe, compose, save
+from probeprune.algebra.moments import Tokens
 
 SHAPE = {
     "hidden_size": 48,
@@ -111,6 +112,20 @@ def padded(side: str, batch: int = 4, length: int = 24) -> tuple[torch.Tensor, t
         if side == "right":
             mask = mask.flip(1)
     return ids * mask, mask
+
+
+def activations(side: str, seed: int = 0, n: int = 7) -> tuple[torch.Tensor, Tokens]:
+    """z (5, 11, n) with a large mean, padded on one side, and which tokens are real."""
+    z = torch.randn(5, 11, n, generator=torch.Generator().manual_seed(seed)) * 3 + 5
+    valid = None
+    if side != "none":
+        valid = torch.ones(5, 11, dtype=torch.bool)
+        for row, pads in enumerate([0, 4, 1, 10, 3]):
+            valid[row, :pads] = False
+        if side == "right":
+            valid = valid.flip(1)
+        z = z.masked_fill(~valid[..., None], 1e6)  # padding must not show, whatever is in it
+    return z, Tokens(5, 11, valid)
 
 
 class masked:
