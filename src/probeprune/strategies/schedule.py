@@ -43,6 +43,7 @@ class When:
 
     @property
     def trains(self) -> bool:
+        """Whether the method includes training."""
         return False
 
 
@@ -57,6 +58,7 @@ class Never(When):
 
     @property
     def trains(self) -> bool:
+        """Whether recovery follows."""
         return self.recovery
 
 
@@ -70,6 +72,7 @@ class Once(When):
 
     @property
     def trains(self) -> bool:
+        """Whether recovery follows."""
         return self.recovery
 
 
@@ -81,6 +84,7 @@ class DuringTraining(When):
 
     @property
     def trains(self) -> bool:
+        """Always: the training prunes."""
         return True
 
 
