@@ -35,6 +35,7 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.preparation import Piece, Preparation
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
+from probeprune.algebra.moments import Tokens
 
 SHAPE = {
     "hidden_size": 48,
@@ -117,6 +118,20 @@ def padded(side: str, batch: int = 4, length: int = 24) -> tuple[torch.Tensor, t
         if side == "right":
             mask = mask.flip(1)
     return ids * mask, mask
+
+
+def activations(side: str, seed: int = 0, n: int = 7) -> tuple[torch.Tensor, Tokens]:
+    """z (5, 11, n) with a large mean, padded on one side, and which tokens are real."""
+    z = torch.randn(5, 11, n, generator=torch.Generator().manual_seed(seed)) * 3 + 5
+    valid = None
+    if side != "none":
+        valid = torch.ones(5, 11, dtype=torch.bool)
+        for row, pads in enumerate([0, 4, 1, 10, 3]):
+            valid[row, :pads] = False
+        if side == "right":
+            valid = valid.flip(1)
+        z = z.masked_fill(~valid[..., None], 1e6)  # padding must not show, whatever is in it
+    return z, Tokens(5, 11, valid)
 
 
 class masked:
