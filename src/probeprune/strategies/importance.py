@@ -133,7 +133,7 @@ class Importance:
 
 
 def by_gradients(score: Callable[[Evidence], torch.Tensor], criterion: str) -> Importance:
-    """The record of an importance that scores units from the saliences of a criterion, a key of `CRITERIA`."""
+    """The record of an importance that scores units by saliences; `criterion` is a key of `CRITERIA`."""
     record = CRITERIA[criterion]
     return Importance(
         score, record.formula, frozenset({"saliences"}), criterion=criterion, draws=record.draws
