@@ -30,6 +30,7 @@ class RefitEveryBatch(EveryBatch):
     """
 
     kind: ClassVar[str] = "refit"
+    chooses: ClassVar[bool] = False
 
     probe: Probe = field(default_factory=lambda: Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even"))
     """Which tokens of a batch the consumers are refitted to."""
@@ -41,8 +42,7 @@ class RefitEveryBatch(EveryBatch):
         if not 0 < self.share < 1:
             raise UsageError(f"a refit's share={self.share} of the batch must be between 0 and 1.")
 
-    def follower(self, block: PrunedBlock, importance: str, seed: int) -> "BatchRefit | None":
-        """The state of one block; see `EveryBatch`."""
+    def follower(self, block: PrunedBlock) -> "BatchRefit | None":
         return BatchRefit(self, block) if block.block.kind == "mlp" else None
 
 
