@@ -1,15 +1,12 @@
-"""The probe sees the real mask and the real positions; its choice is never padding.
-
-Choice and fusion against loops are in test_statistics.py; here is the probe run ahead, and the edges.
-"""
+"""The probe sees the real mask and the real positions; its choice is never padding."""
 
 import math
 
 import pytest
 import torch
-from tiny import FAMILIES, padded
+from tiny import FAMILIES, activations, padded
 
-from probeprune.algebra.moments import Tokens
+from probeprune.algebra.moments import History, Moments, Tokens
 from probeprune.errors import UsageError
 from probeprune.model.blocks import find_blocks
 from probeprune.model.passes import find_decoder
@@ -18,6 +15,7 @@ from probeprune.strategies.probe import (
     Selection,
     choose,
     fuse,
+    fused_energy,
     probe_energy,
     probe_size,
     restrict,
@@ -25,6 +23,7 @@ from probeprune.strategies.probe import (
 )
 
 SIDES = ("none", "left", "right")
+OWN = (0, 1, 3, 50)
 
 
 # -- how many, which -----------------------------------------------------------------------------
@@ -295,3 +294,65 @@ def test_importance_fusion_follows_the_larger_part():
     torch.testing.assert_close(fuse(some, nothing, Probe()), some)
     torch.testing.assert_close(fuse(nothing, some, Probe()), some)
     torch.testing.assert_close(fuse(some, 3 * some, Probe()), 2.5 * some)
+
+
+# -- against loops -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    "probe", [Probe(), Probe(tokens=0.4, samples=0.5), Probe(tokens=0.9, samples=1.0, keep_first_below=0)]
+)
+def test_choice_against_loops(side, probe):
+    _, tokens = activations(side)
+    r = torch.randn(5, 11, 6, generator=torch.Generator().manual_seed(4))
+    r[:, 3] = r[:, 6]  # ties
+    u = [[math.sqrt(sum(float(x) ** 2 for x in r[b, s].double())) for s in range(11)] for b in range(5)]
+    for b in range(5):
+        for s in range(11):
+            if tokens.valid is not None and not tokens.valid[b, s]:
+                u[b][s] = 0.0
+    score = [math.sqrt(sum(u[b][s] ** 2 for b in range(5))) for s in range(11)]
+    k = max(math.ceil(probe.tokens * 11), 2)
+    if k <= probe.keep_first_below:
+        score[next(s for s in range(11) if score[s] > 0)] = math.inf
+    columns = sorted(sorted(range(11), key=lambda s: (-round(score[s], 4), s))[:k])
+    per_sample = [math.sqrt(sum(u[b][s] ** 2 for s in columns)) for b in range(5)]
+    samples = sorted(sorted(range(5), key=lambda b: -per_sample[b])[: math.ceil(probe.samples * 5)])
+    got = choose(r, tokens, probe)
+    assert (got.tokens.tolist(), got.samples.tolist()) == (columns, samples)
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("fusion", ["importance", "fixed", "none"])
+def test_fused_energy_against_loops(fusion, side, own):
+    probe = Probe(fusion=fusion, history_share=0.3)
+    calibration, calibrated = activations("none", seed=5)
+    moments = Moments(7, own)
+    moments.update(calibration, calibrated)
+    history = History(moments, decay=0.99)
+    full, tokens = activations(side, seed=6)
+    chosen = Selection(torch.tensor([1, 4]), torch.tensor([2, 3, 7, 10]))
+    z = full[chosen.samples][:, chosen.tokens]
+    got = fused_energy(z, chosen, tokens, history, probe)
+    for j in range(7):
+        total = 0.0
+        for column in chosen.tokens.tolist():
+            now, before = [], []
+            for b in chosen.samples.tolist():
+                if tokens.valid is None or tokens.valid[b, column]:
+                    position = column if tokens.valid is None else int(tokens.valid[b, :column].sum())
+                    now.append(float(full[b, column, j]) ** 2)
+                    before.append(float(history.energy[min(position, own), j]))
+            if not now:  # a column of padding alone says nothing
+                continue
+            p, h = sum(now) / len(now), sum(before) / len(before)
+            total += {"importance": (p * p + h * h) / (p + h), "fixed": 0.7 * p + 0.3 * h, "none": p}[fusion]
+        assert float(got[j]) == pytest.approx(total, rel=1e-4)
+
+
+def test_fusion_of_huge_and_of_no_energy():
+    huge, nothing = torch.full((1, 2), 1e30), torch.zeros(1, 2)
+    assert fuse(huge, huge, Probe()).equal(huge)
+    assert fuse(nothing, nothing, Probe()).equal(nothing)

@@ -6,7 +6,7 @@ head, which pruning leaves alone.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,11 +16,11 @@ from transformers import DynamicCache
 from probeprune.bench.lines import BenchLine, Measured, PhaseName
 from probeprune.bench.profiling import profiled
 from probeprune.bench.targets import Target
-from probeprune.calibration.statistics import Statistics
 from probeprune.methods import METHODS, Method
 from probeprune.model.blocks import Block
 from probeprune.model.cost import PeakMemory, counting_flops, synced_clock
 from probeprune.model.passes import find_decoder
+from probeprune.prepare import Calibration
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
 from probeprune.runtime.handle import Handle, attach
@@ -54,7 +54,7 @@ def measure_point(
     ratio: float,
     point: GridPoint,
     *,
-    known: Mapping[str, Statistics],
+    calibration: Calibration | None,
     new_tokens: int,
     rounds: int,
     progress: Progress,
@@ -66,19 +66,19 @@ def measure_point(
         methods: compared with dense.
         ratio: pruning ratio.
         point: batch size and prompt length.
-        known: the statistics that each method needs, by method name.
+        calibration: prepared for these methods at this ratio.
         new_tokens: tokens decoded after the prompt, one at a time; 0 measures prefill alone.
         rounds: at least 1, each on another batch. One more round runs first, for profiles and counts.
         progress: called with (what, done, total).
     """
-    everything = [METHODS["dense"], *(m for m in methods if m.when != "never")]
+    everything = [METHODS["dense"], *(m for m in methods if m.when.prunes)]
     runs = {m.name: _Run({"prefill": [], "decode": []}) for m in everything}
     windows = target.windows((rounds + 2) * point.batch_size, point.length + new_tokens)
     batches = [b.to(target.device) for b in windows.split(point.batch_size)]
     for done, (previous, batch) in enumerate(pairwise(batches)):
         for m in everything:
             run = runs[m.name]
-            with attach(target.model, m, ratio, statistics=known.get(m.name)) as handle:
+            with attach(target.model, m, ratio, calibration=calibration) as handle:
                 # Warm up on the previous batch, so that the swaps measured here are those of steady use.
                 _prefill(target, previous[: max(1, point.batch_size // 4), : point.length])
                 if done:
@@ -154,7 +154,7 @@ def _first_round(
 
 def _weight_bytes(target: Target, handle: Handle) -> int:
     """Bytes of the decoder layers' weights that a pass reads."""
-    removed = removed_parameters(handle.blocks, handle.kept)
+    removed = removed_parameters(handle.blocks, handle.widths)
     return target.dtype.itemsize * (sum(b.parameters for b in handle.blocks) - removed)
 
 

@@ -11,11 +11,14 @@ from functools import cached_property
 from math import gcd
 from typing import Any, Literal
 
+from probeprune import records
 from probeprune.data.windows import BATCH_SIZE, CALIBRATION, Sampling, Text
 from probeprune.errors import UsageError
 from probeprune.evaluation.perplexity import Averaging
 from probeprune.methods import Method
+from probeprune.plan import needs
 from probeprune.strategies.allocation import check_ratio
+from probeprune.strategies.importance import IMPORTANCES
 from probeprune.training.settings import Training, TrainingText
 
 _FORMAT = 1
@@ -115,7 +118,7 @@ class Subject:
     def key(self) -> str:
         """Hash of all settings."""
         budget = None if self.budget is None else self.budget.record()
-        return _key({**asdict(self), "budget": budget})
+        return _key({**records.to_json(self), "budget": budget})
 
 
 @dataclass(frozen=True)
@@ -196,12 +199,12 @@ class Cell:
 
 def prunes(method: Method) -> bool:
     """Whether the method removes units at all: all do but the dense model."""
-    return method.when != "never"
+    return method.when.prunes
 
 
 def trains(method: Method) -> bool:
     """Whether the method trains the model, after pruning or meanwhile."""
-    return method.training != "none"
+    return method.when.trains
 
 
 def subject(setting: Setting, method: Method, ratio: float, seed: int = 0) -> Subject:
@@ -211,7 +214,7 @@ def subject(setting: Setting, method: Method, ratio: float, seed: int = 0) -> Su
     impossible ratio, and for a method that trains where the setting has no budget.
     """
     check_ratio(ratio)
-    draws, training, calibrated = _draws(method), trains(method), method.needs_calibration
+    draws, training, calibrated = _draws(method), trains(method), bool(needs(method))
     if training and setting.budget is None:
         raise UsageError(f"method {method.name!r} trains the model: give a training budget.")
     return Subject(
@@ -229,7 +232,7 @@ def subject(setting: Setting, method: Method, ratio: float, seed: int = 0) -> Su
 
 def _draws(method: Method) -> bool:
     """Whether the method's own random numbers change its units."""
-    return method.importance in ("random", "lora-guided") and prunes(method)
+    return IMPORTANCES[method.importance].draws and prunes(method)
 
 
 def grid(subjects: Sequence[Subject], measures: Sequence[Measure]) -> list[Cell]:

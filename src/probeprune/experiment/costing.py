@@ -1,34 +1,38 @@
 """Measure cost: time and memory of a method beside the dense model, interleaved with it."""
 
 import time
+from dataclasses import replace
+from typing import Any
 
 from probeprune.bench.lines import BenchLine
 from probeprune.bench.measure import GridPoint, measure_point
 from probeprune.bench.targets import from_loaded
-from probeprune.calibration.collecting import calibrate
 from probeprune.experiment.cells import Cell, CostMeasure
 from probeprune.experiment.workbench import Workbench
+from probeprune.preparation import Piece, Preparation, gather
 from probeprune.progress import Progress
 from probeprune.result_lines import CostLine, PhaseRecord
 from probeprune.stages import STAGES
 from probeprune.strategies.allocation import removed_parameters
-from probeprune.surgery import method_consumers, method_saliences
+
+FEW = 8
+"""Windows that the time to calibrate is measured on."""
 
 
 def cost_line(bench: Workbench, cell: Cell, progress: Progress) -> CostLine:
     """The measured part of a cost cell's line."""
     subject, measure = cell.subject, cell.measure
     assert isinstance(measure, CostMeasure)
-    loaded, known = bench.dense(subject), bench.statistics(subject)
+    loaded = bench.dense(subject)
     with bench.prepared(subject) as prepared:
-        removed, removed_share = removed_parameters(prepared.blocks, prepared.kept), prepared.removed_share
-    methods = [] if subject.method.when == "never" else [subject.method]
+        removed, removed_share = removed_parameters(prepared.blocks, prepared.widths), prepared.removed_share
+    methods = [subject.method] if subject.method.when.prunes else []
     timings = measure_point(
         from_loaded(loaded),
         methods,
         subject.ratio,
         GridPoint(measure.batch_size, measure.length),
-        known={subject.method.name: known},
+        calibration=bench.preparation(subject),
         new_tokens=measure.new_tokens,
         rounds=measure.rounds,
         progress=progress,
@@ -75,24 +79,20 @@ def _phase(line: BenchLine) -> PhaseRecord:
 def _calibration_seconds(bench: Workbench, cell: Cell) -> float | None:
     """Seconds to calibrate the method, extrapolated from a few windows: with all, the cache would answer."""
     subject = cell.subject
-    method, text = subject.method, subject.calibration
-    if text is None:
+    source = bench.source(subject)
+    if source is None:
         return None
     model, seconds = bench.dense(subject).model, 0.0
-    if method.needs_moments:
-        windows = bench.windows(subject, text)[:8]
+    few = Preparation(model, replace(source, windows=FEW), batch_size=FEW)
+
+    def timed(piece: Piece) -> dict[str, Any]:
+        nonlocal seconds
         started = time.perf_counter()
-        calibrate(model, windows, batch_size=len(windows))
-        seconds += (time.perf_counter() - started) * text.windows / len(windows)
-    if method.needs_gradients:
-        windows = bench.gradient_windows(subject)
-        started = time.perf_counter()
-        method_saliences(model, method, windows)
-        seconds += time.perf_counter() - started
-    if method.needs_refit:
-        windows = bench.windows(subject, text)[:8]
-        known = bench.statistics(subject)
-        started = time.perf_counter()
-        method_consumers(model, method, subject.ratio, windows, statistics=known, batch_size=len(windows))
-        seconds += (time.perf_counter() - started) * text.windows / len(windows)
+        value = few.get(piece)
+        # Gradients take windows of their own, the same number whatever the calibration text.
+        scale = 1 if piece.part == "saliences" else source.windows / FEW
+        seconds += (time.perf_counter() - started) * scale
+        return value
+
+    gather(model, subject.method, subject.ratio, timed)
     return seconds

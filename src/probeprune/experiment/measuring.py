@@ -1,6 +1,5 @@
 """Measure one cell: a prepared model on a text, a task or its cost, as one line of results."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -11,8 +10,9 @@ from probeprune.evaluation.perplexity import perplexity
 from probeprune.evaluation.tasks import evaluate_task
 from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeasure
 from probeprune.experiment.costing import cost_line
-from probeprune.experiment.workbench import Prepared, Workbench
+from probeprune.experiment.workbench import Ready, Workbench
 from probeprune.model.cost import PeakMemory, blocks_flops
+from probeprune.progress import Progress
 from probeprune.provenance import versions
 from probeprune.result_lines import (
     AccuracyRecord,
@@ -25,9 +25,7 @@ from probeprune.result_lines import (
 )
 from probeprune.runtime.handle import Handle
 from probeprune.strategies.probe import probe_flops
-
-Steps = Callable[[int, int], None]
-"""Called with (steps done, steps in total)."""
+from probeprune.strategies.schedule import EveryBatch
 
 BINS = 64
 """Number of bins for the channels of an MLP in a result line."""
@@ -35,10 +33,10 @@ BINS = 64
 
 def measure(bench: Workbench, cell: Cell) -> Line:
     """Measure the cell; returns its line. Errors of preparing and measuring pass through."""
-    subject, what = cell.subject, cell.measure
+    subject, measured = cell.subject, cell.measure
 
-    def report(done: int, of: int) -> None:
-        bench.progress(f"{subject.label}: {what.name}", done, of)
+    def report(_: str, done: int, of: int) -> None:
+        bench.progress(f"{subject.label}: {measured.name}", done, of)
 
     line: Line = {
         "kind": "result",
@@ -49,13 +47,13 @@ def measure(bench: Workbench, cell: Cell) -> Line:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    if isinstance(what, CostMeasure):  # attaches by itself, in turn with the dense model
-        return {**line, "training": None, **cost_line(bench, cell, lambda _, n, of: report(n, of))}
+    if isinstance(measured, CostMeasure):  # it attaches the method itself, in turns with dense
+        return {**line, "training": None, **cost_line(bench, cell, report)}
     with bench.prepared(subject) as prepared:
         line["training"], line["removed_share"] = _training(prepared), prepared.removed_share
-        if isinstance(what, TextMeasure):
-            return {**line, **_on_text(what, prepared, report)}
-        return {**line, **_on_task(what, prepared, report)}
+        if isinstance(measured, TextMeasure):
+            return {**line, **_on_text(measured, prepared, report)}
+        return {**line, **_on_task(measured, prepared, report)}
 
 
 def failure(cell: Cell, error: BaseException) -> Line:
@@ -79,7 +77,7 @@ def _identity(cell: Cell) -> Identity:
     }
 
 
-def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> TextLine:
+def _on_text(measure: TextMeasure, prepared: Ready, progress: Progress) -> TextLine:
     model, handle = prepared.loaded.model, prepared.handle
     text = evaluation_windows(
         load_corpus(measure.corpus),
@@ -91,10 +89,10 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> TextL
     )
     units = None if handle is None else UnitCounter(handle)
 
-    def after_batch(done: int, of: int) -> None:
+    def after_batch(what: str, done: int, total: int) -> None:
         if units is not None:
             units.count()  # not timed here
-        progress(done, of)
+        progress(what, done, total)
 
     with PeakMemory(prepared.loaded.device) as memory:
         result = perplexity(
@@ -103,8 +101,8 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> TextL
     shape = min(measure.batch_size, len(text)), measure.length
     full = blocks_flops(prepared.blocks, [b.units for b in prepared.blocks], *shape)
     probing = 0.0
-    if handle is not None and handle.method.probe is not None:
-        probing = probe_flops(*handle.probed, handle.method.probe, *shape) / full
+    if handle is not None and isinstance(handle.method.when, EveryBatch):
+        probing = probe_flops(*handle.probed, handle.method.when.probe, *shape) / full
     return {
         "task": measure.corpus,
         "metric": "perplexity",
@@ -126,7 +124,7 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> TextL
     }
 
 
-def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> TaskLine:
+def _on_task(measure: TaskMeasure, prepared: Ready, progress: Progress) -> TaskLine:
     with PeakMemory(prepared.loaded.device) as memory:
         result = evaluate_task(
             prepared.loaded.model,
@@ -166,7 +164,7 @@ def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> TaskL
     }
 
 
-def _training(prepared: Prepared) -> TrainingRecord | None:
+def _training(prepared: Ready) -> TrainingRecord | None:
     """The training record of a line: its main settings and measurements."""
     record = prepared.training
     if record is None:
@@ -198,7 +196,7 @@ class UnitCounter:
 
     def count(self) -> None:
         """Count the units that are kept now."""
-        if self.batches and self.handle.method.when != "batch":
+        if self.batches and not self.handle.method.when.every_batch:
             return
         for k in self.handle.kept_units():
             mask = torch.zeros(k.of)
@@ -212,7 +210,7 @@ class UnitCounter:
     def summary(self) -> list[UnitRecord]:
         """One record a block; the frequencies of channels are sorted and averaged in at most `BINS` bins."""
         entries: list[UnitRecord] = []
-        for block, keep in zip(self.handle.blocks, self.handle.kept, strict=True):
+        for block, keep in zip(self.handle.blocks, self.handle.widths, strict=True):
             frequency = self._kept[block.name] / max(self.batches, 1)
             if block.kind == "mlp":
                 bins = frequency.sort(descending=True).values.tensor_split(min(BINS, block.units))
