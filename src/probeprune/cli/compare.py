@@ -96,11 +96,11 @@ def compare(
             raise UsageError(f"--{name} is too small.")
     one_of("unit kind", units, get_args(UnitKind))
     one_of("sampling", sampling, get_args(Sampling))
-    changes: dict[str, object] = {"units": units}
+    changes: dict[str, object] = {"unit_kind": units}
     if skip_layers is not None:
         changes["skip_layers"] = skip_layers
     chosen = [
-        m if m.when == "never" else compose(m, name=m.name, **changes)
+        m if not m.when.prunes else compose(m, name=m.name, **changes)
         for m in map(get_method, names(methods, "methods"))
     ]
     shares = [number(r) for r in names(ratios, "ratios")]
