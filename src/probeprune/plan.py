@@ -53,7 +53,7 @@ def needs(method: Method) -> frozenset[Part]:
         return rule.needs
     parts = rule.needs | method.compensation.needs | method.when.needs
     # A probe scores its batch without them; what is decided before any batch needs them.
-    if not (method.when.every_batch and importance.from_batch) or rule.needs_scores:
+    if not method.when.scores_batch or rule.needs_scores:
         parts |= importance.needs
     return parts
 

@@ -35,7 +35,7 @@ class Measured(TypedDict):
 
 
 class BenchLine(Measured):
-    """One line: the settings, then what was measured."""
+    """One line: the settings and the measurements."""
 
     model: str
     ratio: float

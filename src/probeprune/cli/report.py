@@ -6,18 +6,20 @@ from typing import Annotated
 
 import typer
 
-from probeprune.cli.common import JSON, err, out, warn
+from probeprune.cli.groups import Json
+from probeprune.cli.terminal import out, print_line, warn
 from probeprune.errors import UsageError
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A folder that holds results.jsonl, or such a file.")],
+    run: Annotated[Path, typer.Argument(help="Folder with a results.jsonl, or a file of result lines.")],
     page: Annotated[
-        Path | None, typer.Option("--out", help="The page. [default: report.html beside the results]")
+        Path | None,
+        typer.Option("--out", help="Page to write.", show_default="report.html beside the results"),
     ] = None,
-    as_json: JSON = False,
+    as_json: Json = False,
 ) -> None:
-    """Write one HTML page with tables and charts of a run, and its figures for papers in figures/ beside it.
+    """Write a run's tables and charts to one HTML page, and its figures for papers to figures/ beside it.
 
     Example: [bold]probeprune report runs/compare --out report.html[/bold]
     """
@@ -30,7 +32,9 @@ def report(
     title = f"Pruning {' and '.join(s.model for s in summaries)}"
     page = page or (run if run.is_dir() else run.parent) / "report.html"
     if page.is_dir() or any(folder.is_file() for folder in page.parents):
-        raise UsageError(f"{page} cannot be written, it is a folder or lies in a file; choose another --out.")
+        raise UsageError(
+            f"{page} cannot be written: it is a folder, or lies below a file; choose another --out."
+        )
     reporting.write_html(rows, page, title, published=published(), problems=problems)
     figures = reporting.write_figures(rows, page.parent / "figures")
     if as_json:
@@ -39,5 +43,4 @@ def report(
                 print(json.dumps(record))
     else:
         out().print(reporting.table(rows, title))
-    said = f"{page}, {len(figures)} figures in {page.parent / 'figures'}"
-    err.print(f"written: {said}", highlight=False, soft_wrap=True, markup=False)
+    print_line(f"written: {page}, {len(figures)} figures in {page.parent / 'figures'}")

@@ -1,6 +1,5 @@
 """Measure one cell: a prepared model on a text, a task or its cost, as one line of results."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -13,6 +12,7 @@ from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeas
 from probeprune.experiment.costing import cost_line
 from probeprune.experiment.workbench import Ready, Workbench
 from probeprune.model.cost import PeakMemory, blocks_flops
+from probeprune.progress import Progress
 from probeprune.provenance import versions
 from probeprune.result_lines import (
     AccuracyRecord,
@@ -27,19 +27,16 @@ from probeprune.runtime.handle import Handle
 from probeprune.strategies.probe import probe_flops
 from probeprune.strategies.schedule import EveryBatch
 
-Steps = Callable[[int, int], None]
-"""Called with (steps done, steps in total)."""
-
 BINS = 64
 """Number of bins for the channels of an MLP in a result line."""
 
 
 def measure(bench: Workbench, cell: Cell) -> Line:
     """Measure the cell; returns its line. Errors of preparing and measuring pass through."""
-    subject, what = cell.subject, cell.measure
+    subject, measured = cell.subject, cell.measure
 
-    def report(done: int, of: int) -> None:
-        bench.progress(f"{subject.label}: {what.name}", done, of)
+    def report(_: str, done: int, of: int) -> None:
+        bench.progress(f"{subject.label}: {measured.name}", done, of)
 
     line: Line = {
         "kind": "result",
@@ -50,13 +47,13 @@ def measure(bench: Workbench, cell: Cell) -> Line:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    if isinstance(what, CostMeasure):  # attaches by itself, in turn with the dense model
-        return {**line, "training": None, **cost_line(bench, cell, lambda _, n, of: report(n, of))}
+    if isinstance(measured, CostMeasure):  # it attaches the method itself, in turns with dense
+        return {**line, "training": None, **cost_line(bench, cell, report)}
     with bench.prepared(subject) as prepared:
         line["training"], line["removed_share"] = _training(prepared), prepared.removed_share
-        if isinstance(what, TextMeasure):
-            return {**line, **_on_text(what, prepared, report)}
-        return {**line, **_on_task(what, prepared, report)}
+        if isinstance(measured, TextMeasure):
+            return {**line, **_on_text(measured, prepared, report)}
+        return {**line, **_on_task(measured, prepared, report)}
 
 
 def failure(cell: Cell, error: BaseException) -> Line:
@@ -80,7 +77,7 @@ def _identity(cell: Cell) -> Identity:
     }
 
 
-def _on_text(measure: TextMeasure, prepared: Ready, progress: Steps) -> TextLine:
+def _on_text(measure: TextMeasure, prepared: Ready, progress: Progress) -> TextLine:
     model, handle = prepared.loaded.model, prepared.handle
     text = evaluation_windows(
         load_corpus(measure.corpus),
@@ -92,10 +89,10 @@ def _on_text(measure: TextMeasure, prepared: Ready, progress: Steps) -> TextLine
     )
     units = None if handle is None else UnitCounter(handle)
 
-    def after_batch(done: int, of: int) -> None:
+    def after_batch(what: str, done: int, total: int) -> None:
         if units is not None:
             units.count()  # not timed here
-        progress(done, of)
+        progress(what, done, total)
 
     with PeakMemory(prepared.loaded.device) as memory:
         result = perplexity(
@@ -127,7 +124,7 @@ def _on_text(measure: TextMeasure, prepared: Ready, progress: Steps) -> TextLine
     }
 
 
-def _on_task(measure: TaskMeasure, prepared: Ready, progress: Steps) -> TaskLine:
+def _on_task(measure: TaskMeasure, prepared: Ready, progress: Progress) -> TaskLine:
     with PeakMemory(prepared.loaded.device) as memory:
         result = evaluate_task(
             prepared.loaded.model,

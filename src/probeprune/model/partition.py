@@ -178,9 +178,9 @@ class Partition:
         return [r for r in [*ranges, (position, end - position)] if r[1]]
 
     def narrow(self) -> None:
-        """Show the kept units only."""
+        """Show the kept units only; all of them before the first choice."""
         for view in self._views.values():
-            view.narrow = True
+            view.narrow = bool(view.ranges)
         self._tell_attention(self.shown)
 
     def widen(self) -> None:

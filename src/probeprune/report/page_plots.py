@@ -137,7 +137,7 @@ def stages_plot(summary: Summary) -> Figure | None:
             svg_charts.Stack(
                 entry.title,
                 [(s.name, share * total, f"{s.label}: {100 * share:.1f}% of its time") for s, share in split],
-                f"{total:.0f}" + (f", {100 * added:.1f}% in stages" if added else ""),
+                f"{total:.0f}" + (f" ({100 * added:.1f}% in stages)" if added else ""),
             )
         )
         table.append((entry.title, (f"{total:.1f}", *(f"{100 * share:.1f}%" for _, share in split))))

@@ -45,7 +45,7 @@ COLOURS: tuple[tuple[str, str], ...] = (
 )
 
 DASHES: tuple[tuple[int, ...], ...] = ((), (6, 3), (2, 2), (7, 2, 2, 2))
-"""As many as divide the number of colours, so that a colour always has the same dashes."""
+"""Their number divides that of the colours, so that a colour always has the same dashes."""
 
 
 def style(series: int) -> Style:

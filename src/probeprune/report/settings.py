@@ -1,4 +1,4 @@
-"""The settings kept in result lines: what the report reads of a method's record, and labels of differences.
+"""The settings kept in result lines: reading a method's record, and labels for settings that differ.
 
 A method's record is nested JSON: a part with alternatives is a record whose `kind` names one, such as
 `{"when": {"kind": "probe", "probe": {"tokens": 0.5}}}`. All reading of method records goes through this file.
@@ -23,7 +23,7 @@ def is_dense(method: MethodRecord) -> bool:
 
 
 def without_seed(method: MethodRecord) -> Settings:
-    """The settings by which methods are told apart: all but the seed, over which results are averaged."""
+    """All settings but the seed, over which results are averaged."""
     return {key: value for key, value in method.items() if key != "seed"}
 
 

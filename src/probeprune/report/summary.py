@@ -58,7 +58,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs. Shares are of the dense model's; None was not measured.
+    """The cost of a model. Shares are of the dense model's; None was not measured.
 
     Attributes:
         removed_share: of all blocks' parameters.

@@ -172,8 +172,8 @@ class Stack:
 
 def stacks(rows: Sequence[Stack], title: str, description: str) -> Markup:
     """Horizontal bars of parts on one scale from zero; a line marks 100."""
-    step, left, right, top = 26, 128, 96, 22
-    width, height = 680, top + step * len(rows) + 6
+    step, left, right, top = 26, 128, 150, 22
+    width, height = 730, top + step * len(rows) + 6
     longest = max([sum(length for _, length, _ in row.parts) for row in rows] + [100.0])
     scale = (width - left - right) / longest
     parts = []

@@ -81,6 +81,22 @@ def probe_size(probe: Probe, batch: int, length: int) -> tuple[int, int]:
     return samples, min(max(_ceil(probe.tokens * length), least), length)
 
 
+def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> float:
+    """FLOPs of probing on a batch of (batch, length) tokens.
+
+    Blocks that keep all their units are not probed. Where several batches share a choice (`Probe.reuse`),
+    the cost of one probe is spread evenly over them.
+    """
+    samples, tokens = probe_size(probe, batch, length)
+    batches_per_choice = max(math.ceil(probe.reuse / (batch * length)), 1)
+    flops = sum(
+        block_flops(b, b.units, samples, tokens, consumer=False)
+        for b, k in zip(blocks, kept, strict=True)
+        if k < b.units
+    )
+    return flops / batches_per_choice
+
+
 def _ceil(x: float) -> int:
     return math.ceil(x - 1e-9)
 
@@ -254,18 +270,3 @@ def fused_energy(
             real = tokens.valid[selection.samples][:, selection.tokens]
         energy = fuse(energy, history.at(selection.tokens, positions, real), history_share)
     return energy.sum(0)
-
-
-def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> float:
-    """FLOPs of running the probe ahead in the blocks that are cut, on a batch of (batch, length) tokens.
-
-    Where batches share a choice (`Probe.reuse`), the mean over many of them.
-    """
-    samples, tokens = probe_size(probe, batch, length)
-    served = max(math.ceil(probe.reuse / (batch * length)), 1)  # batches that one choice serves
-    once = sum(
-        block_flops(b, b.units, samples, tokens, consumer=False)
-        for b, k in zip(blocks, kept, strict=True)
-        if k < b.units
-    )
-    return once / served

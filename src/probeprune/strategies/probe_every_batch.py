@@ -24,6 +24,7 @@ class ProbeEveryBatch(EveryBatch):
     """
 
     kind: ClassVar[str] = "probe"
+    scores_batch: ClassVar[bool] = True
 
     probe: Probe = field(default_factory=Probe)
     """Which part of a batch is run ahead."""

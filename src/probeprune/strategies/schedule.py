@@ -30,6 +30,7 @@ class When:
         kind: its key in `methods.SCHEDULES`.
         prunes: False for the dense model.
         every_batch: whether the method is dynamic.
+        scores_batch: whether units are scored from every batch, so that no order is made before.
         trains: whether the method includes training.
         needs: parts of `Statistics` that it needs.
     """
@@ -37,6 +38,7 @@ class When:
     kind: ClassVar[str]
     prunes: ClassVar[bool] = True
     every_batch: ClassVar[bool] = False
+    scores_batch: ClassVar[bool] = False
     needs: ClassVar[frozenset[Part]] = frozenset()
 
     @property
