@@ -64,7 +64,7 @@ def generate(
 
     chosen = _method(method, refresh)
     check_ratio(ratio)
-    sampling = Decoding(temperature, top_p, seed)
+    decoding = Decoding(temperature, top_p, seed)
     prompts = _prompts(prompt or [], file or [])
     if max_new_tokens < 1:
         raise UsageError("--max-new-tokens must be at least 1.")
@@ -75,7 +75,7 @@ def generate(
     inputs = encode(loaded, prompts, chat=chat)
     with progress_bar() as show:
         known = _statistics(loaded, chosen, ratio, Text(calibration, calibration_windows, length), seed, show)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "decoding": decoding}
     stream = len(prompts) == 1 and not as_json
     with attach(loaded.model, chosen, ratio, statistics=known) as handle:
         made = run(loaded, inputs, stream=stream, **options)
@@ -167,7 +167,7 @@ def _compare(
         for _ in range(ROUNDS):
             for one in (METHODS["dense"], method):
                 with attach(loaded.model, one, ratio, statistics=known):
-                    made = run(loaded, inputs, to_the_end=True, **options)
+                    made = run(loaded, inputs, ignore_end=True, **options)
                 rates[one.name].append((made.prefill_rate, made.decode_rate))
     medians = {
         name: dict(zip(("prefill", "decode"), map(statistics.median, zip(*found, strict=True)), strict=True))
