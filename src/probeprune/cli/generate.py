@@ -198,7 +198,7 @@ def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed
 
 
 def _generate(
-    request: Request, method: Method, *, stream: bool = False, to_the_end: bool = False
+    request: Request, method: Method, *, stream: bool = False, ignore_end: bool = False
 ) -> tuple[Generated, float]:
     """Text under a method, which may be another than the request's; and the share of parameters left out."""
     from probeprune import attach
@@ -209,9 +209,9 @@ def _generate(
             request.loaded,
             request.inputs,
             max_new_tokens=request.max_new_tokens,
-            sampling=request.decoding,
+            decoding=request.decoding,
             stream=stream,
-            to_the_end=to_the_end,
+            ignore_end=ignore_end,
         )
         return generated, handle.removed_share
 
@@ -223,7 +223,7 @@ def _compare(request: Request) -> dict[str, Any]:
     with err.status("measuring speed"):
         for _ in range(ROUNDS):
             for method in methods:
-                generated, _removed = _generate(request, method, to_the_end=True)
+                generated, _removed = _generate(request, method, ignore_end=True)
                 rates[method.name].append((generated.prefill_rate, generated.decode_rate))
     medians = {
         name: {
