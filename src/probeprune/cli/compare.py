@@ -39,10 +39,7 @@ class GridOptions:
     ] = METHODS
     ratios: Annotated[
         str,
-        typer.Option(
-            help="Pruning ratios, separated by commas: shares of the parameters of all attention and "
-            "MLP blocks."
-        ),
+        typer.Option(help="Pruning ratios, separated by commas: shares of all attention and MLP parameters."),
     ] = "0.2,0.4"
     units: Annotated[
         str, typer.Option(help="Attention units under grouped-query attention: group, balanced or query.")

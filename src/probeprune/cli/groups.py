@@ -33,7 +33,7 @@ Model = Annotated[
 ]
 Ratio = Annotated[
     float,
-    typer.Option(help="Pruning ratio: share of the parameters of all attention and MLP blocks to prune."),
+    typer.Option(help="Pruning ratio: share of all attention and MLP parameters to prune."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text and tables.")]
 Device = Annotated[
