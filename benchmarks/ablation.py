@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import probeprune
-from probeprune import METHODS, Method, Probe
+from probeprune import METHODS, Method
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
@@ -29,6 +29,7 @@ from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import blocks_flops
 from probeprune.model.loading import cache_dir
 from probeprune.plan import widths
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.surgery import method_consumers, method_damages
 
 LENGTH, TESTED = 512, 8
@@ -52,7 +53,7 @@ DENSE_INPUTS = {"sequential": False, "share": 0.0}
 VARIANTS: dict[str, Method] = {
     "best-dynamic": METHODS["best-dynamic"],
     "- picked by residual importance": following(pick="residual"),
-    "- the published probe": best(when="batch", probe=Probe(fusion="none")),
+    "- the published probe": best(when="batch", when=ProbeEveryBatch(fusion="none")),
     "- twice the tokens": following(tokens=1 / 32, min_size=256),
     "- share 0.2 for the batch": following({"batch_share": 0.2}),
     "- share 0.5 for the batch": following({"batch_share": 0.5}),
@@ -68,7 +69,7 @@ VARIANTS: dict[str, Method] = {
     "- widths by damage": best(allocation="damage"),
     "- widths by damage, same FLOPs": best(allocation="damage", budget="flops"),
     "- so, no layer left dense": best(allocation="damage", budget="flops", skip_layers=0),
-    "- heads leave from every group alike": best(units="balanced"),
+    "- heads leave from every group alike": best(unit_kind="balanced"),
     "ppsp, ordered once": METHODS["ppsp"],
     "ppsp, refitted to dense inputs": best(DENSE_INPUTS, importance="ppsp"),
     "elimination, refitted to dense inputs": best(DENSE_INPUTS | {"sensitivity": 0}),
@@ -124,7 +125,7 @@ def measure(
         statistics = replace(statistics, damages=method_damages(model, method, windows, 8, cache))
     if method.needs_refit:
         consumers = method_consumers(  # variants that differ in nothing else share one refit
-            model, refit_of(method), ratio, windows, statistics=statistics, batch_size=8, cache=cache
+            model, refit_of(method), ratio, windows, calibration=calibration, batch_size=8, cache=cache
         )
         statistics = replace(statistics, consumers=consumers)
     seconds = time.perf_counter() - started
@@ -134,7 +135,7 @@ def measure(
         if batch == 1 and method.when != "batch":
             continue
         for text, ids in texts.items():
-            with probeprune.attach(model, method, ratio, statistics=statistics):
+            with probeprune.attach(model, method, ratio, calibration=calibration):
                 found = perplexity(model, ids, batch_size=batch)
             losses[f"{text}/{batch}"], flops[batch] = math.log(found.value), found.flops_per_token
     return {"losses": losses, "flops": flops[TESTED], "seconds": seconds}

@@ -31,6 +31,7 @@ from probeprune.data.windows import calibration_windows, evaluation_windows, tok
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.loading import LoadedModel, cache_dir
 from probeprune.report.paired import paired_bootstrap
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.surgery import method_consumers
 
 TOPICS, WINDOWS, LENGTH = 6, 4, 256
@@ -44,7 +45,7 @@ METHODS_BY_NAME: dict[str, Method] = {
     "probe": METHODS["probe"],
     "best-static": METHODS["best-static"],
     "best-dynamic": BEST,
-    "all known": compose(BEST, probe=Probe(tokens=1.0, samples=1.0, fusion="none")),
+    "all known": compose(BEST, when=ProbeEveryBatch(Probe(tokens=1.0, samples=1.0), fusion="none")),
 }
 OVER = {
     "probe": "ordered once (ppsp)",

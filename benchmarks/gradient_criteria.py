@@ -21,7 +21,7 @@ CASES: list[tuple[str, Method, int]] = [
     ("1 draw (as published)", compose("loraprune", gradients=Gradients(10, 512, draws=1)), 0),
     ("1 draw of rank 576", compose("loraprune", gradients=Gradients(10, 512, draws=1, rank=576)), 0),
     *(
-        (f"llm-pruner, {units} units", compose("llm-pruner", units=units), 0)
+        (f"llm-pruner, {units} units", compose("llm-pruner", unit_kind=units), 0)
         for units in ("balanced", "query")
     ),
 ]
@@ -40,7 +40,7 @@ def main() -> None:
         statistics = Statistics(saliences=method_saliences(loaded.model, method, windows))
         found = []
         for ratio in (0.2, 0.4):
-            with probeprune.attach(loaded.model, method, ratio, statistics=statistics):
+            with probeprune.attach(loaded.model, method, ratio, calibration=calibration):
                 found.append(perplexity(loaded.model, text, batch_size=12).value)
         print(f"{what:<45} seed {seed}  20 % {found[0]:8.2f}  40 % {found[1]:8.2f}", flush=True)
 

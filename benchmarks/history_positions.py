@@ -38,7 +38,7 @@ def main() -> None:
     text = evaluation_windows(load_corpus("wikitext2"), loaded.tokenizer, length=LENGTH, limit=32)
     for own in (LENGTH, 16, 1, 0):
         statistics = probeprune.Statistics({n: pooled(m, own) for n, m in full.moments.items()})
-        with probeprune.attach(loaded.model, "probe", ratio=0.4, statistics=statistics):
+        with probeprune.attach(loaded.model, "probe", ratio=0.4, calibration=calibration):
             result = perplexity(loaded.model, text)
         figure = f"{result.value:.2f} ± {result.standard_error:.2f}"
         print(f"own positions {own:4d}: perplexity {figure}", flush=True)

@@ -31,7 +31,7 @@ def main() -> None:
                 ("uniform, multiples of 1", with_equal_widths(name)),
                 ("uniform, multiples of 64", compose(with_equal_widths(name), round_to=64)),
             ):
-                with probeprune.attach(loaded.model, method, ratio, statistics=statistics) as handle:
+                with probeprune.attach(loaded.model, method, ratio, calibration=calibration) as handle:
                     found = perplexity(loaded.model, text, batch_size=12)
                     print(
                         f"{name:<12}{ratio:.0%}  {what:<26} removed {handle.removed_share:.1%}  "

@@ -15,6 +15,7 @@ from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.loading import cache_dir
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 ROUNDS = 2
 
@@ -28,7 +29,7 @@ def main() -> None:
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(ROUNDS):
             for parallel, taken in seconds.items():
-                method = compose("probe", probe=Probe(parallel=parallel))
+                method = compose("probe", when=ProbeEveryBatch(Probe(parallel=parallel)))
                 with probeprune.attach(loaded.model, method, ratio, statistics=known):
                     start = time.perf_counter()
                     result = perplexity(loaded.model, text, batch_size=16)

@@ -14,15 +14,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import probeprune
-from probeprune import Method, Probe, compose
+from probeprune import Method, compose
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.model.loading import cache_dir
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 WAYS: dict[str, Method] = {
     "dense": probeprune.METHODS["dense"],
     "ppsp (ordered once)": probeprune.METHODS["ppsp"],
-    **{f"probe, refresh={n}": compose("probe", probe=Probe(refresh=n)) for n in (0, 64, 16)},
+    **{f"probe, refresh={n}": compose("probe", when=ProbeEveryBatch(refresh=n)) for n in (0, 64, 16)},
 }
 PROMPT, BEHIND, BATCH, COUNT = 128, 128, 16, 16
 

@@ -18,12 +18,16 @@ from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.loading import cache_dir
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 WAYS: dict[str, Method] = {
     "dense": probeprune.METHODS["dense"],
     "ppsp (ordered once)": probeprune.METHODS["ppsp"],
-    **{f"probe, reuse={n}": compose("probe", probe=Probe(reuse=n)) for n in (0, 512, 1024, 2048)},
-    "probe of 5 % of the positions": compose("probe", probe=Probe(tokens=0.05, reuse=0)),
+    **{
+        f"probe, reuse={n}": compose("probe", when=ProbeEveryBatch(Probe(reuse=n)))
+        for n in (0, 512, 1024, 2048)
+    },
+    "probe of 5 % of the positions": compose("probe", when=ProbeEveryBatch(Probe(tokens=0.05, reuse=0))),
 }
 SHAPES = {(1, 128): 32, (1, 512): 8, (16, 512): 16}
 """Batch and length, and how many windows."""

@@ -9,8 +9,8 @@ from tiny import FAMILIES, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from probeprune.calibration.collecting import calibrate
 from probeprune.model.loading import LoadedModel, load_model
+from probeprune.preparation import Preparation
 
 
 @pytest.fixture(scope="session")
@@ -36,13 +36,13 @@ def number_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def calibrated(request):
-    """A model and its statistics, from windows shorter than the sequences it will see."""
+    """A model and its preparation, from windows shorter than the sequences it will see."""
     model = FAMILIES[request.param]()
-    return model, calibrate(model, token_ids(6, 16, seed=9), batch_size=4)
+    return model, Preparation(model, token_ids(6, 16, seed=9), batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def llama():
     """The same for one family, with grouped-query attention."""
     model = FAMILIES["llama-gqa"]()
-    return model, calibrate(model, token_ids(6, 16, seed=9), batch_size=4)
+    return model, Preparation(model, token_ids(6, 16, seed=9), batch_size=4)

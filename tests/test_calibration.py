@@ -89,9 +89,9 @@ def test_overflowed_statistics_name_their_block():
     model = FAMILIES["llama"]()
     with torch.no_grad():
         model.model.layers[4].mlp.up_proj.weight[0] = float("inf")
-    statistics = calibrate(model, WINDOWS)
+    calibration = WINDOWS
     with pytest.raises(FloatingPointError, match=r"layers\.4\.mlp"):
-        attach(model, "wanda-sp", 0.2, statistics=statistics)
+        attach(model, "wanda-sp", 0.2, calibration=calibration)
 
 
 def test_the_fingerprint_reads_every_weight():
@@ -160,6 +160,6 @@ def test_statistics_do_not_depend_on_the_batch_size():
 def test_statistics_made_in_inference_mode_serve_outside():
     model = FAMILIES["llama-gqa"]()
     with torch.inference_mode():
-        statistics = calibrate(model, WINDOWS)
-    with torch.no_grad(), attach(model, "probe", 0.2, statistics=statistics):
+        calibration = WINDOWS
+    with torch.no_grad(), attach(model, "probe", 0.2, calibration=calibration):
         assert model(WINDOWS).logits.isfinite().all()

@@ -125,6 +125,13 @@ def test_new_processes_open_it_with_and_without_the_package(package, tmp_path):
     assert answers[0][0] == "MistralForCausalLM" and answers[1][0] == "PrunedLlamaForCausalLM"
 
 
+def test_the_package_imports_no_modelling_code_before_a_model_needs_it():
+    """Registering per-layer checkpoints costs a start no more than reading the families' configs."""
+    check = "import sys, probeprune; print(*(m for m in sys.modules if '.modeling_opt' in m))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert not done.stdout.strip()
+
+
 def test_heads_that_do_not_divide_the_hidden_size_make_a_llama_a_mistral(tmp_path):
     model = pruned("llama", "uniform")
     heads = {b.query_heads for b in find_blocks(model) if b.kind == "attention"}
@@ -158,9 +165,9 @@ def test_rotary_scaling_survives_the_change_of_family(tmp_path):
 @pytest.mark.parametrize("family", ["llama-gqa", "opt", "gpt-neox"])
 def test_biases_go_into_a_plain_config_where_it_has_room(family, tmp_path):
     model = FAMILIES[family]()
-    statistics = calibrate(model, IDS)
+    calibration = IDS
     blocks = ("attention", "mlp") if family == "llama-gqa" else ("mlp",)
-    prune(model, compose(with_equal_widths("flap"), blocks=blocks), 0.5, statistics=statistics)
+    prune(model, compose(with_equal_widths("flap"), blocks=blocks), 0.5, calibration=calibration)
     save(model, tmp_path / "out", layout="uniform")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not type(loaded).__name__.startswith("Pruned")

@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import probeprune
 from probeprune.methods import compose
 from probeprune.model.blocks import find_blocks
-from probeprune.model.cost import PeakMemory, blocks_flops, counting_flops, probe_flops
+from probeprune.model.cost import PeakMemory, blocks_flops, counting_flops
 from probeprune.model.passes import find_decoder
-from probeprune.strategies.probe import Probe
+from probeprune.strategies.probe import Probe, probe_flops
 
 LENGTH = 24
 
@@ -46,9 +46,9 @@ def test_dense_decoder_is_its_blocks_and_little_else(family):
 def test_pruned_flops_counted_equal_analytic(family, units):
     model = FAMILIES[family]()
     rest = outside_blocks(model, 3)
-    with probeprune.attach(model, compose("random", units=units), 0.3) as handle:
+    with probeprune.attach(model, compose("random", unit_kind=units), 0.3) as handle:
         counted = decoder_flops(model, 3)
-        assert counted - rest == blocks_flops(handle.blocks, handle.kept, 3, LENGTH)
+        assert counted - rest == blocks_flops(handle.blocks, handle.widths, 3, LENGTH)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,8 +58,8 @@ def test_probe_flops_counted_equal_analytic(family):
     probe = Probe(tokens=0.5, samples=0.4, fusion="none")
     with probeprune.attach(model, compose("probe", probe=probe), 0.3) as handle:
         counted = decoder_flops(model, 3)
-        own = blocks_flops(handle.blocks, handle.kept, 3, LENGTH)
-        assert counted - rest == own + probe_flops(handle.blocks, handle.kept, probe, 3, LENGTH)
+        own = blocks_flops(handle.blocks, handle.widths, 3, LENGTH)
+        assert counted - rest == own + probe_flops(handle.blocks, handle.widths, probe, 3, LENGTH)
 
 
 @pytest.mark.parametrize("reuse", [0, 1, 3 * LENGTH, 3 * LENGTH + 1, 9 * LENGTH])
@@ -69,8 +69,8 @@ def test_a_choice_that_serves_several_batches_is_counted_once(reuse):
     probe = Probe(fusion="none", reuse=reuse)
     with probeprune.attach(model, compose("probe", probe=probe), 0.3) as handle:
         counted = sum(decoder_flops(model, 3) - rest for _ in range(6)) / 6
-        own = blocks_flops(handle.blocks, handle.kept, 3, LENGTH)
-        assert counted == pytest.approx(own + probe_flops(handle.blocks, handle.kept, probe, 3, LENGTH))
+        own = blocks_flops(handle.blocks, handle.widths, 3, LENGTH)
+        assert counted == pytest.approx(own + probe_flops(handle.blocks, handle.widths, probe, 3, LENGTH))
 
 
 def test_probe_share_at_the_papers_shape():
@@ -94,8 +94,8 @@ def test_probe_share_at_the_papers_shape():
         with counting_flops() as count, torch.no_grad():
             find_decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
         dense = blocks_flops(handle.blocks, [b.units for b in handle.blocks], 20, 1024)
-        own = blocks_flops(handle.blocks, handle.kept, 20, 1024)
-        share = probe_flops(handle.blocks, handle.kept, probe, 20, 1024) / dense
+        own = blocks_flops(handle.blocks, handle.widths, 20, 1024)
+        share = probe_flops(handle.blocks, handle.widths, probe, 20, 1024) / dense
         counted_share = (count.flops - own) / dense
     assert counted_share == pytest.approx(share, rel=1e-3)
     # 1.57 % is the published count, of linear maps alone;

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from probeprune import Probe, attach, calibrate, compose
 from probeprune.model import partition as partition_module
 from probeprune.model.blocks import find_layers
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 aten = torch.ops.aten
 WAITS = {
@@ -82,9 +83,9 @@ def test_the_guard_sees_what_waits(what):
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3", "opt", "phi3-gqa"])
 def test_a_prompt_is_probed_without_waiting(family, changes, side, own, no_waiting):
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9), own_positions=own)
+    calibration = token_ids(6, 16, seed=9), own_positions=own
     ids, mask = padded(side)
-    with attach(model, compose(PROBING, **changes), 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, compose(PROBING, **changes), 0.3, calibration=calibration) as handle, torch.no_grad():
         model(*padded("none"))
         no_waiting(model)
         got, choice = model(ids, attention_mask=mask).logits[mask.bool()], kept(handle)
@@ -96,9 +97,9 @@ def test_a_prompt_is_probed_without_waiting(family, changes, side, own, no_waiti
 @pytest.mark.parametrize("refresh", [0, 1])
 def test_a_step_is_decoded_without_waiting(refresh, no_waiting):
     model = FAMILIES["llama-gqa"]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
-    method = compose("probe", probe=Probe(reuse=0, refresh=refresh))
-    with attach(model, method, 0.3, statistics=statistics), torch.no_grad():
+    calibration = token_ids(6, 16, seed=9)
+    method = compose("probe", when=ProbeEveryBatch(Probe(reuse=0), refresh=refresh))
+    with attach(model, method, 0.3, calibration=calibration), torch.no_grad():
         cache = model(token_ids(), use_cache=True).past_key_values
         no_waiting(model)
         model(token_ids(4, 1), past_key_values=cache)

@@ -97,7 +97,7 @@ def test_a_swap_moves_only_what_changes_and_takes_followers_along():
     block = find_blocks(FAMILIES["llama-gqa"]())[1]
     partition = Partition(block)
     follower = torch.arange(block.width, dtype=torch.float32)
-    partition.followers.append(follower)
+    partition.companions.append(follower)
     first = torch.arange(0, 60)
     assert partition.keep(first) == 60
     assert partition.keep(first) == 0
@@ -209,7 +209,7 @@ def test_followers_go_along_at_every_swap_and_come_back(units, kind):
     partition = Partition(block)
     one = torch.arange(block.width, dtype=torch.float32)
     two = torch.stack([one, -one])
-    partition.followers += [one, two]
+    partition.companions += [one, two]
     for seed in range(10):
         partition.keep(some_units(block, seed))
         assert one.equal(partition.channels.float()) and two.equal(torch.stack([one, -one]))

@@ -1,5 +1,6 @@
-"""Presets: data in, cells out, and the line of whatever is wrong."""
+"""Presets: a file becomes cells, and every mistake in it is reported with its line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ methods:
   - probe
   - {base: probe, name: wide-probe, probe: {tokens: 0.9}, skip_layers: 1}
   - flap+lora
+  - {base: best-static, name: half-refit, refit: {share: 0.5, damping: [0.1, 0.3]}}
 ratios: [0.2, 0.4]
 seeds: [0, 1]
 calibration: {corpus: c4, windows: 8, length: 64}
@@ -57,9 +59,11 @@ def test_cells_are_the_grid_and_parts_take_their_seeds(tmp_path):
     assert count(CostMeasure, "flap+lora", 0) + count(CostMeasure, "flap+lora", 1) == 0, (
         "what is trained costs what its widths cost"
     )
-    own = next(c.subject for c in cells if c.subject.method.name == "wide-probe")
-    assert own.method.probe.tokens == 0.9 and own.method.skip_layers == 1
-    assert own.method.probe.samples == METHODS["probe"].probe.samples
+    wide = next(c.subject.method for c in cells if c.subject.method.name == "wide-probe")
+    assert wide.probe.tokens == 0.9 and wide.skip_layers == 1
+    assert wide.probe.samples == METHODS["probe"].probe.samples
+    refit = next(c.subject for c in cells if c.subject.method.name == "half-refit").method.refit
+    assert refit == replace(METHODS["best-static"].refit, share=0.5, damping=(0.1, 0.3))
     trained = [i for i, c in enumerate(cells) if c.subject.seed == 0 and c.subject.budget is not None]
     untrained = [i for i, c in enumerate(cells) if c.subject.seed == 0 and c.subject.budget is None]
     assert min(trained) > max(untrained), "training takes the dense model's place, so it comes last"
@@ -68,19 +72,24 @@ def test_cells_are_the_grid_and_parts_take_their_seeds(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "right", "line", "says"),
     [
-        ("calibratoin:", "calibration:", 9, "unknown key 'calibratoin'; did you mean 'calibration'?"),
+        ("calibratoin:", "calibration:", 10, "unknown key 'calibratoin'; did you mean 'calibration'?"),
         ("  - prob\n", "  - probe\n", 4, "unknown method 'prob'; did you mean 'probe'?"),
         ("tokns: 0.9", "tokens: 0.9", 5, "did you mean 'tokens'?"),
         ("tokens: 9", "tokens: 0.9", 5, "must lie in (0, 1]"),
         ("name: wide-probe, ", "", 5, None),
         ("base: prob,", "base: probe,", 5, "did you mean 'probe'?"),
-        ("[0.2, 1.4]", "[0.2, 0.4]", 7, "ratio 1.4 is outside"),
-        ("[0.2, many]", "[0.2, 0.4]", 7, "expected a number, not 'many'"),
-        ("seeds: [0, 1]\ncalibration", "seeds: []\ncalibration", 8, None),
-        ("[boolq, pica]", "[boolq, piqa]", 14, "did you mean 'piqa'?"),
-        ("widnows: 4", "windows: 4", 12, "did you mean 'windows'?"),
-        ("steps: 0", "steps: 5", 10, "steps must be at least 1"),
-        ("round: 1", "rounds: 1", 17, "did you mean 'rounds'?"),
+        ("share: half", "share: 0.5", 7, "methods.refit.share: expected a number, not 'half'"),
+        ("shar: 0.5", "share: 0.5", 7, "did you mean 'share'?"),
+        ("share: 5.0", "share: 0.5", 7, "methods.refit: a refit's share=5.0"),
+        ("damping: 0.1", "damping: [0.1, 0.3]", 7, "methods.refit.damping: expected a list"),
+        ("allocation: globl, skip_layers", "skip_layers", 5, "did you mean 'global'?"),
+        ("[0.2, 1.4]", "[0.2, 0.4]", 8, "ratio 1.4 is outside"),
+        ("[0.2, many]", "[0.2, 0.4]", 8, "expected a number, not 'many'"),
+        ("seeds: [0, 1]\ncalibration", "seeds: []\ncalibration", 9, None),
+        ("[boolq, pica]", "[boolq, piqa]", 15, "did you mean 'piqa'?"),
+        ("widnows: 4", "windows: 4", 13, "did you mean 'windows'?"),
+        ("steps: 0", "steps: 5", 11, "steps must be at least 1"),
+        ("round: 1", "rounds: 1", 18, "did you mean 'rounds'?"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(wrong, right, line, says, tmp_path):
@@ -122,9 +131,9 @@ def test_the_packages_own_hold_the_published_rows():
     rows |= {"llm-pruner", "llm-pruner+lora", "probe"}
     assert {"paper", "laptop"} <= set(preset_names())
     for name in ("paper", "laptop"):
-        own = load_preset(name)
-        assert rows <= {m.name for m in own.methods} and own.seeds == (0, 1, 2)
-        tasks = {m.task for p in own.parts for m in p.measures if isinstance(m, TaskMeasure)}
+        loaded = load_preset(name)
+        assert rows <= {m.name for m in loaded.methods} and loaded.seeds == (0, 1, 2)
+        tasks = {m.task for g in loaded.groups for m in g.measures if isinstance(m, TaskMeasure)}
         assert tasks == set(TASKS)
     assert load_preset("paper").ratios == (0.2, 0.4, 0.6)
     figures = published()

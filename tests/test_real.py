@@ -27,7 +27,7 @@ def test_probe_beats_wanda_sp_at_40_percent(smollm2, text):
     statistics = calibrate(smollm2.model, windows, cache=cache_dir() / "statistics")
     values = {}
     for name in ("wanda-sp", "probe"):
-        with attach(smollm2.model, name, ratio=0.4, statistics=statistics) as handle:
+        with attach(smollm2.model, name, ratio=0.4, calibration=calibration) as handle:
             values[name] = perplexity(smollm2.model, text[:16], batch_size=8)
             assert handle.removed_share == pytest.approx(0.4, abs=1e-3)
     assert values["probe"].value + 2 * values["probe"].standard_error < values["wanda-sp"].value

@@ -4,37 +4,21 @@ import threading
 
 import pytest
 import torch
-from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
+from tiny import FAMILIES, PROBING, close, kept, masked, padded, snapshot, token_ids
 
-from probeprune import Probe, UsageError, attach, calibrate, compose
+from probeprune import Probe, UsageError, attach, compose
 from probeprune.model.blocks import find_blocks
 from probeprune.model.passes import find_decoder
+from probeprune.preparation import Preparation
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
-REFRESHING = compose("probe", probe=Probe(reuse=0, refresh=1))
+REFRESHING = compose("probe", when=ProbeEveryBatch(Probe(reuse=0), refresh=1))
 
 
 @pytest.fixture(scope="module", params=["llama-gqa", "opt", "phi3-gqa"])
 def calibrated(request):
     model = FAMILIES[request.param]()
-    return model, calibrate(model, token_ids(6, 16, seed=9))
-
-
-def parts(model) -> dict[str, object]:
-    """Everything of a model that attaching touches, by name."""
-    found: dict[str, object] = {}
-    for name, module in model.named_modules():
-        found |= {f"{name}.{k}": v for k, v in vars(module).items() if not k.startswith("_")}
-        found |= {f"{name}.{k}": p for k, p in module._parameters.items()}
-        found[f"{name} hooks"] = (len(module._forward_pre_hooks), len(module._forward_hooks))
-    return found
-
-
-def assert_untouched(model, before: dict[str, object], values: dict[str, torch.Tensor]) -> None:
-    now = parts(model)
-    assert now.keys() == before.keys()
-    for name, part in before.items():
-        assert now[name] is part or now[name] == part, name
-    assert all(p.equal(values[n]) for n, p in model.named_parameters())
+    return model, Preparation(model, token_ids(6, 16, seed=9))
 
 
 PLACES = {
@@ -53,44 +37,47 @@ PLACES = {
 @pytest.mark.parametrize("when", ["prompt", "refresh"])
 @pytest.mark.parametrize("place", PLACES)
 def test_an_exception_anywhere_leaves_the_model_restorable(calibrated, place, when, error):
-    model, statistics = calibrated
+    model, calibration = calibrated
     inputs = padded("left")
-    before, values = parts(model), {n: p.clone() for n, p in model.named_parameters()}
+    before = snapshot(model)
 
     def fail(*_: object) -> None:
         raise error
 
     module = PLACES[place](model)
-    with attach(model, REFRESHING, 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, REFRESHING, 0.3, calibration=calibration) as handle, torch.no_grad():
         cache = None
         if when == "refresh":
             cache = model(token_ids(), use_cache=True).past_key_values
-        # In front of our own hooks, and in a probe that runs ahead too.
+        # In front of our own hooks.
         hook = module.register_forward_pre_hook(fail, prepend=True)
         with pytest.raises(error):
             model(*inputs) if cache is None else model(token_ids(4, 1), past_key_values=cache)
         hook.remove()
         got, choice = model(*inputs).logits[inputs[1].bool()], kept(handle)
-    assert_untouched(model, before, values)
+    before.assert_untouched()
     with masked(choice), torch.no_grad():
         close(got, model(*inputs).logits[inputs[1].bool()])
 
 
 def test_two_models_at_once_generate_as_each_alone(llama):
-    model, statistics = llama
+    model, calibration = llama
     other = FAMILIES["qwen3"]()
-    theirs = calibrate(other, token_ids(6, 16, seed=9))
+    theirs = token_ids(6, 16, seed=9)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
     ids, mask = padded("left")
 
     def tokens(which):
         return which.generate(ids, attention_mask=mask, **options)
 
-    with attach(model, PROBING, 0.3, statistics=statistics):
+    with attach(model, PROBING, 0.3, calibration=calibration):
         one = tokens(model)
-    with attach(other, PROBING, 0.2, statistics=theirs):
+    with attach(other, PROBING, 0.2, calibration=theirs):
         two = tokens(other)
-    with attach(model, PROBING, 0.3, statistics=statistics), attach(other, PROBING, 0.2, statistics=theirs):
+    with (
+        attach(model, PROBING, 0.3, calibration=calibration),
+        attach(other, PROBING, 0.2, calibration=theirs),
+    ):
         assert tokens(other).equal(two) and tokens(model).equal(one)
         with torch.no_grad():  # step by step in turn
             caches = [m(ids, attention_mask=mask, use_cache=True).past_key_values for m in (model, other)]
@@ -100,13 +87,13 @@ def test_two_models_at_once_generate_as_each_alone(llama):
 
 @pytest.mark.parametrize("method", ["wanda-sp", PROBING])
 def test_attaching_twice_is_refused_and_changes_nothing(llama, method):
-    model, statistics = llama
+    model, calibration = llama
     inputs = padded("left")
-    with attach(model, method, 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, method, 0.3, calibration=calibration) as handle, torch.no_grad():
         want, choice = model(*inputs).logits, handle.kept_units()
         for again in ("probe", "wanda-sp", "dense"):
             with pytest.raises(UsageError, match="already"):
-                attach(model, again, 0.3, statistics=statistics)
+                attach(model, again, 0.3, calibration=calibration)
         assert handle.kept_units() == choice
         assert method is PROBING or model(*inputs).logits.equal(want)
 
@@ -136,15 +123,15 @@ def together(*work) -> list:
 
 def test_passes_from_several_threads_run_one_after_the_other(llama):
     # No history: then what a batch gives does not depend on the batches before it.
-    model, statistics = llama
-    method = compose("probe", probe=Probe(reuse=0, fusion="none"))
+    model, calibration = llama
+    method = compose("probe", when=ProbeEveryBatch(Probe(reuse=0), fusion="none"))
     batches = [token_ids(2, 12, seed=s) for s in range(4)]
 
     def passes(ids):
         with torch.no_grad():
             return [model.model(ids).last_hidden_state for _ in range(12)]
 
-    with attach(model, method, 0.3, statistics=statistics):
+    with attach(model, method, 0.3, calibration=calibration):
         alone = [passes(ids)[0] for ids in batches]
         found = together(*(lambda ids=ids: passes(ids) for ids in batches))
     for want, got in zip(alone, found, strict=True):
@@ -153,7 +140,7 @@ def test_passes_from_several_threads_run_one_after_the_other(llama):
 
 
 def test_a_pass_waits_for_the_one_that_runs(llama):
-    model, statistics = llama
+    model, calibration = llama
     inside, go_on, order = threading.Event(), threading.Event(), []
     first = threading.Thread(target=lambda: model.model(token_ids(seed=1)))
     second = threading.Thread(target=lambda: (model.model(token_ids(seed=2)), order.append("second")))
@@ -164,7 +151,7 @@ def test_a_pass_waits_for_the_one_that_runs(llama):
             go_on.wait(10)
             order.append("first")
 
-    with attach(model, PROBING, 0.3, statistics=statistics), torch.no_grad():
+    with attach(model, PROBING, 0.3, calibration=calibration), torch.no_grad():
         hook = find_decoder(model).layers[4].register_forward_pre_hook(hold)
         first.start()
         assert inside.wait(10)
@@ -180,7 +167,7 @@ def test_a_pass_waits_for_the_one_that_runs(llama):
 
 def test_generations_that_take_turns_are_refused(llama):
     # Each prompt chooses its heads; the cache of the other one is then read by the wrong ones.
-    model, statistics = llama
+    model, calibration = llama
     prompted = threading.Event(), threading.Event()
 
     def generation(own, others):
@@ -190,7 +177,7 @@ def test_generations_that_take_turns_are_refused(llama):
             prompted[others].wait(10)
             return model(token_ids(2, 1), past_key_values=cache).logits
 
-    with attach(model, PROBING, 0.3, statistics=statistics):
+    with attach(model, PROBING, 0.3, calibration=calibration):
         found = together(lambda: generation(0, 1), lambda: generation(1, 0))
     refused = [r for r in found if isinstance(r, UsageError)]
     assert len(refused) == 1 and "only one generation at a time" in str(refused[0])
@@ -198,7 +185,7 @@ def test_generations_that_take_turns_are_refused(llama):
 
 @pytest.mark.parametrize("where", ["layer", "consumer", "probe"])
 def test_detaching_inside_a_pass_is_refused_and_the_pass_ends_well(llama, where):
-    model, statistics = llama
+    model, calibration = llama
     inputs = padded("left")
     module = {
         "layer": find_decoder(model).layers[3],
@@ -212,7 +199,7 @@ def test_detaching_inside_a_pass_is_refused_and_the_pass_ends_well(llama, where)
             handle.detach()
         refused.append(True)
 
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
         hook = module.register_forward_pre_hook(leave, prepend=True)
         got, choice = model(*inputs).logits[inputs[1].bool()], kept(handle)
         hook.remove()
@@ -222,8 +209,8 @@ def test_detaching_inside_a_pass_is_refused_and_the_pass_ends_well(llama, where)
 
 
 def test_a_pass_inside_a_pass_is_refused(llama):
-    model, statistics = llama
-    with attach(model, PROBING, 0.3, statistics=statistics), torch.no_grad():
+    model, calibration = llama
+    with attach(model, PROBING, 0.3, calibration=calibration), torch.no_grad():
         hook = find_decoder(model).layers[3].register_forward_pre_hook(lambda *_: model(token_ids()))
         with pytest.raises(UsageError, match="inside another"):
             model(token_ids())
@@ -232,9 +219,9 @@ def test_a_pass_inside_a_pass_is_refused(llama):
 
 
 def test_detaching_from_another_thread_waits_for_the_pass(llama):
-    model, statistics = llama
-    before, values = parts(model), {n: p.clone() for n, p in model.named_parameters()}
-    handle = attach(model, PROBING, 0.3, statistics=statistics)
+    model, calibration = llama
+    before = snapshot(model)
+    handle = attach(model, PROBING, 0.3, calibration=calibration)
     other, order = threading.Thread(target=lambda: (handle.detach(), order.append("detached"))), []
 
     def start(*_: object) -> None:
@@ -248,4 +235,4 @@ def test_detaching_from_another_thread_waits_for_the_pass(llama):
         hook.remove()
     other.join(10)
     assert order == ["pass", "detached"]
-    assert_untouched(model, before, values)
+    before.assert_untouched()

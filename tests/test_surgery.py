@@ -15,7 +15,7 @@ def logits(model, ids, mask=None):
         return model(input_ids=ids, attention_mask=mask).logits
 
 
-def originals(model, pruning, units="group"):
+def originals(model, pruning, unit_kind="group"):
     """(block of the dense model, kept ids), for blocks that lost units."""
     kept = {k.name: k for k in pruning.kept}
     return [(b, kept[b.name].units) for b in find_blocks(model, units) if len(kept[b.name].units) < b.units]
@@ -25,7 +25,7 @@ def originals(model, pruning, units="group"):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cut_is_the_window_and_the_masked_dense_model(family, units):
     model, dense = FAMILIES[family](), FAMILIES[family]()
-    method = compose("random", units=units, skip_layers=2)
+    method = compose("random", unit_kind=units, skip_layers=2)
     done = prune(model, method, 0.4)
     ids, mask = padded("left")
     real = mask.bool()
@@ -42,16 +42,16 @@ def test_cut_is_the_window_and_the_masked_dense_model(family, units):
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "opt", "phi3-gqa"])
 def test_a_bias_is_folded_into_the_consumer(family):
     model, dense = FAMILIES[family](), FAMILIES[family]()
-    statistics = calibrate(dense, WINDOWS)
+    calibration = WINDOWS
     method = compose("flap", skip_layers=1)
-    prune(model, method, 0.3, statistics=statistics)
+    prune(model, method, 0.3, calibration=calibration)
     ids = token_ids()
-    with attach(dense, method, 0.3, statistics=statistics):
+    with attach(dense, method, 0.3, calibration=calibration):
         torch.testing.assert_close(logits(model, ids), logits(dense, ids), rtol=1e-4, atol=1e-4)
     # By hand, for one block: what the mean of the lost channels adds.
     block, cut = find_blocks(dense)[-1], find_blocks(model)[-1]
     lost = set(range(block.units)) - set(
-        next(k for k in prune(FAMILIES[family](), method, 0.3, statistics=statistics).kept[::-1]).units
+        next(k for k in prune(FAMILIES[family](), method, 0.3, calibration=calibration).kept[::-1]).units
     )
     own = 0 if block.consumer.bias is None else block.consumer.bias
     mean = statistics.moments[block.name].mean
@@ -88,8 +88,8 @@ def test_what_is_left_is_an_ordinary_model(family):
     kept = [(b, first[b.name][list(k.units)]) for b, k in zip(find_blocks(dense), again.kept, strict=True)]
     with masked(kept):
         torch.testing.assert_close(logits(model, ids), logits(dense, ids), rtol=1e-4, atol=1e-4)
-    statistics = calibrate(model, WINDOWS)
-    with attach(model, compose("probe", skip_layers=2), 0.1, statistics=statistics) as handle:
+    calibration = WINDOWS
+    with attach(model, compose("probe", skip_layers=2), 0.1, calibration=calibration) as handle:
         logits(model, ids)
         assert handle.removed_share == pytest.approx(0.1, abs=0.01)
         shares = [len(k.units) / k.of for k in handle.kept_units() if ".mlp" in k.name][2:]
@@ -136,7 +136,7 @@ def test_the_configs_of_other_modules_stay_as_they_were():
         ("magnitude", 1.0, {}, "outside"),
         ("magnitude", 1e-6, {}, "too small to remove a single unit"),
         ("magnitude", 0.0, {}, "too small to remove a single unit"),
-        (compose("random", units="query"), 0.2, {}, "units='group' or 'balanced'"),
+        (compose("random", unit_kind="query"), 0.2, {}, "units='group' or 'balanced'"),
         ("llm-pruner", 0.2, {"calibration": WINDOWS}, "10 windows of 64 tokens"),
         ("magnitude", 0.2, {"steps": 0}, "steps"),
         ("random", 0.95, {}, "at most"),

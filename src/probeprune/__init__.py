@@ -1,37 +1,49 @@
 """probeprune: structured pruning of causal language models, dynamic and static, measured alike."""
 
-from probeprune.calibration.collecting import calibrate
-from probeprune.calibration.gradients import Gradients, saliences
-from probeprune.calibration.statistics import Statistics
+from probeprune.data.windows import WindowSource
 from probeprune.errors import UsageError
 from probeprune.methods import METHODS, Method, compose, with_equal_widths
 from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import save
 from probeprune.model.loading import load_model
-from probeprune.runtime.handle import Handle, attach
-from probeprune.strategies.compensation import Refit
+from probeprune.prepare import Prepared, load_prepared, prepare
+from probeprune.runtime.handle import Handle, attach, detach
+from probeprune.strategies.compensation import Bias, Compensation, Refit
+from probeprune.strategies.criteria import Gradients
 from probeprune.strategies.probe import Probe
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
+from probeprune.strategies.refit_every_batch import RefitEveryBatch
+from probeprune.strategies.schedule import DuringTraining, Never, Once
 from probeprune.surgery import Pruning, prune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Bias",
+    "Compensation",
+    "DuringTraining",
     "Gradients",
     "Handle",
     "Method",
+    "Never",
+    "Once",
+    "Prepared",
     "Probe",
+    "ProbeEveryBatch",
     "Pruning",
     "Refit",
-    "Statistics",
+    "RefitEveryBatch",
     "UsageError",
+    "WindowSource",
     "attach",
-    "calibrate",
     "compose",
+    "detach",
     "find_blocks",
     "load_model",
+    "load_prepared",
+    "prepare",
     "prune",
-    "saliences",
     "save",
     "with_equal_widths",
 ]

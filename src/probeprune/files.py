@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 
 RESULTS = "results.jsonl"
 
-Row = dict[str, Any]
-
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
@@ -86,7 +84,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] |
 
 def read_lines(
     raw: bytes, check: Callable[[Any], None]
-) -> tuple[list[tuple[int, Row]], list[tuple[int, ValueError]]]:
+) -> tuple[list[tuple[int, Any]], list[tuple[int, ValueError]]]:
     """The lines that can be used and those that cannot, each with its number from 1; blank ones are neither.
 
     Args:

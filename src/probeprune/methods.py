@@ -3,23 +3,32 @@
 A new method is a row here or a `Method` of the caller's own; no class is needed.
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
-from probeprune.calibration.gradients import Gradients
+from probeprune import records
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import UnitKind
 from probeprune.strategies.allocation import ALLOCATIONS, KINDS
-from probeprune.strategies.compensation import Refit
+from probeprune.strategies.compensation import COMPENSATIONS, Compensation, Refit
+from probeprune.strategies.criteria import CRITERIA, Gradients
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe import Probe
-
-Compensation = Literal["none", "bias", "least-squares"]
-"""What makes up for the lost units: nothing, FLAP's bias, or a refit of the consumers."""
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
+from probeprune.strategies.refit_every_batch import RefitEveryBatch
+from probeprune.strategies.schedule import DuringTraining, Never, Once, When
 
 Budget = Literal["parameters", "flops", "time"]
 """What a ratio is a share of."""
+
+SCHEDULES: dict[str, When] = {
+    w.kind: w for w in (Never(), Once(), DuringTraining(), ProbeEveryBatch(), RefitEveryBatch())
+}
+"""When a method prunes, by name, with default settings."""
+
+TABLES: Mapping[type, Mapping[str, Any]] = {When: SCHEDULES, Compensation: COMPENSATIONS}
+"""The tables that fields of a method take their records from, by the declared type of the field."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +41,14 @@ class Method:
     name: str
     importance: str = "ppsp"
     """A key of `IMPORTANCES`."""
-    allocation: Literal["uniform", "even", "nominal", "nominal-kept", "global", "damage", "damage-even"] = (
-        "uniform"
-    )
-    """`uniform`: the same share from every block, MLPs making up what whole heads cannot hit; `even`:
-    likewise, one width for all layers; `nominal`: the research code's rounding of each block on its own;
-    `nominal-kept`: LLM-Pruner's; `global`: FLAP's one threshold over all blocks; `damage`: the widths that
-    cost least by the measured damage of every block, `damage-even` one width for all layers."""
-    compensation: Compensation = "none"
-    when: Literal["never", "once", "batch"] = "once"
-    """`once` after calibration, or again at every `batch`: the units are chosen anew, or for importance `obs`
-    the consumers of MLPs refitted anew."""
-    probe: Probe | None = None
-    """How a batch is probed; only and always with `when="batch"`."""
+    allocation: str = "uniform"
+    """A key of `ALLOCATIONS`."""
+    compensation: Compensation = COMPENSATIONS["none"]
+    """What makes up for the lost units."""
+    when: When = SCHEDULES["once"]
+    """When units are cut, and whether the model is trained."""
     gradients: Gradients | None = None
-    """Whose gradients are taken; only and always for importances that need them."""
-    refit: Refit | None = None
-    """How consumers are refitted; only and always with `compensation="least-squares"`."""
+    """Which gradients are taken, for an importance that reads them; None for its published settings."""
     blocks: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
     """Which blocks are pruned."""
     skip_layers: int = 3
@@ -56,177 +56,155 @@ class Method:
     round_to: int = 1
     """MLP widths are multiples of this (64 in the research code, for speed)."""
     budget: Budget = "parameters"
-    """What of all blocks the ratio is a share of: parameters, FLOPs on a calibration window, or `time` of a
-    forward pass, measured where it runs. Other than parameters under allocation by damage only."""
-    units: UnitKind = "group"
-    """What an attention unit is under grouped-query attention (measured in docs/choices.md)."""
+    """The ratio is a share of this, over all blocks: parameters, FLOPs on a calibration window, or `time` of
+    a forward pass, measured where it runs. Only an allocation by damage takes anything but parameters."""
+    unit_kind: UnitKind = "group"
+    """What one attention unit is under grouped-query attention (measured in docs/choices.md)."""
     seed: int = 0
     """For importances that draw numbers."""
-    training: Literal["none", "after", "during"] = "none"
-    """Whether the model is trained: after pruning (recovery), or `during` (LoRAPrune's own schedule)."""
     source: str = ""
     """Where the method was published."""
 
     def __post_init__(self) -> None:
-        if self.importance not in IMPORTANCES:
-            raise UsageError(unknown("importance", self.importance, IMPORTANCES))
-        if self.allocation not in ALLOCATIONS:
-            raise UsageError(unknown("allocation", self.allocation, ALLOCATIONS))
-        if self.compensation not in get_args(Compensation):
-            raise UsageError(unknown("compensation", self.compensation, get_args(Compensation)))
-        if (self.compensation == "least-squares") != (self.refit is not None):
-            raise UsageError(
-                "compensation 'least-squares' and a refit go together: give both, as in refit=Refit()."
-            )
-        if self.refit_orders:
-            if self.refit is None:
-                raise UsageError(
-                    f"importance {self.importance!r} is an order for a refit: give refit=Refit()."
-                )
-            if self.allocation == "global":
-                raise UsageError(f"importance {self.importance!r} has no scores to set a threshold on.")
-        if self.budget not in get_args(Budget):
-            raise UsageError(unknown("budget", self.budget, get_args(Budget)))
-        if self.budget != "parameters" and not self.needs_damages:
-            raise UsageError(f"a budget of {self.budget} needs allocation 'damage' or 'damage-even'.")
-        if self.allocation == "damage-even" and self.skip_layers:
-            raise UsageError("allocation 'damage-even' gives all layers one width; it needs skip_layers=0.")
-        if self.refit is not None and (
-            self.when == "never" or (self.when == "batch" and not self.refit_orders)
+        for what, name, table in (
+            ("importance", self.importance, IMPORTANCES),
+            ("allocation", self.allocation, ALLOCATIONS),
+            ("budget", self.budget, get_args(Budget)),
+            ("unit kind", self.unit_kind, get_args(UnitKind)),
         ):
-            raise UsageError(
-                "a least-squares refit is for methods that prune once, or for importance 'obs', whose refit "
-                "can follow the batch; use another compensation."
-            )
-        if self.when not in ("never", "once", "batch"):
-            raise UsageError(unknown("moment of pruning", self.when, ("never", "once", "batch")))
-        if self.skip_layers < 0 or self.round_to < 1:
-            raise UsageError("skip_layers must be at least 0 and round_to at least 1.")
-        if (self.when == "batch") != (self.probe is not None):
-            raise UsageError("a method has a probe if and only if it prunes at every batch.")
-        if self.when == "batch" and IMPORTANCES[self.importance].needs not in ("energy", "refit"):
-            raise UsageError(
-                f"importance {self.importance!r} cannot be scored from a probe; use ppsp, wanda-sp or obs."
-            )
-        if (
-            self.refit_orders
-            and self.probe is not None
-            and (self.probe.fusion != "none" or self.probe.refresh)
-        ):
-            raise UsageError(
-                f"importance {self.importance!r} scores no batch, so it has nothing to fuse or to refresh: "
-                "give its probe fusion='none' and refresh=0."
-            )
-        if self.refit_orders and self.when == "batch" and "mlp" not in self.blocks:
-            raise UsageError(
-                f"importance {self.importance!r} follows the batch in MLPs alone: prune them too."
-            )
-        if (IMPORTANCES[self.importance].needs == "gradients") != (self.gradients is not None):
-            raise UsageError("a method has gradients if and only if its importance needs them.")
-        if not self.blocks or not set(self.blocks) <= set(KINDS):
-            raise UsageError(f"blocks to prune must be some of {', '.join(KINDS)}.")
-        if self.training not in ("none", "after", "during"):
-            raise UsageError(unknown("moment of training", self.training, ("none", "after", "during")))
-        if self.training != "none" and self.when == "batch":
-            raise UsageError("a method that prunes at every batch leaves no pruned model to train.")
-        if self.training == "during" and self.importance != "lora-guided":
-            raise UsageError("pruning during training is guided by LoRA: it needs importance 'lora-guided'.")
+            if name not in table:
+                raise UsageError(unknown(what, name, table))
+        if not isinstance(self.compensation, Compensation):
+            raise UsageError(f"a compensation is a record such as Refit(), not {self.compensation!r}.")
+        if not isinstance(self.when, When):
+            raise UsageError(f"a schedule is a record such as Once(), not {self.when!r}.")
+        for broken, sentence in _RULES:
+            if broken(self):
+                raise UsageError(sentence.format(self))
+
+    @property
+    def refit(self) -> Refit | None:
+        """How consumers are refitted; None for a method that refits nothing."""
+        return self.compensation if isinstance(self.compensation, Refit) else None
+
+    @property
+    def ordered_by_refit(self) -> bool:
+        """Whether units are ordered by the refit, not by scores."""
+        return IMPORTANCES[self.importance].ordered_by_refit
+
+    @property
+    def gradient_settings(self) -> Gradients:
+        """Which gradients its importance takes. Raises `KeyError` for one that takes none."""
+        return self.gradients or CRITERIA[str(IMPORTANCES[self.importance].criterion)].gradients
 
     def record(self) -> dict[str, Any]:
-        """All its parameters as JSON has them: what result lines and checkpoints keep."""
-        return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
+        """All its settings as JSON values, as kept in result lines and checkpoints."""
+        record: dict[str, Any] = records.to_json(self)
+        return record
 
-    @property
-    def refit_orders(self) -> bool:
-        """Whether units are ordered by the refit, not by scores."""
-        return IMPORTANCES[self.importance].needs == "refit"
 
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether it needs `Statistics.saliences`."""
-        return self.when != "never" and self.training != "during" and self.gradients is not None
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether it needs `Statistics.moments`."""
-        if self.when == "never":
-            return False
-        history = self.probe is not None and self.probe.fusion != "none"
-        needs = IMPORTANCES[self.importance].needs in ("energy", "variance")
-        static = needs and (self.when == "once" or self.allocation == "global")
-        return history or static or self.compensation == "bias"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether `attach` and `prune` must be given calibration statistics."""
-        return self.needs_moments or self.needs_gradients or self.needs_refit or self.needs_damages
-
-    @property
-    def needs_damages(self) -> bool:
-        """Whether it needs `Statistics.damages`."""
-        return self.allocation in ("damage", "damage-even")
-
-    @property
-    def needs_refit(self) -> bool:
-        """Whether it needs `Statistics.consumers`."""
-        return self.refit is not None and self.training != "during"
+_RULES: tuple[tuple[Callable[[Method], bool], str], ...] = (
+    (
+        lambda m: m.ordered_by_refit and m.refit is None,
+        "importance {0.importance!r} is an order for a refit: give compensation=Refit().",
+    ),
+    (
+        lambda m: m.ordered_by_refit and ALLOCATIONS[m.allocation].needs_scores,
+        "importance {0.importance!r} has no scores for allocation {0.allocation!r} to compare.",
+    ),
+    (
+        lambda m: m.budget != "parameters" and not ALLOCATIONS[m.allocation].needs,
+        "a budget of {0.budget} needs allocation 'damage' or 'damage-even'.",
+    ),
+    (
+        lambda m: m.allocation == "damage-even" and m.skip_layers > 0,
+        "allocation 'damage-even' gives all layers one width; it needs skip_layers=0.",
+    ),
+    (
+        lambda m: m.skip_layers < 0 or m.round_to < 1,
+        "skip_layers must be at least 0 and round_to at least 1.",
+    ),
+    (
+        lambda m: not m.blocks or not set(m.blocks) <= set(KINDS),
+        f"blocks to prune must be some of {', '.join(KINDS)}.",
+    ),
+    (
+        lambda m: m.gradients is not None and IMPORTANCES[m.importance].criterion is None,
+        "importance {0.importance!r} takes no gradients; leave gradients out.",
+    ),
+    (
+        lambda m: isinstance(m.when, ProbeEveryBatch) and not IMPORTANCES[m.importance].from_batch,
+        "importance {0.importance!r} cannot be scored from a probe; use ppsp or wanda-sp.",
+    ),
+    (
+        lambda m: isinstance(m.when, ProbeEveryBatch) and m.refit is not None,
+        "a refit is made for fixed units, and a probe chooses others at every batch: use "
+        "when=RefitEveryBatch(), or another compensation.",
+    ),
+    (
+        lambda m: isinstance(m.when, RefitEveryBatch) and (m.refit is None or "mlp" not in m.blocks),
+        "a refit at every batch is for MLPs and starts from a refit to calibration text: prune MLPs, and "
+        "give compensation=Refit().",
+    ),
+    (
+        lambda m: isinstance(m.when, DuringTraining) and m.importance != "lora-guided",
+        "pruning during training is guided by LoRA: it needs importance 'lora-guided'.",
+    ),
+    (
+        lambda m: not m.when.prunes and m.refit is not None,
+        "the dense model loses no units: leave the refit out.",
+    ),
+)
+"""Combinations that the records cannot rule out: whether a method is one of them, and the error (formatted
+with the method)."""
 
 
 def with_lora(method: Method) -> Method:
-    """That method and LoRA: recovery after the cut, or for LoRAPrune the cut while LoRA trains."""
+    """The same method with LoRA: recovery after the cut, or for LoRAPrune the cut while LoRA trains."""
     during = method.importance == "lora-guided"
+    when: When = DuringTraining() if during else replace(method.when, recovery=True)  # type: ignore[call-arg]
     how = "pruned while LoRA trains" if during else "then LoRA re-training"
     return replace(
         method,
         name=f"{method.name}+lora",
-        training="during" if during else "after",
+        when=when,
         source=f"{method.source.removesuffix(', without training')}, {how}",
     )
 
 
+def without_training(method: Method) -> Method:
+    """The same method, pruning once, without the recovery that follows."""
+    return replace(method, when=Once()) if method.when == Once(recovery=True) else method
+
+
 _UNTRAINED: tuple[Method, ...] = (
-    Method("dense", when="never", source="the unpruned model"),
+    Method("dense", when=Never(), source="the unpruned model"),
     Method("wanda-sp", importance="wanda-sp", source="An et al., AAAI 2024 (FLAP), after Wanda"),
-    Method("flap", "flap", "global", "bias", source="An et al., AAAI 2024"),
-    Method("probe", when="batch", probe=Probe(), source="Probe Pruning, ICLR 2025"),
+    Method("flap", "flap", "global", COMPENSATIONS["bias"], source="An et al., AAAI 2024"),
+    Method("probe", when=ProbeEveryBatch(), source="Probe Pruning, ICLR 2025"),
     Method(
         "full-batch",
-        when="batch",
-        probe=Probe(tokens=1.0, samples=1.0, fusion="none"),
+        when=ProbeEveryBatch(Probe(tokens=1.0, samples=1.0), fusion="none"),
         source="Probe Pruning, ICLR 2025: its upper bound, at more than dense cost",
     ),
-    Method(
-        "llm-pruner",
-        importance="param_first",
-        gradients=Gradients(windows=10, length=64),
-        source="Ma et al., NeurIPS 2023, without training",
-    ),
-    Method(
-        "loraprune",
-        importance="lora-guided",
-        gradients=Gradients(windows=10, length=512),
-        source="Zhang et al., ACL 2024, without training",
-    ),
+    Method("llm-pruner", importance="param_first", source="Ma et al., NeurIPS 2023, without training"),
+    Method("loraprune", importance="lora-guided", source="Zhang et al., ACL 2024, without training"),
     Method(
         "probe-reuse",
-        when="batch",
-        probe=Probe(reuse=1024),
+        when=ProbeEveryBatch(Probe(reuse=1024)),
         source="Probe Pruning, small batches sharing a choice (this project)",
     ),
     Method(
         "best-static",
         importance="obs",
-        compensation="least-squares",
-        refit=Refit(),
+        compensation=Refit(),
         source="this project: order by elimination, refit layer by layer",
     ),
     Method(
         "best-dynamic",
         importance="obs",
-        compensation="least-squares",
-        when="batch",
-        probe=Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even", fusion="none"),
-        refit=Refit(),
+        compensation=Refit(),
+        when=RefitEveryBatch(),
         source="this project: best-static, the refit of its MLPs following the batch",
     ),
     Method("ppsp", source="Probe Pruning's importance, ordered once"),
@@ -235,29 +213,16 @@ _UNTRAINED: tuple[Method, ...] = (
 )
 
 METHODS: dict[str, Method] = {
-    m.name: m for m in (*_UNTRAINED, *(with_lora(m) for m in _UNTRAINED if m.when != "batch"))
+    m.name: m for m in (*_UNTRAINED, *(with_lora(m) for m in _UNTRAINED if not m.when.every_batch))
 }
 """By name; every method that prunes once, and dense as the control, also with LoRA."""
 
 
-def refit_of(method: Method) -> Method:
-    """A method whose refits serve `method` and all that differ from it in no more than when they prune: where
-    the refit chooses the units, with what following the batch takes."""
-    return replace(
-        method,
-        name="refit",
-        source="",
-        training="none",
-        when="batch" if method.refit_orders else "once",
-        probe=Probe(fusion="none") if method.refit_orders else None,
-    )
-
-
 def check_untrained(method: Method) -> None:
-    """Raise `UsageError` for a method that trains: it cannot be had by cutting or attaching alone."""
-    if method.training == "none":
+    """Raise `UsageError` for a method that includes training: cutting or attaching alone does not make it."""
+    if not method.when.trains:
         return
-    instead = "loraprune" if method.training == "during" else "prune and then recover"
+    instead = "loraprune" if isinstance(method.when, DuringTraining) else "prune and then recover"
     raise UsageError(
         f"method {method.name!r} trains the model; run it with `probeprune compare` or `table`, or {instead}."
     )
@@ -273,25 +238,38 @@ def get_method(method: str | Method) -> Method:
 
 
 def compose(base: str | Method, **changes: object) -> Method:
-    """A method like `base` with some fields changed, named after both unless a name is given."""
+    """A method like `base` with some fields changed, named after both unless a name is given.
+
+    A compensation or a schedule may be given by its name: `compose("wanda-sp", compensation="bias")`. Raises
+    `UsageError` for unknown names and combinations that cannot work.
+    """
     method = get_method(base)
     if "name" not in changes:
-        parts = [f"{key}={value}" for key, value in changes.items()]
+        parts = [f"{key}={records.label(value)}" for key, value in changes.items()]
         changes["name"] = "+".join([method.name, *parts])
+    for key, what, table in (
+        ("compensation", "compensation", COMPENSATIONS),
+        ("when", "schedule", SCHEDULES),
+    ):
+        value = changes.get(key)
+        if isinstance(value, str):
+            if value not in table:
+                raise UsageError(unknown(what, value, table))
+            changes[key] = table[value]
     return replace(method, **changes)  # type: ignore[arg-type]
 
 
 def with_equal_widths(method: str | Method) -> Method:
-    """That method with one width for all layers, so that a checkpoint needs no more than a plain config."""
+    """The same method with one width for all layers, so that a checkpoint needs no more than a plain
+    config."""
     method = get_method(method)
-    allocation = "damage-even" if method.needs_damages else "even"
+    allocation = ALLOCATIONS[method.allocation].equal_widths
     return compose(method, name=method.name, allocation=allocation, skip_layers=0)
 
 
 def without_measured_widths(method: Method) -> Method:
-    """That method with widths that follow from the ratio alone, for one whose widths follow from damages: to
-    try a cut before they are measured."""
-    if not method.needs_damages:
+    """The same method with an allocation that needs no measurement, so that a cut can be tried out first."""
+    allocation = ALLOCATIONS[method.allocation].unmeasured
+    if allocation is None:
         return method
-    allocation = "even" if method.allocation == "damage-even" else "uniform"
     return compose(method, name=method.name, allocation=allocation, budget="parameters")

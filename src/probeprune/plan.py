@@ -1,11 +1,11 @@
-"""The plan: scores of every block's units from calibration, and how many each block keeps.
+"""The plan: scores of every block's units from calibration, and the first cut of every block.
 
-What `attach` opens as a window and `prune` cuts for good. Nothing here touches a weight.
+`attach` shows the cut through views, `prune` makes it permanent. Nothing here touches a weight.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,8 +13,11 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block
-from probeprune.strategies import allocation
+from probeprune.strategies import Part, allocation
+from probeprune.strategies.allocation import ALLOCATIONS, Request
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
+from probeprune.strategies.pruned_block import PrunedBlock
+from probeprune.strategies.schedule import DuringTraining
 
 Scores = torch.Tensor
 """Importance of a block's units (units,), float32; larger is more important."""
@@ -22,66 +25,73 @@ Scores = torch.Tensor
 
 @dataclass(frozen=True)
 class Kept:
-    """What one block keeps: unit ids of the model as given, ascending."""
+    """The units that one block keeps: ids in the model as given, ascending."""
 
     name: str
     kind: Literal["attention", "mlp"]
     units: tuple[int, ...]
     of: int
+    """Number of units of the whole block."""
 
 
-def check_statistics(method: Method, blocks: Sequence[Block], statistics: Statistics | None) -> Statistics:
-    """The statistics, once they are known to be what `method` needs for these blocks.
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """The first cut of one block."""
 
-    Raises `UsageError` where a part is missing or of another model, `FloatingPointError` where one is NaN.
-    """
-    if statistics is None:
-        if method.needs_calibration:
-            raise UsageError(
-                f"method {method.name!r} needs statistics: give statistics=calibrate(model, windows)"
-                + (", with saliences" if method.needs_gradients else "")
-                + (", with damages" if method.needs_damages else "")
-                + (", with consumers" if method.needs_refit else "")
-                + "."
-            )
-        return Statistics()
-    if method.needs_moments:
-        statistics.check_moments(blocks)
-    if method.needs_gradients:
-        statistics.check_saliences(blocks)
-    if method.needs_damages:
-        statistics.check_damages(blocks)
-    return statistics
+    width: int
+    """Number of units that stay."""
+    units: torch.Tensor | None = None
+    """Their ids, ascending: LongTensor (width,). None where a refit or a batch chooses them."""
+
+
+def needs(method: Method) -> frozenset[Part]:
+    """The parts of `Statistics` that a method needs: the union of its strategies' needs."""
+    importance, rule = IMPORTANCES[method.importance], ALLOCATIONS[method.allocation]
+    if not method.when.prunes:
+        return frozenset()
+    if isinstance(method.when, DuringTraining):  # scores come from training, which starts with no calibration
+        return rule.needs
+    parts = rule.needs | method.compensation.needs | method.when.needs
+    # A probe scores its batch without them; what is decided before any batch needs them.
+    if not method.when.scores_batch or rule.needs_scores:
+        parts |= importance.needs
+    return parts
 
 
 def static_scores(method: Method, block: Block, statistics: Statistics) -> Scores | None:
-    """Scores of a block's units before any batch was seen, or None where a method has none to give."""
+    """Scores of a block's units before any batch; None where a method has none to give.
+
+    Raises `FloatingPointError` for scores that are not finite.
+    """
     importance = IMPORTANCES[method.importance]
     moments = statistics.moments.get(block.name)
-    if method.when == "never" or importance.score is None:
+    if not method.when.prunes or importance.score is None:
         return None
-    if moments is None and importance.needs in ("energy", "variance"):
+    if moments is None and "moments" in importance.needs:
         return None
     device = block.consumer.weight.device
     if moments is not None:
         moments = moments.to(device)
-    parts: tuple[torch.Tensor, ...] = ()
-    if importance.needs == "gradients":
-        parts = tuple(
+    saliences: tuple[torch.Tensor, ...] = ()
+    if importance.criterion is not None:
+        saliences = tuple(
             m.part(statistics.saliences[m.name].to(device), block.units).view(block.units, m.width).sum(1)
             for m in block.members
         )
-    return importance.score(
+    scores = importance.score(
         Evidence(
             block,
             ColumnNorms.of(block),
             energy=None if moments is None else moments.sample_energy,
             variance=None if moments is None else moments.variance,
-            saliences=parts,
-            reduction=method.gradients.reduction if method.gradients else "sum",
+            saliences=saliences,
+            reduction="sum" if importance.criterion is None else method.gradient_settings.reduction,
             seed=method.seed,
         )
     )
+    if not scores.is_meta and not torch.isfinite(scores).all():
+        raise overflow(block)
+    return scores
 
 
 def widths(
@@ -89,50 +99,79 @@ def widths(
     ratio: float,
     blocks: Sequence[Block],
     scores: Sequence[Scores | None],
-    statistics: Statistics | None = None,
+    statistics: Statistics,
 ) -> list[int]:
-    """Units each block keeps under the method's allocation. Raises `UsageError` for an impossible ratio.
-
-    `statistics` are needed for damages only.
-    """
+    """Units each block keeps under the method's allocation. Raises `UsageError` for an impossible ratio."""
     allocation.check_ratio(ratio)
-    if method.when == "never" or not ratio:
+    if not method.when.prunes or not ratio:
         return [b.units for b in blocks]
-    if method.allocation == "global":
-        known = [s for s in scores if s is not None]
-        return allocation.global_threshold(
-            blocks, known, ratio, skip_layers=method.skip_layers, kinds=method.blocks
+    rule = ALLOCATIONS[method.allocation]
+    return rule.widths(
+        Request(
+            blocks,
+            ratio,
+            skip_layers=method.skip_layers,
+            round_to=method.round_to,
+            kinds=method.blocks,
+            scores=[s for s in scores if s is not None] if rule.needs_scores else (),
+            damages=[statistics.damages[b.name] for b in blocks] if "damages" in rule.needs else (),
         )
-    rules: dict[str, Callable[..., list[int]]] = {
-        "uniform": allocation.uniform,
-        "even": allocation.even,
-        "damage": allocation.least_damage,
-        "damage-even": allocation.least_damage_even,
-    }
-    options: dict[str, Any] = {}
-    if method.allocation == "nominal-kept":
-        options["floor_kept"] = True
-    if method.needs_damages:
-        assert statistics is not None
-        options["damages"] = [statistics.damages[b.name] for b in blocks]
-    return rules.get(method.allocation, allocation.nominal)(
-        blocks,
-        ratio,
-        skip_layers=method.skip_layers,
-        round_to=method.round_to,
-        kinds=method.blocks,
-        **options,
     )
 
 
-def check_finite(scores: Scores, block: Block) -> None:
-    """Raise `FloatingPointError` for scores that order nothing."""
-    if not scores.is_meta and not torch.isfinite(scores).all():
-        raise overflow(block)
+def first_cuts(
+    method: Method,
+    blocks: Sequence[Block],
+    scores: Sequence[Scores | None],
+    keep: Sequence[int],
+) -> list[Cut]:
+    """The first cut of every block, given its width; a block that keeps all its units too."""
+
+    def cut(block: Block, width: int, scores: Scores | None) -> Cut:
+        if scores is None:
+            return Cut(width)
+        # Without weights (shapes only) it makes no difference which units stay.
+        units = torch.arange(width) if scores.is_meta else allocation.choose_units(scores, width, block)
+        return Cut(width, units)
+
+    return [cut(b, k, s) for b, k, s in zip(blocks, keep, scores, strict=True)]
+
+
+def pruned_blocks(
+    method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], statistics: Statistics
+) -> list[PrunedBlock]:
+    """The blocks that lose units, ready for their first cut.
+
+    Raises `UsageError` where a refitted consumer is missing or made for other units.
+    """
+    pruned: list[PrunedBlock] = []
+    try:
+        for block, cut in zip(blocks, cuts, strict=True):
+            if cut.width >= block.units:
+                continue
+            consumer, units = None, cut.units
+            if "consumers" in method.compensation.needs:
+                consumer = statistics.check_consumer(block, cut.width, cut.units)
+                units = consumer.units
+            moments = statistics.moments.get(block.name)
+            pruned.append(PrunedBlock(block, cut.width, units, method.compensation, moments, consumer))
+    except BaseException:
+        for p in pruned:
+            p.partition.restore()
+        raise
+    return pruned
 
 
 def overflow(block: Block) -> FloatingPointError:
-    """What to raise where the scores of a block's units, or its refitted weight, are not finite."""
+    """The error for scores of a block's units, or a refitted weight, that are not finite."""
     return FloatingPointError(
         f"the importance or the refit of {block.name} is NaN or infinite; the model's activations overflowed."
+    )
+
+
+def unprepared(method: Method) -> UsageError:
+    """The error for a method that needs calibration and was given none."""
+    return UsageError(
+        f"method {method.name!r} needs calibration=, windows of token ids (count, length) or the result of "
+        "probeprune.prepare."
     )

@@ -192,7 +192,7 @@ class _Fitting:
                 with capture(here, until=group[-1]) as now:
                     self.layers.run(here[0].layer, i, self.pruned[i])
             for b in group:
-                k = self.partitions[b.name].kept * b.unit_width
+                k = self.partitions[b.name].shown * b.unit_width
                 z, target = seen[b.kind].z[..., :k], seen[b.kind].output
                 if self.how.sequential:
                     z = now[b.kind].z
@@ -204,7 +204,7 @@ class _Fitting:
 
     def _empty(self, block: Block) -> Gram:
         d = len(self.partitions[block.name].consumer_weight)
-        k = self.partitions[block.name].kept * block.unit_width
+        k = self.partitions[block.name].shown * block.unit_width
         return Gram(k, d, block.consumer.weight.device)
 
     def _error(self, block: Block, dense: dict[str, Captured], pruned: dict[str, Captured]) -> torch.Tensor:

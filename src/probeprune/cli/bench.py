@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,10 @@ from probeprune.strategies.allocation import check_ratio
 if TYPE_CHECKING:
     import torch
 
-    from probeprune.bench.measure import Figures, Point
+    from probeprune.bench.lines import BenchLine
+    from probeprune.bench.measure import GridPoint
     from probeprune.bench.targets import Target
-    from probeprune.calibration.statistics import Statistics
+    from probeprune.prepare import Prepared
     from probeprune.progress import Progress
 
 OUTPUT = ResultOptions(Path("runs/bench"))
@@ -125,15 +126,15 @@ class GridOptions:
                 )
         return methods if shape is None else [dataclasses.replace(m, skip_layers=0) for m in methods]
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[GridPoint]:
         """All batch sizes at all lengths. Raises `UsageError` for a size below 1."""
-        from probeprune.bench.measure import Point
+        from probeprune.bench.measure import GridPoint
 
         at_least(1, rounds=self.rounds)
         at_least(0, new_tokens=self.new_tokens)
         lengths = whole_numbers(self.lengths, "lengths", least=1)
         return [
-            Point(batch_size, length)
+            GridPoint(batch_size, length)
             for batch_size in whole_numbers(self.batch_sizes, "batch-sizes", least=1)
             for length in lengths
         ]
@@ -168,12 +169,13 @@ def bench(
     Example: [bold]probeprune bench --methods probe --batch-sizes 1,16 --lengths 128,512[/bold]
     Example: [bold]probeprune bench --shape llama-2-7b --layers 2 --batch-sizes 1[/bold]
     """
-    from probeprune.bench.show import plot, profile_table, tables
+    from probeprune.bench.plot import plot
+    from probeprune.bench.tables import profile_table, tables
 
     methods, dtypes = grid.checked_methods(target.shape), grid.checked_dtypes()
     points, thread_counts = grid.points(), grid.thread_counts()
     target.check()
-    figures: list[Figures] = []
+    figures: list[BenchLine] = []
     for dtype in dtypes:
         figures += _measure(target.open(model, dtype), methods, points, thread_counts, grid)
     output.out_dir.mkdir(parents=True, exist_ok=True)
@@ -191,26 +193,26 @@ def bench(
 def _measure(
     target: Target,
     methods: Sequence[Method],
-    points: Sequence[Point],
+    points: Sequence[GridPoint],
     thread_counts: Sequence[int],
     grid: GridOptions,
-) -> list[Figures]:
+) -> list[BenchLine]:
     """The figures of one model: all methods at every point, with each number of threads."""
-    from probeprune.bench.measure import measure
+    from probeprune.bench.measure import measure_point
 
-    figures: list[Figures] = []
+    figures: list[BenchLine] = []
     with progress_bar() as show:
         windows = target.windows(CALIBRATION_WINDOWS, max(point.length for point in points))
-        statistics = _statistics(target, methods, grid.ratio, windows, show)
+        prepared = _prepared(target, methods, grid.ratio, windows, show)
         for count in thread_counts:
             with _threads(count):
                 for point in points:
-                    figures += measure(
+                    figures += measure_point(
                         target,
                         methods,
                         grid.ratio,
                         point,
-                        known=statistics,
+                        calibration=prepared,
                         new_tokens=grid.new_tokens,
                         rounds=grid.rounds,
                         progress=show,
@@ -218,37 +220,13 @@ def _measure(
     return figures
 
 
-def _statistics(
+def _prepared(
     target: Target, methods: Sequence[Method], ratio: float, windows: torch.Tensor, progress: Progress
-) -> Mapping[str, Statistics]:
-    """The statistics of each method, by its name."""
-    from probeprune.calibration.collecting import calibrate
-    from probeprune.surgery import method_consumers, method_damages
+) -> Prepared:
+    """Everything that the methods must know of the model, from few windows: enough to be timed."""
+    from probeprune.prepare import prepare
 
-    moments = calibrate(
-        target.model,
-        windows,
-        batch_size=4,
-        progress=lambda done, total: progress("calibration", done, total),
-    )
-    statistics = dict.fromkeys((m.name for m in methods), moments)
-    for method in methods:
-        if method.needs_refit:
-            known = moments
-            if method.needs_damages:
-                curves = method_damages(target.model, method, windows, batch_size=4, progress=progress)
-                known = dataclasses.replace(known, damages=curves)
-            consumers = method_consumers(
-                target.model,
-                method,
-                ratio,
-                windows,
-                statistics=known,
-                batch_size=4,
-                progress=progress,
-            )
-            statistics[method.name] = dataclasses.replace(known, consumers=consumers)
-    return statistics
+    return prepare(target.model, methods, ratio, windows, batch_size=4, progress=progress)
 
 
 @contextmanager

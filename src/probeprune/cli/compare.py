@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 
 import typer
 
@@ -15,7 +15,7 @@ from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, print_rows, print_written, progress_bar, warn
 from probeprune.cli.values import at_least, names, numbers, one_of
 from probeprune.data.windows import Sampling, Text
-from probeprune.experiment.cells import Cell, TextMeasure, TrainingBudget, scaled_budget
+from probeprune.experiment.cells import Cell, Setting, TextMeasure, TrainingBudget
 from probeprune.methods import Method, compose, get_method
 from probeprune.model.blocks import UnitKind
 from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
@@ -23,6 +23,7 @@ from probeprune.strategies.allocation import check_ratio
 
 if TYPE_CHECKING:
     from probeprune.experiment.cells import Subject
+    from probeprune.result_lines import Line
 
 METHODS = "dense,wanda-sp,flap,llm-pruner,loraprune,probe,full-batch,best-static,best-dynamic"
 """Compared by default: every published method of the table, and this project's own."""
@@ -43,7 +44,7 @@ class GridOptions:
     ] = "0.2,0.4"
     units: Annotated[
         str, typer.Option(help="Attention units under grouped-query attention: group, balanced or query.")
-    ] = Method.units
+    ] = Method.unit_kind
     skip_layers: Annotated[
         int | None,
         typer.Option(
@@ -54,7 +55,7 @@ class GridOptions:
     def composed(self) -> list[Method]:
         """The methods with these units and skipped layers. Raises `UsageError` for unknown names."""
         one_of("unit kind", self.units, get_args(UnitKind))
-        changes: dict[str, object] = {"units": self.units}
+        changes: dict[str, object] = {"unit_kind": self.units}
         if self.skip_layers is not None:
             changes["skip_layers"] = self.skip_layers
         methods = [get_method(name) for name in names(self.methods, "methods")]
@@ -135,7 +136,7 @@ class BudgetOptions:
         if self.train_tokens is not None:
             steps = max(round(self.train_tokens / (self.train_batch_size * self.train_length)), 1)
         at_least(1, train_steps=steps)
-        return scaled_budget(
+        return TrainingBudget(
             steps, self.train_batch_size, self.train_length, self.train_rate, self.train_text
         )
 
@@ -161,7 +162,7 @@ def compare(
     from probeprune import report
     from probeprune.experiment.cells import grid as cells_of
     from probeprune.experiment.results import Results
-    from probeprune.experiment.run import run
+    from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
 
     measure = evaluation.measure(calibration.length, calibration.seed)
@@ -174,7 +175,7 @@ def compare(
     with progress_bar() as show:
         bench = Workbench(output.out_dir, show, load.trust_remote_code)
         bench.take(loaded)
-        rows = run(bench, results, cells, done=_print_done, keep_trained=training.keep_trained)
+        rows = run_cells(bench, results, cells, done=_print_done, keep_trained=training.keep_trained)
     title = _title(model, rows[0], text)
     (output.out_dir / "table.md").write_text(report.markdown(rows, title), encoding="utf-8")
     plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), output.out_dir / "plot")
@@ -196,28 +197,15 @@ def _subjects(
     from probeprune.provenance import dtype_name
 
     weights = source_fingerprint(loaded.name)  # reads a local model's files: once, not for every cell
-    return [
-        subject(
-            loaded.name,
-            method,
-            ratio,
-            seed=seed,
-            calibration=calibration,
-            budget=budget,
-            dtype=dtype_name(loaded.dtype),
-            device=loaded.device.type,
-            weights=weights,
-        )
-        for method in methods
-        for ratio in ratios
-    ]
+    setting = Setting(loaded.name, dtype_name(loaded.dtype), loaded.device.type, calibration, budget, weights)
+    return [subject(setting, method, ratio, seed) for method in methods for ratio in ratios]
 
 
-def _print_done(cell: Cell, row: dict[str, Any]) -> None:
+def _print_done(cell: Cell, row: Line) -> None:
     err.print(f"[green]done[/green] {cell.subject.label:<16} perplexity {row['value']:.2f}", highlight=False)
 
 
-def _title(model: str, row: dict[str, Any], calibration: Text) -> str:
+def _title(model: str, row: Line, calibration: Text) -> str:
     """The heading of the table: the model, the texts and the machine's part, from any row."""
     return (
         f"{model}, {row['task']}: {row['windows']} windows of {row['length']} tokens in batches of "

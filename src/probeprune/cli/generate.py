@@ -27,9 +27,9 @@ from probeprune.strategies.allocation import check_ratio
 if TYPE_CHECKING:
     from transformers import BatchEncoding
 
-    from probeprune.calibration.statistics import Statistics
     from probeprune.data.windows import Text
     from probeprune.jobs.generate import Generated
+    from probeprune.prepare import Prepared
 
 ROUNDS = 3
 """Rounds of `--compare`, each of the dense and the pruned model; medians over them are printed."""
@@ -119,7 +119,8 @@ class Request:
 
     Attributes:
         loaded: the dense model.
-        method, ratio, statistics: as in `attach`.
+        method, ratio: as in `attach`.
+        prepared: calibration for them; None for a method that needs none.
         inputs: the prompts as one batch of token ids.
         max_new_tokens, decoding: as in `jobs.generate.generate`.
     """
@@ -127,7 +128,7 @@ class Request:
     loaded: LoadedModel
     method: Method
     ratio: float
-    statistics: Statistics
+    prepared: Prepared | None
     inputs: BatchEncoding
     max_new_tokens: int
     decoding: Decoding
@@ -166,7 +167,7 @@ def generate(
         method,
         pruning.ratio,
         inputs=encode(loaded, prompt_texts, chat=prompts.chat),
-        statistics=_statistics(loaded, method, pruning.ratio, text, calibration.seed),
+        prepared=_prepare(loaded, method, pruning.ratio, text, calibration.seed),
         max_new_tokens=decoding.max_new_tokens,
         decoding=sampling,
     )
@@ -181,26 +182,19 @@ def generate(
     print_line(_summary(request, generated, removed, speed))
 
 
-def _statistics(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed: int) -> Statistics:
-    """The statistics that the method needs, from the cache where possible."""
-    from probeprune.experiment.cells import subject
-    from probeprune.experiment.workbench import Workbench
-    from probeprune.provenance import dtype_name
+def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed: int) -> Prepared | None:
+    """Everything that the method must know of the model, from the cache where possible."""
+    from probeprune.data.corpora import load_corpus
+    from probeprune.data.windows import WindowSource
+    from probeprune.model.loading import cache_dir
+    from probeprune.plan import needs
+    from probeprune.prepare import prepare
 
+    if not needs(method):
+        return None
+    source = WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
     with progress_bar() as show:
-        bench = Workbench(Path(), show)
-        bench.take(loaded)
-        return bench.statistics(
-            subject(
-                loaded.name,
-                method,
-                ratio,
-                seed=seed,
-                calibration=text,
-                dtype=dtype_name(loaded.dtype),
-                device=loaded.device.type,
-            )
-        )
+        return prepare(loaded.model, method, ratio, source, cache=cache_dir() / "statistics", progress=show)
 
 
 def _generate(
@@ -210,7 +204,7 @@ def _generate(
     from probeprune import attach
     from probeprune.jobs.generate import generate as run
 
-    with attach(request.loaded.model, method, request.ratio, statistics=request.statistics) as handle:
+    with attach(request.loaded.model, method, request.ratio, calibration=request.prepared) as handle:
         generated = run(
             request.loaded,
             request.inputs,

@@ -26,12 +26,12 @@ def list_methods(as_json: Json = False) -> None:
         *columns, title="methods: an order and a width for the units of every block", title_justify="left"
     )
     for method in METHODS.values():
-        strategies = (method.importance, method.allocation, method.compensation)
+        strategies = (method.importance, method.allocation, method.compensation.kind)
         table.add_row(
             method.name,
             *(("-",) * 3 if is_dense(method) else strategies),
             moment(method),
-            method.training,
+            "yes" if method.when.trains else "-",
             method.source,
         )
     out().print(table)

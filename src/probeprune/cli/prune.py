@@ -35,7 +35,7 @@ class PruningOptions:
     ratio: Ratio
     units: Annotated[
         str, typer.Option(help="Attention units under grouped-query attention: group or balanced.")
-    ] = Method.units
+    ] = Method.unit_kind
     blocks: Annotated[
         str, typer.Option(help="Kinds of blocks to prune, separated by commas: attention, mlp.")
     ] = ",".join(Method.blocks)
@@ -78,7 +78,7 @@ class PruningOptions:
         if self.compensation is not None:
             method = with_compensation(method, self.compensation)
         changes: dict[str, Any] = {
-            "units": self.units,
+            "unit_kind": self.units,
             "round_to": widths.round_to,
             "blocks": tuple(names(self.blocks, "blocks")),
             "seed": seed,

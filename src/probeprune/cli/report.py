@@ -26,7 +26,7 @@ def report(
     from probeprune import report as reporting
     from probeprune.experiment.presets import published
 
-    rows, problems = reporting.read_rows(run)
+    rows, problems = reporting.read_results(run)
     summaries = reporting.summarise(rows)
     warn((*problems, *(note for s in summaries for note in s.notes)))
     title = f"Pruning {' and '.join(s.model for s in summaries)}"

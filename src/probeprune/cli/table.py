@@ -19,6 +19,7 @@ from probeprune.experiment.cells import Cell
 if TYPE_CHECKING:
     from probeprune.experiment.presets import Preset
     from probeprune.experiment.results import Results
+    from probeprune.result_lines import Line
 
 OUTPUT = ResultOptions(Path("runs/table"))
 
@@ -136,10 +137,10 @@ def _measure(
     out_dir: Path,
     executor: ExecutorOptions,
     trust_remote_code: bool,
-) -> list[dict[str, Any]]:
+) -> list[Line]:
     """The rows of all cells, in their order; those not in `results` yet are measured."""
-    from probeprune.experiment.executors import run_on_ray
-    from probeprune.experiment.run import run
+    from probeprune.experiment.executors import Cluster, run_on_ray
+    from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
 
     with progress_bar() as progress:
@@ -148,14 +149,13 @@ def _measure(
                 out_dir,
                 results,
                 cells,
-                address=executor.address,
-                workers=executor.workers,
+                cluster=Cluster(executor.address, executor.workers),
                 trust_remote_code=trust_remote_code,
                 progress=progress,
                 done=_print_done,
             )
         bench = Workbench(out_dir, progress, trust_remote_code)
-        return run(
+        return run_cells(
             bench,
             results,
             cells,
@@ -165,7 +165,7 @@ def _measure(
         )
 
 
-def _write(rows: Sequence[dict[str, Any]], title: str, out_dir: Path) -> list[Path]:
+def _write(rows: Sequence[Line], title: str, out_dir: Path) -> list[Path]:
     """Write the table, and the page where there is a result; returns the files."""
     from probeprune import report
     from probeprune.experiment.presets import published
@@ -178,7 +178,7 @@ def _write(rows: Sequence[dict[str, Any]], title: str, out_dir: Path) -> list[Pa
     return files
 
 
-def _print_done(cell: Cell, row: dict[str, Any]) -> None:
+def _print_done(cell: Cell, row: Line) -> None:
     subject = cell.subject
     outcome = f"{row['metric']} {row['value']:.4g}" if row["kind"] == "result" else f"FAILED: {row['error']}"
     err.print("[green]done[/green] ", end="", highlight=False)

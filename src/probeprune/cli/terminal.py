@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from probeprune.progress import Progress
+from probeprune.result_lines import Line
 
 err = Console(stderr=True)
 
@@ -67,7 +68,7 @@ def warn(sentences: Iterable[str]) -> None:
         print_line(sentence, "yellow")
 
 
-def print_rows(rows: Sequence[dict[str, Any]], title: str, as_json: bool) -> None:
+def print_rows(rows: Sequence[Line], title: str, as_json: bool) -> None:
     """Result rows on standard output, as JSON lines or as a table."""
     from probeprune import report
 

@@ -246,3 +246,35 @@ def pad_batch(
         input_ids[row, place] = torch.as_tensor(sequence)
         attention_mask[row, place] = 1
     return input_ids, attention_mask
+
+
+CALIBRATION = Text("c4", 128, 512)
+"""The calibration text unless another is named: SparseGPT's, Wanda's and Probe Pruning's."""
+
+BATCH_SIZE = 16
+"""Windows per forward pass unless another number is named."""
+
+
+@dataclass(frozen=True)
+class WindowSource:
+    """A text from which calibration windows are drawn, for each need in the size it wants.
+
+    Statistics take `windows` windows of `length` tokens; a method with gradients takes windows of a size of
+    its own from the same documents.
+    """
+
+    documents: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase
+    windows: int = CALIBRATION.windows
+    length: int = CALIBRATION.length
+    seed: int = 0
+
+    def draw(self, count: int | None = None, length: int | None = None) -> torch.Tensor:
+        """LongTensor (count, length) of token ids; see `calibration_windows`."""
+        return calibration_windows(
+            self.documents,
+            self.tokenizer,
+            count=self.windows if count is None else count,
+            length=self.length if length is None else length,
+            seed=self.seed,
+        )

@@ -1,6 +1,6 @@
 """The workbench: opens one model at a time and puts it into the state a subject describes.
 
-What was collected on a model (statistics, gradients) is kept while the model is, and on disk by content. A
+Statistics of a model are kept as long as the model is open, and on disk by content. A
 trained model is kept as a checkpoint beside the results, so that a broken run does not train it again.
 """
 
@@ -11,36 +11,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from probeprune.calibration.collecting import calibrate
-from probeprune.calibration.statistics import Statistics
 from probeprune.data.corpora import load_corpus
-from probeprune.data.windows import Text, calibration_windows
+from probeprune.data.windows import Text, WindowSource
 from probeprune.experiment.cells import Subject
 from probeprune.jobs.train import loraprune_to, recover_to
-from probeprune.methods import Method, refit_of
+from probeprune.methods import Method, without_training
 from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.loading import LoadedModel, cache_dir, load_model
+from probeprune.preparation import Preparation
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
 from probeprune.runtime.handle import Handle, attach
-from probeprune.strategies.allocation import Damage
-from probeprune.strategies.compensation import Consumer
-from probeprune.surgery import method_consumers, method_damages, method_saliences, prune
-
-BATCH_SIZE = 16
-"""Windows a forward pass of calibration."""
+from probeprune.strategies.schedule import DuringTraining, Once
+from probeprune.surgery import prune
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Ready:
     """A model in the state that a subject describes, for as long as its context lasts.
 
     Attributes:
         loaded: the model (pruned, trained, or with the method attached) and its tokenizer.
         blocks: of the model as it is now.
-        kept: units each block shows.
+        widths: number of units each block shows.
         removed_share: share of the dense blocks' parameters that is left out.
         handle: of the attached method; None for a trained model.
         training: what the training gave, as in training.json; None for an untrained one.
@@ -48,7 +41,7 @@ class Prepared:
 
     loaded: LoadedModel
     blocks: Sequence[Block]
-    kept: Sequence[int]
+    widths: Sequence[int]
     removed_share: float
     handle: Handle | None = None
     training: dict[str, Any] | None = None
@@ -75,12 +68,12 @@ class Workbench:
     trust_remote_code: bool = False
     _name: tuple[str, str, str] | None = None
     _loaded: LoadedModel | None = None
-    _known: dict[Any, Any] = field(default_factory=dict)
+    _preparations: dict[tuple[Text, int], Preparation] = field(default_factory=dict)
 
     def take(self, loaded: LoadedModel) -> None:
         """Use a model that is open already."""
         self._name = (loaded.name, dtype_name(loaded.dtype), loaded.device.type)
-        self._loaded, self._known = loaded, {}
+        self._loaded, self._preparations = loaded, {}
 
     def dense(self, subject: Subject) -> LoadedModel:
         """The subject's model as it was published; opening it puts the one before away."""
@@ -92,15 +85,13 @@ class Workbench:
 
     def release(self) -> None:
         """Put the open model away."""
-        self._name, self._loaded, self._known = None, None, {}
+        self._name, self._loaded, self._preparations = None, None, {}
 
     @contextmanager
-    def prepared(self, subject: Subject) -> Iterator[Prepared]:
+    def prepared(self, subject: Subject) -> Iterator[Ready]:
         """The subject, ready to be measured. Raises `Unprepared` for what calibration and the like raise."""
         try:
-            prepared = (
-                self._trained(subject) if subject.method.training != "none" else self._attached(subject)
-            )
+            prepared = self._trained(subject) if subject.method.when.trains else self._attached(subject)
         except Exception as error:
             raise Unprepared(error) from error
         try:
@@ -109,101 +100,37 @@ class Workbench:
             if prepared.handle is not None:
                 prepared.handle.detach()
 
-    def _attached(self, subject: Subject) -> Prepared:
-        loaded, statistics = self.dense(subject), self.statistics(subject)
-        handle = attach(loaded.model, subject.method, subject.ratio, statistics=statistics)
-        return Prepared(loaded, handle.blocks, handle.kept, handle.removed_share, handle)
+    def _attached(self, subject: Subject) -> Ready:
+        loaded = self.dense(subject)
+        handle = attach(loaded.model, subject.method, subject.ratio, calibration=self.preparation(subject))
+        return Ready(loaded, handle.blocks, handle.widths, handle.removed_share, handle)
 
-    def statistics(self, subject: Subject) -> Statistics:
-        """What the subject's method needs to know of its dense model."""
-        method, moments, found = subject.method, {}, {}
-        if method.needs_moments:
-            assert subject.calibration is not None
-            key = (subject.calibration, subject.seed)
-            if key not in self._known:
-                self._known[key] = self._moments(subject, subject.calibration)
-            moments = self._known[key].moments
-        if method.needs_gradients:
-            # A recovery after the cut needs what the cut alone needs.
-            own = (method.importance, method.gradients, method.seed, subject.calibration, subject.seed)
-            if own not in self._known:
-                self._known[own] = method_saliences(
-                    self.dense(subject).model,
-                    method,
-                    self.gradient_windows(subject),
-                    cache=cache_dir() / "statistics",
-                    progress=lambda n, of: self.progress(f"gradients {method.name}", n, of),
-                )
-            found = self._known[own]
-        known = Statistics(moments, found)
-        if method.needs_damages:
-            known = replace(known, damages=self._damages(subject))
-        if method.needs_refit and subject.ratio:
-            known = replace(known, consumers=self._consumers(subject, known))
-        return known
+    def source(self, subject: Subject) -> WindowSource | None:
+        """The text that the subject's method is calibrated on; None for one that needs none."""
+        text = subject.calibration
+        if text is None:
+            return None
+        tokenizer = self.dense(subject).tokenizer
+        return WindowSource(load_corpus(text.corpus), tokenizer, text.windows, text.length, subject.seed)
 
-    def _damages(self, subject: Subject) -> dict[str, Damage]:
-        """The same for all ratios."""
-        assert subject.calibration is not None
-        method = subject.method
-        how = (method.refit, method.units, method.seed, method.budget)
-        own = ("damages", how, subject.calibration, subject.seed)
-        if own not in self._known:
-            self._known[own] = method_damages(
+    def preparation(self, subject: Subject) -> Preparation | None:
+        """Makes what methods must know of the subject's dense model; None for one that needs no calibration.
+
+        The same object for all subjects of one model, text and seed, so that pieces are shared.
+        """
+        text, source = subject.calibration, self.source(subject)
+        if text is None or source is None:
+            return None
+        key = (text, subject.seed)
+        if key not in self._preparations:
+            self._preparations[key] = Preparation(
                 self.dense(subject).model,
-                method,
-                self.windows(subject, subject.calibration),
-                BATCH_SIZE,
-                cache_dir() / "statistics",
-                self._named(subject),
-            )
-        found: dict[str, Damage] = self._known[own]
-        return found
-
-    def _consumers(self, subject: Subject, known: Statistics) -> dict[str, Consumer]:
-        """Only those last asked for are kept: they are as large as the weights they stand for."""
-        assert subject.calibration is not None
-        method = refit_of(subject.method)  # what following takes is little work beside the refit
-        own = (method, subject.ratio, subject.calibration, subject.seed)
-        if self._known.get("refit", (None,))[0] != own:
-            found = method_consumers(
-                self.dense(subject).model,
-                method,
-                subject.ratio,
-                self.windows(subject, subject.calibration),
-                statistics=known,
-                batch_size=BATCH_SIZE,
+                source,
                 cache=cache_dir() / "statistics",
-                progress=self._named(subject),
+                progress=lambda what, n, of: self.progress(f"{what}, seed {subject.seed}", n, of),
+                following=True,  # little work beside the refit itself
             )
-            self._known["refit"] = (own, found)
-        consumers: dict[str, Consumer] = self._known["refit"][1]
-        return consumers
-
-    def _moments(self, subject: Subject, text: Text) -> Statistics:
-        return calibrate(
-            self.dense(subject).model,
-            self.windows(subject, text),
-            batch_size=BATCH_SIZE,
-            cache=cache_dir() / "statistics",
-            progress=lambda n, of: self.progress(f"calibration, seed {subject.seed}", n, of),
-        )
-
-    def windows(self, subject: Subject, text: Text) -> torch.Tensor:
-        """Calibration windows of that text for this subject."""
-        return calibration_windows(
-            load_corpus(text.corpus),
-            self.dense(subject).tokenizer,
-            count=text.windows,
-            length=text.length,
-            seed=subject.seed,
-        )
-
-    def gradient_windows(self, subject: Subject) -> torch.Tensor:
-        """As many and as long as the subject's method takes gradients on."""
-        want, text = subject.method.gradients, subject.calibration
-        assert want is not None and text is not None
-        return self.windows(subject, replace(text, windows=want.windows, length=want.length))
+        return self._preparations[key]
 
     # -- training ------------------------------------------------------------------------------
 
@@ -211,28 +138,28 @@ class Workbench:
         """Where the checkpoint of a trained subject is kept."""
         return self.folder / "trained" / f"{subject.method.name}-{subject.key}"
 
-    def _trained(self, subject: Subject) -> Prepared:
+    def _trained(self, subject: Subject) -> Ready:
         out = self.trained_folder(subject)
         if not (out / "training.json").exists():
             self._train(subject, out)
         record = json.loads((out / "training.json").read_text(encoding="utf-8"))
         loaded = self._open(str(out), subject)
-        blocks = find_blocks(loaded.model, subject.method.units)
+        blocks = find_blocks(loaded.model, subject.method.unit_kind)
         removed = (record.get("pruning") or record).get("removed_share", 0.0)
-        return Prepared(loaded, blocks, [b.units for b in blocks], removed, training=record)
+        return Ready(loaded, blocks, [b.units for b in blocks], removed, training=record)
 
     def _train(self, subject: Subject, out: Path) -> None:
         budget, method = subject.budget, subject.method
         assert budget is not None
-        training = replace(budget.training, seed=subject.seed)
+        training = budget.training(subject.seed)
         before: dict[str, Any] | None = None
-        if method.training == "after" and method.when == "once":
-            before = self._cut(subject, replace(method, training="none"))
+        if method.when == Once(recovery=True):
+            before = self._cut(subject, without_training(method))
         loaded = self.dense(subject)
         text = {"corpus": budget.corpus, "packing": budget.packing}
         nothing = Text(budget.corpus, 0)
         try:
-            if method.training == "during":
+            if isinstance(method.when, DuringTraining):
                 loraprune_to(
                     loaded,
                     subject.ratio,
@@ -260,8 +187,8 @@ class Workbench:
             self.release()  # it was changed for good
 
     def _cut(self, subject: Subject, method: Method) -> dict[str, Any]:
-        loaded, statistics = self.dense(subject), self.statistics(subject)
-        done = prune(loaded.model, method, subject.ratio, statistics=statistics)
+        loaded = self.dense(subject)
+        done = prune(loaded.model, method, subject.ratio, calibration=self.preparation(subject))
         return done.record()
 
     def _named(self, subject: Subject) -> Progress:

@@ -55,7 +55,7 @@ class Measure:
             model,
             self.windows,
             batch_size=self.batch_size,
-            progress=lambda n, of: self.progress(f"perplexity {what}", n, of),
+            progress=lambda _, done, total: self.progress(f"perplexity {what}", done, total),
         )
         self.figures[what], self.figures[f"{what}_error"] = found.value, found.standard_error
         if self.keep is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from probeprune.data.corpora import load_corpus
-from probeprune.data.windows import Text, calibration_windows
+from probeprune.data.windows import Text, WindowSource
 from probeprune.errors import UsageError
 from probeprune.jobs.cards import pruning_card
 from probeprune.jobs.measure import Measure
@@ -17,9 +17,11 @@ from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import Layout, check_free, check_space, empty_model, export, save
 from probeprune.model.cost import PeakMemory
 from probeprune.model.loading import LoadedModel, cache_dir
+from probeprune.plan import needs
+from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
-from probeprune.surgery import DAMAGE_WINDOWS, check_static, check_steps, prune
+from probeprune.surgery import check_static, check_steps, prune
 
 
 def prune_to(
@@ -58,7 +60,7 @@ def prune_to(
     check_space(
         out, rehearse(loaded.model, method, ratio, layout, steps) * (save_dtype or loaded.dtype).itemsize
     )
-    windows = _calibration(loaded, method, calibration, seed)
+    source = _calibration(loaded, method, calibration, seed)
     measure = Measure(loaded, evaluation, progress, batch_size)
     measure("dense", loaded.model)
     started = time.monotonic()
@@ -67,7 +69,7 @@ def prune_to(
             loaded.model,
             method,
             ratio,
-            calibration=windows,
+            calibration=source,
             steps=steps,
             batch_size=batch_size,
             cache=cache_dir() / "statistics",
@@ -102,18 +104,16 @@ def prune_to(
 
 
 def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: int = 1) -> int:
-    """Prune and export a model of the same shape without weights: what cannot be fails before the work.
+    """Dry run on a weightless copy, so that impossible requests fail before any work is done.
 
     Returns the number of parameters that will be saved. Raises what `prune` and `export` raise.
     """
     check_static(method)
     check_steps(method, steps)
     shape = empty_model(model.config, model.dtype)
-    drawn = compose(
-        without_measured_widths(method), importance="random", gradients=None, compensation="none", refit=None
-    )
+    drawn = compose(without_measured_widths(method), importance="random", gradients=None, compensation="none")
     done = prune(shape.eval(), drawn, ratio, steps=steps)
-    if method.compensation == "bias" or (method.refit is not None and method.refit.bias):
+    if method.compensation.adds_bias:
         cut = {k.name for k in done.kept if len(k.units) < k.of}
         for block in find_blocks(shape):
             if block.name in cut and block.consumer.bias is None:
@@ -122,35 +122,28 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
     return sum(p.numel() for p in exported.parameters())
 
 
-def _calibration(loaded: LoadedModel, method: Method, text: Text, seed: int) -> torch.Tensor | None:
-    """Windows enough and long enough for all that the method needs."""
-    counts, lengths = [], []
-    if method.needs_moments or method.needs_refit or method.needs_damages:
-        counts.append(text.windows)
-        lengths.append(text.length)
-    if method.gradients is not None:
-        counts.append(method.gradients.windows)
-        lengths.append(method.gradients.length)
-    if not counts:
+def _calibration(loaded: LoadedModel, method: Method, text: Text, seed: int) -> WindowSource | None:
+    """The text that the method's statistics are collected on; None for a method that needs none."""
+    if not needs(method):
         return None
-    if min(counts) < 1:
+    if text.windows < 1:
         raise UsageError(f"method {method.name!r} needs calibration; give it at least one window.")
-    return calibration_windows(
-        load_corpus(text.corpus), loaded.tokenizer, count=max(counts), length=max(lengths), seed=seed
-    )
+    return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
 
 
 def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:
-    if not method.needs_calibration:
+    """For each part of the statistics, the number and length of the windows it was collected on."""
+    parts = needs(method)
+    if not parts:
         return None
+    windows = {"moments": text.windows, "damages": min(text.windows, DAMAGE_WINDOWS)}
+    if method.refit is not None:
+        windows["consumers"] = min(text.windows, method.refit.windows)
     record: dict[str, Any] = {"corpus": text.corpus}
-    if method.needs_moments:
-        record["statistics"] = {"windows": text.windows, "length": text.length}
-    if method.needs_damages:
-        record["damages"] = {"windows": min(text.windows, DAMAGE_WINDOWS), "length": text.length}
-    if method.needs_refit:
-        assert method.refit is not None
-        record["refit"] = {"windows": min(text.windows, method.refit.windows), "length": text.length}
-    if method.gradients is not None:
-        record["gradients"] = {"windows": method.gradients.windows, "length": method.gradients.length}
+    for part, count in windows.items():
+        if part in parts:
+            record[part] = {"windows": count, "length": text.length}
+    if "saliences" in parts:
+        gradients = method.gradient_settings
+        record["saliences"] = {"windows": gradients.windows, "length": gradients.length}
     return record

@@ -1,35 +1,43 @@
-"""The runtime: `attach` a method to a model, run the model's own forward on what is kept, `detach`.
+"""The handle: `attach` a method to a model, run the model's own forward on the units it keeps, `detach`.
 
-Static methods order and cut once, then cost nothing. Dynamic ones do, for each block and each batch, the
-stages of Probe Pruning (`runtime.py`); a pass that continues a KV cache keeps the units its prompt chose.
-Here is what concerns the whole model: which stage a pass is, whose cache it continues, one pass at a time.
+Static methods order and cut once, then cost nothing. Dynamic ones probe every batch block by block
+(`block.py`); a pass that continues a KV cache keeps the units that its prompt chose. This file has what
+concerns the whole model: which stage a pass is, whose cache it continues, one pass at a time.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
+from probeprune import plan
 from probeprune.calibration.statistics import Statistics
+from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
 from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.passes import Pass, check_eval, on_pass
-from probeprune.plan import Kept, check_statistics, overflow, static_scores, widths
-from probeprune.runtime.block import BlockRuntime, CurrentPass
+from probeprune.plan import Kept
+from probeprune.prepare import Calibration, statistics_for
+from probeprune.progress import Progress, silent
+from probeprune.runtime import ownership
+from probeprune.runtime.block import BlockRuntime
+from probeprune.runtime.current_pass import CurrentPass
 from probeprune.strategies import allocation
+from probeprune.strategies.schedule import EveryBatch
 
-_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _CHOICES = itertools.count(1)
 _CHOICE = "_probeprune_choice"
 """Attribute of a KV cache: under which choice of heads it was filled. A copy of the cache has it too."""
+_HANDLE = "_probeprune_handle"
+"""Attribute of an attached model: its handle."""
 
 
 def attach(
@@ -37,12 +45,15 @@ def attach(
     method: str | Method,
     ratio: float = 0.0,
     *,
-    statistics: Statistics | None = None,
+    calibration: Calibration | None = None,
+    batch_size: int = BATCH_SIZE,
+    cache: Path | None = None,
+    progress: Progress = silent,
 ) -> Handle:
     """Prune `model` while it runs, until the handle is detached.
 
     Example:
-        >>> with probeprune.attach(model, "probe", ratio=0.4, statistics=statistics):
+        >>> with probeprune.attach(model, "best-dynamic", ratio=0.4, calibration=windows):
         ...     model(**batch)
 
     Args:
@@ -50,37 +61,44 @@ def attach(
             for dynamic methods. Its weights are permuted in place and put back by `detach`. Under a dynamic
             method, passes from several threads run one after the other.
         method: a name from `METHODS`, or a `Method`.
-        ratio: share of the parameters of all blocks to prune, in [0, 1).
-        statistics: from `calibrate` on this model, where the method needs them.
+        ratio: share of the method's budget (parameters of all blocks, mostly) to prune, in [0, 1).
+        calibration: windows of token ids (count, length) or a `WindowSource`, where the method needs
+            calibration; or the result of `prepare` for this model, method and ratio.
+        batch_size, cache, progress: as in `prepare`, where `calibration` is text.
 
     Raises:
-        UsageError: unsupported model, method, ratio or statistics; a model in training mode or one that
+        UsageError: unsupported model, method, ratio or calibration; a model in training mode or one that
             is attached already.
+        FloatingPointError: NaN or infinite statistics.
     """
     method = get_method(method)
     check_untrained(method)
     allocation.check_ratio(ratio)
     check_eval(model)
-    if model in _ATTACHED:
-        raise UsageError("this model already has a method attached; detach it first.")
-    blocks = find_blocks(model, method.units)
-    known = check_statistics(method, blocks, statistics)
-    if method.when == "batch" and _attention(model) not in ("sdpa", "eager"):
+    if _HANDLE in model.__dict__:
+        raise UsageError(
+            "this model already has a method attached; detach it first: probeprune.detach(model)."
+        )
+    blocks = find_blocks(model, method.unit_kind)
+    if method.when.every_batch and _attention(model) not in ("sdpa", "eager"):
         raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
-    if method.probe is not None and method.probe.refresh and any(m.own for m in known.moments.values()):
-        raise UsageError("refresh needs statistics that pool positions: calibrate with own_positions=0.")
-    with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be written outside
-        return Handle(model, method, ratio, blocks, known)
+    statistics = statistics_for(
+        model, method, ratio, calibration, batch_size=batch_size, cache=cache, progress=progress
+    )
+    with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
+        return Handle(model, method, ratio, blocks, statistics)
+
+
+def detach(model: nn.Module) -> None:
+    """Detach the method attached to `model`, if there is one, when its handle is out of reach."""
+    handle = model.__dict__.get(_HANDLE)
+    if handle is not None:
+        handle.detach()
 
 
 def _attention(model: nn.Module) -> str:
     config: Any = model.config
     return str(config._attn_implementation)
-
-
-def _before(method: Method, blocks: Sequence[Block], i: int) -> Block | None:
-    """The block beside which the i-th is probed, if it is."""
-    return blocks[i - 1] if i and method.probe is not None and method.probe.parallel else None
 
 
 class Handle:
@@ -89,8 +107,10 @@ class Handle:
     Attributes:
         model, method, ratio: as given to `attach`.
         blocks: every prunable block of the model.
-        kept: units each block keeps; the same at every batch.
-        swapped: units brought into windows so far, by all blocks together.
+        widths: number of units each block keeps; the same at every batch.
+        pruned: the blocks that lose units, under their cut.
+        runtimes: the blocks that follow the batch; none for a static method.
+        current: the pass under way.
     """
 
     def __init__(
@@ -103,55 +123,66 @@ class Handle:
     ) -> None:
         self.model, self.method, self.ratio = model, method, ratio
         self.blocks = blocks
-        self._now = CurrentPass(layer_types=getattr(model.config, "layer_types", None) or ())
+        self.current = CurrentPass(layer_types=getattr(model.config, "layer_types", None) or ())
         self._lock = threading.RLock()
-        self._choice: int | None = None  # the one whose heads the windows show
+        self._choice: int | None = None  # the one whose heads are in view
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
-        scores = [static_scores(method, b, statistics) for b in blocks]
-        self.kept = widths(method, ratio, blocks, scores, statistics)
-        self._runtimes = [
-            BlockRuntime(
-                method, self._now, b, keep, s, statistics.moments.get(b.name), _before(method, blocks, i)
-            )
-            for i, (b, keep, s) in enumerate(zip(blocks, self.kept, scores, strict=True))
-            if keep < b.units
-        ]
-        _ATTACHED.add(model)
+        scores = [plan.static_scores(method, b, statistics) for b in blocks]
+        self.widths = plan.widths(method, ratio, blocks, scores, statistics)
+        cuts = plan.first_cuts(method, blocks, scores, self.widths)
+        self.pruned = plan.pruned_blocks(method, blocks, cuts, statistics)
+        self.runtimes: list[BlockRuntime] = []
+        model.__dict__[_HANDLE] = self
         try:
-            for runtime in self._runtimes:
-                runtime.start()
-            self._check_finite()
-            if method.needs_refit:
-                for r in self._runtimes:
-                    r.refitted(statistics.check_consumer(r.block, r.chosen))
-            if method.when == "batch":
-                self._undo.append(on_pass(model, self._run))
-                for runtime in self._runtimes:
-                    self._undo += [hook.remove for hook in runtime.hooks()]
+            weights = [w for b in blocks for m in b.members for w in m.linear._parameters.values()]
+            ownership.claim(self, [w for w in weights if w is not None])
+            self._places = _places(model, [p.block for p in self.pruned])
+            self._start()
         except BaseException:
             self.detach()
             raise
 
+    def _start(self) -> None:
+        """Make the first cuts and hook the model."""
+        when = self.method.when
+        if not isinstance(when, EveryBatch):
+            for pruned in self.pruned:
+                pruned.first_cut()
+            self._choice = next(_CHOICES)  # for good
+            self._undo.append(on_pass(self.model, self._run_static))
+            return
+        for pruned in self.pruned:
+            follower = when.follower(pruned, self.method.importance, self.method.seed)
+            if follower is None:
+                pruned.first_cut()
+                continue
+            follower.start()
+            i = self.blocks.index(pruned.block)
+            beside = self.blocks[i - 1] if i and when.probe.parallel else None
+            self.runtimes.append(BlockRuntime(pruned, follower, when, self.current, beside))
+        self._undo.append(on_pass(self.model, self._run))
+        for runtime in self.runtimes:
+            self._undo += [hook.remove for hook in runtime.hooks()]
+
     @property
     def probed(self) -> tuple[list[Block], list[int]]:
-        """Blocks that follow the batch, and how many units each keeps."""
-        runtimes = [r for r in self._runtimes if r.follows]
-        return [r.block for r in runtimes], [r.keep for r in runtimes]
+        """Blocks that follow the batch, and the number of units each keeps."""
+        return [r.block for r in self.runtimes], [r.pruned.width for r in self.runtimes]
 
     @property
     def removed_share(self) -> float:
         """Share of all blocks' parameters that the cut leaves out."""
-        return allocation.removed_share(self.blocks, self.kept)
+        return allocation.removed_share(self.blocks, self.widths)
 
     @property
     def swapped(self) -> int:
-        """Units brought into windows so far, by all blocks together. Waits for an accelerator."""
-        return sum(int(r.swapped) for r in self._runtimes)
+        """Units brought into view so far, by all blocks together. Waits for an accelerator."""
+        return sum(int(p.swapped) for p in self.pruned)
 
     def kept_units(self) -> list[Kept]:
-        """What every block keeps at present."""
-        partitions = {r.block.name: r.partition for r in self._runtimes}
+        """The units that every block keeps at present."""
+        partitions = {p.block.name: p.partition for p in self.pruned}
         report = []
         for b in self.blocks:
             units = partitions[b.name].kept_units.tolist() if b.name in partitions else range(b.units)
@@ -164,15 +195,16 @@ class Handle:
         Waits for a dynamic method's pass in another thread; raises `UsageError` from inside a pass.
         """
         with self._lock:
-            if self._now.stage != "idle":
+            if self.current.stage is not None:
                 raise UsageError("a pass is running under this method; detach when it is over.")
             for step in self._undo:
                 step()
             self._undo = []
-            for runtime in self._runtimes:
-                runtime.partition.restore()
-            self._runtimes = []
-            _ATTACHED.discard(self.model)
+            for pruned in self.pruned:
+                pruned.partition.restore()
+            self.pruned, self.runtimes = [], []
+            ownership.release(self)
+            self.model.__dict__.pop(_HANDLE, None)
 
     def __enter__(self) -> Handle:
         return self
@@ -182,61 +214,117 @@ class Handle:
     ) -> None:
         self.detach()
 
-    def _run(self, now: Pass, forward: Callable[[], Any]) -> Any:
+    def _run_static(self, started: Pass, forward: Callable[[], Any]) -> Any:
+        """One pass of the decoder under a static method."""
+        self._check_model()
+        self._check_cache(started)
+        output = forward()
+        self._mark_cache(started, output)
+        return output
+
+    def _run(self, started: Pass, forward: Callable[[], Any]) -> Any:
         """One pass of the decoder under a dynamic method."""
         with self._lock:
-            check_eval(self.model)
-            if self._now.stage != "idle":
+            if self.current.stage is not None:
                 raise UsageError("a pass was started from inside another one of the same model.")
-            self._enter(now)
+            self._check_model()
+            self._enter(started)
             try:
                 output = forward()
                 self._check_finite()
+                self._check_passed()
             except BaseException:
                 self._choice = None  # blocks and cache may stand half way between two choices
                 raise
             finally:
-                self._now.end()
-            made = getattr(output, "past_key_values", None)
-            if made is not None:
-                setattr(made, _CHOICE, self._choice)
+                self.current.end()
+            self._mark_cache(started, output)
             return output
 
-    def _enter(self, now: Pass) -> None:
-        """Say what stage a pass is. Raises `UsageError` for a cache that the present heads did not fill."""
-        probe = self.method.probe
-        assert probe is not None
-        self._now.tokens = now.tokens
-        self._since_choice += now.tokens.batch * now.tokens.length
-        if not now.continues:
-            _check_layout(now.cache, self.blocks, self.kept)
-            serves = now.cache is None and self._since_choice < probe.reuse
-            self._now.stage = "reuse" if serves and self._choice is not None else "choose"
-            if self._now.stage == "choose":
+    def _check_model(self) -> None:
+        """Raise `UsageError` where the model is no longer the one that was attached to."""
+        check_eval(self.model)
+        for modules, key, linear, name in self._places:
+            if modules[key] is not linear:
+                raise UsageError(
+                    f"{name} was replaced by a {type(modules[key]).__name__} while a method is attached; "
+                    "detach the method first."
+                )
+        for pruned in self.pruned:
+            pruned.partition.check()
+
+    def _check_passed(self) -> None:
+        """Raise `UsageError` where a block's consumer was not called: its follower has seen nothing."""
+        for runtime in self.runtimes:
+            if not runtime.passed:
+                raise UsageError(
+                    f"{runtime.block.name} does not call the module {runtime.block.members[-1].name}; switch "
+                    "off the fused kernel or compiled block that takes its place."
+                )
+
+    def _check_cache(self, started: Pass) -> None:
+        """Raise `UsageError` for a cache that other heads filled, or that is laid out for others."""
+        if not started.continues:
+            _check_layout(started.cache, self.blocks, self.widths)
+            return
+        fits = self._choice is not None and getattr(started.cache, _CHOICE, None) == self._choice
+        heads_matter = any(p.block.kind == "attention" for p in self.pruned) or self.runtimes
+        if heads_matter and not fits:
+            raise UsageError(
+                "this KV cache was not filled under the heads kept now: another prompt or method ran since, "
+                "or a pass failed; run its prompt again, and only one generation at a time."
+            )
+
+    def _mark_cache(self, started: Pass, output: Any) -> None:
+        """Note on a pass's cache which choice of heads filled it."""
+        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        for cache in (started.cache, *parts):
+            if hasattr(cache, "get_seq_length"):
+                setattr(cache, _CHOICE, self._choice)
+
+    def _enter(self, started: Pass) -> None:
+        """Decide the stage of a pass. Raises `UsageError` for a cache that the present heads did not fill."""
+        when, tokens = self.method.when, started.tokens
+        assert isinstance(when, EveryBatch)
+        self.current.tokens = tokens
+        self._since_choice += tokens.batch * tokens.length
+        self._check_cache(started)
+        if not started.continues:
+            serves = started.cache is None and self._since_choice < when.probe.reuse
+            self.current.stage = "reuse" if serves and self._choice is not None else "choose"
+            if self.current.stage == "choose":
                 self._choice, self._since_choice = next(_CHOICES), 0
             self._since_refresh = 0
-        elif self._choice is None or getattr(now.cache, _CHOICE, None) != self._choice:
-            raise UsageError(
-                "this KV cache was not filled under the heads kept now: another prompt ran since, or a pass "
-                "failed; run its prompt again, and only one generation at a time."
-            )
         else:
-            self._since_refresh += now.tokens.length
-            due = 0 < probe.refresh <= self._since_refresh
-            self._now.stage = "refresh" if due else "keep"
+            self._since_refresh += tokens.length
+            due = 0 < when.refresh <= self._since_refresh
+            self.current.stage = "refresh" if due else "keep"
             self._since_refresh = 0 if due else self._since_refresh
+        for runtime in self.runtimes:
+            runtime.passed = False
 
     def _check_finite(self) -> None:
         """Raise `FloatingPointError` where scores or refits are not finite: one look at the device."""
-        flags = [r.finite for r in self._runtimes if not r.finite.is_meta]
+        flags = [p.finite for p in self.pruned if not p.finite.is_meta]
         if flags and not bool(torch.stack([f.to(flags[0].device) for f in flags]).all()):
-            raise overflow(next(r.block for r in self._runtimes if not r.finite))
+            raise plan.overflow(next(p.block for p in self.pruned if not p.finite))
 
 
-def _check_layout(cache: Any, blocks: Sequence[Block], kept: Sequence[int]) -> None:
+def _places(
+    model: nn.Module, blocks: Sequence[Block]
+) -> list[tuple[dict[str, nn.Module | None], str, nn.Linear, str]]:
+    """For each linear map of the blocks: its parent's children, its name among them, the map, its path."""
+    places = []
+    for m in (m for b in blocks for m in b.members):
+        parent, _, key = m.name.rpartition(".")
+        places.append((model.get_submodule(parent)._modules, key, m.linear, m.name))
+    return places
+
+
+def _check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int]) -> None:
     """Raise `UsageError` for an empty cache that was laid out in advance for heads that are not kept."""
     layers = getattr(cache, "layers", ())
-    for block, keep in zip(blocks, kept, strict=True):
+    for block, keep in zip(blocks, widths, strict=True):
         if block.kind == "mlp" or block.layer >= len(layers):
             continue
         keys = getattr(layers[block.layer], "keys", None)

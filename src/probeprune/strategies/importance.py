@@ -1,21 +1,22 @@
-"""Importance: statistics and weights in, one score a unit out. One function each.
+"""Importance: statistics and weights in, one score per unit out. One function each.
 
-Scores are float32 and larger is more important. Channels come in original order. To add an importance,
-write a function and give it a row in `IMPORTANCES`; nothing here decides how many units go.
+Scores are float32, and a larger one is more important. Channels come in original order. To add an importance,
+write a function and give it a row in `IMPORTANCES`. Nothing here decides how many units go.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from probeprune.model.blocks import Block
+from probeprune.strategies import Part
+from probeprune.strategies.criteria import CRITERIA, REDUCTIONS
 
 
 @dataclass(frozen=True)
 class ColumnNorms:
-    """What importances read of the consumer's weight `W` (d, n), computed once: each (n,), float32."""
+    """Norms of the consumer's weight `W` (d, n) that importances read, computed once: each (n,), float32."""
 
     absolute: torch.Tensor
     """sum_i |W_ij|"""
@@ -35,7 +36,7 @@ class ColumnNorms:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about one block's channels when its units are scored; absent parts are None."""
+    """Everything known about one block's channels when its units are scored; absent parts are None."""
 
     block: Block
     norms: ColumnNorms
@@ -44,9 +45,11 @@ class Evidence:
     variance: torch.Tensor | None = None
     """Var(z_j) (n,) over calibration tokens."""
     saliences: tuple[torch.Tensor, ...] = ()
-    """One for each of the block's members, summed to units: (units,)."""
-    reduction: Literal["sum", "mean", "max", "prod"] = "sum"
+    """One per member of the block, summed to units: (units,)."""
+    reduction: str = "sum"
+    """A key of `criteria.REDUCTIONS`."""
     seed: int = 0
+    """For importances that draw numbers."""
 
 
 def _units(scores: torch.Tensor, block: Block) -> torch.Tensor:
@@ -76,21 +79,16 @@ def flap(evidence: Evidence) -> torch.Tensor:
 
 def taylor(evidence: Evidence) -> torch.Tensor:
     """LLM-Pruner (Ma et al. 2023): saliences of a unit's rows and columns, put together over its members."""
-    parts = torch.stack(evidence.saliences)
-    if evidence.reduction == "max":
-        return parts.amax(0)
-    if evidence.reduction == "prod":
-        return parts.prod(0)
-    return parts.mean(0) if evidence.reduction == "mean" else parts.sum(0)
+    return REDUCTIONS[evidence.reduction](torch.stack(evidence.saliences))
 
 
 def lora_guided(evidence: Evidence) -> torch.Tensor:
-    """LoRAPrune (Zhang et al. 2023): each member's saliences over their 2-norm, summed over members."""
+    """LoRAPrune (Zhang et al. 2023): the saliences of each member over their 2-norm, summed over members."""
     return sum_of_shares(evidence.saliences)
 
 
 def sum_of_shares(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`sum_m s_m / (norm2(s_m) + 1e-8)`: (units,) of one tensor (units,) a linear map."""
+    """`sum_m s_m / (norm2(s_m) + 1e-8)`: (units,), from one tensor (units,) per linear map."""
     return torch.stack([s / (torch.linalg.vector_norm(s) + 1e-8) for s in parts]).sum(0)
 
 
@@ -114,24 +112,45 @@ def random(evidence: Evidence) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Importance:
-    """An importance function and what it needs: statistics of `z`, gradients, or a refit."""
+    """An importance function and what it needs."""
 
     score: Callable[[Evidence], torch.Tensor] | None
-    """None where the order is made while the block is refitted (`refit.py`)."""
-    needs: Literal["nothing", "energy", "variance", "gradients", "refit"]
+    """None where the order is made while the block is refitted (`calibration/refit.py`)."""
     formula: str
+    needs: frozenset[Part] = frozenset()
+    """Parts of `Statistics` that the scores read."""
+    from_batch: bool = False
+    """Whether the energy of a batch is enough to score by, so that a probe can decide."""
+    criterion: str | None = None
+    """A key of `CRITERIA`, for an importance that reads saliences."""
+    draws: bool = False
+    """Whether the seed matters."""
 
+    @property
+    def ordered_by_refit(self) -> bool:
+        """Whether units are ordered by the refit, not by scores."""
+        return self.score is None
+
+
+def _by_gradients(score: Callable[[Evidence], torch.Tensor], criterion: str) -> Importance:
+    record = CRITERIA[criterion]
+    return Importance(
+        score, record.formula, frozenset({"saliences"}), criterion=criterion, draws=record.draws
+    )
+
+
+_MOMENTS: frozenset[Part] = frozenset({"moments"})
 
 IMPORTANCES: dict[str, Importance] = {
-    "ppsp": Importance(ppsp, "energy", "e_j sqrt(sum_i W_ij^4)"),
-    "wanda-sp": Importance(wanda_sp, "energy", "sqrt(e_j) sum_i |W_ij|"),
-    "flap": Importance(flap, "variance", "Var(z_j) sum_i W_ij^2, standardised"),
-    "param_first": Importance(taylor, "gradients", "sum |w g|"),
-    "vectorize": Importance(taylor, "gradients", "|sum w g| a row or column"),
-    "param_second": Importance(taylor, "gradients", "sum |w A w|, A = mean g_n^2"),
-    "param_mix": Importance(taylor, "gradients", "sum |w g - w A w / 2|"),
-    "lora-guided": Importance(lora_guided, "gradients", "sum |(dB A) w|, over its norm in each map"),
-    "obs": Importance(None, "refit", "damage of leaving, all others refitted, one by one"),
-    "magnitude": Importance(magnitude, "nothing", "norm2 of the unit's weights"),
-    "random": Importance(random, "nothing", "uniform random numbers"),
+    "ppsp": Importance(ppsp, "e_j sqrt(sum_i W_ij^4)", _MOMENTS, from_batch=True),
+    "wanda-sp": Importance(wanda_sp, "sqrt(e_j) sum_i |W_ij|", _MOMENTS, from_batch=True),
+    "flap": Importance(flap, "Var(z_j) sum_i W_ij^2, standardised", _MOMENTS),
+    "param_first": _by_gradients(taylor, "param_first"),
+    "vectorize": _by_gradients(taylor, "vectorize"),
+    "param_second": _by_gradients(taylor, "param_second"),
+    "param_mix": _by_gradients(taylor, "param_mix"),
+    "lora-guided": _by_gradients(lora_guided, "lora-guided"),
+    "obs": Importance(None, "damage of leaving, all others refitted, one by one", frozenset({"consumers"})),
+    "magnitude": Importance(magnitude, "norm2 of the unit's weights"),
+    "random": Importance(random, "uniform random numbers", draws=True),
 }

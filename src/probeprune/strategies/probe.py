@@ -1,62 +1,54 @@
-"""Probe Pruning's own part: choose the probe, run it ahead, fuse it with history.
+"""The probe: choose a small part of a batch, run it ahead through a block, fuse its energy with history.
 
-The paper's stages by name: `choose` (residual importance), `run_ahead` (probing), `fuse` (importance-scaled
-fusion with history). Scoring is `importance.py`, the cut `partition.py`, the loop over a model's blocks
-`dynamic.py`.
+The stages of Probe Pruning (ICLR 2025) by name: `choose` (residual importance), `run_ahead` (probing), `fuse`
+(importance-scaled fusion with history). Scores are made in `importance.py`, the cut in `model/partition.py`,
+and the loop over a model's blocks in `runtime/`.
 """
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
 from probeprune.algebra.moments import History, Tokens
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import Block
-
-Fusion = Literal["importance", "fixed", "none"]
-Pick = Literal["residual", "even"]
+from probeprune.model.cost import block_flops
+from probeprune.model.shadow import Shadow
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How a batch is probed. Defaults are Probe Pruning's (ICLR 2025, section 5 and appendix).
+    """Which part of a batch is run ahead. Defaults are Probe Pruning's (ICLR 2025, section 5 and appendix).
 
     Raises `UsageError` for shares outside (0, 1].
     """
 
     tokens: float = 0.5
-    """Share of the batch's positions in the probe; its width counts, padding too."""
+    """Share of the batch's positions in the probe; the width of the batch counts, padding included."""
     samples: float = 0.05
     """Share of the batch's samples in the probe (at least one)."""
     min_tokens: int = 2
-    """A probe never has fewer positions (where the batch has as many)."""
+    """Minimum number of positions, or the whole length if the batch is shorter."""
     min_size: int = 0
-    """A probe never has fewer tokens in all (where the batch has as many): it takes more positions."""
-    pick: Pick = "residual"
-    """`residual`: positions and samples of the greatest residual importance, as published; `even`: evenly
-    spaced ones, which tell more of what a batch is like on the whole: for a refit to it (docs/best.md)."""
+    """Minimum number of tokens in all, reached by taking more positions, or the whole batch if it is
+    smaller."""
+    pick: str = "residual"
+    """A key of `PICKS`. `residual`: the positions and samples with the greatest residual importance, as
+    published; `even`: evenly spaced ones, which represent the batch better, for a refit to it
+    (docs/best.md)."""
     keep_first_below: int = 10
-    """A probe picked by residual importance of at most this many positions always has the first one, the
-    attention sink."""
-    fusion: Fusion = "importance"
-    """`importance`: each part weighted by its own share; `fixed`: by `history_share`; `none`: probe alone."""
-    history_share: float = 0.5
-    """Weight of history under `fixed` fusion."""
-    decay: float = 0.99
-    """History keeps this share of itself at every batch."""
+    """A probe picked by residual importance with at most this many positions always includes the first one,
+    the attention sink."""
     reuse: int = 0
-    """Tokens that one choice serves at least: smaller batches share it, since on their own they would not
-    earn what probing costs (docs/choices.md; the method `probe-reuse` takes 1024). 0 probes every batch, as
+    """Minimum number of tokens that one choice serves: smaller batches share it, since alone they would not
+    earn the cost of probing (docs/choices.md; the method `probe-reuse` takes 1024). 0 probes every batch, as
     published. A prompt that fills a cache handed in, as in `generate`, is always probed: its choice serves
     the text to come."""
-    refresh: int = 0
-    """While decoding, choose the channels of MLPs anew every so many tokens; 0 keeps those of the prompt.
-    Such a step runs MLPs dense and is its own probe; the steps between move history. Heads stay: the cache
-    holds those of the prompt. A sequence that has ended goes on counting: what `generate` feeds it looks like
-    any other token."""
     parallel: bool = False
     """Probe a block beside the one before it, from the residual in front of that one: the published
     asynchronous variant. On CUDA the two overlap, on a second stream (never run so far: no GPU was at hand);
@@ -67,15 +59,11 @@ class Probe:
         for name in ("tokens", "samples"):
             if not 0 < getattr(self, name) <= 1:
                 raise UsageError(f"probe {name}={getattr(self, name):g} must lie in (0, 1].")
-        for name in ("history_share", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"probe {name}={getattr(self, name):g} must lie in [0, 1].")
-        for name in ("min_size", "reuse", "refresh"):
+        for name in ("min_size", "reuse"):
             if getattr(self, name) < 0:
                 raise UsageError(f"probe {name}={getattr(self, name)} must be a number of tokens, 0 or more.")
-        for name, known in (("fusion", get_args(Fusion)), ("pick", get_args(Pick))):
-            if getattr(self, name) not in known:
-                raise UsageError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
+        if self.pick not in PICKS:
+            raise UsageError(unknown("pick", self.pick, PICKS))
 
 
 @dataclass(frozen=True)
@@ -93,88 +81,104 @@ def probe_size(probe: Probe, batch: int, length: int) -> tuple[int, int]:
     return samples, min(max(_ceil(probe.tokens * length), least), length)
 
 
+def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> float:
+    """FLOPs of probing on a batch of (batch, length) tokens.
+
+    Blocks that keep all their units are not probed. Where several batches share a choice (`Probe.reuse`),
+    the cost of one probe is spread evenly over them.
+    """
+    samples, tokens = probe_size(probe, batch, length)
+    batches_per_choice = max(math.ceil(probe.reuse / (batch * length)), 1)
+    flops = sum(
+        block_flops(b, b.units, samples, tokens, consumer=False)
+        for b, k in zip(blocks, kept, strict=True)
+        if k < b.units
+    )
+    return flops / batches_per_choice
+
+
 def _ceil(x: float) -> int:
     return math.ceil(x - 1e-9)
 
 
 def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
-    """Pick tokens, then samples, by residual importance (Probe Pruning, section 4.1), or evenly spaced ones.
-
-    `u_bs = norm2(R_bs)`; a position's score is the 2-norm of `u` over samples; a sample's the 2-norm over
-    the chosen positions. Padding scores zero.
+    """Pick the probe of one block and batch.
 
     Args:
         residual: `R` (batch, sequence, hidden), the input of the norm in front of the block.
         tokens: which tokens are real.
-        probe: the budget.
+        probe: how many samples and positions to take, and by which rule.
     """
-    wanted, count = probe_size(probe, tokens.batch, tokens.length)
-    if probe.pick == "even":
-        return Selection(
-            _evenly(wanted, tokens.batch, residual.device), _evenly(count, tokens.length, residual.device)
-        )
-    wider = None if residual.dtype == torch.float32 else torch.float32  # naming the dtype it has is slower
+    return PICKS[probe.pick](residual, tokens, probe)
+
+
+def by_residual(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
+    """Pick tokens, then samples, by residual importance (Probe Pruning, section 4.1).
+
+    `u_bs = norm2(R_bs)`; the score of a position is the 2-norm of `u` over samples, the score of a sample the
+    2-norm over the chosen positions. Padding scores zero.
+    """
+    samples_wanted, positions_wanted = probe_size(probe, tokens.batch, tokens.length)
+    # Naming the dtype that a tensor already has is slower than naming none.
+    wider = None if residual.dtype == torch.float32 else torch.float32
     u = torch.linalg.vector_norm(residual, dim=-1, dtype=wider)
     if tokens.valid is not None:
         u = u.masked_fill(~tokens.valid, 0)
     score = torch.linalg.vector_norm(u, dim=0)
-    if count <= probe.keep_first_below:
+    if positions_wanted <= probe.keep_first_below:
         used = tokens.valid.any(0).long() if tokens.valid is not None else torch.ones_like(score)
         score.index_fill_(0, used.argmax(0, keepdim=True), torch.inf)
-    columns = score.argsort(descending=True, stable=True)[:count].sort().values
+    columns = score.argsort(descending=True, stable=True)[:positions_wanted].sort().values
     per_sample = torch.linalg.vector_norm(u[:, columns], dim=1)
-    samples = per_sample.argsort(descending=True, stable=True)[:wanted].sort().values
+    samples = per_sample.argsort(descending=True, stable=True)[:samples_wanted].sort().values
     return Selection(samples, columns)
 
 
-def _evenly(count: int, of: int, device: torch.device) -> torch.Tensor:
-    """The middles of `count` equal stretches of so many: LongTensor (count,)."""
-    return (2 * torch.arange(count, device=device) + 1) * of // (2 * count)
+def evenly_spaced(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
+    """Pick evenly spaced samples and positions, whatever they hold."""
+    samples, positions = probe_size(probe, tokens.batch, tokens.length)
+    return Selection(
+        _midpoints(samples, tokens.batch, residual.device),
+        _midpoints(positions, tokens.length, residual.device),
+    )
+
+
+PICKS: Mapping[str, Callable[[torch.Tensor, Tokens, Probe], Selection]] = MappingProxyType(
+    {"residual": by_residual, "even": evenly_spaced}
+)
+"""Rules to pick a probe by, with the arguments of `choose`."""
+
+
+def _midpoints(count: int, length: int, device: torch.device) -> torch.Tensor:
+    """Midpoints of `count` equal segments of range(length): LongTensor (count,)."""
+    return (2 * torch.arange(count, device=device) + 1) * length // (2 * count)
 
 
 def everything(tokens: Tokens, device: torch.device) -> Selection:
-    """A whole batch as its own probe."""
+    """The whole batch as its own probe."""
     return Selection(torch.arange(tokens.batch, device=device), torch.arange(tokens.length, device=device))
 
 
 def run_ahead(
-    block: Block,
+    shadow: Shadow,
     x: torch.Tensor,
     selection: Selection,
     kwargs: dict[str, Any],
     norm: nn.Module | None = None,
 ) -> torch.Tensor:
-    """The coupled activation `z^p` (samples, tokens, n) of the probe, through the block's own forward.
-
-    The consumer, in tap mode, hands back its input instead of multiplying.
+    """The coupled activation `z^p` (samples, tokens, n) of the probe, through the block's own computation.
 
     Args:
-        block: a block showing all its units.
+        shadow: of the block.
         x: the block's normalised input (batch, sequence, hidden).
         selection: which part of it to run.
-        kwargs: what else the model passed to the block; masks and positions are cut to the probe's own.
-        norm: what `x` has to pass first, where it is a residual.
+        kwargs: the block's other arguments; masks and positions are cut to the probe's own.
+        norm: the norm to apply first, where `x` is a residual.
     """
     part = x.index_select(0, selection.samples).index_select(1, selection.tokens)
     if norm is not None:
-        part = norm(part)
-    tapped: list[torch.Tensor] = []
-
-    def tap(z: torch.Tensor) -> torch.Tensor:
-        tapped.append(z)
-        return z
-
-    consumer: Any = block.consumer
-    own_forward = consumer.__dict__.get("forward")  # accelerate's hooks put one there
-    consumer.forward = tap
-    try:
-        block.run(part, **restrict(kwargs, selection, x.shape[0]))
-    finally:
-        if own_forward is None:
-            del consumer.forward
-        else:
-            consumer.forward = own_forward
-    return tapped[0]
+        part = type(norm).forward(norm, part)  # hooks on it are for the model's own pass
+    return shadow.run(part, restrict(kwargs, selection, x.shape[0]))
 
 
 def restrict(kwargs: dict[str, Any], selection: Selection, batch: int) -> dict[str, Any]:
@@ -218,35 +222,51 @@ def probe_energy(z: torch.Tensor, selection: Selection, tokens: Tokens) -> torch
     return (z * z).sum(0) / real.sum(0).clamp_min(1)[:, None]
 
 
-def fuse(energy: torch.Tensor, history: torch.Tensor, probe: Probe) -> torch.Tensor:
-    """Probe energy `E^p` with history `E^h`, both (tokens, n) (Probe Pruning, section 4.3).
-
-    `importance`: `(E^p^2 + E^h^2) / (E^p + E^h)`, each weighted by its own share of the sum.
-    """
-    if probe.fusion == "none":
-        return energy
-    if probe.fusion == "fixed":
-        return torch.lerp(energy, history, probe.history_share)
+def by_importance(energy: torch.Tensor, history: torch.Tensor, share: float) -> torch.Tensor:
+    """`(E^p^2 + E^h^2) / (E^p + E^h)`: each part weighted by its own share of the sum."""
     # No squares: energies of 1e20 would overflow float32.
     both = (energy + history).clamp_min_(torch.finfo(energy.dtype).tiny)
-    share = torch.div(energy, both, out=both)
-    return torch.lerp(history, energy, share, out=share)
+    own_share = torch.div(energy, both, out=both)
+    return torch.lerp(history, energy, own_share, out=own_share)
+
+
+def by_fixed_share(energy: torch.Tensor, history: torch.Tensor, share: float) -> torch.Tensor:
+    """History weighted by `share`, the probe by the rest (the paper's ablation)."""
+    return torch.lerp(energy, history, share)
+
+
+FUSIONS: Mapping[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None] = MappingProxyType(
+    {"importance": by_importance, "fixed": by_fixed_share, "none": None}
+)
+"""Ways to fuse the probe's energy `E^p` with history `E^h`, both (tokens, n) (Probe Pruning, section 4.3);
+None leaves history out."""
 
 
 def fused_energy(
-    z: torch.Tensor, selection: Selection, tokens: Tokens, history: History | None, probe: Probe
+    z: torch.Tensor,
+    selection: Selection,
+    tokens: Tokens,
+    history: History | None,
+    fusion: str,
+    history_share: float = 0.5,
 ) -> torch.Tensor:
     """`e_j` (n,): the probe's energy, fused with history, summed over the probe's positions.
 
-    Raises `FloatingPointError` for a NaN or infinite energy.
+    Args:
+        z: the probe's coupled activation (samples, tokens, n).
+        selection, tokens: which part of which batch it is.
+        history: running energies; None where there are none.
+        fusion: a key of `FUSIONS`.
+        history_share: weight of history under `fixed` fusion.
     """
     energy = probe_energy(z, selection, tokens)
-    if history is not None and probe.fusion != "none":
+    fuse = FUSIONS[fusion]
+    if history is not None and fuse is not None:
         positions, real = None, None
         if tokens.valid is not None:
             all_positions = tokens.positions
             assert all_positions is not None
             positions = all_positions[selection.samples][:, selection.tokens]
             real = tokens.valid[selection.samples][:, selection.tokens]
-        energy = fuse(energy, history.at(selection.tokens, positions, real), probe)
+        energy = fuse(energy, history.at(selection.tokens, positions, real), history_share)
     return energy.sum(0)

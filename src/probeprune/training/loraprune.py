@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.methods import Method, compose
 from probeprune.model.blocks import Block, Member, find_blocks, find_layers
@@ -238,7 +239,7 @@ def loraprune(
         )
     blocks = find_blocks(model)
     method = loraprune_method(model, allocation, skip_layers, round_to)
-    pruner = LoraPrune(blocks, widths(method, ratio, blocks, []))
+    pruner = LoraPrune(blocks, widths(method, ratio, blocks, [], Statistics()))
     try:
         trained = recover(model, windows, held_out, training, work, callbacks=[pruner], progress=progress)
     finally:

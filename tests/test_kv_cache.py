@@ -7,8 +7,9 @@ import torch
 from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from probeprune import Probe, UsageError, attach, calibrate, compose
+from probeprune import Probe, UsageError, attach, compose
 from probeprune.model.passes import find_decoder
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 OPTIONS = {
     "max_new_tokens": 7,
@@ -61,10 +62,10 @@ class masked_by_pass:
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("method", ["wanda-sp", PROBING, "full-batch"])
 def test_generation_is_that_of_the_masked_model(calibrated, method, side):
-    model, statistics = calibrated
+    model, calibration = calibrated
     inputs = padded(side)
     dense = generate(model, *inputs)
-    with attach(model, method, 0.3, statistics=statistics) as handle:
+    with attach(model, method, 0.3, calibration=calibration) as handle:
         got, choice = generate(model, *inputs), kept(handle)
     with masked(choice):
         same(got, generate(model, *inputs))
@@ -87,9 +88,9 @@ def test_generation_is_that_of_the_masked_model(calibrated, method, side):
 )
 def test_other_ways_to_generate(family, options):
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     inputs = padded("left")
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle:
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle:
         got, choice = generate(model, *inputs, **options), kept(handle)
     with masked(choice):
         want = generate(model, *inputs, **options)
@@ -103,10 +104,10 @@ def test_other_ways_to_generate(family, options):
 def test_candidates_from_the_prompt(family):
     # Assisted decoding: several tokens a pass, and those that were guessed wrong are cropped again.
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     ids = token_ids(1, 6).repeat(1, 4)
     options = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12}
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle:
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle:
         got, choice = generate(model, ids, torch.ones_like(ids), **options), kept(handle)
     with masked(choice):
         same(got, generate(model, ids, torch.ones_like(ids), **options))
@@ -116,18 +117,18 @@ def test_candidates_from_the_prompt(family):
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma3"])
 def test_generation_with_query_heads(family, units):
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     inputs = padded("left")
-    with attach(model, compose(PROBING, units=units), 0.3, statistics=statistics) as handle:
+    with attach(model, compose(PROBING, unit_kind=units), 0.3, calibration=calibration) as handle:
         got, choice = generate(model, *inputs), kept(handle)
     with masked(choice):
         same(got, generate(model, *inputs))
 
 
 def test_every_prompt_chooses_anew(llama):
-    model, statistics = llama
+    model, calibration = llama
     seen = []
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle:
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle:
         for seed in range(4):
             ids = token_ids(2, 12, seed=20 + seed)
             got, choice = generate(model, ids, torch.ones_like(ids)), kept(handle)
@@ -140,10 +141,10 @@ def test_every_prompt_chooses_anew(llama):
 
 def test_without_a_cache_every_step_is_a_prompt(llama):
     # Nothing ties the steps together, so each may keep what it likes best.
-    model, statistics = llama
+    model, calibration = llama
     ids = token_ids(2, 10)
     choices = []
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle:
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle:
         hook = find_decoder(model).register_forward_hook(lambda *_: choices.append(kept(handle)))
         got = generate(model, ids, torch.ones_like(ids), use_cache=False)
         hook.remove()
@@ -155,11 +156,11 @@ def test_without_a_cache_every_step_is_a_prompt(llama):
 @pytest.mark.parametrize("method", ["wanda-sp", PROBING])
 def test_a_compiled_decoder_gives_the_same(llama, method):
     # generate() compiles by itself where there is a GPU and a static cache.
-    model, statistics = llama
+    model, calibration = llama
     inputs = padded("left")
     config = CompileConfig(backend="eager", mode=None)
     config._compile_all_devices = True
-    with attach(model, method, 0.3, statistics=statistics) as handle:
+    with attach(model, method, 0.3, calibration=calibration) as handle:
         got = generate(model, *inputs, cache_implementation="static", compile_config=config)
         choice = kept(handle)
     with masked(choice):
@@ -185,10 +186,10 @@ def by_pass(handle, every):
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_refresh_runs_dense_once_and_moves_mlps_alone(calibrated, every, side):
-    model, statistics = calibrated
+    model, calibration = calibrated
     inputs = padded(side)
-    method = compose("probe", probe=Probe(reuse=0, refresh=every))
-    with attach(model, method, 0.3, statistics=statistics) as handle:
+    method = compose("probe", when=ProbeEveryBatch(Probe(reuse=0), refresh=every))
+    with attach(model, method, 0.3, calibration=calibration) as handle:
         choices, hook = by_pass(handle, every)
         got, last = generate(model, *inputs), kept(handle)
         hook.remove()
@@ -200,10 +201,10 @@ def test_a_refresh_runs_dense_once_and_moves_mlps_alone(calibrated, every, side)
 
 @pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"num_beams": 2}])
 def test_refresh_with_other_caches(llama, options):
-    model, statistics = llama
+    model, calibration = llama
     inputs = padded("left")
-    method = compose("probe", probe=Probe(reuse=0, refresh=2))
-    with attach(model, method, 0.3, statistics=statistics) as handle:
+    method = compose("probe", when=ProbeEveryBatch(Probe(reuse=0), refresh=2))
+    with attach(model, method, 0.3, calibration=calibration) as handle:
         choices, hook = by_pass(handle, 2)
         got = generate(model, *inputs, **options)
         hook.remove()
@@ -214,23 +215,27 @@ def test_refresh_with_other_caches(llama, options):
 
 def test_a_refresh_against_a_slow_version(llama):
     # One MLP alone is pruned, the last. Its history and its choice at the refresh, in float64.
-    model, statistics = llama
+    model, calibration = llama
     method = compose(
-        "probe", allocation="nominal", skip_layers=4, blocks=("mlp",), probe=Probe(reuse=0, refresh=2)
+        "probe",
+        allocation="nominal",
+        skip_layers=4,
+        blocks=("mlp",),
+        when=ProbeEveryBatch(Probe(reuse=0), refresh=2),
     )
     prompt, steps = token_ids(3, 10), [token_ids(3, 1, seed=s) for s in (7, 8)]
-    with attach(model, method, 0.05, statistics=statistics) as handle, torch.no_grad():
-        (runtime,) = handle._runtimes
+    with attach(model, method, 0.05, calibration=calibration) as handle, torch.no_grad():
+        (runtime,) = handle.runtimes
         block = runtime.block
         cache = model(prompt, use_cache=True).past_key_values
-        units = runtime.partition.kept_units
+        units = runtime.pruned.partition.kept_units
         history = torch.empty(block.width, dtype=torch.float64)
-        history[runtime.partition.channels] = runtime.history.energy[0].double()
+        history[runtime.pruned.partition.channels] = runtime.follower.history.energy[0].double()
         for step in steps:
             model(step, past_key_values=cache)
-        chosen = runtime.partition.kept_units
+        chosen = runtime.pruned.partition.kept_units
         after = torch.empty(block.width, dtype=torch.float64)
-        after[runtime.partition.channels] = runtime.history.energy[0].double()
+        after[runtime.pruned.partition.channels] = runtime.follower.history.energy[0].double()
     z = []
     hook = block.consumer.register_forward_pre_hook(lambda _, a: z.append(a[0].double()))
     with torch.no_grad():  # the last MLP: what it leaves out changes no other activation
@@ -249,29 +254,29 @@ def test_a_refresh_against_a_slow_version(llama):
 def test_a_refresh_runs_dense_without_the_bias_for_lost_units(family):
     # The last MLP alone is pruned: its prompt leaves the cache as the dense model's.
     model = FAMILIES[family]()
-    statistics = calibrate(model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     method = compose(
         "probe",
         allocation="nominal",
         skip_layers=4,
         blocks=("mlp",),
         compensation="bias",
-        probe=Probe(refresh=1),
+        when=ProbeEveryBatch(refresh=1),
     )
     ids, step = token_ids(3, 10), token_ids(3, 1, seed=7)
     with torch.no_grad():
         want = model(torch.cat([ids, step], 1)).logits[:, -1]
-        with attach(model, method, 0.05, statistics=statistics) as handle:
-            assert len(handle._runtimes) == 1
+        with attach(model, method, 0.05, calibration=calibration) as handle:
+            assert len(handle.runtimes) == 1
             cache = model(ids, use_cache=True).past_key_values
             close(model(step, past_key_values=cache).logits[:, -1], want)
 
 
 def test_history_moves_with_every_prompt_but_not_while_decoding(llama):
-    model, statistics = llama
+    model, calibration = llama
     ids = token_ids(2, 10)
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
-        history = handle._runtimes[-1].history.energy
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
+        history = handle.runtimes[-1].follower.history.energy
         first = history.clone()
         cache = DynamicCache(config=model.config)
         model(ids, past_key_values=cache)
@@ -284,33 +289,31 @@ def test_history_moves_with_every_prompt_but_not_while_decoding(llama):
         assert not history.equal(second)
 
 
-def test_refresh_that_cannot_be_is_refused(llama):
-    model, _ = llama
-    with pytest.raises(UsageError, match="number of tokens"):
-        Probe(refresh=-1)
-    apart = calibrate(model, token_ids(4, 16), own_positions=4)
+def test_refresh_that_cannot_be_is_refused():
+    with pytest.raises(UsageError, match="refresh=-1 must be 0 or more"):
+        ProbeEveryBatch(refresh=-1)
     with pytest.raises(UsageError, match="own_positions=0"):
-        attach(model, compose("probe", probe=Probe(reuse=0, refresh=4)), 0.3, statistics=apart)
+        ProbeEveryBatch(refresh=4, own_positions=4)
 
 
 # -- caches --------------------------------------------------------------------------------------
 
 
 def test_the_cache_holds_kept_key_value_heads_only(llama):
-    model, statistics = llama
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
+    model, calibration = llama
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
         cache = model(token_ids(), use_cache=True).past_key_values
-        kept_heads = [k for b, k in zip(handle.blocks, handle.kept, strict=True) if b.kind == "attention"]
+        kept_heads = [k for b, k in zip(handle.blocks, handle.widths, strict=True) if b.kind == "attention"]
     assert min(kept_heads) == 1
     assert [layer.keys.shape[1] for layer in cache.layers] == kept_heads
 
 
 def test_a_cache_from_elsewhere_is_refused(llama):
-    model, statistics = llama
+    model, calibration = llama
     with torch.no_grad():
         cache = model(token_ids(), use_cache=True).past_key_values
         with (
-            attach(model, PROBING, 0.3, statistics=statistics),
+            attach(model, PROBING, 0.3, calibration=calibration),
             pytest.raises(UsageError, match="KV cache was not filled"),
         ):
             model(token_ids(4, 1), past_key_values=cache)
@@ -318,15 +321,15 @@ def test_a_cache_from_elsewhere_is_refused(llama):
 
 def test_the_cache_of_an_earlier_prompt_is_refused(llama):
     # The later prompt chose other heads: the earlier cache would be read by the wrong ones.
-    model, statistics = llama
+    model, calibration = llama
     earlier, later = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    with attach(model, PROBING, 0.3, statistics=statistics), torch.no_grad():
+    with attach(model, PROBING, 0.3, calibration=calibration), torch.no_grad():
         model(token_ids(seed=3), past_key_values=earlier)
         model(token_ids(seed=4), past_key_values=later)
         with pytest.raises(UsageError, match="KV cache was not filled"):
             model(token_ids(4, 1), past_key_values=earlier)
         assert model(token_ids(4, 1), past_key_values=later).logits.isfinite().all()
-    with attach(model, PROBING, 0.3, statistics=statistics), torch.no_grad():
+    with attach(model, PROBING, 0.3, calibration=calibration), torch.no_grad():
         model(token_ids(seed=4))
         with pytest.raises(UsageError, match="KV cache was not filled"):
             model(token_ids(4, 1), past_key_values=later)  # the same heads, but of another attach
@@ -334,8 +337,8 @@ def test_the_cache_of_an_earlier_prompt_is_refused(llama):
 
 def test_the_cache_of_a_pass_that_failed_is_refused(llama):
     # Some layers hold the token, others do not.
-    model, statistics = llama
-    with attach(model, PROBING, 0.3, statistics=statistics), torch.no_grad():
+    model, calibration = llama
+    with attach(model, PROBING, 0.3, calibration=calibration), torch.no_grad():
         cache = model(token_ids(), use_cache=True).past_key_values
         hook = find_decoder(model).layers[4].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -347,9 +350,9 @@ def test_the_cache_of_a_pass_that_failed_is_refused(llama):
 
 def test_a_cache_that_the_model_made_itself_can_be_continued_and_copied(llama):
     # The usual loop by hand, and one prompt with two ways to go on.
-    model, statistics = llama
+    model, calibration = llama
     prompt, steps = token_ids(2, 10), [token_ids(2, 1, seed=s) for s in (5, 6)]
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
         cache = model(prompt, use_cache=True).past_key_values
         caches = [cache, copy.deepcopy(cache)]
         got = [model(s, past_key_values=c).logits[:, -1] for s, c in zip(steps, caches, strict=True)]
@@ -361,9 +364,9 @@ def test_a_cache_that_the_model_made_itself_can_be_continued_and_copied(llama):
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_a_cache_that_was_emptied_can_be_filled_again(llama, kind):
-    model, statistics = llama
+    model, calibration = llama
     cache = kind(config=model.config, **({"max_cache_len": 24} if kind is StaticCache else {}))
-    with attach(model, PROBING, 0.3, statistics=statistics) as handle, torch.no_grad():
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
         for seed in (1, 2):
             cache.reset()
             prompt, step = token_ids(2, 10, seed=seed), token_ids(2, 1, seed=5)
@@ -374,8 +377,8 @@ def test_a_cache_that_was_emptied_can_be_filled_again(llama, kind):
 
 
 def test_a_cache_laid_out_for_all_heads_is_refused(llama):
-    model, statistics = llama
-    with attach(model, PROBING, 0.3, statistics=statistics):
+    model, calibration = llama
+    with attach(model, PROBING, 0.3, calibration=calibration):
         with pytest.raises(UsageError, match="laid out for 2 key-value heads"):
             generate(model, *padded("left"), cache_implementation="static", prefill_chunk_size=8)
         generate(model, *padded("left"), cache_implementation="static")

@@ -1,0 +1,96 @@
+"""Parts of `Statistics` as tensors and JSON values, to be kept in safetensors files."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from probeprune.algebra.moments import Moments
+from probeprune.files import load_tensors, save_tensors
+from probeprune.strategies import Part
+from probeprune.strategies.allocation import Damage
+from probeprune.strategies.compensation import Consumer
+
+Tensors = dict[str, torch.Tensor]
+Values = dict[str, Any]
+
+_FIGURES = ("damping", "error", "error_before")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one part becomes tensors and JSON values, and back."""
+
+    pack: Callable[[Mapping[str, Any]], tuple[Tensors, Values]]
+    unpack: Callable[[Tensors, Values], dict[str, Any]]
+    """Raises `KeyError`, `TypeError` or `ValueError` for anything that `pack` did not make."""
+
+
+def _by_name(tensors: Tensors) -> dict[str, Tensors]:
+    """Tensors called `name/field`, sorted into one mapping per name."""
+    sorted_: dict[str, Tensors] = {}
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition("/")
+        sorted_.setdefault(name, {})[field] = tensor
+    return sorted_
+
+
+def _pack_moments(moments: Mapping[str, Moments]) -> tuple[Tensors, Values]:
+    return {f"{name}/{field}": t for name, m in moments.items() for field, t in m.state().items()}, {}
+
+
+def _unpack_moments(tensors: Tensors, values: Values) -> dict[str, Moments]:
+    return {name: Moments.from_state(state) for name, state in _by_name(tensors).items()}
+
+
+def _pack_damages(damages: Mapping[str, Damage]) -> tuple[Tensors, Values]:
+    return {n: d.curve for n, d in damages.items()}, {n: [d.saving, d.whole] for n, d in damages.items()}
+
+
+def _unpack_damages(tensors: Tensors, values: Values) -> dict[str, Damage]:
+    return {name: Damage(tensors[name], *amounts) for name, amounts in values.items()}
+
+
+def _pack_consumers(consumers: Mapping[str, Consumer]) -> tuple[Tensors, Values]:
+    tensors = {
+        f"{name}/{f.name}": value
+        for name, consumer in consumers.items()
+        for f in fields(consumer)
+        if isinstance(value := getattr(consumer, f.name), torch.Tensor)
+    }
+    return tensors, {name: {f: getattr(c, f) for f in _FIGURES} for name, c in consumers.items()}
+
+
+def _unpack_consumers(tensors: Tensors, values: Values) -> dict[str, Consumer]:
+    parts = _by_name(tensors)
+    return {name: Consumer(**{"bias": None, **parts[name], **figures}) for name, figures in values.items()}
+
+
+CODECS: Mapping[Part, Codec] = {
+    "moments": Codec(_pack_moments, _unpack_moments),
+    "saliences": Codec(lambda saliences: (dict(saliences), {}), lambda tensors, values: dict(tensors)),
+    "damages": Codec(_pack_damages, _unpack_damages),
+    "consumers": Codec(_pack_consumers, _unpack_consumers),
+}
+"""By part."""
+
+
+def store(path: Path, part: Part, value: Mapping[str, Any], **more: object) -> None:
+    """Write a part, and JSON values beside it; the file appears under its name only when complete."""
+    tensors, values = CODECS[part].pack(value)
+    save_tensors(path, tensors, {"values": json.dumps(values), "more": json.dumps(more)})
+
+
+def read(path: Path | None, part: Part) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The part and the values that `store` wrote; None where there is no such file, or a damaged one."""
+    stored = None if path is None else load_tensors(path)
+    if stored is None:
+        return None
+    tensors, metadata = stored
+    try:
+        return CODECS[part].unpack(tensors, json.loads(metadata["values"])), json.loads(metadata["more"])
+    except (KeyError, TypeError, ValueError):
+        return None

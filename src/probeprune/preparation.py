@@ -1,0 +1,324 @@
+"""Preparation: the pieces that methods need of a model, each made once and shared.
+
+Which pieces a method needs, in which order they are made, and what they depend on is decided here and nowhere
+else. `prepare.py` has the public calls.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from probeprune import plan, records
+from probeprune.calibration import stored
+from probeprune.calibration.collecting import calibrate
+from probeprune.calibration.damage import damages, unit_flops, unit_nanoseconds
+from probeprune.calibration.gradients import saliences
+from probeprune.calibration.refit import refit
+from probeprune.calibration.sensitivity import sensitivities
+from probeprune.calibration.statistics import Statistics
+from probeprune.data.windows import BATCH_SIZE, WindowSource
+from probeprune.errors import UsageError
+from probeprune.files import cached_tensors
+from probeprune.methods import Method
+from probeprune.model.blocks import find_blocks
+from probeprune.progress import Progress, silent
+from probeprune.provenance import content_key
+from probeprune.strategies import Part
+from probeprune.strategies.allocation import Damage
+from probeprune.strategies.compensation import Consumer, Refit
+from probeprune.strategies.importance import IMPORTANCES
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
+from probeprune.strategies.refit_every_batch import RefitEveryBatch
+
+_FORMAT = 4
+DAMAGE_WINDOWS = 32
+"""Calibration windows that damages are measured on, the first ones: curves need fewer than a refit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One part of `Statistics` as one or more methods need it."""
+
+    part: Part
+    settings: Mapping[str, Any]
+    """Everything besides model and text that determines it, as JSON values."""
+    method: Method
+    """A method that needs it."""
+    cuts: Sequence[plan.Cut] = ()
+    """The first cut of every block, for consumers."""
+    following: bool = False
+    """Whether some consumers are to follow batches, which takes their moments."""
+
+    @property
+    def key(self) -> str:
+        """A name for the part and its settings."""
+        text = json.dumps(self.settings, sort_keys=True).encode()
+        return f"{self.part}-{hashlib.blake2b(text, digest_size=8).hexdigest()}"
+
+    def served_by(self, value: Mapping[str, Any] | None) -> bool:
+        """Whether a value kept under its key will do: consumers that follow batches need their moments."""
+        if value is None or not self.following:
+            return value is not None
+        return any(consumer.inverse is not None for consumer in value.values())
+
+
+Get = Callable[[Piece], dict[str, Any]]
+"""Gives a piece: from memory, from disk, or by making it."""
+
+
+def gather(
+    model: nn.Module, method: Method, ratio: float, get: Get, widths: Sequence[int] | None = None
+) -> Statistics:
+    """The statistics of one method at one ratio, piece by piece.
+
+    Args:
+        model: dense, nothing attached.
+        method: any method that does not train.
+        ratio: share of the method's budget to remove.
+        get: gives the pieces.
+        widths: units each block keeps, instead of those that the method's allocation gives.
+
+    Raises `UsageError` or `FloatingPointError` for pieces that are missing, of another model or not finite.
+    """
+    blocks = find_blocks(model, method.unit_kind)
+    parts = plan.needs(method)
+    pieces: dict[Part, dict[str, Any]] = {}
+    if "moments" in parts:
+        pieces["moments"] = get(Piece("moments", {"own_positions": _own_positions(method)}, method))
+    if "saliences" in parts:
+        pieces["saliences"] = get(Piece("saliences", _salience_settings(method), method))
+    if "damages" in parts:
+        pieces["damages"] = get(
+            Piece("damages", {**_curve_settings(method), "budget": method.budget}, method)
+        )
+    statistics = Statistics(**pieces)
+    statistics.check(parts, blocks)
+    if "consumers" in parts and ratio:
+        scores = [plan.static_scores(method, b, statistics) for b in blocks]
+        keep = widths or plan.widths(method, ratio, blocks, scores, statistics)
+        cuts = plan.first_cuts(method, blocks, scores, keep)
+        pruned = [(b, c) for b, c in zip(blocks, cuts, strict=True) if c.width < b.units]
+        units = {b.name: c.width if c.units is None else c.units.tolist() for b, c in pruned}
+        following = isinstance(method.when, RefitEveryBatch) and any(b.kind == "mlp" for b, _ in pruned)
+        piece = Piece("consumers", {**_refit_settings(method), "units": units}, method, cuts, following)
+        statistics = Statistics(**pieces, consumers=get(piece))
+    return statistics
+
+
+def _own_positions(method: Method) -> int:
+    return method.when.own_positions if isinstance(method.when, ProbeEveryBatch) else 0
+
+
+def _salience_settings(method: Method) -> dict[str, Any]:
+    importance, gradients = IMPORTANCES[method.importance], method.gradient_settings
+    drawn = {"rank": gradients.rank, "draws": gradients.draws, "seed": method.seed}
+    return {
+        "criterion": importance.criterion,
+        "windows": gradients.windows,
+        "length": gradients.length,
+        **(drawn if importance.draws else {}),
+    }
+
+
+def _curve_settings(method: Method) -> dict[str, Any]:
+    how = method.refit or Refit()
+    return {
+        "sensitivity_windows": max(how.sensitivity, 1),
+        "damping": how.damping[0],
+        "unit_kind": method.unit_kind,
+        "seed": method.seed,
+    }
+
+
+def _refit_settings(method: Method) -> dict[str, Any]:
+    return {"refit": records.to_json(method.refit), "unit_kind": method.unit_kind, "seed": method.seed}
+
+
+class Preparation:
+    """Makes the pieces that methods need of one model on one text, each once.
+
+    Args:
+        model: a supported causal LM in eval mode, nothing attached whenever statistics are asked for.
+        calibration: windows of token ids, LongTensor (count, length), or a `WindowSource`. Methods with
+            gradients take theirs from the first windows, or draw them from the source, in the size they want.
+        batch_size: windows per forward pass.
+        cache: a folder to keep pieces in, by content; None keeps nothing on disk.
+        progress: called with (name of the work, parts done, parts in all).
+        following: make every refit so that it serves dynamic methods too; it then takes 4 k^2 bytes more per
+            MLP that keeps k channels.
+
+    Only the consumers asked for last stay in memory: they are as large as the weights they stand for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: torch.Tensor | WindowSource,
+        *,
+        batch_size: int = BATCH_SIZE,
+        cache: Path | None = None,
+        progress: Progress = silent,
+        following: bool = False,
+    ) -> None:
+        self.model, self.calibration, self.batch_size = model, calibration, batch_size
+        self.cache, self.progress, self.following = cache, progress, following
+        self._windows: torch.Tensor | None = None
+        self._pieces: dict[str, dict[str, Any]] = {}
+        self._make: dict[Part, Callable[[Piece], dict[str, Any]]] = {
+            "moments": self._moments,
+            "saliences": self._saliences,
+            "damages": self._damages,
+            "consumers": self._consumers,
+        }
+
+    def statistics(self, method: Method, ratio: float, widths: Sequence[int] | None = None) -> Statistics:
+        """Everything that `method` must know at that ratio; see `gather`."""
+        return gather(self.model, method, ratio, self.get, widths)
+
+    @property
+    def windows(self) -> torch.Tensor:
+        """The calibration windows, LongTensor (count, length)."""
+        if self._windows is None:
+            source = self.calibration
+            self._windows = source.draw() if isinstance(source, WindowSource) else source
+        return self._windows
+
+    def get(self, piece: Piece) -> dict[str, Any]:
+        """A piece, made where there is none in memory."""
+        if not piece.served_by(self._pieces.get(piece.key)):
+            if piece.part == "consumers":
+                for key in [k for k in self._pieces if k.startswith("consumers")]:
+                    del self._pieces[key]
+            self._pieces[piece.key] = self._make[piece.part](piece)
+        return self._pieces[piece.key]
+
+    def _moments(self, piece: Piece) -> dict[str, Any]:
+        return dict(
+            calibrate(
+                self.model,
+                self.windows,
+                batch_size=self.batch_size,
+                own_positions=piece.settings["own_positions"],
+                cache=self.cache,
+                progress=self.progress,
+            )
+        )
+
+    def gradient_windows(self, method: Method) -> torch.Tensor:
+        """The windows that `method` takes gradients on. Raises `UsageError` where there are too few or
+        short."""
+        wanted = method.gradient_settings
+        if isinstance(self.calibration, WindowSource):
+            return self.calibration.draw(wanted.windows, wanted.length)
+        windows = self.windows
+        if len(windows) < wanted.windows or windows.shape[1] < wanted.length:
+            raise UsageError(
+                f"method {method.name!r} takes gradients on {wanted.windows} windows of {wanted.length} "
+                f"tokens, and calibration has {len(windows)} of {windows.shape[1]}; give more, or compose "
+                "the method with gradients=Gradients(windows=..., length=...)."
+            )
+        return windows[: wanted.windows, : wanted.length]
+
+    def _saliences(self, piece: Piece) -> dict[str, Any]:
+        method = piece.method
+        return dict(
+            saliences(
+                self.model,
+                self.gradient_windows(method),
+                piece.settings["criterion"],
+                gradients=method.gradient_settings,
+                seed=method.seed,
+                cache=self.cache,
+                progress=self.progress,
+            )
+        )
+
+    def _sensitivities(self, count: int, seed: int) -> dict[str, torch.Tensor]:
+        return sensitivities(
+            self.model, self.windows[:count], seed=seed, cache=self.cache, progress=self.progress
+        )
+
+    def _damages(self, piece: Piece) -> dict[str, Any]:
+        """Curves are kept on disk; savings are counted, or timed, each time."""
+        method, settings = piece.method, _curve_settings(piece.method)
+        looked_at = settings["sensitivity_windows"]
+        path = None
+        if self.cache is not None:
+            used = self.windows[: max(DAMAGE_WINDOWS, looked_at)]
+            key = content_key(self.model, used, "damages", _FORMAT, *settings.values())
+            path = self.cache / f"{key}.safetensors"
+
+        def measure() -> dict[str, torch.Tensor]:
+            return damages(
+                self.model,
+                self.windows[:DAMAGE_WINDOWS],
+                self._sensitivities(looked_at, method.seed),
+                units=method.unit_kind,
+                damping=settings["damping"],
+                batch_size=self.batch_size,
+                progress=self.progress,
+            )
+
+        curves = cached_tensors(path, measure)
+        blocks = find_blocks(self.model, method.unit_kind)
+        if method.budget == "parameters":
+            savings = [b.unit_parameters for b in blocks]
+            wholes = [b.parameters for b in blocks]  # some belong to no unit
+        else:
+            savings = self._savings(method)
+            wholes = [b.units * s for b, s in zip(blocks, savings, strict=True)]
+        return {
+            b.name: Damage(curves[b.name], saving, whole)
+            for b, saving, whole in zip(blocks, savings, wholes, strict=True)
+        }
+
+    def _savings(self, method: Method) -> list[int]:
+        """FLOPs or nanoseconds that one unit of each block saves."""
+        blocks = find_blocks(self.model, method.unit_kind)
+        if method.budget == "flops":
+            return unit_flops(blocks, self.windows.shape[1])
+        ids = self.windows[: self.batch_size].to(next(self.model.parameters()).device)
+        return unit_nanoseconds(self.model, blocks, ids)
+
+    def _consumers(self, piece: Piece) -> dict[str, Any]:
+        """Consumers refitted to the cuts of a piece, or to as many units of the refit's own choice."""
+        method, how = piece.method, piece.method.refit
+        assert how is not None
+        following = self.following or piece.following
+        windows = self.windows[: how.windows]
+        path = None
+        if self.cache is not None:
+            key = content_key(self.model, windows, "consumers", _FORMAT, dict(piece.settings), following)
+            path = self.cache / f"{key}.safetensors"
+            entry = stored.read(path, "consumers")
+            if entry is not None:
+                return entry[0]
+        blocks = find_blocks(self.model, method.unit_kind)
+        chosen: dict[str, torch.Tensor | int] = {
+            b.name: c.width if c.units is None else c.units
+            for b, c in zip(blocks, piece.cuts, strict=True)
+            if c.width < b.units
+        }
+        metrics = None
+        if how.sensitivity and method.ordered_by_refit:
+            metrics = self._sensitivities(min(how.sensitivity, len(windows)), method.seed)
+        consumers: dict[str, Consumer] = refit(
+            self.model,
+            chosen,
+            windows,
+            how,
+            units=method.unit_kind,
+            metrics=metrics,
+            following=following,
+            batch_size=self.batch_size,
+            progress=self.progress,
+        )
+        if path is not None:
+            stored.store(path, "consumers", consumers)
+        return dict(consumers)

@@ -1,0 +1,221 @@
+"""Prepare: everything that methods must know of a model, in one call, to be shared, saved and opened
+again."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from probeprune import plan, records
+from probeprune.calibration import stored
+from probeprune.calibration.statistics import Statistics
+from probeprune.data.windows import BATCH_SIZE, WindowSource
+from probeprune.errors import UsageError
+from probeprune.files import load_tensors, save_tensors
+from probeprune.methods import TABLES, Method, check_untrained, get_method
+from probeprune.preparation import Piece, Preparation, gather
+from probeprune.progress import Progress, silent
+from probeprune.provenance import model_fingerprint
+from probeprune.strategies import Part
+from probeprune.strategies.allocation import check_ratio
+from probeprune.strategies.refit_every_batch import RefitEveryBatch
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything that some methods must know of one model at some ratios. Made by `prepare`; can be saved.
+
+    Attributes:
+        model: fingerprint of the model's weights and config.
+        text: the calibration text: its `windows`, their `length`, and a `fingerprint`.
+        methods: the methods and ratios it was made for.
+        pieces: parts of `Statistics` by key.
+    """
+
+    model: str
+    text: Mapping[str, Any]
+    methods: tuple[tuple[Method, float], ...]
+    pieces: Mapping[str, dict[str, Any]] = field(repr=False)
+
+    def statistics(self, model: nn.Module, method: Method, ratio: float) -> Statistics:
+        """The statistics of one method at one ratio.
+
+        Raises `UsageError`, naming the difference, for another model, or a method or ratio that needs a piece
+        which is not there.
+        """
+        if plan.needs(method) and model_fingerprint(model) != self.model:
+            raise UsageError(
+                "this calibration was prepared for another model, or the model's weights have changed since; "
+                "prepare it again for this one."
+            )
+
+        def get(piece: Piece) -> dict[str, Any]:
+            value = self.pieces.get(piece.key)
+            if value is None or not piece.served_by(value):
+                raise UsageError(self._difference(piece.part, method, ratio))
+            return value
+
+        return gather(model, method, ratio, get)
+
+    def _difference(self, part: Part, method: Method, ratio: float) -> str:
+        made_for = ", ".join(f"{m.name} at {r:g}" for m, r in self.methods)
+        ratios = [f"{r:g}" for m, r in self.methods if m.name == method.name]
+        if ratios and f"{ratio:g}" not in ratios:
+            what = f"ratio {ratio:g} of {method.name!r} (only for {', '.join(ratios)})"
+        elif ratios:
+            what = f"these settings of {method.name!r} (their {part} differ)"
+        else:
+            what = f"method {method.name!r} (only for {made_for})"
+        return f"this calibration was not prepared for {what}; call prepare for it too."
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a safetensors file, which appears under its name only when complete."""
+        tensors: dict[str, torch.Tensor] = {}
+        values: dict[str, Any] = {}
+        for key, piece in self.pieces.items():
+            packed, values[key] = stored.CODECS[_part_of(key)].pack(piece)
+            tensors |= {f"{key}:{name}": t for name, t in packed.items()}
+        header = {
+            "format": _FORMAT,
+            "model": self.model,
+            "text": dict(self.text),
+            "methods": [[m.record(), ratio] for m, ratio in self.methods],
+            "values": values,
+        }
+        save_tensors(Path(path), tensors, {"probeprune": json.dumps(header)})
+
+
+def load_prepared(path: str | Path) -> Prepared:
+    """A file that `Prepared.save` wrote. Raises `UsageError` for anything else."""
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"there is no file {file}.")
+    entry = load_tensors(file)
+    try:
+        assert entry is not None
+        tensors, metadata = entry
+        header = json.loads(metadata["probeprune"])
+        if header["format"] != _FORMAT:
+            raise UsageError(f"{file} was written by another version of probeprune; prepare it again.")
+        pieces = {}
+        for key, values in header["values"].items():
+            part = {n.removeprefix(f"{key}:"): t for n, t in tensors.items() if n.startswith(f"{key}:")}
+            pieces[key] = stored.CODECS[_part_of(key)].unpack(part, values)
+        methods = tuple((records.from_json(Method, m, TABLES), float(r)) for m, r in header["methods"])
+        return Prepared(header["model"], header["text"], methods, pieces)
+    except UsageError:
+        raise
+    except (AssertionError, KeyError, TypeError, ValueError):
+        raise UsageError(f"{file} holds no prepared calibration, or is damaged; prepare it again.") from None
+
+
+def _part_of(key: str) -> Part:
+    part: Any = key.partition("-")[0]
+    return part
+
+
+def prepare(
+    model: nn.Module,
+    method: str | Method | Sequence[str | Method],
+    ratio: float | Sequence[float],
+    calibration: torch.Tensor | WindowSource,
+    *,
+    batch_size: int = BATCH_SIZE,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> Prepared:
+    """Collect everything that one or more methods must know of a model, at one or more ratios.
+
+    Example:
+        >>> prepared = probeprune.prepare(model, ["probe", "best-dynamic"], [0.2, 0.4], windows)
+        >>> with probeprune.attach(model, "best-dynamic", ratio=0.4, calibration=prepared):
+        ...     model(**batch)
+
+    Args:
+        model: a transformers causal LM of a supported family, in eval mode, nothing attached.
+        method: names from `METHODS`, or `Method`s.
+        ratio: shares of each method's budget to remove, in [0, 1).
+        calibration: windows of token ids, LongTensor (count, length), or a `WindowSource`.
+        batch_size: windows per forward pass.
+        cache: a folder to keep pieces in, by content; None keeps nothing on disk.
+        progress: called with (name of the work, parts done, parts in all).
+
+    Raises:
+        UsageError: unsupported model, method or ratio, windows too few, short or long.
+        FloatingPointError: NaN or infinite statistics, losses or gradients, or a refit that failed.
+    """
+    chosen = [method] if isinstance(method, str | Method) else list(method)
+    methods = [get_method(m) for m in chosen]
+    ratios = [ratio] if isinstance(ratio, int | float) else list(ratio)
+    for share in ratios:
+        check_ratio(share)
+    for m in methods:
+        check_untrained(m)
+    following = any(isinstance(m.when, RefitEveryBatch) for m in methods)
+    preparation = Preparation(
+        model, calibration, batch_size=batch_size, cache=cache, progress=progress, following=following
+    )
+    pieces: dict[str, dict[str, Any]] = {}
+
+    def get(piece: Piece) -> dict[str, Any]:
+        if piece.key not in pieces:
+            pieces[piece.key] = preparation.get(piece)
+        return pieces[piece.key]
+
+    for share in ratios:
+        for m in methods:
+            gather(model, m, share, get)
+    windows = preparation.windows
+    text = {
+        "windows": len(windows),
+        "length": windows.shape[1],
+        "fingerprint": hashlib.blake2b(windows.contiguous().numpy().tobytes(), digest_size=16).hexdigest(),
+    }
+    combinations = tuple((m, share) for share in ratios for m in methods)
+    return Prepared(model_fingerprint(model), text, combinations, pieces)
+
+
+Calibration = torch.Tensor | WindowSource | Prepared | Preparation
+"""What `attach` and `prune` take for `calibration`."""
+
+
+def statistics_for(
+    model: nn.Module,
+    method: Method,
+    ratio: float,
+    calibration: Calibration | None,
+    *,
+    widths: Sequence[int] | None = None,
+    batch_size: int = BATCH_SIZE,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> Statistics:
+    """The statistics of one method at one ratio, from windows or from anything prepared.
+
+    Args:
+        model, method, ratio: as in `prepare`.
+        calibration: text, or prepared already.
+        widths: units each block keeps, instead of those of the method's allocation.
+        batch_size, cache, progress: as in `prepare`, where `calibration` is text.
+
+    Raises `UsageError` where there is no calibration and the method needs some.
+    """
+    if isinstance(calibration, Prepared):
+        return calibration.statistics(model, method, ratio)
+    if isinstance(calibration, Preparation):
+        if calibration.model is not model:
+            raise UsageError("this preparation is of another model; make one for this model.")
+        return calibration.statistics(method, ratio, widths)
+    if calibration is None:
+        if plan.needs(method):
+            raise plan.unprepared(method)
+        return Statistics()
+    preparation = Preparation(model, calibration, batch_size=batch_size, cache=cache, progress=progress)
+    return preparation.statistics(method, ratio, widths)

@@ -1,0 +1,112 @@
+"""Probe Pruning: choose the units of every block anew at every batch (Le et al., ICLR 2025)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch.profiler import record_function
+
+from probeprune.algebra.moments import OWN_POSITIONS, History, Tokens
+from probeprune.errors import UsageError, unknown
+from probeprune.strategies import Part
+from probeprune.strategies.importance import IMPORTANCES
+from probeprune.strategies.probe import FUSIONS, Probe, Selection, everything, fused_energy
+from probeprune.strategies.pruned_block import BatchScorer, PrunedBlock
+from probeprune.strategies.schedule import EveryBatch, Stage
+
+
+@dataclass(frozen=True)
+class ProbeEveryBatch(EveryBatch):
+    """Score every block's units from a probe of each batch, fused with history; keep the best.
+
+    Raises `UsageError` for values out of range.
+    """
+
+    kind: ClassVar[str] = "probe"
+    scores_batch: ClassVar[bool] = True
+
+    probe: Probe = field(default_factory=Probe)
+    """Which part of a batch is run ahead."""
+    fusion: str = "importance"
+    """A key of `probe.FUSIONS`. `importance`: the probe and history each weighted by their own share;
+    `fixed`: by `history_share`; `none`: the probe alone."""
+    history_share: float = 0.5
+    """Weight of history under `fixed` fusion."""
+    decay: float = 0.99
+    """Share of itself that history keeps at every batch."""
+    own_positions: int = OWN_POSITIONS
+    """Number of first positions whose history is kept apart (the paper keeps all; docs/choices.md)."""
+    refresh: int = 0  # type: ignore[misc]
+    """Tokens between two new choices of MLP channels while decoding; 0 keeps those of the prompt. A refresh
+    runs MLPs dense and is its own probe; the steps between move history. Heads stay: the cache holds those of
+    the prompt. A finished sequence keeps counting: the padding that `generate` feeds it looks like any
+    token."""
+
+    def __post_init__(self) -> None:
+        for name in ("history_share", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"probe {name}={getattr(self, name):g} must lie in [0, 1].")
+        for name in ("refresh", "own_positions"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"probe {name}={getattr(self, name)} must be 0 or more.")
+        if self.fusion not in FUSIONS:
+            raise UsageError(unknown("fusion", self.fusion, FUSIONS))
+        if self.refresh and self.own_positions:
+            raise UsageError("refresh needs history that pools positions: give own_positions=0.")
+
+    @property
+    def needs(self) -> frozenset[Part]:  # type: ignore[override]
+        return frozenset() if FUSIONS[self.fusion] is None else frozenset({"moments"})
+
+    def follower(self, block: PrunedBlock, importance: str, seed: int) -> "ProbePruning":
+        return ProbePruning(self, block, importance, seed)
+
+
+class ProbePruning:
+    """One block under Probe Pruning.
+
+    Attributes:
+        history: running energies of the coupled activation; None without fusion.
+    """
+
+    def __init__(self, settings: ProbeEveryBatch, block: PrunedBlock, importance: str, seed: int) -> None:
+        self.settings, self.block = settings, block
+        score = IMPORTANCES[importance].score
+        assert score is not None
+        self._scores: Callable[..., torch.Tensor] = BatchScorer(block.block, score, seed)
+        self.history: History | None = None
+
+    def start(self) -> None:
+        if FUSIONS[self.settings.fusion] is not None:
+            assert self.block.moments is not None
+            self.history = History(self.block.moments, self.settings.decay)
+            self.block.partition.companions.append(self.history.energy)
+        self.block.first_cut()
+
+    def on_probe(self, z: torch.Tensor, selection: Selection, tokens: Tokens) -> None:
+        self.block.cut(self._score(z, selection, tokens))
+
+    def on_pass(self, z: torch.Tensor, tokens: Tokens, stage: Stage) -> None:
+        if stage == "refresh":
+            scores = self._score(z, everything(tokens, z.device), tokens)
+            self._remember(z, tokens)  # while its channels still stand where `z` has them
+            self.block.cut(scores)
+        elif stage != "keep" or self._refreshes:
+            self._remember(z, tokens)
+
+    @property
+    def _refreshes(self) -> bool:
+        """Heads never do: the cache holds those that the prompt chose."""
+        return self.settings.refresh > 0 and self.block.block.kind == "mlp"
+
+    def _score(self, z: torch.Tensor, selection: Selection, tokens: Tokens) -> torch.Tensor:
+        settings = self.settings
+        with record_function("probeprune::score"):
+            energy = fused_energy(z, selection, tokens, self.history, settings.fusion, settings.history_share)
+            return self._scores(energy, self.block.partition)
+
+    def _remember(self, z: torch.Tensor, tokens: Tokens) -> None:
+        if self.history is not None:
+            with record_function("probeprune::history"):
+                self.history.update(z, tokens)

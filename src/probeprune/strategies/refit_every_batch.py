@@ -1,0 +1,80 @@
+"""Refit to the batch: the units stay, the consumers of MLPs are refitted to every batch (this project).
+
+A few evenly spaced tokens of the batch run through the dense block. What it gives for them joins the moments
+of the calibration text, and the narrower consumer is solved anew, as a correction of low rank.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import linear
+from torch.profiler import record_function
+
+from probeprune.algebra.batch_refit import Sample, refit_to_batch
+from probeprune.algebra.moments import Tokens
+from probeprune.errors import UsageError
+from probeprune.strategies.probe import Probe, Selection
+from probeprune.strategies.pruned_block import PrunedBlock
+from probeprune.strategies.schedule import EveryBatch, Stage
+
+SAMPLE = 256
+"""Tokens of a probe that a refit is made to, at most."""
+
+
+@dataclass(frozen=True)
+class RefitEveryBatch(EveryBatch):
+    """Refit the consumers of MLPs to some tokens of every batch.
+
+    Raises `UsageError` for a share outside (0, 1).
+    """
+
+    kind: ClassVar[str] = "refit"
+
+    probe: Probe = field(default_factory=lambda: Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even"))
+    """Which tokens of a batch the consumers are refitted to."""
+    share: float = 0.35
+    """Weight of the batch's probe tokens against calibration text. Reached at `SAMPLE` tokens; fewer weigh
+    proportionally less."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UsageError(f"a refit's share={self.share} of the batch must be between 0 and 1.")
+
+    def follower(self, block: PrunedBlock, importance: str, seed: int) -> "BatchRefit | None":
+        return BatchRefit(self, block) if block.block.kind == "mlp" else None
+
+
+class BatchRefit:
+    """One MLP whose consumer follows the batch."""
+
+    def __init__(self, settings: RefitEveryBatch, block: PrunedBlock) -> None:
+        self.settings, self.block = settings, block
+
+    def start(self) -> None:
+        if self.block.consumer is None or self.block.consumer.inverse is None:
+            raise UsageError(
+                f"the refit of {self.block.block.name} was made for a method that prunes once; "
+                "prepare this one."
+            )
+        self.block.first_cut()
+
+    def on_probe(self, z: torch.Tensor, selection: Selection, tokens: Tokens) -> None:
+        start = self.block.consumer
+        assert start is not None and start.inverse is not None
+        with record_function("probeprune::refit"):
+            z, real = z.flatten(0, 1), None
+            count = min(len(z), SAMPLE)
+            rows = torch.arange(count, device=z.device) * len(z) // count
+            if tokens.valid is not None:
+                real = tokens.valid[selection.samples][:, selection.tokens].flatten()[rows]
+            z, partition = z[rows], self.block.partition
+            target = linear(z, partition.consumer_weight, partition.consumer_bias).float()
+            kept = z[:, : len(start.inverse)].float()  # the kept channels stand in front
+            sample = Sample(kept, target, real, SAMPLE * (1 / self.settings.share - 1))
+            self.block.show_consumer(
+                *refit_to_batch(sample, start.weight, start.bias, start.inverse, start.mean)
+            )
+
+    def on_pass(self, z: torch.Tensor, tokens: Tokens, stage: Stage) -> None:
+        pass
