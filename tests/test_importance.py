@@ -30,14 +30,20 @@ def test_weights_in_half_precision_are_scored_in_float32():
 def test_an_importance_needs_no_more_than_its_row_says(name, kind):
     # `needs` decides whether calibration is asked for at all.
     block = find_blocks(FAMILIES["llama-gqa"]())[kind]
-    if IMPORTANCES[name].needs == "refit":  # the order is made there, not by a score (test_refit.py)
-        assert IMPORTANCES[name].score is None
+    importance = IMPORTANCES[name]
+    if importance.ordered_by_refit:  # the order is made there, not by a score (test_refit.py)
+        assert importance.score is None and importance.needs == {"consumers"}
         return
-    known = {"energy": torch.rand(block.width), "variance": torch.rand(block.width)}
-    needed = {k: v for k, v in known.items() if k == IMPORTANCES[name].needs}
-    if IMPORTANCES[name].needs == "gradients":
-        needed["saliences"] = tuple(torch.rand(block.units) for _ in block.members)
-    scores = IMPORTANCES[name].score(Evidence(block, ColumnNorms.of(block), **needed))
+    evidence = {
+        "moments": {"energy": torch.rand(block.width), "variance": torch.rand(block.width)},
+        "saliences": {"saliences": tuple(torch.rand(block.units) for _ in block.members)},
+    }
+    needed = {field: value for part in importance.needs for field, value in evidence[part].items()}
+    if importance.from_batch:  # a batch has energies alone
+        del needed["variance"]
+    elif name == "flap":
+        del needed["energy"]
+    scores = importance.score(Evidence(block, ColumnNorms.of(block), **needed))
     assert scores.shape == (block.units,) and scores.dtype == torch.float32
     assert scores.isfinite().all() and scores.unique().numel() == block.units
 

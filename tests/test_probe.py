@@ -16,8 +16,9 @@ from probeprune.model.passes import find_decoder
 from probeprune.strategies.probe import (
     Probe,
     Selection,
+    by_fixed_share,
+    by_importance,
     choose,
-    fuse,
     probe_energy,
     probe_size,
     restrict,
@@ -285,13 +286,13 @@ def test_a_probe_that_breaks_leaves_the_consumer_as_it_was(own_forward, kind):
 
 def test_the_ends_of_fixed_fusion():
     now, before = torch.rand(3, 4), torch.rand(3, 4)
-    assert fuse(now, before, Probe(fusion="fixed", history_share=0.0)).equal(now)
-    assert fuse(now, before, Probe(fusion="fixed", history_share=1.0)).equal(before)
+    assert by_fixed_share(now, before, 0.0).equal(now)
+    assert by_fixed_share(now, before, 1.0).equal(before)
 
 
 def test_importance_fusion_follows_the_larger_part():
     # E = (p^2 + h^2) / (p + h): where one part says nothing, the other decides alone.
     some, nothing = torch.rand(3, 4) + 0.1, torch.zeros(3, 4)
-    torch.testing.assert_close(fuse(some, nothing, Probe()), some)
-    torch.testing.assert_close(fuse(nothing, some, Probe()), some)
-    torch.testing.assert_close(fuse(some, 3 * some, Probe()), 2.5 * some)
+    torch.testing.assert_close(by_importance(some, nothing, 0.5), some)
+    torch.testing.assert_close(by_importance(nothing, some, 0.5), some)
+    torch.testing.assert_close(by_importance(some, 3 * some, 0.5), 2.5 * some)

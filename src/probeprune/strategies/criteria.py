@@ -127,13 +127,13 @@ def _mixed(settled: Settled) -> torch.Tensor:
 def _lora_guided(settled: Settled) -> torch.Tensor:
     g, w = settled.means[0], settled.weight
     total: torch.Tensor | float = 0.0
-    for a in _lora_matrices(settled):
+    for a in lora_matrices(settled):
         total = total + _summed(((g @ a.T) @ a * w).abs_(), settled.member)
     assert isinstance(total, torch.Tensor)
     return total / torch.tensor(float(settled.gradients.draws))
 
 
-def _lora_matrices(settled: Settled) -> Iterator[torch.Tensor]:
+def lora_matrices(settled: Settled) -> Iterator[torch.Tensor]:
     """LoRA's A (rank, in_features) as PEFT draws it: Kaiming-uniform with a = sqrt(5)."""
     text = f"{settled.seed} {settled.member.name}".encode()
     seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
