@@ -30,12 +30,11 @@ from transformers import (
 )
 
 from probeprune import METHODS, Probe, compose, save
-from probeprune.algebra.moments import Moments
+from probeprune.algebra.moments import Moments, Tokens
 from probeprune.calibration.statistics import Statistics
 from probeprune.preparation import Piece, Preparation
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
-from probeprune.algebra.moments import Tokens
 
 SHAPE = {
     "hidden_size": 48,

@@ -52,8 +52,8 @@ def needs(method: Method) -> frozenset[Part]:
     if isinstance(method.when, DuringTraining):  # scores come from training, which starts with no calibration
         return rule.needs
     parts = rule.needs | method.compensation.needs | method.when.needs
-    # A batch is scored without them; what is decided before any batch needs them.
-    if not method.when.chooses or rule.needs_scores:
+    # A probe scores its batch without them; what is decided before any batch needs them.
+    if not method.when.scores_batch or rule.needs_scores:
         parts |= importance.needs
     return parts
 
@@ -167,7 +167,7 @@ def pruned_blocks(
 
 def _batch_scorer(method: Method, block: Block) -> BatchScorer | None:
     score = IMPORTANCES[method.importance].score
-    if not method.when.chooses or score is None:
+    if not method.when.scores_batch or score is None:
         return None
     return BatchScorer(block, score, method.seed)
 

@@ -30,7 +30,7 @@ class RefitEveryBatch(EveryBatch):
     """
 
     kind: ClassVar[str] = "refit"
-    chooses: ClassVar[bool] = False
+    scores_batch: ClassVar[bool] = False
 
     probe: Probe = field(default_factory=lambda: Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even"))
     """Which tokens of a batch the consumers are refitted to."""

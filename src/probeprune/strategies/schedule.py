@@ -29,8 +29,8 @@ class When:
         kind: its key in `methods.SCHEDULES`.
         prunes: False for the dense model.
         every_batch: whether the method is dynamic.
-        chooses: whether it chooses units anew, by scores from the energies of a batch. If not, the units of
-            the first cut stay.
+        scores_batch: whether units are scored from batches, so that no order is made before; if not, the
+            units of the first cut stay.
         trains: whether the method includes training.
         needs: parts of `Statistics` that it needs.
     """
@@ -38,7 +38,7 @@ class When:
     kind: ClassVar[str]
     prunes: ClassVar[bool] = True
     every_batch: ClassVar[bool] = False
-    chooses: ClassVar[bool] = False
+    scores_batch: ClassVar[bool] = False
     needs: ClassVar[frozenset[Part]] = frozenset()
 
     @property
@@ -89,7 +89,7 @@ class EveryBatch(When):
     """The interface of dynamic schedules: a probe is run ahead of every batch."""
 
     every_batch: ClassVar[bool] = True
-    chooses: ClassVar[bool] = True
+    scores_batch: ClassVar[bool] = True
     probe: Probe = field(default_factory=Probe)
     refresh: ClassVar[int] = 0
     """Tokens between two refreshes while decoding; 0 for none."""
