@@ -1,7 +1,7 @@
 """Importance: statistics and weights in, one score per unit out. One function each.
 
-Scores are float32, and a larger one is more important. Channels come in original order. To add an importance,
-write a function and give it a row in `IMPORTANCES`. Nothing here decides how many units go.
+Scores are float32; larger is more important. Channels are in their original order. To add an importance, write
+a function and give it a row in `IMPORTANCES`. Nothing here decides how many units are removed.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class ColumnNorms:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything known about one block's channels when its units are scored; absent parts are None."""
+    """The inputs of an importance for one block; parts that are not available are None."""
 
     block: Block
     norms: ColumnNorms
@@ -45,11 +45,11 @@ class Evidence:
     variance: torch.Tensor | None = None
     """Var(z_j) (n,) over calibration tokens."""
     saliences: tuple[torch.Tensor, ...] = ()
-    """One per member of the block, summed to units: (units,)."""
+    """One tensor per member of the block, summed over each unit: (units,)."""
     reduction: str = "sum"
     """A key of `criteria.REDUCTIONS`."""
     seed: int = 0
-    """For importances that draw numbers."""
+    """Seed for importances that draw random numbers."""
 
 
 def _units(scores: torch.Tensor, block: Block) -> torch.Tensor:
@@ -78,12 +78,12 @@ def flap(evidence: Evidence) -> torch.Tensor:
 
 
 def taylor(evidence: Evidence) -> torch.Tensor:
-    """LLM-Pruner (Ma et al. 2023): saliences of a unit's rows and columns, put together over its members."""
+    """LLM-Pruner (Ma et al. 2023): saliences of a unit's rows and columns, combined over the members."""
     return REDUCTIONS[evidence.reduction](torch.stack(evidence.saliences))
 
 
 def lora_guided(evidence: Evidence) -> torch.Tensor:
-    """LoRAPrune (Zhang et al. 2023): the saliences of each member over their 2-norm, summed over members."""
+    """LoRAPrune (Zhang et al. 2023): saliences of each member, divided by their 2-norm, summed over members."""
     return sum_of_shares(evidence.saliences)
 
 
@@ -112,15 +112,15 @@ def random(evidence: Evidence) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Importance:
-    """An importance function and what it needs."""
+    """An importance function and its needs."""
 
     score: Callable[[Evidence], torch.Tensor] | None
-    """None where the order is made while the block is refitted (`calibration/refit.py`)."""
+    """The function; None where the refit of the block orders its units (`calibration/refit.py`)."""
     formula: str
     needs: frozenset[Part] = frozenset()
     """Parts of `Statistics` that the scores read."""
     from_batch: bool = False
-    """Whether the energy of a batch is enough to score by, so that a probe can decide."""
+    """Whether the energy of a batch suffices for the scores, so that a probe can choose units."""
     criterion: str | None = None
     """A key of `CRITERIA`, for an importance that reads saliences."""
     draws: bool = False

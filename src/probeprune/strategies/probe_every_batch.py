@@ -72,6 +72,7 @@ class ProbePruning:
         self.history: History | None = None
 
     def start(self) -> None:
+        """Set up the state and make the first cut."""
         if FUSIONS[self.settings.fusion] is not None:
             assert self.block.moments is not None
             self.history = History(self.block.moments, self.settings.decay)
@@ -79,9 +80,11 @@ class ProbePruning:
         self.block.first_cut()
 
     def on_probe(self, z: torch.Tensor, selection: Selection, tokens: Tokens) -> None:
+        """Answer a probe; see `Follower`."""
         self.block.cut(self._score(z, selection, tokens))
 
     def on_pass(self, z: torch.Tensor, tokens: Tokens, stage: Stage) -> None:
+        """Take note of a pass; see `Follower`."""
         if stage == "refresh":
             scores = self._score(z, everything(tokens, z.device), tokens)
             self._remember(z, tokens)  # while its channels still stand where `z` has them

@@ -30,7 +30,7 @@ class RefitEveryBatch(EveryBatch):
     """
 
     kind: ClassVar[str] = "refit"
-    scores_batch: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
 
     probe: Probe = field(default_factory=lambda: Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even"))
     """Which tokens of a batch the consumers are refitted to."""
@@ -53,6 +53,7 @@ class BatchRefit:
         self.settings, self.block = settings, block
 
     def start(self) -> None:
+        """Set up the state and make the first cut."""
         if self.block.consumer is None or self.block.consumer.inverse is None:
             raise UsageError(
                 f"the refit of {self.block.block.name} was made for a method that prunes once; "
@@ -61,6 +62,7 @@ class BatchRefit:
         self.block.first_cut()
 
     def on_probe(self, z: torch.Tensor, selection: Selection, tokens: Tokens) -> None:
+        """Answer a probe; see `Follower`."""
         start = self.block.consumer
         assert start is not None and start.inverse is not None
         with record_function("probeprune::refit"):
@@ -78,4 +80,5 @@ class BatchRefit:
             )
 
     def on_pass(self, z: torch.Tensor, tokens: Tokens, stage: Stage) -> None:
+        """Take note of a pass; see `Follower`."""
         pass

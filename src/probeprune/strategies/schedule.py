@@ -29,8 +29,8 @@ class When:
         kind: its key in `methods.SCHEDULES`.
         prunes: False for the dense model.
         every_batch: whether the method is dynamic.
-        scores_batch: whether units are scored from batches, so that no order is made before; if not, the
-            units of the first cut stay.
+        chooses: whether it chooses units anew, by scores from the energies of a batch. If not, the units of
+            the first cut stay.
         trains: whether the method includes training.
         needs: parts of `Statistics` that it needs.
     """
@@ -38,11 +38,12 @@ class When:
     kind: ClassVar[str]
     prunes: ClassVar[bool] = True
     every_batch: ClassVar[bool] = False
-    scores_batch: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
     needs: ClassVar[frozenset[Part]] = frozenset()
 
     @property
     def trains(self) -> bool:
+        """Whether the method includes training."""
         return False
 
 
@@ -57,6 +58,7 @@ class Never(When):
 
     @property
     def trains(self) -> bool:
+        """Whether recovery follows."""
         return self.recovery
 
 
@@ -70,6 +72,7 @@ class Once(When):
 
     @property
     def trains(self) -> bool:
+        """Whether recovery follows."""
         return self.recovery
 
 
@@ -81,6 +84,7 @@ class DuringTraining(When):
 
     @property
     def trains(self) -> bool:
+        """Always: the training prunes."""
         return True
 
 
@@ -89,7 +93,7 @@ class EveryBatch(When):
     """The interface of dynamic schedules: a probe is run ahead of every batch."""
 
     every_batch: ClassVar[bool] = True
-    scores_batch: ClassVar[bool] = True
+    chooses: ClassVar[bool] = True
     probe: Probe = field(default_factory=Probe)
     refresh: ClassVar[int] = 0
     """Tokens between two refreshes while decoding; 0 for none."""
