@@ -91,8 +91,8 @@ def prune(
         progress: called with (name of the work, parts done, parts in total).
 
     Raises:
-        UsageError: unsupported model, method or ratio, a ratio too small to remove a unit, calibration that is
-            missing or does not fit; the model is unchanged.
+        UsageError: unsupported model, method or ratio, a ratio too small to remove a unit, calibration that
+            is missing or does not fit; the model is unchanged.
         FloatingPointError: NaN or infinite statistics, losses or gradients, or a refit that failed; the model
             is unchanged.
     """
@@ -166,7 +166,8 @@ def _planned_widths(
 def _cut_all(
     method: Method, blocks: Sequence[Block], cuts: Sequence[plan.Cut], statistics: Statistics
 ) -> tuple[dict[str, torch.Tensor], dict[str, Consumer]]:
-    """Make the cuts permanent. Returns the ids of the kept units and the refitted consumers, by block name."""
+    """Make the cuts permanent. Returns the ids of the kept units and the refitted consumers, by block
+    name."""
     pruned = plan.pruned_blocks(method, blocks, cuts, statistics)
     units = {}
     for p in pruned:
