@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
 import torch
-from tiny import FAMILIES, PARALLEL, logits, padded, token_ids
+from tiny import FAMILIES, PARALLEL, close, logits, padded, snapshot, token_ids
 from torch import nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from probeprune import METHODS, Method, Refit, compose, prepare
+from probeprune import METHODS, Method, Refit, attach, compose, prepare, prune, save
 from probeprune.algebra.moments import Moments
 from probeprune.methods import with_equal_widths
 from probeprune.model.blocks import Block
-from probeprune.prepare import Prepared
+from probeprune.prepare import Calibration, Prepared
 from probeprune.runtime.handle import Handle
 from probeprune.strategies.compensation import Consumer
 from probeprune.strategies.importance import IMPORTANCES
@@ -87,13 +88,6 @@ def prepared(family: str) -> tuple[PreTrainedModel, Prepared]:
 
 INPUTS = (padded("left"), padded("right"), padded("none", 4, 40), padded("none", 1))
 """Batches with and without padding, longer than calibration text, and of one sequence: (ids, mask)."""
-
-
-@cache
-def dense_logits(family: str) -> list[torch.Tensor]:
-    """Logits of the dense model on all `INPUTS`."""
-    model, _ = prepared(family)
-    return [logits(model, *batch) for batch in INPUTS]
 
 
 # -- the formulas --------------------------------------------------------------------------------
@@ -218,3 +212,44 @@ class ByHand:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def check_passes(model: PreTrainedModel, method: Method, calibration: Calibration) -> None:
+    """Under `method` the model computes what the formulas say of the units it keeps, and comes back after."""
+    before, results = snapshot(model), []
+    with attach(model, method, RATIO, calibration=calibration) as handle:
+        assert abs(handle.removed_share - (RATIO if method.when.prunes else 0)) < 0.02
+        for batch in INPUTS:
+            results.append((logits(model, *batch), ByHand(handle, batch[1])))
+    before.assert_untouched()
+    for (got, by_hand), batch in zip(results, INPUTS, strict=True):
+        dense = logits(model, *batch)
+        with by_hand():
+            close(got, logits(model, *batch))
+        if method.when.prunes:
+            assert (got - dense).abs().max() > 0.01 * dense.abs().max(), "nothing was pruned"
+        else:
+            assert got.equal(dense)
+
+
+def check_cut(
+    build: Callable[[], PreTrainedModel], method: Method, calibration: Calibration, folder: Path
+) -> PreTrainedModel:
+    """A model cut by `method` computes what the attached one does, and so does its checkpoint, opened again.
+
+    `calibration` must not be tied to one model object. Returns the model from the checkpoint.
+    """
+    model, batch = build(), padded("left")
+    with attach(model, method, RATIO, calibration=calibration) as handle:
+        attached, units = logits(model, *batch), handle.kept_units()
+    smaller = build()
+    pruning = prune(smaller, method, RATIO, calibration=calibration)
+    cut = logits(smaller, *batch)
+    assert pruning.kept == tuple(units)
+    assert abs(pruning.removed_share - RATIO) < 0.02
+    close(cut, attached)
+    save(smaller, folder / "checkpoint")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "checkpoint").eval()
+    assert loaded.num_parameters() == smaller.num_parameters() < model.num_parameters()
+    assert logits(loaded, *batch).equal(cut)
+    return loaded

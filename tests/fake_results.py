@@ -97,6 +97,7 @@ def _head(model: str, name: str, ratio: float, seed: int) -> dict[str, Any]:
         "method": METHODS[name].record() | {"seed": seed},
         "ratio": ratio,
         "seed": seed,
+        "calibration": None if name == "dense" else {"corpus": "c4", "windows": 128, "length": 512},
         "training": training if trains else None,
         "removed_share": ratio,
     }

@@ -7,14 +7,13 @@ import torch
 from all_methods import (
     ALL,
     EVERYWHERE,
-    INPUTS,
     KEEP_THE_PROMPT,
     PROBE_THE_WHOLE,
     RATIO,
     SOME_FAMILIES,
     STATIC,
     ByHand,
-    dense_logits,
+    check_passes,
     prepared,
 )
 from tiny import FAMILIES, close, logits, padded, snapshot
@@ -37,19 +36,18 @@ def test_the_list_has_every_method_that_does_not_train():
 )
 def test_a_pruned_pass_is_the_dense_one_masked_and_compensated(family, name):
     model, calibration = prepared(family)
-    before, results = snapshot(model), []
-    with attach(model, ALL[name], RATIO, calibration=calibration) as handle:
-        assert handle.removed_share == pytest.approx(RATIO if ALL[name].when.prunes else 0, abs=0.02)
-        for batch in INPUTS:
-            results.append((logits(model, *batch), ByHand(handle, batch[1])))
-    before.assert_untouched()
-    for (got, by_hand), batch, dense in zip(results, INPUTS, dense_logits(family), strict=True):
-        with by_hand():
-            close(got, logits(model, *batch))
-        if ALL[name].when.prunes:
-            assert (got - dense).abs().max() > 0.01 * dense.abs().max()
-        else:
-            assert got.equal(dense)
+    check_passes(model, ALL[name], calibration)
+
+
+@FAMILY
+def test_a_refit_at_every_batch_keeps_the_units_of_its_importance(family):
+    model, calibration = prepared(family)
+    kept = []
+    for name in ("wanda-sp", "scored, refit every batch", "best-dynamic"):
+        with attach(model, ALL[name], RATIO, calibration=calibration) as handle:
+            logits(model, *padded("left"))
+            kept.append(handle.kept_units())
+    assert kept[0] == kept[1] != kept[2]
 
 
 @FAMILY

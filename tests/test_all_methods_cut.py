@@ -2,30 +2,17 @@
 
 import pytest
 import torch
-from all_methods import ALL, RATIO, SOME_FAMILIES, STATIC, WINDOWS, prepared
-from tiny import FAMILIES, close, logits, padded
-from transformers import AutoModelForCausalLM
+from all_methods import ALL, RATIO, SOME_FAMILIES, STATIC, WINDOWS, check_cut, prepared
+from tiny import FAMILIES
 
-from probeprune import attach, prune, save
+from probeprune import prune
 
 
 @pytest.mark.parametrize("family", SOME_FAMILIES)
 @pytest.mark.parametrize("name", STATIC)
 def test_a_cut_model_is_the_attached_one_and_its_checkpoint_too(family, name, tmp_path):
-    model, calibration = prepared(family)
-    batch = padded("left")
-    with attach(model, ALL[name], RATIO, calibration=calibration) as handle:
-        attached, units = logits(model, *batch), handle.kept_units()
-    smaller = FAMILIES[family]()
-    pruning = prune(smaller, ALL[name], RATIO, calibration=calibration)
-    cut = logits(smaller, *batch)
-    assert pruning.kept == tuple(units)
-    assert pruning.removed_share == pytest.approx(RATIO, abs=0.02)
-    close(cut, attached)
-    save(smaller, tmp_path / "checkpoint")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
-    assert loaded.num_parameters() == smaller.num_parameters() < model.num_parameters()
-    assert logits(loaded, *batch).equal(cut)
+    _, calibration = prepared(family)
+    check_cut(FAMILIES[family], ALL[name], calibration, tmp_path)
 
 
 @pytest.mark.parametrize("family", SOME_FAMILIES)

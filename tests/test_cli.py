@@ -44,7 +44,7 @@ def test_help_shows_every_option_and_an_example(command, capsys, monkeypatch):
 def test_every_option_has_a_sentence_of_help(command):
     for parameter in COMMANDS[command].params:
         assert parameter.help.endswith("."), parameter.name
-        assert parameter.help[0].isupper() or parameter.param_type_name == "argument", parameter.name
+        assert parameter.help[0].isupper(), parameter.name
 
 
 def test_no_arguments_show_all_commands(capsys):

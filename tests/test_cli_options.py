@@ -139,8 +139,8 @@ def test_defaults_are_those_of_the_library():
 
 def test_a_budget_in_tokens_is_rounded_to_steps():
     options = BudgetOptions(train_tokens=10_000, train_batch_size=4, train_length=100)
-    assert options.budget().training.steps == 25
-    assert BudgetOptions(train_tokens=1).budget().training.steps == 1
+    assert options.budget().steps == 25
+    assert BudgetOptions(train_tokens=1).budget().steps == 1
 
 
 def test_published_sampling_is_averaged_by_batch_and_drawn_by_the_seed():

@@ -32,12 +32,14 @@ def test_weights_in_half_precision_are_scored_in_float32():
 def test_an_importance_needs_no_more_than_its_row_says(name, kind):
     # `needs` decides whether calibration is asked for at all.
     block = find_blocks(FAMILIES["llama-gqa"]())[kind]
-    if IMPORTANCES[name].needs == "refit":  # the order is made there, not by a score (test_refit.py)
-        assert IMPORTANCES[name].score is None
+    row = IMPORTANCES[name]
+    if row.ordered_by_refit:  # the order is made there, not by a score (test_refit.py)
+        assert row.score is None and row.needs == {"consumers"}
         return
-    known = {"energy": torch.rand(block.width), "variance": torch.rand(block.width)}
-    needed = {k: v for k, v in known.items() if k == IMPORTANCES[name].needs}
-    if IMPORTANCES[name].needs == "gradients":
+    needed = {}
+    if "moments" in row.needs:
+        needed = {"energy" if row.from_batch else "variance": torch.rand(block.width)}
+    if "saliences" in row.needs:
         needed["saliences"] = tuple(torch.rand(block.units) for _ in block.members)
     scores = IMPORTANCES[name].score(Evidence(block, ColumnNorms.of(block), **needed))
     assert scores.shape == (block.units,) and scores.dtype == torch.float32

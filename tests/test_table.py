@@ -19,6 +19,7 @@ from probeprune.experiment.results import RESULTS, Results
 from probeprune.experiment.run import run_cells
 from probeprune.experiment.workbench import Workbench
 from probeprune.progress import silent
+from probeprune.report import summarise
 
 TIMED = {
     "seconds",
@@ -133,6 +134,15 @@ def test_a_failure_says_once_what_kind_of_error_it_was(folder):
     cell = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")[0]
     assert failure(cell, RuntimeError("no memory\nmore"))["error"] == "RuntimeError: no memory"
     assert failure(cell, UsageError("Too short."))["error"] == "Too short."
+
+
+def test_a_failure_joins_the_results_of_its_method(folder, whole):
+    cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")
+    failures = [failure(cell, UsageError("Too short.")) for cell in cells]
+    entries = [entry.title for summary in summarise(whole) for entry in summary.entries]
+    (summary,) = summarise([*whole, *failures])
+    assert [entry.title for entry in summary.entries] == entries
+    assert all(entry.failures for entry in summary.entries)
 
 
 def test_a_model_that_cannot_be_opened_fails_its_cells_alone(folder, tmp_path, capsys):

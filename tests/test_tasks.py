@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 
 import lm_eval
 import lm_eval.tasks
@@ -12,9 +13,8 @@ from tiny import FAMILIES, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from probeprune import UsageError, attach, calibrate, compose
-from probeprune.data.corpora import ASSETS, read_text
-from probeprune.evaluation import harness, published, task_data
+from probeprune import UsageError, attach, compose
+from probeprune.evaluation import harness, published
 from probeprune.evaluation.likelihood import Request, make_batches, score
 from probeprune.evaluation.task_data import TASKS, load_rows
 from probeprune.evaluation.tasks import evaluate_task
@@ -45,8 +45,8 @@ def llama():
 
 
 @pytest.fixture(scope="module")
-def statistics(llama):
-    return calibrate(llama, token_ids(6, 16, seed=9))
+def calibration(llama):
+    return token_ids(6, 16, seed=9)
 
 
 def assert_close(ours, theirs):
@@ -108,7 +108,7 @@ def test_results_are_the_harness_own_in_other_families(tokenizer, family):
 
 
 @pytest.mark.parametrize("method", ["dense", "wanda-sp"])
-def test_results_do_not_depend_on_batches(llama, statistics, tokenizer, method):
+def test_results_do_not_depend_on_batches(llama, calibration, tokenizer, method):
     with attach(llama, method, 0.3, calibration=calibration):
         results = [
             evaluate_task(llama, tokenizer, "openbookqa", limit=10, batch_size=size, order=order)
@@ -201,7 +201,7 @@ def slow_likelihoods(model, requests, front, back):
     # A probe takes a share of the batch's positions, padding included: its size must not change.
     [(MOVING, (0, 0)), *((m, p) for m in ("dense", "full-batch") for p in [(0, 0), (0, 25), (9, 4)])],
 )
-def test_padding_never_enters(llama, statistics, method, padding):
+def test_padding_never_enters(llama, calibration, method, padding):
     requests = unequal_requests()
     kept, results = [], []
     for run in (
@@ -217,7 +217,7 @@ def test_padding_never_enters(llama, statistics, method, padding):
     assert_close(*results)
 
 
-def test_without_a_mask_padding_would_enter(llama, statistics, tokenizer):
+def test_without_a_mask_padding_would_enter(llama, calibration, tokenizer):
     # The trap: the harness' own model class runs the same batches unmasked.
     task = harness.load_task(TASKS["openbookqa"], limit=6)
     kept = []
@@ -241,7 +241,7 @@ def test_a_likelihood_against_a_slow_version(llama):
     assert score(llama, [Request([5, 6, 7], [best])], [[0]], max_length=MAX_LENGTH).greedy == (True,)
 
 
-def test_dynamic_results_depend_on_batches_and_history(llama, statistics, tokenizer):
+def test_dynamic_results_depend_on_batches_and_history(llama, calibration, tokenizer):
     # By design; whoever compares must say what the batches were.
     def run(**options):
         return evaluate_task(llama, tokenizer, "openbookqa", limit=8, **options).loglikelihoods

@@ -30,12 +30,11 @@ from transformers import (
 )
 
 from probeprune import METHODS, Probe, compose, save
-from probeprune.algebra.moments import Moments
+from probeprune.algebra.moments import Moments, Tokens
 from probeprune.calibration.statistics import Statistics
 from probeprune.preparation import Piece, Preparation
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
-from probeprune.algebra.moments import Tokens
 
 SHAPE = {
     "hidden_size": 48,
@@ -58,7 +57,7 @@ OPT_SHAPE = {
 NEOX_SHAPE = {k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "head_dim")}
 
 
-def _lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
+def lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
     """The usual initialisation is so small that a whole block can go without changing a logit."""
 
     def make() -> PreTrainedModel:
@@ -78,7 +77,7 @@ def _lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedMode
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    name: _lively(build)
+    name: lively(build)
     for name, build in {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 6})),
         "llama-gqa": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),

@@ -134,11 +134,11 @@ _RULES: tuple[tuple[Callable[[Method], bool], str], ...] = (
         "importance {0.importance!r} takes no gradients; leave gradients out.",
     ),
     (
-        lambda m: isinstance(m.when, ProbeEveryBatch) and not IMPORTANCES[m.importance].from_batch,
+        lambda m: m.when.chooses and not IMPORTANCES[m.importance].from_batch,
         "importance {0.importance!r} cannot be scored from a probe; use ppsp or wanda-sp.",
     ),
     (
-        lambda m: isinstance(m.when, ProbeEveryBatch) and m.refit is not None,
+        lambda m: m.when.chooses and m.refit is not None,
         "a refit is made for fixed units, and a probe chooses others at every batch: use "
         "when=RefitEveryBatch(), or another compensation.",
     ),

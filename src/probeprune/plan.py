@@ -16,7 +16,7 @@ from probeprune.model.blocks import Block
 from probeprune.strategies import Part, allocation
 from probeprune.strategies.allocation import ALLOCATIONS, Request
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
-from probeprune.strategies.pruned_block import PrunedBlock
+from probeprune.strategies.pruned_block import BatchScorer, PrunedBlock
 from probeprune.strategies.schedule import DuringTraining
 
 Scores = torch.Tensor
@@ -53,8 +53,8 @@ def needs(method: Method) -> frozenset[Part]:
     if isinstance(method.when, DuringTraining):  # scores come from training, which starts without calibration
         return rule.needs
     parts = rule.needs | method.compensation.needs | method.when.needs
-    # A probe scores its batch without them; decisions before any batch need them.
-    if not (method.when.every_batch and importance.from_batch) or rule.needs_scores:
+    # A batch is scored without them; what is decided before any batch needs them.
+    if not method.when.chooses or rule.needs_scores:
         parts |= importance.needs
     return parts
 
@@ -156,12 +156,22 @@ def pruned_blocks(
                 consumer = statistics.check_consumer(block, cut.width, cut.units)
                 units = consumer.units
             moments = statistics.moments.get(block.name)
-            pruned.append(PrunedBlock(block, cut.width, units, method.compensation, moments, consumer))
+            scorer = _batch_scorer(method, block)
+            pruned.append(
+                PrunedBlock(block, cut.width, units, method.compensation, moments, consumer, scorer)
+            )
     except BaseException:
         for p in pruned:
             p.partition.restore()
         raise
     return pruned
+
+
+def _batch_scorer(method: Method, block: Block) -> BatchScorer | None:
+    score = IMPORTANCES[method.importance].score
+    if not method.when.chooses or score is None:
+        return None
+    return BatchScorer(block, score, method.seed)
 
 
 def overflow(block: Block) -> FloatingPointError:

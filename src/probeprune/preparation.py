@@ -52,6 +52,8 @@ class Piece:
     """A method that needs it."""
     cuts: Sequence[plan.Cut] = ()
     """The first cut of every block, for consumers."""
+    following: bool = False
+    """Whether some consumers are to follow batches, which takes their moments."""
 
     @property
     def key(self) -> str:
@@ -60,9 +62,8 @@ class Piece:
         return f"{self.part}-{hashlib.blake2b(text, digest_size=8).hexdigest()}"
 
     def served_by(self, value: Mapping[str, Any] | None) -> bool:
-        """Whether a value stored under this key suffices: consumers refitted at every batch need their
-        moments."""
-        if value is None or self.part != "consumers" or not isinstance(self.method.when, RefitEveryBatch):
+        """Whether a value kept under its key will do: consumers that follow batches need their moments."""
+        if value is None or not self.following:
             return value is not None
         return any(consumer.inverse is not None for consumer in value.values())
 
@@ -103,12 +104,10 @@ def gather(
         scores = [plan.static_scores(method, b, statistics) for b in blocks]
         keep = widths or plan.widths(method, ratio, blocks, scores, statistics)
         cuts = plan.first_cuts(method, blocks, scores, keep)
-        units = {
-            b.name: c.width if c.units is None else c.units.tolist()
-            for b, c in zip(blocks, cuts, strict=True)
-            if c.width < b.units
-        }
-        piece = Piece("consumers", {**_refit_settings(method), "units": units}, method, cuts)
+        pruned = [(b, c) for b, c in zip(blocks, cuts, strict=True) if c.width < b.units]
+        units = {b.name: c.width if c.units is None else c.units.tolist() for b, c in pruned}
+        following = isinstance(method.when, RefitEveryBatch) and any(b.kind == "mlp" for b, _ in pruned)
+        piece = Piece("consumers", {**_refit_settings(method), "units": units}, method, cuts, following)
         statistics = Statistics(**pieces, consumers=get(piece))
     return statistics
 
@@ -292,7 +291,7 @@ class Preparation:
         """Consumers refitted to the cuts of a piece, or to units that the refit chooses."""
         method, how = piece.method, piece.method.refit
         assert how is not None
-        following = self.following or isinstance(method.when, RefitEveryBatch)
+        following = self.following or piece.following
         windows = self.windows[: how.windows]
         path = None
         if self.cache is not None:

@@ -93,6 +93,8 @@ class Identity(TypedDict, total=False):
     ratio: float
     """Pruning ratio asked for, as a share; 0 for the dense model."""
     seed: int
+    calibration: dict[str, Any] | None
+    """The calibration text and its windows; None for a method without calibration."""
     task: str
     """The text, the task, or `cost`."""
 
@@ -107,8 +109,6 @@ class FailureLine(Identity, total=False):
 class ResultLine(Identity, total=False):
     """The part that all results share."""
 
-    calibration: dict[str, Any] | None
-    """The calibration text and its windows; None for a method without calibration."""
     training: TrainingRecord | None
     """None for an untrained model."""
     removed_share: float

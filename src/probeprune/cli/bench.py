@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 
 from probeprune.cli.facts import takes_gradients
-from probeprune.cli.groups import Device, Model, ResultOptions, TrustRemoteCode
+from probeprune.cli.groups import Device, Model, Ratio, ResultOptions, TrustRemoteCode
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, out, print_written, progress_bar
 from probeprune.cli.values import at_least, names, one_of, whole_numbers
@@ -88,11 +88,11 @@ class GridOptions:
         str,
         typer.Option(help="Methods to measure beside the dense model, separated by commas."),
     ] = "ppsp,probe"
-    ratio: Annotated[
-        float, typer.Option(help="Share of the parameters of all attention and MLP blocks to prune.")
-    ] = 0.4
-    batch_sizes: Annotated[str, typer.Option(help="Sequences per batch, separated by commas.")] = "16"
-    lengths: Annotated[str, typer.Option(help="Tokens per prompt, separated by commas.")] = "512"
+    ratio: Ratio = 0.4
+    batch_sizes: Annotated[str, typer.Option(help="Numbers of sequences per batch, separated by commas.")] = (
+        "16"
+    )
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens per prompt, separated by commas.")] = "512"
     new_tokens: Annotated[
         int, typer.Option(help="Tokens decoded after each prompt; 0 measures prefill alone.")
     ] = 16
@@ -102,13 +102,13 @@ class GridOptions:
     dtypes: Annotated[
         str,
         typer.Option(
-            help="Data types to compute in, separated by commas: bfloat16, float16, float32, or auto, the "
-            "fastest on the device."
+            help="Data types to compute in, separated by commas: bfloat16, float16, float32 or auto "
+            "(the fastest on the device)."
         ),
     ] = "auto"
     threads: Annotated[
         str,
-        typer.Option(help="Numbers of CPU threads, separated by commas; 0 leaves the number to PyTorch."),
+        typer.Option(help="Numbers of CPU threads, separated by commas; 0 is PyTorch's default."),
     ] = "0"
 
     def checked_methods(self, shape: str | None) -> list[Method]:
@@ -157,12 +157,14 @@ def bench(
     model: Model = EMBEDDED_MODEL,
     grid: GridOptions,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Print the milliseconds that each part of a pass takes.")
+        bool, typer.Option("--profile", help="Print how many milliseconds each part of a forward pass takes.")
     ] = False,
     output: ResultOptions = OUTPUT,
     target: TargetOptions,
 ) -> None:
-    """Measure the speed and memory of pruned models in turn with the dense model's, in prefill and decode.
+    """Measure the speed and memory of pruned models against the dense model, in prefill and in decoding.
+
+    All models are measured in turn, so that a machine whose speed changes slows all of them alike.
 
     Example: [bold]probeprune bench --methods probe --batch-sizes 1,16 --lengths 128,512[/bold]
     Example: [bold]probeprune bench --shape llama-2-7b --layers 2 --batch-sizes 1[/bold]

@@ -36,11 +36,11 @@ class GridOptions:
     """What is compared."""
 
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas; `probeprune methods` lists them.")
+        str, typer.Option(help="Methods, separated by commas; `probeprune methods` lists all.")
     ] = METHODS
     ratios: Annotated[
         str,
-        typer.Option(help="Shares of the parameters of all attention and MLP blocks to prune, with commas."),
+        typer.Option(help="Pruning ratios, separated by commas: shares of all attention and MLP parameters."),
     ] = "0.2,0.4"
     units: Annotated[
         str, typer.Option(help="Attention units under grouped-query attention: group, balanced or query.")
@@ -48,7 +48,7 @@ class GridOptions:
     skip_layers: Annotated[
         int | None,
         typer.Option(
-            help="Number of first layers that stay dense.", show_default="each method's own, mostly 3"
+            help="Number of leading layers to leave dense.", show_default="each method's own, mostly 3"
         ),
     ] = None
 
@@ -76,10 +76,10 @@ class MeasureOptions:
     panel: ClassVar[str] = "Evaluation"
     corpus: Annotated[
         str,
-        typer.Option(help="Text that perplexity is measured on: an embedded name, a file or a hub id."),
+        typer.Option(help="Text to measure perplexity on: an embedded name, a file or a hub id."),
     ] = TextMeasure.corpus
     windows: Annotated[
-        int, typer.Option(help="Number of evaluation windows, from the start of the text; 0 takes all.")
+        int, typer.Option(help="Number of evaluation windows, taken from the start of the text; 0 takes all.")
     ] = 24
     batch_size: Annotated[
         int, typer.Option(help="Windows per batch; dynamic methods choose units at every batch.")
@@ -87,8 +87,8 @@ class MeasureOptions:
     sampling: Annotated[
         str,
         typer.Option(
-            help="How windows are chosen: in-order, or published (random windows, averaged by batch, as in "
-            "the published code of Probe Pruning)."
+            help="Choice of windows: in-order, or published (random windows, perplexity averaged by "
+            "batch, as in the published code of Probe Pruning)."
         ),
     ] = TextMeasure.sampling
 

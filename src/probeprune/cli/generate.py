@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from probeprune.cli.facts import is_dense, with_refresh
-from probeprune.cli.groups import CalibrationOptions, Json, LoadOptions, Model
+from probeprune.cli.groups import CalibrationOptions, Json, LoadOptions, Model, Ratio
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, print_line, progress_bar
 from probeprune.cli.values import at_least
@@ -39,12 +39,8 @@ ROUNDS = 3
 class PruningOptions:
     """The method that prunes the model while it generates."""
 
-    method: Annotated[str, typer.Option(help="Method that prunes; `probeprune methods` lists them.")] = (
-        "probe"
-    )
-    ratio: Annotated[
-        float, typer.Option(help="Share of the parameters of all attention and MLP blocks to leave out.")
-    ] = 0.2
+    method: Annotated[str, typer.Option(help="Pruning method; `probeprune methods` lists all.")] = "probe"
+    ratio: Ratio = 0.2
     refresh: Annotated[
         int,
         typer.Option(
@@ -69,13 +65,16 @@ class PromptOptions:
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="Prompt to continue; repeat the option for a batch, which is printed when all are done.",
+            help="Prompt to continue; repeat the option for a batch, whose texts are printed when all "
+            "are done.",
             show_default=False,
         ),
     ] = None
     file: Annotated[
         list[Path] | None,
-        typer.Option(help="File with one prompt; - reads standard input. Repeatable.", show_default=False),
+        typer.Option(
+            help="File that holds one prompt, or - for standard input; may be repeated.", show_default=False
+        ),
     ] = None
     chat: Annotated[
         bool, typer.Option("--chat", help="Put each prompt into the chat template of the model.")
@@ -99,9 +98,9 @@ class DecodingOptions:
     """How text is generated."""
 
     panel: ClassVar[str] = "Decoding"
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each prompt.")] = 128
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per prompt.")] = 128
     temperature: Annotated[
-        float, typer.Option(help="Temperature of sampling; 0 always takes the most likely token.")
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
     ] = Decoding.temperature
     top_p: Annotated[
         float,
@@ -151,7 +150,8 @@ def generate(
 ) -> None:
     """Continue prompts with a pruned model; a dynamic method chooses heads and channels for the prompt.
 
-    The first run collects calibration statistics, which takes minutes on a CPU, and caches them for the next.
+    The first run collects calibration statistics, which takes minutes on a CPU; later runs read them from the
+    cache.
 
     Example: [bold]probeprune generate smollm2-135m --method probe --ratio 0.2 --chat --prompt "Hello"[/bold]
     """
@@ -198,7 +198,7 @@ def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed
 
 
 def _generate(
-    request: Request, method: Method, *, stream: bool = False, to_the_end: bool = False
+    request: Request, method: Method, *, stream: bool = False, ignore_end: bool = False
 ) -> tuple[Generated, float]:
     """Text under a method, which may be another than the request's; and the share of parameters left out."""
     from probeprune import attach
@@ -209,9 +209,9 @@ def _generate(
             request.loaded,
             request.inputs,
             max_new_tokens=request.max_new_tokens,
-            sampling=request.decoding,
+            decoding=request.decoding,
             stream=stream,
-            to_the_end=to_the_end,
+            ignore_end=ignore_end,
         )
         return generated, handle.removed_share
 
@@ -223,7 +223,7 @@ def _compare(request: Request) -> dict[str, Any]:
     with err.status("measuring speed"):
         for _ in range(ROUNDS):
             for method in methods:
-                generated, _removed = _generate(request, method, to_the_end=True)
+                generated, _removed = _generate(request, method, ignore_end=True)
                 rates[method.name].append((generated.prefill_rate, generated.decode_rate))
     medians = {
         name: {

@@ -27,12 +27,18 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str,
-    typer.Argument(help="smollm2-135m (embedded), a local directory, a GGUF file or a Hugging Face hub id."),
+    typer.Argument(
+        help="Model: smollm2-135m (embedded), a local directory, a GGUF file or a Hugging Face hub id."
+    ),
+]
+Ratio = Annotated[
+    float,
+    typer.Option(help="Pruning ratio: share of all attention and MLP parameters to prune."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text and tables.")]
 Device = Annotated[
     str,
-    typer.Option(help="Device to run on: cpu, cuda, mps, or auto, which is CUDA where available, else CPU."),
+    typer.Option(help="Device to run on: cpu, cuda, mps or auto (CUDA if available, else CPU)."),
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -40,7 +46,9 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code", help="Run the code that comes with the model; only for sources you trust."
     ),
 ]
-KeepTrained = Annotated[bool, typer.Option(help="Keep the checkpoints of trained models in OUT/trained.")]
+KeepTrained = Annotated[
+    bool, typer.Option(help="Keep the checkpoints of trained models, in trained/ inside the --out folder.")
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class LoadOptions:
     dtype: Annotated[
         str,
         typer.Option(
-            help="Data type to compute in: bfloat16, float16, float32, or auto, the fastest on the device."
+            help="Data type to compute in: bfloat16, float16, float32 or auto (the fastest on the device)."
         ),
     ] = "auto"
     device: Device = "auto"
@@ -77,16 +85,16 @@ class CalibrationOptions:
 
     panel: ClassVar[str] = "Calibration"
     calibration: Annotated[
-        str, typer.Option(help="Calibration text: the name of an embedded text, a file or a hub id.")
+        str, typer.Option(help="Calibration text: an embedded name, a file or a hub id.")
     ] = CALIBRATION.corpus
     calibration_windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = (
         CALIBRATION.windows
     )
     length: Annotated[
-        int, typer.Option(help="Tokens per window; windows that quality is measured on are as long.")
+        int, typer.Option(help="Tokens per window, for calibration and for any evaluation.")
     ] = CALIBRATION.length
     seed: Annotated[
-        int, typer.Option(help="Random seed for calibration windows and everything else that is drawn.")
+        int, typer.Option(help="Random seed for calibration windows and everything else that is random.")
     ] = 0
 
     def text(self) -> Text:
@@ -103,12 +111,14 @@ class EvaluationOptions:
     corpus: Annotated[
         str,
         typer.Option(
-            help="Text that perplexity is measured on before and after: an embedded name, a file or a hub id."
+            help="Text to measure perplexity on, before and after: an embedded name, a file or a hub id."
         ),
     ] = TextMeasure.corpus
     windows: Annotated[
         int,
-        typer.Option(help="Number of evaluation windows, from the start of the text; 0 measures nothing."),
+        typer.Option(
+            help="Number of evaluation windows, taken from the start of the text; 0 skips the evaluation."
+        ),
     ] = 16
 
     def text(self, length: int = Text.length) -> Text:
@@ -125,8 +135,8 @@ class WidthOptions:
     layout: Annotated[
         str,
         typer.Option(
-            help="Layout of the checkpoint: uniform (one width for all layers, opens with plain "
-            "transformers) or per-layer (a width for each layer, opens with probeprune imported or "
+            help="Layout of the checkpoint: uniform (one width for all layers; opens with plain "
+            "transformers) or per-layer (a width for each layer; needs probeprune imported or "
             "trust_remote_code=True)."
         ),
     ] = "uniform"
@@ -136,7 +146,7 @@ class WidthOptions:
     skip_layers: Annotated[
         int | None,
         typer.Option(
-            help="Number of first layers that stay dense; needs --layout per-layer.",
+            help="Number of leading layers to leave dense; needs --layout per-layer.",
             show_default="the method's own",
         ),
     ] = None
@@ -162,7 +172,9 @@ class WidthOptions:
 class ResultOptions:
     """Where a command that measures puts its results."""
 
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for result lines, tables and plots.")]
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="Folder for the results: JSON lines, tables and plots.")
+    ]
     as_json: Json = False
 
 
@@ -170,7 +182,5 @@ class ResultOptions:
 class CheckpointOptions:
     """Where a command that makes a model puts it."""
 
-    out_dir: Annotated[
-        Path, typer.Option("--out", help="Folder for the result; it must be empty or not exist yet.")
-    ]
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the result; it must be new or empty.")]
     as_json: Json = False

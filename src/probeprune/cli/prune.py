@@ -14,6 +14,7 @@ from probeprune.cli.groups import (
     EvaluationOptions,
     LoadOptions,
     Model,
+    Ratio,
     WidthOptions,
 )
 from probeprune.cli.options import grouped
@@ -30,12 +31,8 @@ from probeprune.strategies.allocation import check_ratio
 class PruningOptions:
     """What is cut, and by which method."""
 
-    method: Annotated[
-        str, typer.Option(help="Method that prunes once; `probeprune methods` lists all methods.")
-    ]
-    ratio: Annotated[
-        float, typer.Option(help="Share of the parameters of all attention and MLP blocks to remove.")
-    ]
+    method: Annotated[str, typer.Option(help="Static pruning method; `probeprune methods` lists all.")]
+    ratio: Ratio
     units: Annotated[
         str, typer.Option(help="Attention units under grouped-query attention: group or balanced.")
     ] = Method.unit_kind
@@ -45,8 +42,8 @@ class PruningOptions:
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="How the cut is spread over the blocks, such as uniform, global or damage; needs --layout "
-            "per-layer.",
+            help="Allocation of the cut to the blocks, such as uniform, global or damage; needs "
+            "--layout per-layer.",
             show_default="the method's own",
         ),
     ] = None
@@ -66,7 +63,8 @@ class PruningOptions:
         ),
     ] = None
     steps: Annotated[
-        int, typer.Option(help="Number of steps in which the ratio is reached, each with a new calibration.")
+        int,
+        typer.Option(help="Number of steps in which to reach the ratio, with a new calibration before each."),
     ] = 1
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = BATCH_SIZE
 

@@ -12,14 +12,14 @@ from probeprune.errors import UsageError
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder with a results.jsonl, or a file of result lines.")],
+    run: Annotated[Path, typer.Argument(help="Folder that holds results.jsonl, or that file itself.")],
     page: Annotated[
         Path | None,
-        typer.Option("--out", help="Page to write.", show_default="report.html beside the results"),
+        typer.Option("--out", help="HTML page to write.", show_default="report.html beside the results"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a run's tables and charts to one HTML page, and its figures for papers to figures/ beside it.
+    """Write an HTML page with the tables and charts of a run, and figures for papers in figures/ beside it.
 
     Example: [bold]probeprune report runs/compare --out report.html[/bold]
     """

@@ -29,7 +29,11 @@ class PresetOptions:
     """What is measured."""
 
     preset: Annotated[
-        str, typer.Option(help="Grid to measure: laptop, paper, or a YAML file like those --show prints.")
+        str,
+        typer.Option(
+            help="Grid to measure: laptop, paper or the path of a YAML file; --show prints a preset as "
+            "an example."
+        ),
     ] = "laptop"
     models: Annotated[
         str | None, typer.Option(help="Models, separated by commas; replaces those of the preset.")
@@ -94,8 +98,8 @@ def table(
 ) -> None:
     """Measure a whole table: models x methods x ratios x seeds, on texts, tasks and cost.
 
-    A cell that fails becomes a line of the table and does not end the run. A run that was killed continues
-    when started again with the same options.
+    A cell that fails becomes a line of the table and does not end the run. A run that was interrupted
+    continues when started again with the same options.
 
     Example: [bold]probeprune table --preset laptop --out runs/table[/bold]
     """

@@ -10,7 +10,14 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from probeprune.cli.groups import CheckpointOptions, EvaluationOptions, LoadOptions, Model, WidthOptions
+from probeprune.cli.groups import (
+    CheckpointOptions,
+    EvaluationOptions,
+    LoadOptions,
+    Model,
+    Ratio,
+    WidthOptions,
+)
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import print_saved, progress_bar
 from probeprune.cli.values import at_least
@@ -45,16 +52,22 @@ class TrainingOptions:
     packing: Annotated[
         bool,
         typer.Option(
-            "--packing", help="Join documents and cut the result, instead of cutting one sequence from each."
+            "--packing",
+            help="Join documents and cut the result into sequences, instead of cutting one sequence "
+            "from each document.",
         ),
     ] = TrainingBudget.packing
     evaluate_every: Annotated[
-        int, typer.Option(help="Optimiser steps between two evaluations; each writes a checkpoint.")
+        int,
+        typer.Option(
+            help="Optimiser steps between evaluations on held-out text; each also writes a checkpoint."
+        ),
     ] = Training.evaluate_every
     checkpointing: Annotated[
         bool,
         typer.Option(
-            "--gradient-checkpointing", help="Recompute activations: less memory, a third more time."
+            "--gradient-checkpointing",
+            help="Recompute activations in the backward pass: takes less memory and a third more time.",
         ),
     ] = Training.gradient_checkpointing
     seed: Annotated[
@@ -102,16 +115,16 @@ class RecoveryOptions:
 
     panel: ClassVar[str] = "Training"
     warmup_steps: Annotated[
-        int, typer.Option(help="Number of first steps in which the learning rate rises.")
+        int, typer.Option(help="Number of leading steps in which the learning rate rises.")
     ] = Training.warmup_steps
-    lora: Annotated[bool, typer.Option(help="Train LoRA adapters, or all weights.")] = True
+    lora: Annotated[bool, typer.Option(help="Train LoRA adapters; --no-lora trains all weights.")] = True
     merge: Annotated[
         bool, typer.Option("--merge", help="Fold the adapters into the weights and save a plain checkpoint.")
     ] = False
     patience: Annotated[
         int | None,
         typer.Option(
-            help="Number of evaluations without a better one after which training stops.",
+            help="Stop after this number of evaluations without improvement.",
             show_default="train all steps",
         ),
     ] = Training.patience
@@ -121,7 +134,10 @@ class RecoveryOptions:
 def recover(
     *,
     model: Annotated[
-        str, typer.Argument(help="Model to train: a pruned checkpoint, or any model that `prune` takes.")
+        str,
+        typer.Argument(
+            help="Model to train: a pruned checkpoint, or any model that `probeprune prune` takes."
+        ),
     ],
     output: CheckpointOptions,
     training: TrainingOptions,
@@ -129,11 +145,11 @@ def recover(
     evaluation: EvaluationOptions,
     load: LoadOptions,
 ) -> None:
-    """Train a pruned model, so that it recovers what pruning lost.
+    """Train a pruned model to recover the quality that pruning cost.
 
     The result is a PEFT adapter, or with --merge a checkpoint. Perplexity is measured before and after on
-    windows of 512 tokens. A run that was killed continues when started again with the same options. To train
-    with several processes, run `torchrun -m probeprune recover ...` or use `accelerate launch`.
+    windows of 512 tokens. A run that was interrupted continues when started again with the same options. To
+    train with several processes, run `torchrun -m probeprune recover ...` or use `accelerate launch`.
 
     Example: [bold]probeprune recover pruned --out recovered --merge[/bold]
     """
@@ -167,9 +183,7 @@ def recover(
 @grouped
 def loraprune(
     *,
-    ratio: Annotated[
-        float, typer.Option(help="Share of the parameters of all attention and MLP blocks to remove.")
-    ],
+    ratio: Ratio,
     output: CheckpointOptions,
     model: Model = EMBEDDED_MODEL,
     widths: WidthOptions,
@@ -177,10 +191,10 @@ def loraprune(
     evaluation: EvaluationOptions,
     load: LoadOptions,
 ) -> None:
-    """Prune a model while LoRA trains it (LoRAPrune), and save the smaller checkpoint, adapters merged.
+    """Prune a model while LoRA trains it (LoRAPrune), and save a smaller checkpoint.
 
-    Perplexity is measured before and after on windows of 512 tokens. With --layout per-layer, the first tenth
-    of the layers stays dense unless --skip-layers is given.
+    The adapters are merged into the weights. Perplexity is measured before and after on windows of 512
+    tokens. With --layout per-layer, the first tenth of the layers stays dense unless --skip-layers is given.
 
     Example: [bold]probeprune loraprune smollm2-135m --ratio 0.2 --out pruned[/bold]
     """

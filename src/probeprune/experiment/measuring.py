@@ -41,7 +41,6 @@ def measure(bench: Workbench, cell: Cell) -> Line:
     line: Line = {
         "kind": "result",
         **_identity(cell),
-        "calibration": None if subject.calibration is None else asdict(subject.calibration),
         "dtype": subject.dtype,
         "device": subject.device,
         "threads": torch.get_num_threads(),
@@ -74,6 +73,7 @@ def _identity(cell: Cell) -> Identity:
         "method": subject.method.record(),
         "ratio": subject.ratio,
         "seed": subject.seed,
+        "calibration": None if subject.calibration is None else asdict(subject.calibration),
     }
 
 

@@ -5,7 +5,7 @@ Reading a preset runs nothing; every mistake is reported with its line.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from probeprune.experiment.cells import (
     trains,
 )
 from probeprune.experiment.yaml_records import Entry, field_names, open_yaml, read, read_fields, read_record
-from probeprune.methods import Method, get_method
+from probeprune.methods import TABLES, Method, get_method
 from probeprune.model.loading import source_fingerprint
+from probeprune.strategies.importance import IMPORTANCES
 
 FOLDER = Path(__file__).parent / "preset_files"
 PUBLISHED = FOLDER / "published.yaml"
@@ -166,7 +167,10 @@ _KEYS = (
 
 
 def _method(entry: Entry) -> Method:
-    """A method by name, or `{base: ..., name: ..., ...}`: one that differs from its base in some fields."""
+    """A method by name, or `{base: ..., name: ..., ...}`: one that differs from its base in some fields.
+
+    `gradients` changes the settings that the importance was published with.
+    """
     if isinstance(entry.node, yaml.ScalarNode):
         return entry.checked(lambda: get_method(read(entry, str)))
     entries = entry.mapping({"base", *field_names(Method)})
@@ -176,7 +180,13 @@ def _method(entry: Entry) -> Method:
         entry.fail("a method of your own needs a 'name'")
     named = entries.pop("base")
     base = named.checked(lambda: get_method(read(named, str)))
-    return read_record(entry, entries, Method, base=base)
+    gradients = entries.pop("gradients", None)
+    method = read_record(entry, entries, Method, TABLES, base)
+    if gradients is None:
+        return method
+    if IMPORTANCES[method.importance].criterion is not None:
+        method = replace(method, gradients=method.gradient_settings)
+    return read_record(entry, {"gradients": gradients}, Method, TABLES, method)
 
 
 def _ratio(entry: Entry) -> float:

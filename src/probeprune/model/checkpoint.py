@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from probeprune.errors import UsageError, unknown
 from probeprune.files import writing
 from probeprune.model.blocks import Block, find_blocks
-from probeprune.model.families import FAMILIES, PRUNED_PREFIX, find_family
+from probeprune.model.families import FAMILIES, PRUNED_PREFIX, Family, find_family
 from probeprune.model.modeling_pruned import pruned_config
 from probeprune.quiet import quiet_libraries
 
@@ -31,14 +31,15 @@ _HEADROOM = 64 << 20
 """Bytes that a save may need besides the weights: tokenizer, configs, the file system's own."""
 
 
-def _register() -> None:
-    """Let transformers' auto classes open per-layer checkpoints of every family."""
-    for model_type in (t for family in FAMILIES for t in family.model_types):
+def register_checkpoints(family: Family) -> None:
+    """Let transformers' auto classes open per-layer checkpoints of a family."""
+    for model_type in family.model_types:
         pruned = pruned_config(CONFIG_MAPPING[model_type])
-        AutoConfig.register(pruned.model_type, pruned)
+        AutoConfig.register(pruned.model_type, pruned, exist_ok=True)
 
 
-_register()
+for _family in FAMILIES:
+    register_checkpoints(_family)
 
 
 class _Unfit(Exception):

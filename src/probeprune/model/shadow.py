@@ -41,12 +41,18 @@ class _Tap(nn.Module):
 
 
 class Shadow:
-    """The part of a block in front of its consumer, on whole weights."""
+    """The part of a block in front of its consumer, on whole weights.
 
-    def __init__(self, block: Block, partition: Partition) -> None:
+    Args:
+        block: the block.
+        partition: of the block, if it has one.
+    """
+
+    def __init__(self, block: Block, partition: Partition | None = None) -> None:
         self._block, self._partition = block, partition
         self._tap = _Tap()
-        partition.widen()  # attributes that say how many heads there are
+        if partition is not None:
+            partition.widen()  # attributes that say how many heads there are
         if block.activation is None:
             self._entry = _shadow(block.entry, {block.consumer: self._tap})
         else:
@@ -60,8 +66,9 @@ class Shadow:
         Raises `UsageError` for a block whose forward does not call its consumer.
         """
         self._tap.seen = None
-        for name, value in self._partition.wide_attributes().items():
-            setattr(self._entry, name, value)
+        if self._partition is not None:
+            for name, value in self._partition.wide_attributes().items():
+                setattr(self._entry, name, value)
         self._entry(x, **arguments)
         z, self._tap.seen = self._tap.seen, None
         if z is None:

@@ -153,7 +153,7 @@ class Handle:
             self._undo.append(on_pass(self.model, self._run_static))
             return
         for pruned in self.pruned:
-            follower = when.follower(pruned, self.method.importance, self.method.seed)
+            follower = when.follower(pruned)
             if follower is None:
                 pruned.first_cut()
                 continue

@@ -99,8 +99,8 @@ def uniform(request: Request) -> list[int]:
     left -= _cut_heads(blocks, [i for i in pruned if i not in mlps], share, kept)
     to_come = sum(blocks[i].parameters for i in mlps)
     for i in mlps:
-        # Spread the remainder over the blocks that follow, so that rounding errors do not add up.
-        kept[i] = _nearest(blocks[i], left * blocks[i].parameters / to_come, request.round_to)
+        # The rest is spread over the blocks still to come, so that rounding errors do not add up.
+        kept[i] = nearest_width(blocks[i], left * blocks[i].parameters / to_come, request.round_to)
         left -= (blocks[i].units - kept[i]) * blocks[i].unit_parameters
         to_come -= blocks[i].parameters
     return kept
@@ -120,7 +120,7 @@ def even(request: Request) -> list[int]:
     left = request.ratio * sum(b.parameters for b in blocks)
     left -= _cut_heads(blocks, [i for i in pruned if i not in mlps], share, kept)
     for i in mlps:
-        kept[i] = _nearest(blocks[i], left / len(mlps), request.round_to)
+        kept[i] = nearest_width(blocks[i], left / len(mlps), request.round_to)
     return kept
 
 
@@ -192,8 +192,11 @@ def _heads(block: Block, share: float) -> int:
     return parts * _floor(share * block.units / parts)
 
 
-def _nearest(block: Block, parameters: float, round_to: int) -> int:
-    """Number of units that a block keeps when about `parameters` parameters are removed."""
+def nearest_width(block: Block, parameters: float, round_to: int) -> int:
+    """The number of units a block keeps so that about `parameters` go, in the steps that its widths come in.
+
+    Raises `UsageError` where no unit would stay.
+    """
     step = round_to if block.kind == "mlp" else block.kv_heads if block.unit_kind == "balanced" else 1
     keep = block.units - max(parameters, 0) / block.unit_parameters
     kept = min(max(round(keep / step), keep >= 1) * step, block.units)

@@ -133,7 +133,8 @@ class Importance:
         return self.score is None
 
 
-def _by_gradients(score: Callable[[Evidence], torch.Tensor], criterion: str) -> Importance:
+def by_gradients(score: Callable[[Evidence], torch.Tensor], criterion: str) -> Importance:
+    """The record of an importance that scores units by saliences; `criterion` is a key of `CRITERIA`."""
     record = CRITERIA[criterion]
     return Importance(
         score, record.formula, frozenset({"saliences"}), criterion=criterion, draws=record.draws
@@ -146,14 +147,12 @@ IMPORTANCES: dict[str, Importance] = {
     "ppsp": Importance(ppsp, "e_j sqrt(sum_i W_ij^4)", _MOMENTS, from_batch=True),
     "wanda-sp": Importance(wanda_sp, "sqrt(e_j) sum_i |W_ij|", _MOMENTS, from_batch=True),
     "flap": Importance(flap, "Var(z_j) sum_i W_ij^2, standardised", _MOMENTS),
-    "param_first": _by_gradients(taylor, "param_first"),
-    "vectorize": _by_gradients(taylor, "vectorize"),
-    "param_second": _by_gradients(taylor, "param_second"),
-    "param_mix": _by_gradients(taylor, "param_mix"),
-    "lora-guided": _by_gradients(lora_guided, "lora-guided"),
-    "obs": Importance(
-        None, "damage of removing the unit, all others refitted, one by one", frozenset({"consumers"})
-    ),
+    "param_first": by_gradients(taylor, "param_first"),
+    "vectorize": by_gradients(taylor, "vectorize"),
+    "param_second": by_gradients(taylor, "param_second"),
+    "param_mix": by_gradients(taylor, "param_mix"),
+    "lora-guided": by_gradients(lora_guided, "lora-guided"),
+    "obs": Importance(None, "damage of leaving, all others refitted, one by one", frozenset({"consumers"})),
     "magnitude": Importance(magnitude, "norm2 of the unit's weights"),
     "random": Importance(random, "uniform random numbers", draws=True),
 }

@@ -1,9 +1,8 @@
 """Schedule: when a method prunes. Never, once, while LoRA trains, or again at every batch.
 
 There is one record per schedule, so that settings of one cannot be given to another. The two dynamic
-schedules
-have files of their own: `probe_every_batch.py` and `refit_every_batch.py`. To add a dynamic method with
-state, write a record like theirs and a `Follower`.
+schedules have files of their own: `probe_every_batch.py` and `refit_every_batch.py`. To add a dynamic method
+with state, write a record like theirs and a `Follower` (CONTRIBUTING.md has an example).
 """
 
 from dataclasses import dataclass, field
@@ -30,6 +29,8 @@ class When:
         kind: its key in `methods.SCHEDULES`.
         prunes: False for the dense model.
         every_batch: whether the method is dynamic.
+        chooses: whether it chooses units anew, by scores from the energies of a batch. If not, the units of
+            the first cut stay.
         trains: whether the method includes training.
         needs: the parts of `Statistics` that it needs.
     """
@@ -37,10 +38,12 @@ class When:
     kind: ClassVar[str]
     prunes: ClassVar[bool] = True
     every_batch: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
     needs: ClassVar[frozenset[Part]] = frozenset()
 
     @property
     def trains(self) -> bool:
+        """Whether the method includes training."""
         return False
 
 
@@ -55,6 +58,7 @@ class Never(When):
 
     @property
     def trains(self) -> bool:
+        """Whether recovery follows."""
         return self.recovery
 
 
@@ -68,6 +72,7 @@ class Once(When):
 
     @property
     def trains(self) -> bool:
+        """Whether recovery follows."""
         return self.recovery
 
 
@@ -79,6 +84,7 @@ class DuringTraining(When):
 
     @property
     def trains(self) -> bool:
+        """Always: the training prunes."""
         return True
 
 
@@ -87,18 +93,13 @@ class EveryBatch(When):
     """The interface of dynamic schedules: a probe runs ahead of every batch."""
 
     every_batch: ClassVar[bool] = True
+    chooses: ClassVar[bool] = True
     probe: Probe = field(default_factory=Probe)
     refresh: ClassVar[int] = 0
     """Number of tokens between two refreshes while decoding; 0 for none."""
 
-    def follower(self, block: PrunedBlock, importance: str, seed: int) -> "Follower | None":
-        """New state for one block, before its first cut; None for a block that does not follow the batch.
-
-        Args:
-            block: the block.
-            importance: importance of the method.
-            seed: seed of the method.
-        """
+    def follower(self, block: PrunedBlock) -> "Follower | None":
+        """New state for one block, before its first cut; None for a block that does not follow the batch."""
         raise NotImplementedError
 
 

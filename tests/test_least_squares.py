@@ -1,0 +1,62 @@
+"""The arithmetic of a refit: against LAPACK's least squares."""
+
+import pytest
+import torch
+from refitting import explicit
+
+from probeprune.algebra.least_squares import Gram, solve, squared_error
+
+
+def data(seed=0, tokens=300, k=12, d=5):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(tokens, k, generator=g) @ torch.randn(k, k, generator=g) + 3
+    weight, bias = torch.randn(d, k, generator=g), torch.randn(d, generator=g)
+    t = torch.randn(tokens, d, generator=g) + z @ torch.randn(k, d, generator=g) - 2
+    return z, t, weight, bias
+
+
+def streamed(z, t, part=70):
+    gram = Gram(z.shape[1], t.shape[1])
+    for start in range(0, len(z), part):
+        gram.update(z[start : start + part], t[start : start + part])
+    return gram
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-2, 1.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_refit_is_lapacks_least_squares(with_bias, damping):
+    z, t, weight, bias = data()
+    bias = bias if with_bias else None
+    got, shift = solve(streamed(z, t), weight, bias, damping)
+    want, want_shift = explicit(weight, bias, z, t, damping)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
+    assert (shift is None) == (not with_bias)
+    if shift is not None:
+        torch.testing.assert_close(shift.double(), want_shift, rtol=1e-3, atol=2e-3)
+    # And the error it reports is that of the tokens.
+    missed = (t - z @ got.T - (0 if shift is None else shift)).double().square().sum(1).mean()
+    assert squared_error(streamed(z, t), got, shift) == pytest.approx(float(missed), rel=1e-3)
+    assert missed <= squared_error(streamed(z, t), weight, bias)
+
+
+def test_moments_merge_exactly_and_a_perfect_weight_stays():
+    z, t, weight, bias = data()
+    merged = streamed(z[:100], t[:100])
+    merged.merge(streamed(z[100:], t[100:]))
+    whole = Gram(z.shape[1], t.shape[1])
+    whole.update(z, t)
+    for name in ("z_mean", "t_mean", "zz", "tz", "tt"):
+        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-4, atol=1e-2)
+    perfect = streamed(z, z @ weight.T + bias)
+    got, shift = solve(perfect, weight, bias, 1e-2)
+    torch.testing.assert_close(got, weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shift, bias, rtol=1e-3, atol=1e-3)
+
+
+def test_moments_that_cannot_be_factorised_are_an_error():
+    with pytest.raises(FloatingPointError, match="factorised"):
+        solve(streamed(torch.zeros(8, 3), torch.zeros(8, 2)), torch.ones(2, 3), None, 0.1)
+    z = torch.ones(8, 3)
+    z[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="factorised"):
+        solve(streamed(z, torch.zeros(8, 2)), torch.ones(2, 3), None, 0.1)

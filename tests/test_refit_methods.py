@@ -1,0 +1,149 @@
+"""Methods that refit: attached, cut and saved alike; kept on disk; refused where they cannot be."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from refitting import WINDOWS, consumers_of, following, logits, refitting
+from tiny import FAMILIES, Given, token_ids
+from transformers import AutoModelForCausalLM
+
+from probeprune import Compensation, Refit, UsageError, attach, compose, prune, save, with_equal_widths
+from probeprune.calibration.collecting import calibrate
+from probeprune.calibration.refit import refit
+from probeprune.calibration.statistics import Statistics
+from probeprune.preparation import Preparation
+
+
+@pytest.mark.parametrize("importance", ["random", "obs"])
+@pytest.mark.parametrize("units", ["group", "balanced"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_window_and_cut_and_checkpoint_show_the_refit_and_detaching_leaves_no_trace(
+    family, units, importance, tmp_path
+):
+    model = FAMILIES[family]()
+    method = refitting(
+        "random", importance=importance, unit_kind=units, how=Refit(damping=(1e-1,), sensitivity=2)
+    )
+    before, ids = {k: v.clone() for k, v in model.state_dict().items()}, token_ids()
+    preparation = Preparation(model, WINDOWS, batch_size=8)
+    consumers = preparation.statistics(method, 0.3).consumers
+    plain = replace(method, importance="random", compensation=Compensation())
+    with attach(model, plain, 0.3):
+        without = logits(model, ids)
+    with attach(model, method, 0.3, calibration=preparation) as handle:
+        attached = logits(model, ids)
+        kept = handle.kept_units()
+    assert (attached - without).abs().max() > 1e-2
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(v.equal(after[k]) for k, v in before.items())
+    done = prune(model, method, 0.3, calibration=WINDOWS, batch_size=8)
+    assert [k.units for k in done.kept] == [k.units for k in kept]
+    torch.testing.assert_close(logits(model, ids), attached, rtol=1e-4, atol=1e-4)
+    assert done.record()["refits"].keys() == consumers.keys()
+    save(model, tmp_path / "out")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert logits(opened, ids).equal(logits(model, ids))
+
+
+def test_consumers_are_read_back_and_made_anew_for_anything_else(tmp_path):
+    model, method = FAMILIES["opt"](), following()
+    first = consumers_of(model, method, 0.4, cache=tmp_path)
+    files = set(tmp_path.glob("*.safetensors"))
+    again = consumers_of(model, method, 0.4, cache=tmp_path)
+    assert set(tmp_path.glob("*.safetensors")) == files
+    assert first.keys() == again.keys()
+    for name, consumer in first.items():
+        other = again[name]
+        assert consumer.record() == other.record()
+        assert consumer.weight.equal(other.weight) and consumer.bias.equal(other.bias)
+        assert (consumer.inverse is None) == (other.inverse is None)
+        if consumer.inverse is not None:
+            assert consumer.inverse.equal(other.inverse) and consumer.mean.equal(other.mean)
+    for changed in (
+        (method, 0.3, WINDOWS),
+        (method, 0.4, WINDOWS[:20]),
+        (following(Refit(damping=(1e-1,), sensitivity=2)), 0.4, WINDOWS),
+    ):
+        before = len(list(tmp_path.glob("*.safetensors")))
+        consumers_of(model, *changed, cache=tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) > before
+    broken = max(files, key=lambda f: f.stat().st_size)
+    broken.write_bytes(broken.read_bytes()[:1000])
+    assert consumers_of(model, method, 0.4, cache=tmp_path).keys() == first.keys()
+
+
+def test_a_refit_takes_no_more_windows_than_it_may():
+    # Units are ordered by their weights, so that only the refit reads the windows.
+    model, few = FAMILIES["llama"](), refitting("magnitude", Refit(windows=9, damping=(1e-1,)))
+    some = consumers_of(model, few, 0.3)
+    same = consumers_of(model, few, 0.3, WINDOWS[:9])
+    more = consumers_of(model, refitting("magnitude", Refit(damping=(1e-1,))), 0.3)
+    assert all(c.weight.equal(same[n].weight) and not c.weight.equal(more[n].weight) for n, c in some.items())
+
+
+def test_one_width_for_all_layers_stays_a_plain_checkpoint(tmp_path):
+    model = FAMILIES["mistral"]()
+    prune(model, replace(with_equal_widths("wanda-sp"), compensation=Refit()), 0.3, calibration=WINDOWS)
+    save(model, tmp_path / "out", layout="uniform")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "MistralForCausalLM"
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+def test_too_few_windows_are_refused():
+    method = refitting(how=Refit(damping=(0.1, 1.0)))
+    with pytest.raises(UsageError, match="leaves none to fit"):
+        prune(FAMILIES["llama"](), method, 0.3, calibration=WINDOWS[:1])
+
+
+@pytest.mark.parametrize("made_for", [None, 0.5])
+def test_consumers_that_are_missing_or_made_for_other_units_are_refused(made_for):
+    model = FAMILIES["llama"]()
+    consumers = {} if made_for is None else consumers_of(model, refitting(), made_for)
+    given = Given(model, Statistics(calibrate(model, WINDOWS), consumers=consumers))
+    for apply in (attach, prune):
+        with pytest.raises(UsageError, match="no consumer of"):
+            apply(model, refitting(), 0.3, calibration=given)
+
+
+def test_a_name_that_is_no_block_is_refused():
+    with pytest.raises(UsageError, match="is no block"):
+        refit(FAMILIES["llama"](), {"lm_head": torch.arange(3)}, WINDOWS)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "says"),
+    [
+        ("wanda-sp", {"importance": "obs"}, r"give compensation=Refit\(\)"),
+        ("wanda-sp", {"importance": "obs", "allocation": "global", "compensation": Refit()}, "no scores"),
+        ("wanda-sp", {"compensation": None}, "a compensation is a record"),
+        ("wanda-sp", {"compensation": Refit}, "a compensation is a record"),
+        ("wanda-sp", {"compensation": "least-square"}, "did you mean 'least-squares'"),
+        ("probe", {"compensation": Refit()}, "a probe chooses others at every batch"),
+        ("best-dynamic", {"compensation": "none", "importance": "ppsp"}, r"give compensation=Refit\(\)"),
+        ("best-dynamic", {"blocks": ("attention",)}, "prune MLPs"),
+        ("dense", {"compensation": Refit()}, "leave the refit out"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(base, changes, says):
+    with pytest.raises(UsageError, match=says):
+        compose(base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"damping": ()}, "damping"),
+        ({"damping": (0.0,)}, "damping"),
+        ({"held_out": 1.0}, "held_out=1.0"),
+        ({"share": 2.0}, "share=2.0"),
+        ({"windows": 0}, "at least 1 window"),
+        ({"sensitivity": -1}, "sensitivity"),
+        ({"sequential": False}, "share=0"),
+    ],
+)
+def test_settings_that_make_no_refit_are_refused(settings, says):
+    with pytest.raises(UsageError, match=says):
+        Refit(**settings)
