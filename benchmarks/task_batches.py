@@ -1,10 +1,10 @@
-"""How much the grouping of requests changes a dynamic method's accuracy, and that it changes no static one's.
+"""How much the grouping of requests changes the accuracy of a dynamic method, and that of no static one.
 
     python benchmarks/task_batches.py        (three minutes on two cores)
 
-Probe Pruning chooses anew for every batch, so its answers depend on what shares one. The same items run with
-several batch sizes and both orders. Printed are accuracy and the share of items whose answer differs from
-that of the first line.
+Probe Pruning chooses units anew for every batch, so each answer depends on the other requests in its batch.
+The same items run with several batch sizes and both orders. Prints the accuracy and the share of items whose
+answer differs from that of the first line.
 """
 
 import probeprune

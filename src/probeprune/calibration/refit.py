@@ -1,10 +1,10 @@
-"""The refit of the consumers that a cut made narrower, layer by layer, on calibration text.
+"""Refit the consumers that a cut made narrower, layer by layer, on calibration text.
 
-Which units stay is given, or chosen here by elimination: then the order is made for what the refit can do.
-Two streams of hidden states go through the model's own layers: the dense model's, and that of the model
-pruned and refitted so far. A block is fitted so that what it makes of the second comes nearest to what the
-dense block makes of the first, plus a share of the error that the second has gathered. The model is left as
-it was.
+The kept units are given, or chosen here by elimination, an order that takes the refit into account. Two
+streams of hidden states run through the model's own layers: one of the dense model, and one of the model
+pruned and refitted so far. A block is fitted so that its output on the second stream comes as close as
+possible to the dense block's output on the first, plus a share of the error accumulated in the second. The
+model itself is left unchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,11 +62,11 @@ def refit(
 ) -> dict[str, Consumer]:
     """Fit the consumers of blocks that keep only some units to the dense model's outputs.
 
-    One block is in memory at a time (two in a layer if not sequential): 8 (k^2 + d k) bytes of moments for k
-    channels (those kept; all where units are chosen here) and a hidden size of d, and 8 (2 k^2 + d k) while
-    it is solved, 8 (3 k^2 + 2 d k) while units are chosen. An MLP of 11008 channels at d = 4096 that keeps
-    60 % takes 0.6 GB and 0.9 GB; with the choice 1.3 GB and 3.6 GB. The streams are the windows' hidden
-    states in the model's dtype, two of them if sequential: windows x length x d numbers each.
+    One block is in memory at a time (both blocks of a layer if not sequential). Moments of k channels (the
+    kept ones, or all where units are chosen here) at hidden size d take 8 (k^2 + d k) bytes; solving takes
+    8 (2 k^2 + d k) and choosing units 8 (3 k^2 + 2 d k). An MLP of 11008 channels at d = 4096 that keeps 60 %
+    takes 0.6 GB and 0.9 GB; with the choice of units, 1.3 GB and 3.6 GB. The streams are the hidden states of
+    all windows in the model's dtype, two of them if sequential: windows x length x d numbers each.
 
     Args:
         model: a supported causal LM in eval mode, nothing attached. Put back bit for bit at the end.
@@ -96,7 +96,7 @@ def refit(
         blocks = find_blocks(model, request.unit_kind)
         strange = request.cuts.keys() - {b.name for b in blocks}
         if strange:
-            raise UsageError(f"{min(strange)} is no block of this model; find_blocks lists them.")
+            raise UsageError(f"{min(strange)} is not a block of this model; find_blocks lists them.")
         layers = LayerRunner(model, parts)
         partitions = {b.name: Partition(b) for b in blocks if b.name in request.cuts}
         try:
@@ -159,7 +159,7 @@ class _LayerwiseRefit:
             cut = [b for b in here if b.name in self.partitions]
             if cut and self.how.sequential and self.pruned is self.dense:
                 self.pruned = list(self.dense)
-            # In sequence, an MLP sees what its layer's attention has become.
+            # In sequence, an MLP is fitted behind the pruned attention of its layer.
             together = [[b] for b in cut] if self.how.sequential else [cut] if cut else []
             for group in together:
                 moments = self._moments(here, group, leave=group is together[-1])
@@ -174,7 +174,7 @@ class _LayerwiseRefit:
         return fitted
 
     def _leave(self, layer: int, stream: list[torch.Tensor]) -> None:
-        """Take a stream behind a layer."""
+        """Advance a stream through a layer."""
         for i, hidden in enumerate(stream):
             stream[i] = self.layers.run(layer, i, hidden)
 
@@ -183,7 +183,7 @@ class _LayerwiseRefit:
     ) -> dict[str, tuple[Gram, Gram]]:
         """Moments of the group's inputs and targets: on the batches to fit, on those held out.
 
-        With `leave` the dense stream is behind the layer afterwards: it has run through it anyway.
+        With `leave`, the dense stream is advanced through the layer, as it runs through it anyway.
         """
         moments = {b.name: (self._empty(b), self._empty(b)) for b in group}
         for i in range(len(self.dense)):
@@ -211,19 +211,19 @@ class _LayerwiseRefit:
         return Gram(k, d, block.consumer.weight.device)
 
     def _error(self, block: Block, dense: dict[str, Captured], pruned: dict[str, Captured]) -> torch.Tensor:
-        """What the residual stream of the pruned model lacks in front of this block's output."""
+        """The error of the pruned model's residual stream in front of this block's output."""
         if not self.added:
             return torch.zeros_like(dense[block.kind].output)
         error = dense[block.kind].residual.float() - pruned[block.kind].residual
         attention = dense.get("attention")
         if block.kind == "mlp" and attention is not None and attention.residual is dense["mlp"].residual:
-            # Blocks in parallel read one residual; the attention has made up for its share of the error.
+            # Parallel blocks read one residual; the attention has already made up for its share of the error.
             error = error + attention.output - pruned["attention"].output
         return error
 
     def _fit(self, block: Block, fit: Gram, held: Gram) -> Consumer:
-        """Choose the units if they are to be chosen here, then the damping; fit to all windows, and show the
-        result from now on."""
+        """Choose the units, if they are not given, then the damping; fit to all windows; show the result from
+        here on."""
         partition = self.partitions[block.name]
         own_bias = block.consumer.bias
         try:
@@ -265,15 +265,15 @@ class _LayerwiseRefit:
     def _best_damping(
         self, fit: Gram, judge: Gram, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[float, float]:
-        """The smallest error on the moments that judge, and the damping that gives it."""
+        """The smallest error on the moments `judge`, and its damping."""
         return min((squared_error(judge, *solve(fit, weight, bias, d)), d) for d in self.how.damping)
 
     def _eliminate(self, block: Block, fit: Gram, held: Gram) -> tuple[Gram, Gram]:
-        """Keep the units that elimination leaves last; returns the moments of their channels."""
+        """Keep the units that elimination would remove last; return the moments of their channels."""
         partition = self.partitions[block.name]
         weight, bias = partition.consumer_weight, block.consumer.bias
         damping = self.how.damping[0]
-        if held.count:  # there is something to choose
+        if held.count:  # several candidates
             _, damping = self._best_damping(fit, held, weight, bias)
         found = eliminate(
             normal_equations(fit, weight, bias is not None, damping)[0],
