@@ -79,7 +79,7 @@ def recover(
     from probeprune.data.windows import Text
     from probeprune.jobs import train as jobs
     from probeprune.model.checkpoint import check_free
-    from probeprune.training.settings import Lora, Training
+    from probeprune.training.settings import Lora, Training, TrainingText
 
     check_free(out_dir)
     training = Training(
@@ -100,10 +100,7 @@ def recover(
         record = jobs.recover_to(
             loaded,
             out_dir,
-            training,
-            corpus=text,
-            packing=packing,
-            evaluation=Text(corpus, windows),
+            jobs.TrainingJob(training, Text(corpus, windows), TrainingText(text, packing)),
             merge=merge,
             pruning=pruning_of(model),
             save_dtype=weights_dtype(loaded, dtype),
@@ -148,7 +145,8 @@ def loraprune(
     from probeprune.data.windows import Text
     from probeprune.jobs import train as jobs
     from probeprune.model.checkpoint import check_free
-    from probeprune.training.settings import Lora, Training
+    from probeprune.training.loraprune import LoraPruneCut
+    from probeprune.training.settings import Lora, Training, TrainingText
 
     check_free(out_dir)
     check_ratio(ratio)
@@ -172,15 +170,9 @@ def loraprune(
     with progress_bar() as show:
         record = jobs.loraprune_to(
             loaded,
-            ratio,
             out_dir,
-            training,
-            layout=layout,  # type: ignore[arg-type]
-            round_to=round_to,
-            skip_layers=skip_layers,
-            corpus=text,
-            packing=packing,
-            evaluation=Text(corpus, windows),
+            LoraPruneCut(ratio, layout, skip_layers, round_to),  # type: ignore[arg-type]
+            jobs.TrainingJob(training, Text(corpus, windows), TrainingText(text, packing)),
             save_dtype=weights_dtype(loaded, dtype),
             progress=show,
         )
