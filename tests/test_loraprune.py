@@ -16,7 +16,7 @@ from probeprune.surgery import cut
 from probeprune.training.loraprune import (
     LoraPrune,
     LoraPruneCut,
-    _adapter,
+    lora_layer,
     lora_salience,
     loraprune,
     schedule,
@@ -155,4 +155,4 @@ def test_loraprune_reaches_the_ratio_and_spares_the_first_layers(tmp_path):
 
 def test_split_gradients_are_refused():
     with pytest.raises(UsageError, match="not FSDP"):
-        _adapter(torch.nn.Linear(2, 2), None)
+        lora_layer(torch.nn.Linear(2, 2), None)

@@ -1,4 +1,4 @@
-"""What goes wrong under an attached method stays small: the model comes back, and no pass meets another."""
+"""Failures under an attached method do no harm: the model can be restored, and passes do not interfere."""
 
 import threading
 
@@ -20,20 +20,20 @@ def calibrated(request):
 
 
 def parts(model) -> dict[str, object]:
-    """Everything of a model that attaching touches, by name."""
-    found: dict[str, object] = {}
+    """All parts of a model that attaching may change, by name."""
+    by_name: dict[str, object] = {}
     for name, module in model.named_modules():
-        found |= {f"{name}.{k}": v for k, v in vars(module).items() if not k.startswith("_")}
-        found |= {f"{name}.{k}": p for k, p in module._parameters.items()}
-        found[f"{name} hooks"] = (len(module._forward_pre_hooks), len(module._forward_hooks))
-    return found
+        by_name |= {f"{name}.{k}": v for k, v in vars(module).items() if not k.startswith("_")}
+        by_name |= {f"{name}.{k}": p for k, p in module._parameters.items()}
+        by_name[f"{name} hooks"] = (len(module._forward_pre_hooks), len(module._forward_hooks))
+    return by_name
 
 
 def assert_untouched(model, before: dict[str, object], values: dict[str, torch.Tensor]) -> None:
-    now = parts(model)
-    assert now.keys() == before.keys()
+    after = parts(model)
+    assert after.keys() == before.keys()
     for name, part in before.items():
-        assert now[name] is part or now[name] == part, name
+        assert after[name] is part or after[name] == part, name
     assert all(p.equal(values[n]) for n, p in model.named_parameters())
 
 
@@ -65,7 +65,7 @@ def test_an_exception_anywhere_leaves_the_model_restorable(calibrated, place, wh
         cache = None
         if when == "refresh":
             cache = model(token_ids(), use_cache=True).past_key_values
-        # In front of our own hooks, and in a probe that runs ahead too.
+        # It runs before our own hooks, and also in a probe that runs ahead.
         hook = module.register_forward_pre_hook(fail, prepend=True)
         with pytest.raises(error):
             model(*inputs) if cache is None else model(token_ids(4, 1), past_key_values=cache)
@@ -115,7 +115,7 @@ def test_attaching_twice_is_refused_and_changes_nothing(llama, method):
 
 
 def together(*work) -> list:
-    """Run functions at the same time in a thread each; their results or exceptions."""
+    """Run functions at the same time, each in a thread; returns their results or exceptions."""
     results: list = [None] * len(work)
     start = threading.Barrier(len(work))
 
@@ -135,7 +135,7 @@ def together(*work) -> list:
 
 
 def test_passes_from_several_threads_run_one_after_the_other(llama):
-    # No history: then what a batch gives does not depend on the batches before it.
+    # Without history, the output of a batch does not depend on the batches before it.
     model, statistics = llama
     method = compose("probe", probe=Probe(reuse=0, fusion="none"))
     batches = [token_ids(2, 12, seed=s) for s in range(4)]
@@ -146,8 +146,8 @@ def test_passes_from_several_threads_run_one_after_the_other(llama):
 
     with attach(model, method, 0.3, statistics=statistics):
         alone = [passes(ids)[0] for ids in batches]
-        found = together(*(lambda ids=ids: passes(ids) for ids in batches))
-    for want, got in zip(alone, found, strict=True):
+        at_once = together(*(lambda ids=ids: passes(ids) for ids in batches))
+    for want, got in zip(alone, at_once, strict=True):
         for out in got:
             close(out, want)
 
@@ -179,20 +179,20 @@ def test_a_pass_waits_for_the_one_that_runs(llama):
 
 
 def test_generations_that_take_turns_are_refused(llama):
-    # Each prompt chooses its heads; the cache of the other one is then read by the wrong ones.
+    # Each prompt chooses its own heads, so the wrong heads would read the cache of the other prompt.
     model, statistics = llama
     prompted = threading.Event(), threading.Event()
 
-    def generation(own, others):
+    def generation(mine, other):
         with torch.no_grad():
-            cache = model(token_ids(2, 9, seed=own), use_cache=True).past_key_values
-            prompted[own].set()
-            prompted[others].wait(10)
+            cache = model(token_ids(2, 9, seed=mine), use_cache=True).past_key_values
+            prompted[mine].set()
+            prompted[other].wait(10)
             return model(token_ids(2, 1), past_key_values=cache).logits
 
     with attach(model, PROBING, 0.3, statistics=statistics):
-        found = together(lambda: generation(0, 1), lambda: generation(1, 0))
-    refused = [r for r in found if isinstance(r, UsageError)]
+        results = together(lambda: generation(0, 1), lambda: generation(1, 0))
+    refused = [r for r in results if isinstance(r, UsageError)]
     assert len(refused) == 1 and "only one generation at a time" in str(refused[0])
 
 

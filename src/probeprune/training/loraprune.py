@@ -112,7 +112,7 @@ class LoraPrune(TrainerCallback, ExportableState):
             self.masked = {n: torch.tensor(m, dtype=torch.bool) for n, m in saved["masked"].items()}
             self.skipped = saved["skipped"]
         for block, _ in self.blocks:
-            consumer = _adapter(model, block.members[-1])
+            consumer = lora_layer(model, block.members[-1])
             self._channels[block.name] = self._channel_mask(block)
             self._hooks.append(consumer.register_forward_pre_hook(self._mask_channels(block.name)))
 
@@ -153,7 +153,7 @@ class LoraPrune(TrainerCallback, ExportableState):
         for block, _ in self.blocks:
             parts = []
             for m in block.members:
-                values = m.part(lora_salience(m, _adapter(model, m)), block.units)
+                values = m.part(lora_salience(m, lora_layer(model, m)), block.units)
                 parts.append(values.view(block.units, m.width).sum(1))
             saliences[block.name] = sum_of_shares(parts)
         # One copy to the CPU for all blocks: on CUDA each copy would wait for the device.
@@ -187,8 +187,11 @@ class LoraPrune(TrainerCallback, ExportableState):
         return hook
 
 
-def _adapter(model: Any, member: Member) -> Any:
-    """PEFT's LoRA layer around a member's linear map."""
+def lora_layer(model: Any, member: Member) -> Any:
+    """PEFT's LoRA layer around the linear map of a member; `model` is the one that the Trainer trains.
+
+    Raises `UsageError` for a model whose weights are split over processes.
+    """
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if not isinstance(inner, PeftModel):
         raise UsageError(
