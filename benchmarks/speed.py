@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 import probeprune
-from probeprune.bench.measure import Figures, Point, measure
+from probeprune.bench.lines import BenchLine
+from probeprune.bench.measure import GridPoint, measure_point
 from probeprune.bench.profiling import PARTS
 from probeprune.bench.targets import Target, from_loaded, of_shape
 
@@ -27,8 +28,8 @@ class Case:
     """One line to be shown: what is run, and the least efficiency it should have."""
 
     method: str
-    stage: str
-    point: Point
+    phase: str
+    point: GridPoint
     goal: float
     new_tokens: int = 0
     shape: str | None = None
@@ -36,10 +37,10 @@ class Case:
 
 
 CASES = {
-    "static": Case("ppsp", "prefill", Point(16, 512), 0.95),
-    "probe": Case("probe", "prefill", Point(16, 512), 0.90),
-    "large": Case("probe", "prefill", Point(4, 1024), 0.95, shape="llama-2-7b"),
-    "decode": Case("probe", "decode", Point(1, 512), 0.85, new_tokens=128),
+    "static": Case("ppsp", "prefill", GridPoint(16, 512), 0.95),
+    "probe": Case("probe", "prefill", GridPoint(16, 512), 0.90),
+    "large": Case("probe", "prefill", GridPoint(4, 1024), 0.95, shape="llama-2-7b"),
+    "decode": Case("probe", "decode", GridPoint(1, 512), 0.85, new_tokens=128),
 }
 OVERHEAD, MEMORY = 0.02, 1.02
 """At most: share of choosing, scoring, swapping and history; peak memory over dense."""
@@ -70,7 +71,7 @@ def report(name: str, case: Case, dtype: str, rounds: int) -> None:
         heads = [
             k / b.units for b, k in zip(handle.blocks, handle.widths, strict=True) if b.kind == "attention"
         ]
-    lines = measure(
+    lines = measure_point(
         target,
         [method],
         RATIO,
@@ -81,11 +82,11 @@ def report(name: str, case: Case, dtype: str, rounds: int) -> None:
         progress=lambda what, done, total: None,
     )
     dense, pruned = (
-        next(f for f in lines if f["method"] == m and f["stage"] == case.stage)
+        next(f for f in lines if f["method"] == m and f["phase"] == case.phase)
         for m in ("dense", case.method)
     )
     point = f"{case.point.batch_size} x {case.point.length}"
-    print(f"\n{name}: {case.method}, {case.stage} of {point}, {target.name}, {dtype}")
+    print(f"\n{name}: {case.method}, {case.phase} of {point}, {target.name}, {dtype}")
     low, high = pruned["speedup_range"]
     work, efficiency = pruned["work_share"], pruned["efficiency"]
     overhead, memory = pruned["overhead_share"], pruned["memory_over_dense"]
@@ -112,7 +113,7 @@ def against(larger: float, smaller: float, goal: float) -> str:
     return f"goal {goal:g}: {'met' if larger >= smaller else 'missed'}"
 
 
-def profile(f: Figures) -> str:
+def profile(f: BenchLine) -> str:
     """Milliseconds by part."""
     parts = f["profile_ms"]
     return ", ".join(f"{p} {parts[p]:.1f}" for p in PARTS if parts[p]) + f"; sum {sum(parts.values()):.1f}"

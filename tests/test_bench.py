@@ -8,14 +8,17 @@ import torch
 from tiny import FAMILIES, PROBING, padded, token_ids
 
 from probeprune import METHODS, attach, calibrate, find_blocks
-from probeprune.bench.measure import Point, measure
-from probeprune.bench.profiling import OVERHEAD, PARTS, profiled
-from probeprune.bench.show import plot, profile_table, tables
+from probeprune.bench.measure import GridPoint, measure_point
+from probeprune.bench.plot import plot
+from probeprune.bench.profiling import PARTS, profiled
+from probeprune.bench.tables import profile_table, tables
 from probeprune.bench.targets import SHAPES, Target, of_shape
 from probeprune.calibration.statistics import Statistics
 from probeprune.cli import app, run
 from probeprune.errors import UsageError
-from probeprune.model.cost import blocks_flops, probe_flops
+from probeprune.model.cost import blocks_flops
+from probeprune.stages import STAGES
+from probeprune.strategies.probe import probe_flops
 from probeprune.surgery import method_consumers
 
 CPU = torch.device("cpu")
@@ -34,8 +37,8 @@ def figures():
     tiny = target("llama-gqa")
     known = calibrate(tiny.model, token_ids(6, 16, seed=9))
     found = []
-    for point in (Point(1, 8), Point(4, 12)):
-        found += measure(
+    for point in (GridPoint(1, 8), GridPoint(4, 12)):
+        found += measure_point(
             tiny,
             [METHODS["ppsp"], PROBING],
             0.3,
@@ -48,8 +51,8 @@ def figures():
     return found
 
 
-def test_there_is_a_line_for_every_method_stage_and_point(figures):
-    lines = [(f["batch_size"], f["length"], f["stage"], f["method"]) for f in figures]
+def test_there_is_a_line_for_every_method_phase_and_point(figures):
+    lines = [(f["batch_size"], f["length"], f["phase"], f["method"]) for f in figures]
     assert len(lines) == len(set(lines)) == 2 * 2 * 3
     for f in json.loads(json.dumps(figures)):
         assert f["efficiency"] == pytest.approx(f["speedup"] * f["work_share"])
@@ -69,7 +72,7 @@ def test_work_is_what_the_formulas_say(figures):
     for f in (f for f in figures if f["method"] != "dense"):
         shape = f["batch_size"], f["length"]
         assert f["cache_over_dense"] == pytest.approx(sum(heads) / len(heads))
-        if f["stage"] == "prefill":
+        if f["phase"] == "prefill":
             own = blocks_flops(blocks, kept, *shape)
             own += probe_flops(blocks, kept, PROBING.probe, *shape) if f["method"] == "probe" else 0
             assert f["work_share"] == pytest.approx(own / blocks_flops(blocks, full, *shape), abs=1e-3)
@@ -84,8 +87,8 @@ def test_the_model_is_left_as_it_was():
     before = {n: p.clone() for n, p in tiny.model.named_parameters()}
     known = calibrate(tiny.model, token_ids(6, 16, seed=9))
     options = {"known": {PROBING.name: known}, "new_tokens": 0, "rounds": 1, "progress": lambda *_: None}
-    found = measure(tiny, [PROBING], 0.3, Point(2, 8), **options)
-    assert {f["stage"] for f in found} == {"prefill"}
+    found = measure_point(tiny, [PROBING], 0.3, GridPoint(2, 8), **options)
+    assert {f["phase"] for f in found} == {"prefill"}
     assert all(p.equal(before[n]) for n, p in tiny.model.named_parameters())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in tiny.model.modules())
 
@@ -98,7 +101,7 @@ def test_a_profile_knows_every_part_and_only_what_ran(family, method):
     with attach(model, method, 0.3, statistics=known) as handle, torch.no_grad():
         found, _ = profiled(handle.blocks, CPU, lambda: model(*padded("none")))
     assert tuple(found) == PARTS
-    stages = ("run_ahead", *(s for s in OVERHEAD if s != "refit")) if method is PROBING else ()
+    stages = tuple(s.name for s in STAGES if s.name != "refit") if method is PROBING else ()
     runs = ("attention", "mlp", "rest", *stages)
     for part, ms in found.items():
         assert ms > 0 if part in runs else ms == 0, part
@@ -125,7 +128,7 @@ def test_shapes_are_the_real_models():
     assert len(two.model.model.layers) == 2 and "2 layers" in two.name
     with pytest.raises(UsageError, match="did you mean 'llama-2-7b'"):
         of_shape("llama2-7b", 1, torch.float32, CPU)
-    with pytest.raises(UsageError, match="at least one layer"):
+    with pytest.raises(UsageError, match="layers must be at least 1, not 0"):
         of_shape("llama-2-7b", 0, torch.float32, CPU)
 
 

@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
+import typer
 
-from probeprune.cli import app, common, run
+from probeprune.cli import app, run, values
+from probeprune.errors import UsageError
 from probeprune.methods import METHODS
 
 
@@ -17,10 +19,38 @@ def call(*arguments: str) -> int:
     return run(lambda: app(list(arguments)))
 
 
-def test_help_has_an_example_for_every_command(capsys):
-    for command in ("compare", "bench", "methods", "models"):
-        assert call(command, "--help") == 0
-        assert "Example: probeprune" in capsys.readouterr().out
+COMMANDS = typer.main.get_command(app).commands
+
+
+def test_all_commands_are_there():
+    assert set(COMMANDS) == {
+        *("compare", "table", "report", "prune", "recover", "loraprune", "generate", "bench"),
+        *("methods", "models"),
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_option_and_an_example(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert call(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"Example: probeprune {command}" in shown
+    for parameter in COMMANDS[command].params:
+        assert all(name in shown for name in parameter.opts), parameter.name
+        assert parameter.help.rstrip(")] ").rstrip(".") in " ".join(shown.split()), parameter.name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_sentence_of_help(command):
+    for parameter in COMMANDS[command].params:
+        assert parameter.help.endswith("."), parameter.name
+        assert parameter.help[0].isupper(), parameter.name
+
+
+def test_no_arguments_show_all_commands(capsys):
+    call()
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
 
 
 def test_methods_and_models_are_listed(capsys):
@@ -40,7 +70,12 @@ def test_methods_and_models_are_listed(capsys):
         (["compare", "--ratios", "-0.1"], "outside [0, 1)"),
         (["compare", "--ratios", "many"], "not a number"),
         (["compare", "--units", "grup"], "did you mean 'group'"),
-        (["compare", "--batch-size", "0"], "--batch-size is too small"),
+        (["compare", "--batch-size", "0"], "--batch-size must be at least 1, not 0."),
+        (["compare", "--windows", "-1"], "--windows must be at least 0, not -1."),
+        (["compare", "--length", "1"], "--length must be at least 2, not 1."),
+        (["compare", "--calibration-windows", "0"], "--calibration-windows must be at least 1, not 0."),
+        (["compare", "--sampling", "publish"], "did you mean 'published'"),
+        (["compare", "--train-steps", "0"], "--train-steps must be at least 1, not 0."),
         (["compare", "no/such/model"], "no/such/model"),
         (["compare", "--dtype", "int3"], "int3"),
         (["bench", "--methods", "prob"], "did you mean 'probe'"),
@@ -133,4 +168,44 @@ def test_it_starts_fast_enough_to_ask_for_help():
     code = "import sys; import probeprune.cli; print('matplotlib' in sys.modules, 'datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
-    assert common.names(" a, b ,", "x") == ["a", "b"]
+
+
+def test_lists_are_separated_by_commas():
+    assert values.names(" a, b ,", "x") == ["a", "b"]
+    assert values.numbers("0.2, .4", "x") == [0.2, 0.4]
+    assert values.whole_numbers("1,16,", "x", least=1) == [1, 16]
+
+
+@pytest.mark.parametrize(
+    ("read", "says"),
+    [
+        (lambda: values.names(" , ", "methods"), "--methods is empty"),
+        (lambda: values.numbers("0.2,many", "ratios"), "--ratios '0.2,many' is not a number"),
+        (
+            lambda: values.whole_numbers("1,x", "seeds", 0),
+            "--seeds '1,x' must be whole",
+        ),
+        (lambda: values.whole_numbers("1.5", "seeds", 0), "--seeds '1.5' must be whole numbers"),
+        (
+            lambda: values.whole_numbers("0", "lengths", 1),
+            "numbers of at least 1, such as",
+        ),
+        (
+            lambda: values.one_of("layout", "evn", ("even", "odd")),
+            "did you mean 'even'? Known: even, odd.",
+        ),
+        (lambda: values.at_least(1, batch_size=0), "--batch-size must be at least 1, not 0."),
+    ],
+)
+def test_values_that_cannot_be_read_are_refused(read, says):
+    with pytest.raises(UsageError) as refusal:
+        read()
+    assert says in str(refusal.value)
+
+
+def test_brackets_in_an_error_are_printed_as_they_are(capsys):
+    def refused() -> None:
+        raise UsageError("no model '[bold]x[/bold]'; give another.")
+
+    assert run(refused) == 2
+    assert "no model '[bold]x[/bold]'; give another." in capsys.readouterr().err

@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import probeprune
 from probeprune.methods import compose
 from probeprune.model.blocks import find_blocks
-from probeprune.model.cost import PeakMemory, blocks_flops, counting_flops, probe_flops
+from probeprune.model.cost import PeakMemory, blocks_flops, counting_flops
 from probeprune.model.passes import find_decoder
-from probeprune.strategies.probe import Probe
+from probeprune.strategies.probe import Probe, probe_flops
 
 LENGTH = 24
 

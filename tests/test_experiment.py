@@ -16,17 +16,19 @@ from probeprune import report
 from probeprune.cli import app, run
 from probeprune.data.windows import Text
 from probeprune.errors import UsageError
-from probeprune.experiment.cells import Cell, TextMeasure, grid, scaled_budget, subject
+from probeprune.experiment.cells import Cell, Setting, TextMeasure, TrainingBudget, grid, subject
 from probeprune.experiment.results import RESULTS, Results
 from probeprune.methods import METHODS
 
 TEXT = TextMeasure(windows=4)
-BUDGET = scaled_budget(12, 4, 16, 1e-3)
+BUDGET = TrainingBudget(12, 4, 16, 1e-3)
 
 
-def a_subject(name: str, ratio: float = 0.2, **changes):
-    options = {"calibration": Text("c4", 8), "budget": BUDGET, "dtype": "float32", "device": "cpu"}
-    return subject("m", METHODS[name], ratio, **{**options, **changes})
+SETTING = Setting("m", "float32", "cpu", Text("c4", 8), BUDGET)
+
+
+def a_subject(name: str, ratio: float = 0.2, seed: int = 0, **changes):
+    return subject(replace(SETTING, **changes), METHODS[name], ratio, seed)
 
 
 def row(cell: Cell, losses: list[float], flops: float = 1.0) -> dict:
@@ -75,7 +77,7 @@ def test_a_key_changes_with_everything_that_matters_and_nothing_else():
         Cell(a_subject("llm-pruner+lora", seed=1), TEXT),
         Cell(a_subject("llm-pruner"), TEXT),
         Cell(a_subject("llm-pruner+lora", calibration=Text("c4", 9)), TEXT),
-        Cell(a_subject("llm-pruner+lora", budget=scaled_budget(13, 4, 16, 1e-3)), TEXT),
+        Cell(a_subject("llm-pruner+lora", budget=TrainingBudget(13, 4, 16, 1e-3)), TEXT),
         Cell(a_subject("llm-pruner+lora", dtype="bfloat16"), TEXT),
         Cell(a_subject("llm-pruner+lora", weights="other"), TEXT),
         Cell(base.subject, replace(TEXT, windows=5)),

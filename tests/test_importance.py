@@ -1,4 +1,6 @@
-"""Importances at their edges, and which units they let stay; their formulas are in test_statistics.py."""
+"""Importances against their formulas and at their edges, and the units that stay by them."""
+
+import math
 
 import pytest
 import torch
@@ -30,20 +32,16 @@ def test_weights_in_half_precision_are_scored_in_float32():
 def test_an_importance_needs_no_more_than_its_row_says(name, kind):
     # `needs` decides whether calibration is asked for at all.
     block = find_blocks(FAMILIES["llama-gqa"]())[kind]
-    importance = IMPORTANCES[name]
-    if importance.ordered_by_refit:  # the order is made there, not by a score (test_refit.py)
-        assert importance.score is None and importance.needs == {"consumers"}
+    row = IMPORTANCES[name]
+    if row.ordered_by_refit:  # the order is made there, not by a score (test_refit.py)
+        assert row.score is None and row.needs == {"consumers"}
         return
-    evidence = {
-        "moments": {"energy": torch.rand(block.width), "variance": torch.rand(block.width)},
-        "saliences": {"saliences": tuple(torch.rand(block.units) for _ in block.members)},
-    }
-    needed = {field: value for part in importance.needs for field, value in evidence[part].items()}
-    if importance.from_batch:  # a batch has energies alone
-        del needed["variance"]
-    elif name == "flap":
-        del needed["energy"]
-    scores = importance.score(Evidence(block, ColumnNorms.of(block), **needed))
+    needed = {}
+    if "moments" in row.needs:
+        needed = {"energy" if row.from_batch else "variance": torch.rand(block.width)}
+    if "saliences" in row.needs:
+        needed["saliences"] = tuple(torch.rand(block.units) for _ in block.members)
+    scores = IMPORTANCES[name].score(Evidence(block, ColumnNorms.of(block), **needed))
     assert scores.shape == (block.units,) and scores.dtype == torch.float32
     assert scores.isfinite().all() and scores.unique().numel() == block.units
 
@@ -70,3 +68,49 @@ def test_choice_against_sorting_with_ties_to_the_lower_id(units, keep):
             ids = range(part * size, (part + 1) * size)
             slow += sorted(ids, key=lambda u: (-float(scores[u]), u))[: keep // parts]
         assert choose_units(scores, keep, block).tolist() == sorted(slow)
+
+
+@pytest.mark.parametrize("units", ["group", "query"])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_importances_against_their_formulas(kind, units):
+    block = find_blocks(FAMILIES["llama-bias"](), units)[kind]
+    g = torch.Generator().manual_seed(3)
+    e = torch.rand(block.width, generator=g) * 10
+    variance = torch.rand(block.width, generator=g)
+    evidence = Evidence(block, ColumnNorms.of(block), energy=e, variance=variance)
+    w = block.consumer.weight.detach().double()
+    d, width = w.shape[0], block.unit_width
+    raw = [float(variance[j]) * sum(float(w[i, j]) ** 2 for i in range(d)) for j in range(block.width)]
+    mean = sum(raw) / len(raw)
+    std = math.sqrt(sum((x - mean) ** 2 for x in raw) / len(raw))
+    got = {name: IMPORTANCES[name].score(evidence) for name in ("ppsp", "wanda-sp", "flap", "magnitude")}
+    for u in range(block.units):
+        own = range(u * width, (u + 1) * width)
+        ppsp = math.sqrt(sum((float(e[j]) * float(w[i, j]) ** 2) ** 2 for j in own for i in range(d)))
+        wanda = sum(math.sqrt(e[j]) * sum(abs(float(w[i, j])) for i in range(d)) for j in own)
+        flap = sum((raw[j] - mean) / std for j in own) / width
+        squares = 0.0
+        for m in block.members:
+            part = m.linear.weight.detach().double().narrow(m.axis, u * m.width, m.width)
+            squares += float((part**2).sum())
+        slow = {"ppsp": ppsp, "wanda-sp": wanda, "flap": flap, "magnitude": math.sqrt(squares)}
+        for name, value in slow.items():
+            assert float(got[name][u]) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_random_depends_on_seed_and_block_alone():
+    blocks = find_blocks(FAMILIES["llama"]())
+    norms = ColumnNorms.of(blocks[0])
+    torch.manual_seed(1)
+    one = IMPORTANCES["random"].score(Evidence(blocks[0], norms, seed=1))
+    torch.manual_seed(2)
+    assert IMPORTANCES["random"].score(Evidence(blocks[0], norms, seed=1)).equal(one)
+    assert not IMPORTANCES["random"].score(Evidence(blocks[0], norms, seed=2)).equal(one)
+    assert not IMPORTANCES["random"].score(Evidence(blocks[2], norms, seed=1)).equal(one)
+
+
+def test_ties_go_to_the_lower_id():
+    block = find_blocks(FAMILIES["llama"]())[1]
+    scores = torch.ones(100)
+    scores[70] = 2
+    assert choose_units(scores, 4, block).tolist() == [0, 1, 2, 70]

@@ -125,12 +125,12 @@ def test_directory_without_a_model(tmp_path):
 
 
 def test_unreachable_hub_model():
-    with pytest.raises(UsageError, match=r"Unknown model 'owner/name'.*smollm2-135m"):
+    with pytest.raises(UsageError, match=r"unknown model 'owner/name'.*smollm2-135m"):
         load_model("owner/name", dtype="float32")
 
 
 def test_slip_in_the_embedded_name():
-    with pytest.raises(UsageError, match="did you mean the embedded 'smollm2-135m'"):
+    with pytest.raises(UsageError, match="unknown model 'SmolLM2-135'; did you mean 'smollm2-135m'"):
         load_model("SmolLM2-135")
 
 
@@ -142,7 +142,7 @@ def test_other_file(tmp_path):
 
 
 def test_unknown_dtype():
-    with pytest.raises(UsageError, match=r"Unknown dtype 'int8': use auto, bfloat16, float16, float32\."):
+    with pytest.raises(UsageError, match=r"unknown dtype 'int8'; known: auto, bfloat16, float16, float32\."):
         load_model(dtype="int8")
 
 

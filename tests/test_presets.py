@@ -1,5 +1,6 @@
-"""Presets: data in, cells out, and the line of whatever is wrong."""
+"""Presets: a file becomes cells, and every mistake in it is reported with its line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,21 @@ from probeprune.evaluation.task_data import TASKS
 from probeprune.experiment.cells import CostMeasure, TaskMeasure, TextMeasure
 from probeprune.experiment.presets import load_preset, preset_names, published
 from probeprune.methods import METHODS
+from probeprune.strategies.compensation import Bias, Compensation, Refit
+from probeprune.strategies.criteria import Gradients
+from probeprune.strategies.probe import Probe
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
+from probeprune.strategies.refit_every_batch import RefitEveryBatch
+from probeprune.strategies.schedule import DuringTraining, Never
 
 GOOD = """\
 models: [smollm2-135m]
 methods:
   - dense
   - probe
-  - {base: probe, name: wide-probe, probe: {tokens: 0.9}, skip_layers: 1}
+  - {base: probe, name: wide-probe, when: {probe: {tokens: 0.9}}, skip_layers: 1}
   - flap+lora
+  - {base: best-static, name: half-refit, compensation: {share: 0.5, damping: [0.1, 0.3]}}
 ratios: [0.2, 0.4]
 seeds: [0, 1]
 calibration: {corpus: c4, windows: 8, length: 64}
@@ -57,9 +65,12 @@ def test_cells_are_the_grid_and_parts_take_their_seeds(tmp_path):
     assert count(CostMeasure, "flap+lora", 0) + count(CostMeasure, "flap+lora", 1) == 0, (
         "what is trained costs what its widths cost"
     )
-    own = next(c.subject for c in cells if c.subject.method.name == "wide-probe")
-    assert own.method.probe.tokens == 0.9 and own.method.skip_layers == 1
-    assert own.method.probe.samples == METHODS["probe"].probe.samples
+    wide = next(c.subject.method for c in cells if c.subject.method.name == "wide-probe")
+    assert wide.when.probe.tokens == 0.9 and wide.skip_layers == 1
+    assert wide.when == replace(METHODS["probe"].when, probe=wide.when.probe)
+    assert wide.when.probe == replace(METHODS["probe"].when.probe, tokens=0.9)
+    refit = next(c.subject for c in cells if c.subject.method.name == "half-refit").method.refit
+    assert refit == replace(METHODS["best-static"].refit, share=0.5, damping=(0.1, 0.3))
     trained = [i for i, c in enumerate(cells) if c.subject.seed == 0 and c.subject.budget is not None]
     untrained = [i for i, c in enumerate(cells) if c.subject.seed == 0 and c.subject.budget is None]
     assert min(trained) > max(untrained), "training takes the dense model's place, so it comes last"
@@ -68,19 +79,24 @@ def test_cells_are_the_grid_and_parts_take_their_seeds(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "right", "line", "says"),
     [
-        ("calibratoin:", "calibration:", 9, "unknown key 'calibratoin'; did you mean 'calibration'?"),
+        ("calibratoin:", "calibration:", 10, "unknown key 'calibratoin'; did you mean 'calibration'?"),
         ("  - prob\n", "  - probe\n", 4, "unknown method 'prob'; did you mean 'probe'?"),
         ("tokns: 0.9", "tokens: 0.9", 5, "did you mean 'tokens'?"),
         ("tokens: 9", "tokens: 0.9", 5, "must lie in (0, 1]"),
         ("name: wide-probe, ", "", 5, None),
         ("base: prob,", "base: probe,", 5, "did you mean 'probe'?"),
-        ("[0.2, 1.4]", "[0.2, 0.4]", 7, "ratio 1.4 is outside"),
-        ("[0.2, many]", "[0.2, 0.4]", 7, "expected a number, not 'many'"),
-        ("seeds: [0, 1]\ncalibration", "seeds: []\ncalibration", 8, None),
-        ("[boolq, pica]", "[boolq, piqa]", 14, "did you mean 'piqa'?"),
-        ("widnows: 4", "windows: 4", 12, "did you mean 'windows'?"),
-        ("steps: 0", "steps: 5", 10, "steps must be at least 1"),
-        ("round: 1", "rounds: 1", 17, "did you mean 'rounds'?"),
+        ("share: half", "share: 0.5", 7, "methods.compensation.share: expected a number, not 'half'"),
+        ("shar: 0.5", "share: 0.5", 7, "did you mean 'share'?"),
+        ("share: 5.0", "share: 0.5", 7, "methods.compensation: a refit's share=5.0"),
+        ("damping: 0.1", "damping: [0.1, 0.3]", 7, "methods.compensation.damping: expected a list"),
+        ("allocation: globl, skip_layers", "skip_layers", 5, "did you mean 'global'?"),
+        ("[0.2, 1.4]", "[0.2, 0.4]", 8, "ratio 1.4 is outside"),
+        ("[0.2, many]", "[0.2, 0.4]", 8, "expected a number, not 'many'"),
+        ("seeds: [0, 1]\ncalibration", "seeds: []\ncalibration", 9, None),
+        ("[boolq, pica]", "[boolq, piqa]", 15, "did you mean 'piqa'?"),
+        ("widnows: 4", "windows: 4", 13, "did you mean 'windows'?"),
+        ("steps: 0", "steps: 5", 11, "steps must be at least 1"),
+        ("round: 1", "rounds: 1", 18, "did you mean 'rounds'?"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(wrong, right, line, says, tmp_path):
@@ -91,6 +107,70 @@ def test_what_is_wrong_is_named_with_its_line(wrong, right, line, says, tmp_path
         preset(tmp_path, broken)
     assert f"line {line} of {tmp_path / 'own.yaml'}: " in str(error.value)
     assert says is None or says in str(error.value)
+
+
+def method(tmp_path: Path, text: str):
+    """The method that a preset describes by this text."""
+    rest = "ratios: [0.2]\ntraining: {steps: 1, batch_size: 1}\ncost: {}\n"
+    return preset(tmp_path, f"models: [m]\nmethods:\n  - {text}\n{rest}").methods[0]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{base: best-static, when: refit}", {"when": RefitEveryBatch()}),
+        ("{base: best-static, when: {kind: refit, share: 0.5}}", {"when": RefitEveryBatch(share=0.5)}),
+        (
+            "{base: ppsp, when: {kind: probe, probe: {tokens: 0.25}}}",
+            {"when": ProbeEveryBatch(Probe(tokens=0.25))},
+        ),
+        ("{base: probe-reuse, when: {decay: 0.5}}", {"when": ProbeEveryBatch(Probe(reuse=1024), decay=0.5)}),
+        (
+            "{base: best-dynamic, when: {probe: {min_size: 64}}}",
+            {"when": RefitEveryBatch(replace(RefitEveryBatch().probe, min_size=64))},
+        ),
+        ("{base: dense, when: {recovery: true}}", {"when": Never(recovery=True)}),
+        ("{base: loraprune, when: training}", {"when": DuringTraining()}),
+        ("{base: ppsp, compensation: {kind: least-squares, share: 0.5}}", {"compensation": Refit(share=0.5)}),
+        ("{base: best-static, compensation: {share: 0.5}}", {"compensation": Refit(share=0.5)}),
+        ("{base: wanda-sp, compensation: bias}", {"compensation": Bias()}),
+        ("{base: flap, compensation: none}", {"compensation": Compensation()}),
+        ("{base: llm-pruner, gradients: {length: 32}}", {"gradients": Gradients(length=32)}),
+        ("{base: loraprune, gradients: {draws: 1}}", {"gradients": Gradients(length=512, draws=1)}),
+        (
+            "{base: ppsp, importance: lora-guided, gradients: {draws: 1}}",
+            {"importance": "lora-guided", "gradients": Gradients(length=512, draws=1)},
+        ),
+    ],
+)
+def test_records_inside_a_method_are_read_by_their_type(written, expected, tmp_path):
+    base = METHODS[written.split("base: ")[1].split(",")[0]]
+    named = written.replace("{base:", "{name: mine, base:", 1)
+    assert method(tmp_path, named) == replace(base, name="mine", **expected)
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("{base: ppsp, when: often}", "methods.when: unknown when 'often'"),
+        ("{base: ppsp, when: {kind: prob}}", "unknown when 'prob'; did you mean 'probe'?"),
+        ("{base: ppsp, when: {probe: {tokens: 0.5}}}", "unknown key 'probe'"),
+        ("{base: ppsp, when: {kind: probe, tokens: 0.5}}", "unknown key 'tokens'"),
+        ("{base: ppsp, when: {kind: probe, probe: {tokens: 5.0}}}", "methods.when.probe: probe tokens"),
+        ("{base: best-static, when: {kind: refit, share: 1.0}}", "methods.when: a refit's share=1.0"),
+        ("{base: ppsp, when: refit}", "give compensation=Refit()"),
+        ("{base: ppsp, when: [probe]}", "methods.when: expected 'key: value' pairs"),
+        ("{base: ppsp, compensation: bais}", "unknown compensation 'bais'; did you mean 'bias'?"),
+        ("{base: ppsp, compensation: {share: 0.5}}", "unknown key 'share'"),
+        ("{base: ppsp, gradients: {length: 32}}", "takes no gradients"),
+        ("{base: llm-pruner, gradients: {length: 1}}", "methods.gradients: gradients need"),
+    ],
+)
+def test_a_mistake_in_a_record_inside_a_method_has_its_line(written, says, tmp_path):
+    with pytest.raises(UsageError) as error:
+        method(tmp_path, written.replace("{base:", "{name: mine, base:", 1))
+    assert f"line 3 of {tmp_path / 'own.yaml'}: " in str(error.value)
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +202,9 @@ def test_the_packages_own_hold_the_published_rows():
     rows |= {"llm-pruner", "llm-pruner+lora", "probe"}
     assert {"paper", "laptop"} <= set(preset_names())
     for name in ("paper", "laptop"):
-        own = load_preset(name)
-        assert rows <= {m.name for m in own.methods} and own.seeds == (0, 1, 2)
-        tasks = {m.task for p in own.parts for m in p.measures if isinstance(m, TaskMeasure)}
+        loaded = load_preset(name)
+        assert rows <= {m.name for m in loaded.methods} and loaded.seeds == (0, 1, 2)
+        tasks = {m.task for g in loaded.groups for m in g.measures if isinstance(m, TaskMeasure)}
         assert tasks == set(TASKS)
     assert load_preset("paper").ratios == (0.2, 0.4, 0.6)
     figures = published()

@@ -1,24 +1,22 @@
-"""The probe sees the real mask and the real positions; its choice is never padding.
-
-Choice and fusion against loops are in test_statistics.py; here is the probe run ahead, and the edges.
-"""
+"""The probe sees the real mask and the real positions; its choice is never padding."""
 
 import math
 
 import pytest
 import torch
-from tiny import FAMILIES, padded
+from tiny import FAMILIES, activations, padded
 
-from probeprune.algebra.moments import Tokens
+from probeprune.algebra.moments import History, Moments, Tokens
 from probeprune.errors import UsageError
 from probeprune.model.blocks import find_blocks
 from probeprune.model.passes import find_decoder
+from probeprune.model.shadow import Shadow
 from probeprune.strategies.probe import (
+    FUSIONS,
     Probe,
     Selection,
-    by_fixed_share,
-    by_importance,
     choose,
+    fused_energy,
     probe_energy,
     probe_size,
     restrict,
@@ -26,6 +24,7 @@ from probeprune.strategies.probe import (
 )
 
 SIDES = ("none", "left", "right")
+OWN = (0, 1, 3, 50)
 
 
 # -- how many, which -----------------------------------------------------------------------------
@@ -180,8 +179,8 @@ def test_probe_is_the_whole_block_that_cannot_see_the_other_tokens(family, atten
     for block in blocks:
         x, kwargs, z = seen[block.name]
         with torch.no_grad():
-            everything = run_ahead(block, x, Selection(torch.arange(4), torch.arange(24)), kwargs)
-            got = run_ahead(block, x, part, kwargs)
+            everything = run_ahead(Shadow(block), x, Selection(torch.arange(4), torch.arange(24)), kwargs)
+            got = run_ahead(Shadow(block), x, part, kwargs)
         torch.testing.assert_close(everything.view(4, 24, -1)[mask.bool()], z[mask.bool()])
         blind = blind_to(kwargs, others, 24) if block.kind == "attention" else kwargs
         want = tapped(block, x, blind)[part.samples][:, part.tokens]
@@ -198,7 +197,7 @@ def test_probe_attention_against_one_written_by_hand(side):
     x, kwargs, _ = record(model, [block], ids, mask)[block.name]
     part = Selection(torch.tensor([0, 1, 3]), torch.tensor([2, 8, 9, 16, 22]))
     with torch.no_grad():
-        got = run_ahead(block, x, part, kwargs).double()
+        got = run_ahead(Shadow(block), x, part, kwargs).double()
     q, k, v = (linear.weight.detach().double() for linear in block.producers)
     frequencies = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
 
@@ -257,25 +256,26 @@ def test_restricting_cuts_what_belongs_to_tokens_and_leaves_the_rest():
 
 @pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("own_forward", [False, True])
-def test_a_probe_that_breaks_leaves_the_consumer_as_it_was(own_forward, kind):
+def test_a_probe_runs_nothing_of_others_and_leaves_the_consumer_as_it_was(own_forward, kind):
     # A consumer left in tap mode would hand back z for ever, without an error.
     model = FAMILIES["llama-gqa"]()
     block = find_blocks(model)[kind]
     forward = block.consumer.forward
     if own_forward:  # as accelerate's hooks do
         block.consumer.forward = forward
-    hook = block.producers[0].register_forward_hook(lambda *_: 1 / 0)
+    hooks = [module.register_forward_hook(lambda *_: 1 / 0) for module in (block.entry, *block.producers)]
     x = torch.rand(2, 5, 48)
     kwargs = {}
     if block.kind == "attention":
         rotary = find_decoder(model).rotary_emb(x, torch.arange(5)[None])
         kwargs = {"position_embeddings": rotary, "attention_mask": None}
     part = Selection(torch.tensor([0]), torch.tensor([1, 3]))
-    with pytest.raises(ZeroDivisionError):
-        run_ahead(block, x, part, kwargs)
-    hook.remove()
     with torch.no_grad():
-        run_ahead(block, x, part, kwargs)
+        quiet = run_ahead(Shadow(block), x, part, kwargs)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        assert run_ahead(Shadow(block), x, part, kwargs).equal(quiet)
     assert (block.consumer.__dict__.get("forward") is forward) == own_forward
     z = torch.rand(1, 2, block.width)
     assert block.consumer(z).equal(torch.nn.functional.linear(z, block.consumer.weight))
@@ -286,13 +286,74 @@ def test_a_probe_that_breaks_leaves_the_consumer_as_it_was(own_forward, kind):
 
 def test_the_ends_of_fixed_fusion():
     now, before = torch.rand(3, 4), torch.rand(3, 4)
-    assert by_fixed_share(now, before, 0.0).equal(now)
-    assert by_fixed_share(now, before, 1.0).equal(before)
+    assert FUSIONS["fixed"](now, before, 0.0).equal(now)
+    assert FUSIONS["fixed"](now, before, 1.0).equal(before)
 
 
 def test_importance_fusion_follows_the_larger_part():
     # E = (p^2 + h^2) / (p + h): where one part says nothing, the other decides alone.
     some, nothing = torch.rand(3, 4) + 0.1, torch.zeros(3, 4)
-    torch.testing.assert_close(by_importance(some, nothing, 0.5), some)
-    torch.testing.assert_close(by_importance(nothing, some, 0.5), some)
-    torch.testing.assert_close(by_importance(some, 3 * some, 0.5), 2.5 * some)
+    torch.testing.assert_close(FUSIONS["importance"](some, nothing, 0.5), some)
+    torch.testing.assert_close(FUSIONS["importance"](nothing, some, 0.5), some)
+    torch.testing.assert_close(FUSIONS["importance"](some, 3 * some, 0.5), 2.5 * some)
+
+
+# -- against loops -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    "probe", [Probe(), Probe(tokens=0.4, samples=0.5), Probe(tokens=0.9, samples=1.0, keep_first_below=0)]
+)
+def test_choice_against_loops(side, probe):
+    _, tokens = activations(side)
+    r = torch.randn(5, 11, 6, generator=torch.Generator().manual_seed(4))
+    r[:, 3] = r[:, 6]  # ties
+    u = [[math.sqrt(sum(float(x) ** 2 for x in r[b, s].double())) for s in range(11)] for b in range(5)]
+    for b in range(5):
+        for s in range(11):
+            if tokens.valid is not None and not tokens.valid[b, s]:
+                u[b][s] = 0.0
+    score = [math.sqrt(sum(u[b][s] ** 2 for b in range(5))) for s in range(11)]
+    k = max(math.ceil(probe.tokens * 11), 2)
+    if k <= probe.keep_first_below:
+        score[next(s for s in range(11) if score[s] > 0)] = math.inf
+    columns = sorted(sorted(range(11), key=lambda s: (-round(score[s], 4), s))[:k])
+    per_sample = [math.sqrt(sum(u[b][s] ** 2 for s in columns)) for b in range(5)]
+    samples = sorted(sorted(range(5), key=lambda b: -per_sample[b])[: math.ceil(probe.samples * 5)])
+    got = choose(r, tokens, probe)
+    assert (got.tokens.tolist(), got.samples.tolist()) == (columns, samples)
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("fusion", ["importance", "fixed", "none"])
+def test_fused_energy_against_loops(fusion, side, own):
+    calibration, calibrated = activations("none", seed=5)
+    moments = Moments(7, own)
+    moments.update(calibration, calibrated)
+    history = History(moments, decay=0.99)
+    full, tokens = activations(side, seed=6)
+    chosen = Selection(torch.tensor([1, 4]), torch.tensor([2, 3, 7, 10]))
+    z = full[chosen.samples][:, chosen.tokens]
+    got = fused_energy(z, chosen, tokens, history, fusion, 0.3)
+    for j in range(7):
+        total = 0.0
+        for column in chosen.tokens.tolist():
+            now, before = [], []
+            for b in chosen.samples.tolist():
+                if tokens.valid is None or tokens.valid[b, column]:
+                    position = column if tokens.valid is None else int(tokens.valid[b, :column].sum())
+                    now.append(float(full[b, column, j]) ** 2)
+                    before.append(float(history.energy[min(position, own), j]))
+            if not now:  # a column of padding alone says nothing
+                continue
+            p, h = sum(now) / len(now), sum(before) / len(before)
+            total += {"importance": (p * p + h * h) / (p + h), "fixed": 0.7 * p + 0.3 * h, "none": p}[fusion]
+        assert float(got[j]) == pytest.approx(total, rel=1e-4)
+
+
+def test_fusion_of_huge_and_of_no_energy():
+    huge, nothing = torch.full((1, 2), 1e30), torch.zeros(1, 2)
+    assert FUSIONS["importance"](huge, huge, 0.5).equal(huge)
+    assert FUSIONS["importance"](nothing, nothing, 0.5).equal(nothing)

@@ -4,11 +4,12 @@ import threading
 
 import pytest
 import torch
-from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
+from tiny import FAMILIES, PROBING, close, kept, masked, padded, snapshot, token_ids
 
-from probeprune import Probe, UsageError, attach, calibrate, compose
+from probeprune import Probe, UsageError, attach, compose
 from probeprune.model.blocks import find_blocks
 from probeprune.model.passes import find_decoder
+from probeprune.preparation import Preparation
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 REFRESHING = compose("probe", when=ProbeEveryBatch(Probe(reuse=0), refresh=1))
@@ -17,25 +18,7 @@ REFRESHING = compose("probe", when=ProbeEveryBatch(Probe(reuse=0), refresh=1))
 @pytest.fixture(scope="module", params=["llama-gqa", "opt", "phi3-gqa"])
 def calibrated(request):
     model = FAMILIES[request.param]()
-    return model, calibrate(model, token_ids(6, 16, seed=9))
-
-
-def parts(model) -> dict[str, object]:
-    """Everything of a model that attaching touches, by name."""
-    found: dict[str, object] = {}
-    for name, module in model.named_modules():
-        found |= {f"{name}.{k}": v for k, v in vars(module).items() if not k.startswith("_")}
-        found |= {f"{name}.{k}": p for k, p in module._parameters.items()}
-        found[f"{name} hooks"] = (len(module._forward_pre_hooks), len(module._forward_hooks))
-    return found
-
-
-def assert_untouched(model, before: dict[str, object], values: dict[str, torch.Tensor]) -> None:
-    now = parts(model)
-    assert now.keys() == before.keys()
-    for name, part in before.items():
-        assert now[name] is part or now[name] == part, name
-    assert all(p.equal(values[n]) for n, p in model.named_parameters())
+    return model, Preparation(model, token_ids(6, 16, seed=9))
 
 
 PLACES = {
@@ -56,7 +39,7 @@ PLACES = {
 def test_an_exception_anywhere_leaves_the_model_restorable(calibrated, place, when, error):
     model, calibration = calibrated
     inputs = padded("left")
-    before, values = parts(model), {n: p.clone() for n, p in model.named_parameters()}
+    before = snapshot(model)
 
     def fail(*_: object) -> None:
         raise error
@@ -66,13 +49,13 @@ def test_an_exception_anywhere_leaves_the_model_restorable(calibrated, place, wh
         cache = None
         if when == "refresh":
             cache = model(token_ids(), use_cache=True).past_key_values
-        # In front of our own hooks, and in a probe that runs ahead too.
+        # In front of our own hooks.
         hook = module.register_forward_pre_hook(fail, prepend=True)
         with pytest.raises(error):
             model(*inputs) if cache is None else model(token_ids(4, 1), past_key_values=cache)
         hook.remove()
         got, choice = model(*inputs).logits[inputs[1].bool()], kept(handle)
-    assert_untouched(model, before, values)
+    before.assert_untouched()
     with masked(choice), torch.no_grad():
         close(got, model(*inputs).logits[inputs[1].bool()])
 
@@ -80,7 +63,7 @@ def test_an_exception_anywhere_leaves_the_model_restorable(calibrated, place, wh
 def test_two_models_at_once_generate_as_each_alone(llama):
     model, calibration = llama
     other = FAMILIES["qwen3"]()
-    theirs = calibrate(other, token_ids(6, 16, seed=9))
+    theirs = token_ids(6, 16, seed=9)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
     ids, mask = padded("left")
 
@@ -89,9 +72,12 @@ def test_two_models_at_once_generate_as_each_alone(llama):
 
     with attach(model, PROBING, 0.3, calibration=calibration):
         one = tokens(model)
-    with attach(other, PROBING, 0.2, statistics=theirs):
+    with attach(other, PROBING, 0.2, calibration=theirs):
         two = tokens(other)
-    with attach(model, PROBING, 0.3, calibration=calibration), attach(other, PROBING, 0.2, statistics=theirs):
+    with (
+        attach(model, PROBING, 0.3, calibration=calibration),
+        attach(other, PROBING, 0.2, calibration=theirs),
+    ):
         assert tokens(other).equal(two) and tokens(model).equal(one)
         with torch.no_grad():  # step by step in turn
             caches = [m(ids, attention_mask=mask, use_cache=True).past_key_values for m in (model, other)]
@@ -234,7 +220,7 @@ def test_a_pass_inside_a_pass_is_refused(llama):
 
 def test_detaching_from_another_thread_waits_for_the_pass(llama):
     model, calibration = llama
-    before, values = parts(model), {n: p.clone() for n, p in model.named_parameters()}
+    before = snapshot(model)
     handle = attach(model, PROBING, 0.3, calibration=calibration)
     other, order = threading.Thread(target=lambda: (handle.detach(), order.append("detached"))), []
 
@@ -249,4 +235,4 @@ def test_detaching_from_another_thread_waits_for_the_pass(llama):
         hook.remove()
     other.join(10)
     assert order == ["pass", "detached"]
-    assert_untouched(model, before, values)
+    before.assert_untouched()

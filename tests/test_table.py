@@ -1,4 +1,4 @@
-"""The whole grid on a tiny model: failures are lines, kills lose nothing, a Ray cluster gives the same."""
+"""A whole table on a tiny model: failures are rows, a kill loses nothing, a Ray cluster gives the same."""
 
 import os
 import signal
@@ -12,13 +12,14 @@ from tiny import write_model_and_text
 
 from probeprune.cli import app, run
 from probeprune.errors import UsageError
-from probeprune.experiment.executors import run_on_ray
+from probeprune.experiment.executors import Cluster, run_on_ray
 from probeprune.experiment.measuring import failure
 from probeprune.experiment.presets import load_preset
 from probeprune.experiment.results import RESULTS, Results
-from probeprune.experiment.run import run as run_here
+from probeprune.experiment.run import run_cells
 from probeprune.experiment.workbench import Workbench
 from probeprune.progress import silent
+from probeprune.report import summarise
 
 TIMED = {
     "seconds",
@@ -135,6 +136,15 @@ def test_a_failure_says_once_what_kind_of_error_it_was(folder):
     assert failure(cell, UsageError("Too short."))["error"] == "Too short."
 
 
+def test_a_failure_joins_the_results_of_its_method(folder, whole):
+    cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")
+    failures = [failure(cell, UsageError("Too short.")) for cell in cells]
+    entries = [entry.title for summary in summarise(whole) for entry in summary.entries]
+    (summary,) = summarise([*whole, *failures])
+    assert [entry.title for entry in summary.entries] == entries
+    assert all(entry.failures for entry in summary.entries)
+
+
 def test_a_model_that_cannot_be_opened_fails_its_cells_alone(folder, tmp_path, capsys):
     models = f"models: [{folder / 'none.gguf'}, {folder / 'model'}]\n"
     text = (folder / "own.yaml").read_text()
@@ -149,6 +159,7 @@ def test_a_model_that_cannot_be_opened_fails_its_cells_alone(folder, tmp_path, c
 def test_ray_gives_the_same_lines_though_a_worker_is_killed(folder, whole, tmp_path):
     cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")
     results = Results.open(tmp_path)
+    two = Cluster(workers=2)
     workers: list[int] = []
     killed: list[int] = []
 
@@ -157,18 +168,18 @@ def test_ray_gives_the_same_lines_though_a_worker_is_killed(folder, whole, tmp_p
             os.kill(workers[0], signal.SIGKILL)
             killed.append(workers[0])
 
-    rows = run_on_ray(tmp_path, results, cells, workers=2, started=workers.extend, done=kill_one)
+    rows = run_on_ray(tmp_path, results, cells, cluster=two, started=workers.extend, done=kill_one)
     assert len(workers) == 2 and killed
     assert comparable(rows) == whole
     # And what is there is not measured again.
-    again = run_on_ray(tmp_path, Results.open(tmp_path), cells, workers=2, started=pytest.fail)
+    again = run_on_ray(tmp_path, Results.open(tmp_path), cells, cluster=two, started=pytest.fail)
     assert comparable(again) == whole and results.path.read_bytes().count(b"\n") == len(whole)
 
 
 def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
     cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")
     with pytest.raises(UsageError, match="no Ray cluster answers"):
-        run_on_ray(tmp_path, Results.open(tmp_path), cells, address="127.0.0.1:1")
+        run_on_ray(tmp_path, Results.open(tmp_path), cells, cluster=Cluster("127.0.0.1:1"))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="Ray is not installed"):
         run_on_ray(tmp_path, Results.open(tmp_path), cells)
@@ -180,7 +191,8 @@ def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
         (["--preset", "papr"], "did you mean 'paper'"),
         (["--executor", "rey"], "did you mean 'ray'"),
         (["--ratios", "1.5"], "outside"),
-        (["--seeds", "x"], "not a number"),
+        (["--seeds", "x"], "--seeds 'x' must be whole numbers"),
+        (["--ratios", "x"], "not a number"),
         (["--workers", "0"], "--workers"),
         (["--executor", "ray", "--no-keep-trained"], "--executor local"),
     ],
@@ -200,5 +212,5 @@ def test_a_preset_is_shown(capsys):
 def test_a_local_run_uses_an_open_bench(folder, whole, tmp_path):
     cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")[:2]
     bench = Workbench(tmp_path, silent)
-    rows = run_here(bench, Results.open(tmp_path), cells)
+    rows = run_cells(bench, Results.open(tmp_path), cells)
     assert comparable(rows) == [r for r in whole if r["key"] in {c.key for c in cells}]

@@ -1,8 +1,6 @@
-"""Tasks: the harness' own requests and results on our items, a mask on every pass, two protocols apart."""
+"""Tasks: the harness' own results on our items, a mask on every pass, two protocols kept apart."""
 
 import copy
-import gzip
-import hashlib
 import logging
 import math
 
@@ -15,12 +13,11 @@ from tiny import FAMILIES, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from probeprune import UsageError, attach, calibrate, compose
-from probeprune.data.corpora import ASSETS, read_text
-from probeprune.evaluation import harness, published, task_data
+from probeprune import UsageError, attach, compose
+from probeprune.evaluation import harness, published
 from probeprune.evaluation.likelihood import Request, make_batches, score
 from probeprune.evaluation.task_data import TASKS, load_rows
-from probeprune.evaluation.tasks import evaluate_task, mean_accuracy
+from probeprune.evaluation.tasks import evaluate_task
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 MOVING = compose("probe", when=ProbeEveryBatch(decay=0.1))
@@ -48,8 +45,8 @@ def llama():
 
 
 @pytest.fixture(scope="module")
-def statistics(llama):
-    return calibrate(llama, token_ids(6, 16, seed=9))
+def calibration(llama):
+    return token_ids(6, 16, seed=9)
 
 
 def assert_close(ours, theirs):
@@ -57,157 +54,6 @@ def assert_close(ours, theirs):
     assert [len(o) for o in ours] == [len(t) for t in theirs]
     flat = [x for options in ours for x in options]
     assert flat == pytest.approx([x for options in theirs for x in options], rel=1e-5)
-
-
-# -- items -----------------------------------------------------------------------------------------
-
-OFFICIAL = {
-    "boolq": {
-        "passage": "The axis in question lies\nelsewhere.",
-        "question": "is it moving",
-        "label": 1,
-    },
-    "piqa": {"goal": "How do I open a jar?", "sol1": "Turn the lid.", "sol2": "Turn the jar in.", "label": 0},
-    "hellaswag": {
-        "activity_label": "Canoeing",
-        "ctx_a": "A man sits in a canoe. Two women watch.",
-        "ctx_b": "the man",
-        "endings": ["rows.", "sings.", "sleeps [step] well.", "waves  back."],
-        "label": "2",
-    },
-    "winogrande": {
-        "sentence": "Sarah was a better surgeon than Maria so _ always got the easier cases.",
-        "option1": "Sarah",
-        "option2": "Maria",
-        "answer": "2",
-    },
-    "arc_easy": {
-        "id": "x",
-        "question": "Which is a plant?",
-        "choices": {"text": ["a dog", "a rock", "a fern"], "label": ["1", "2", "3"]},
-        "answerKey": "3",
-    },
-    "arc_challenge": {
-        "id": "y",
-        "question": "Which is the largest?",
-        "choices": {"text": ["1", "20", "3", "4", "5"], "label": ["A", "B", "C", "D", "E"]},
-        "answerKey": "B",
-    },
-    "openbookqa": {
-        "id": "z",
-        "question_stem": "Predators eat",
-        "choices": {"text": ["lions", "humans", "bunnies", "grass"], "label": ["A", "B", "C", "D"]},
-        "answerKey": "C",
-    },
-}
-"""An item of each task as the hub serves it."""
-
-OURS = {
-    "boolq": '{"query": "Passage: The axis in\\nQuestion lies\\nelsewhere.\\nQuestion: is it moving?",'
-    ' "choices": ["no", "yes"], "gold": 1}\n',
-    "piqa": '{"query": "Question: How do I open a jar?\\n", "choices": ["Turn the lid.", "Turn the jar in."],'
-    ' "gold": 0}\n',
-    "hellaswag": "Canoeing: A man sits in a canoe. Two women watch. the man\n2\nrows.\nsings.\nsleeps well.\n"
-    "waves back.\n",
-    "winogrande": '{"context_options": ["Sarah was a better surgeon than Maria so Sarah", '
-    '"Sarah was a better surgeon than Maria so Maria"], "continuation": "always got the easier cases.", '
-    '"gold": 1}\n',
-    "arc_easy": '{"id": "x", "question": {"stem": "Which is a plant?", "choices": [{"text": "a dog", '
-    '"label": "1"}, {"text": "a rock", "label": "2"}, {"text": "a fern", "label": "3"}]}, '
-    '"answerKey": "3"}\n',
-    "arc_challenge": '{"id": "y", "question": {"stem": "Which is the largest?", "choices": [{"text": "1", '
-    '"label": "A"}, {"text": "20", "label": "B"}, {"text": "3", "label": "C"}, {"text": "4", "label": "D"}, '
-    '{"text": "5", "label": "E"}]}, "answerKey": "B"}\n',
-    "openbookqa": '{"query": "Predators eat", "choices": ["lions", "humans", "bunnies", "grass"], '
-    '"gold": 2}\n',
-}
-"""The same item in the layout of our files."""
-
-HOW_TO = {
-    "activity_label": "Youth",
-    "ctx_a": "[header] How to rest [title] Sit down. [step] Find a chair.",
-    "ctx_b": "",
-    "endings": ["Then sit. [substeps] Rest.", "Run.", "Jump. [title] Fall.", "Sing."],
-    "label": "0",
-}
-HOW_TO_OURS = "Youth: How to rest. Sit down. Find a chair.\n0\nThen sit. Rest.\nRun.\nJump.. Fall.\nSing.\n"
-
-
-def built_in(name, rows):
-    """The harness' task as it comes, but for where its items are."""
-    folder = f"{lm_eval.tasks.__path__[0]}/{TASKS[name].folder}"
-    manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
-    items = {"items": harness.datasets.Dataset.from_list(rows)}
-    changes = {"custom_dataset": lambda **_: items, "training_split": None}
-    splits = {"validation_split": "items", "test_split": None}
-    group = {"group": "g", "task": [{"task": name, **changes, **splits}]}
-    task = manager.load(group)["tasks"][name]
-    task.build_all_requests()
-    return task
-
-
-def asked(task):
-    return [(r.args, r.idx, harness.right_option(task, r.doc)) for r in task.instances]
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_requests_are_those_of_the_harness_on_official_items(name):
-    rows = TASKS[name].convert(OURS[name])
-    assert len(rows) == 1
-    assert asked(built_in(name, rows)) == asked(built_in(name, [OFFICIAL[name]]))
-
-
-def test_how_to_articles_have_no_begun_sentence():
-    rows = TASKS["hellaswag"].convert(HOW_TO_OURS)
-    assert asked(built_in("hellaswag", rows)) == asked(built_in("hellaswag", [HOW_TO]))
-
-
-def test_a_marker_in_front_of_an_ending_is_the_one_thing_lost():
-    # There the harness asks for an ending with two blanks in front; our copy does not know where that was.
-    official = {**HOW_TO, "endings": ["[substeps] Then sit. Rest.", *HOW_TO["endings"][1:]]}
-    (context, ending), *_ = asked(built_in("hellaswag", [official]))[0]
-    assert ending == "  Then sit. Rest."
-    assert asked(built_in("hellaswag", TASKS["hellaswag"].convert(HOW_TO_OURS)))[0][0] == (
-        context,
-        ending[1:],
-    )
-
-
-def test_requests_spelled_out():
-    # The test above compares two conversions; this one says what a model is asked.
-    def first(name):
-        return [r.args for r in harness.questions(harness.load_task(TASKS[name], limit=1))[0]]
-
-    assert first("winogrande") == [
-        (f"Sarah was a much better surgeon than Maria so {who}", " always got the easier cases.")
-        for who in ("Sarah", "Maria")
-    ]
-    context = "Roof shingle removal: A man is sitting on a roof. He"
-    assert first("hellaswag")[3] == (context, " starts pulling up roofing on a roof.")
-    assert first("boolq")[1][0].endswith(
-        "than producing gasoline.\nQuestion: does ethanol take more energy make that produces?\nAnswer:"
-    )
-    assert [r[1] for r in first("boolq")] == [" no", " yes"]
-    assert (
-        first("piqa")[0][0] == "Question: How do I ready a guinea pig cage for it's new occupants?\nAnswer:"
-    )
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_files_are_complete_and_the_ones_the_readme_names(name):
-    task = TASKS[name]
-    rows = load_rows(task)
-    assert len(rows) == task.items
-    text = read_text(ASSETS / task.file)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    assert f"{digest}  {task.file.rsplit('.', 1)[0]}" in (ASSETS / "README.md").read_text()
-
-
-def test_begun_sentences_of_all_video_captions_are_found():
-    # A wrong cut would begin in the middle of a sentence, or leave a capital inside what is begun.
-    begun = [r["ctx_b"] for r in load_rows(TASKS["hellaswag"]) if r["ctx_b"]]
-    assert len(begun) == 3243
-    assert all(part == part.lower() for part in begun)
 
 
 def test_the_first_items_are_taken(llama, tokenizer):
@@ -262,7 +108,7 @@ def test_results_are_the_harness_own_in_other_families(tokenizer, family):
 
 
 @pytest.mark.parametrize("method", ["dense", "wanda-sp"])
-def test_results_do_not_depend_on_batches(llama, statistics, tokenizer, method):
+def test_results_do_not_depend_on_batches(llama, calibration, tokenizer, method):
     with attach(llama, method, 0.3, calibration=calibration):
         results = [
             evaluate_task(llama, tokenizer, "openbookqa", limit=10, batch_size=size, order=order)
@@ -293,7 +139,7 @@ def test_counts(llama, tokenizer):
         llama, tokenizer, "arc_easy", limit=5, batch_size=8, progress=lambda *p: seen.append(p)
     )
     options = sum(map(len, result.loglikelihoods))
-    assert seen == [(n, options) for n in [*range(8, options, 8), options]]
+    assert seen == [("scoring", n, options) for n in [*range(8, options, 8), options]]
     assert result.batches == len(seen)
     lm = harness.LiveModel(llama, tokenizer)
     task = harness.load_task(TASKS["arc_easy"], limit=5)
@@ -355,7 +201,7 @@ def slow_likelihoods(model, requests, front, back):
     # A probe takes a share of the batch's positions, padding included: its size must not change.
     [(MOVING, (0, 0)), *((m, p) for m in ("dense", "full-batch") for p in [(0, 0), (0, 25), (9, 4)])],
 )
-def test_padding_never_enters(llama, statistics, method, padding):
+def test_padding_never_enters(llama, calibration, method, padding):
     requests = unequal_requests()
     kept, results = [], []
     for run in (
@@ -371,7 +217,7 @@ def test_padding_never_enters(llama, statistics, method, padding):
     assert_close(*results)
 
 
-def test_without_a_mask_padding_would_enter(llama, statistics, tokenizer):
+def test_without_a_mask_padding_would_enter(llama, calibration, tokenizer):
     # The trap: the harness' own model class runs the same batches unmasked.
     task = harness.load_task(TASKS["openbookqa"], limit=6)
     kept = []
@@ -395,7 +241,7 @@ def test_a_likelihood_against_a_slow_version(llama):
     assert score(llama, [Request([5, 6, 7], [best])], [[0]], max_length=MAX_LENGTH).greedy == (True,)
 
 
-def test_dynamic_results_depend_on_batches_and_history(llama, statistics, tokenizer):
+def test_dynamic_results_depend_on_batches_and_history(llama, calibration, tokenizer):
     # By design; whoever compares must say what the batches were.
     def run(**options):
         return evaluate_task(llama, tokenizer, "openbookqa", limit=8, **options).loglikelihoods
@@ -459,21 +305,12 @@ def test_protocols_are_told_apart(llama, tokenizer):
     assert (theirs.value, theirs.error) == (theirs.acc_norm, theirs.acc_norm_error)
 
 
-def test_mean_is_over_each_task_once(llama, tokenizer):
-    results = [evaluate_task(llama, tokenizer, name, limit=5) for name in TASKS]
-    mean, error = mean_accuracy(results)
+def test_the_value_of_a_task_is_the_metric_of_published_tables(llama, tokenizer):
     metrics = ["acc", "acc_norm", "acc_norm", "acc", "acc_norm", "acc_norm", "acc_norm"]
-    values = [getattr(r, m) for r, m in zip(results, metrics, strict=True)]
-    assert mean == pytest.approx(sum(values) / 7)
-    errors = [math.sqrt(v * (1 - v) / 4) for v in values]
-    assert error == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 7)
-    with pytest.raises(UsageError, match="one result of each"):
-        mean_accuracy(results[1:])
-    with pytest.raises(UsageError, match="one result of each"):
-        mean_accuracy([*results, results[0]])
-    other = evaluate_task(llama, tokenizer, "boolq", limit=5, protocol="published")
-    with pytest.raises(UsageError, match="no common mean"):
-        mean_accuracy([other, *results[1:]])
+    for name, metric in zip(TASKS, metrics, strict=True):
+        result = evaluate_task(llama, tokenizer, name, limit=5)
+        assert result.value == getattr(result, metric)
+        assert result.error == pytest.approx(math.sqrt(result.value * (1 - result.value) / 4))
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -504,26 +341,6 @@ def test_a_model_in_training_mode_is_refused(tokenizer):
     with pytest.raises(UsageError, match=r"eval mode; call model.eval\(\) first"):
         evaluate_task(model, tokenizer, "piqa", limit=1)
     assert model.training
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "piqa.jsonl.gz' cannot be read"),
-        (b"not packed", "piqa.jsonl.gz' cannot be read"),
-        (gzip.compress(b"no json\n"), "piqa.jsonl.gz' does not hold the items of piqa"),
-        (gzip.compress(b'{"query": "Question: a\\n"}\n'), "piqa.jsonl.gz' does not hold the items of piqa"),
-        (gzip.compress(OURS["piqa"].encode()), "holds 1 items of piqa, not 1838"),
-    ],
-    # Packed bytes name the second they were made in; workers must give a test one name.
-    ids=["missing", "not packed", "no JSON", "no items", "too few"],
-)
-def test_missing_and_damaged_files_are_named(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(task_data, "ASSETS", tmp_path)
-    if content is not None:
-        (tmp_path / "piqa.jsonl.gz").write_bytes(content)
-    with pytest.raises(UsageError, match=message):
-        load_rows(TASKS["piqa"])
 
 
 def test_an_option_longer_than_the_model_is_refused(llama):

@@ -1,7 +1,8 @@
 """Tiny random models of every supported family, with weights large enough that pruning shows."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,9 +29,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from probeprune import Probe, compose, save
+from probeprune import METHODS, Probe, compose, save
+from probeprune.algebra.moments import Moments, Tokens
 from probeprune.calibration.statistics import Statistics
 from probeprune.preparation import Piece, Preparation
+from probeprune.prepare import Calibration, statistics_for
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 SHAPE = {
@@ -54,7 +57,7 @@ OPT_SHAPE = {
 NEOX_SHAPE = {k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "head_dim")}
 
 
-def _lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
+def lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
     """The usual initialisation is so small that a whole block can go without changing a logit."""
 
     def make() -> PreTrainedModel:
@@ -74,7 +77,7 @@ def _lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedMode
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    name: _lively(build)
+    name: lively(build)
     for name, build in {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 6})),
         "llama-gqa": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
@@ -116,6 +119,20 @@ def padded(side: str, batch: int = 4, length: int = 24) -> tuple[torch.Tensor, t
     return ids * mask, mask
 
 
+def activations(side: str, seed: int = 0, n: int = 7) -> tuple[torch.Tensor, Tokens]:
+    """z (5, 11, n) with a large mean, padded on one side, and which tokens are real."""
+    z = torch.randn(5, 11, n, generator=torch.Generator().manual_seed(seed)) * 3 + 5
+    valid = None
+    if side != "none":
+        valid = torch.ones(5, 11, dtype=torch.bool)
+        for row, pads in enumerate([0, 4, 1, 10, 3]):
+            valid[row, :pads] = False
+        if side == "right":
+            valid = valid.flip(1)
+        z = z.masked_fill(~valid[..., None], 1e6)  # padding must not show, whatever is in it
+    return z, Tokens(5, 11, valid)
+
+
 class masked:
     """Context: units outside `kept` (block, ids) are zero in front of the dense model's consumers."""
 
@@ -149,6 +166,69 @@ class Given(Preparation):
 
 PROBING = compose("probe", name="probe", when=ProbeEveryBatch(Probe(reuse=0)))
 """Probe Pruning as published: every batch is probed, however small."""
+PARALLEL = compose("probe", name="parallel", when=ProbeEveryBatch(Probe(parallel=True)))
+"""The same with every probe beside the block before."""
+DYNAMIC = (PROBING, "full-batch")
+SIDES = ("none", "left", "right")
+"""Where `padded` puts padding."""
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits of the real tokens (tokens, vocabulary)."""
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+
+
+def moments_of(model: PreTrainedModel, calibration: Calibration) -> Mapping[str, Moments]:
+    """Moments of the dense model, by block name."""
+    return statistics_for(model, METHODS["ppsp"], 0.3, calibration).moments
+
+
+@contextmanager
+def lost_means_added(choice: list, moments: Mapping[str, Moments]) -> Iterator[None]:
+    """The mean output of the lost channels, added behind the dense model's consumers."""
+    hooks = []
+    for block, units in choice:
+        gone = torch.ones(block.units)
+        gone[list(units)] = 0
+        lost = moments[block.name].mean * gone.repeat_interleave(block.unit_width)
+        bias = block.consumer.weight.detach() @ lost
+        hooks.append(block.consumer.register_forward_hook(lambda _, a, out, b=bias: out + b))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+class snapshot:
+    """Everything of a model that attaching touches: attributes, hooks, parameters and buffers with their
+    values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parts = self._parts()
+        self.values = {name: tensor.clone() for name, tensor in self._tensors()}
+
+    def assert_untouched(self) -> None:
+        """The same objects with the same bits."""
+        parts = self._parts()
+        assert parts.keys() == self.parts.keys()
+        for name, part in self.parts.items():
+            assert parts[name] is part or parts[name] == part, name
+        tensors = dict(self._tensors())
+        assert tensors.keys() == self.values.keys()
+        for name, value in self.values.items():
+            assert tensors[name].equal(value), name
+
+    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [*self.model.named_parameters(), *self.model.named_buffers()]
+
+    def _parts(self) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for name, module in self.model.named_modules():
+            found |= {f"{name}.{k}": v for k, v in vars(module).items() if not k.startswith("_")}
+            found |= {f"{name}.{k}": p for k, p in module._parameters.items()}
+            found[f"{name} hooks"] = (len(module._forward_pre_hooks), len(module._forward_hooks))
+        return found
 
 
 def kept(handle) -> list:

@@ -7,7 +7,7 @@ from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import save
 from probeprune.model.loading import load_model
 from probeprune.prepare import Prepared, load_prepared, prepare
-from probeprune.runtime.handle import Handle, attach
+from probeprune.runtime.handle import Handle, attach, detach
 from probeprune.strategies.compensation import Bias, Compensation, Refit
 from probeprune.strategies.criteria import Gradients
 from probeprune.strategies.probe import Probe
@@ -38,6 +38,7 @@ __all__ = [
     "WindowSource",
     "attach",
     "compose",
+    "detach",
     "find_blocks",
     "load_model",
     "load_prepared",

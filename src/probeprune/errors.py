@@ -1,30 +1,39 @@
-"""The one error of the project that is the user's to mend."""
+"""The exception for mistakes that the user can fix, and the sentences it carries."""
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UsageError(ValueError):
-    """Bad input: one sentence that says what is wrong and what to do.
+    """Bad input. Its text is one sentence that says what is wrong and what to do.
 
-    The library raises it, the command line prints its text and exits with code 2.
+    The library raises it; the command line prints the text and exits with code 2.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's says, short enough to stand inside a sentence of ours."""
+    """First line of another library's error, without a full stop, to quote inside our own message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def unknown(what: str, given: str, known: object) -> str:
-    """One sentence for an unknown name, with the nearest known one and all of them."""
-    names = sorted(str(k) for k in known)  # type: ignore[attr-defined]
-    near = get_close_matches(str(given), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {given!r}; {hint}Known: {', '.join(names)}."
+def unknown(what: str, given: object, known: Iterable[object], others: str = "") -> str:
+    """The message for an unknown name: the nearest known name, then all of them.
+
+    Args:
+        what: the kind of name, such as `method`.
+        given: the unknown name.
+        known: all names of that kind.
+        others: what else is accepted, to end the list with.
+    """
+    names = sorted(map(str, known))
+    # In lower case too: `SmolLM2` is near `smollm2`.
+    near = get_close_matches(str(given), names, n=1) or get_close_matches(str(given).lower(), names, n=1)
+    hint = f"did you mean {near[0]!r}? Known:" if near else "known:"
+    return f"unknown {what} {given!r}; {hint} {', '.join([*names, others] if others else names)}."
 
 
 def require_positive(**values: int) -> None:
-    """Raise `UsageError` for the first argument, by name, that is below 1."""
+    """Raise `UsageError` for the first argument below 1, by its name."""
     for name, value in values.items():
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}.")

@@ -1,4 +1,4 @@
-"""Files and directories that appear under their name only when complete: a kill leaves all or nothing."""
+"""JSON, tensors and directories on disk; everything written appears under its name only when complete."""
 
 import json
 import os
@@ -14,35 +14,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 RESULTS = "results.jsonl"
+"""Name of the file with result lines in an experiment's folder."""
 
-Row = dict[str, Any]
+
+
+# -- directories and JSON --------------------------------------------------------------------------
 
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A directory to write to; it takes the target's name when all went well, else it is gone.
+    """Write to a temporary directory, renamed to `target` on success and deleted on failure.
 
-    The target must not exist, or be an empty directory.
+    `target` must not exist or must be an empty directory.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's own is for one user alone
+        partial.chmod(0o777 & ~_umask())  # mkdtemp lets only the user read it
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_json(file: Path, value: object) -> None:
-    """Write a JSON file; its directory is made where it is missing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(value) + "\n", encoding="utf-8")
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -51,30 +43,48 @@ def _umask() -> int:
     return current
 
 
+def write_json(file: Path, value: object) -> None:
+    """Write a JSON file, and its directory if it is missing."""
+    with _replacing(file, file.with_name(f".{file.name}.{os.getpid()}.tmp")) as partial:
+        partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
+
+
+def read_lines(
+    raw: bytes, check: Callable[[Any], None]
+) -> tuple[list[tuple[int, Any]], list[tuple[int, ValueError]]]:
+    """Read JSON lines: the usable lines and the errors of the others, each with its line number from 1.
+
+    Blank lines are skipped.
+
+    Args:
+        raw: content of the file.
+        check: raises `ValueError` for JSON that is no result line.
+    """
+    rows, errors = [], []
+    for number, line in enumerate(raw.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            check(row)
+        except ValueError as error:
+            errors.append((number, error))
+        else:
+            rows.append((number, row))
+    return rows, errors
+
+
+# -- tensors ---------------------------------------------------------------------------------------
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a cache entry; it appears under its name only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, beside, metadata=metadata)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def cached_tensors(path: Path | None, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A cache entry, made and written where there is none yet; without a path made every time."""
-    found = None if path is None else load_tensors(path)
-    if found is not None:
-        return found[0]
-    made = make()
-    if path is not None:
-        save_tensors(path, made, {})
-    return made
+    """Write tensors and metadata as a safetensors file."""
+    with _replacing(path, path.with_suffix(f".{os.getpid()}.tmp")) as partial:
+        save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
-    """A cache entry and its metadata; one that cannot be read is a miss and will be written again."""
+    """The tensors and metadata of a safetensors file; None if it is missing or cannot be read."""
     if not path.exists():
         return None
     try:
@@ -84,24 +94,26 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] |
         return None
 
 
-def read_lines(
-    raw: bytes, check: Callable[[Any], None]
-) -> tuple[list[tuple[int, Row]], list[tuple[int, ValueError]]]:
-    """The lines that can be used and those that cannot, each with its number from 1; blank ones are neither.
+def cached_tensors(path: Path | None, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors stored at `path`. If there are none, call `make` and store its result.
 
-    Args:
-        raw: the file's content.
-        check: raises `ValueError` for what is JSON but no line of results.
+    Without a path, `make` is always called and nothing is stored.
     """
-    rows, wrong = [], []
-    for number, line in enumerate(raw.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            check(row)
-        except ValueError as error:
-            wrong.append((number, error))
-        else:
-            rows.append((number, row))
-    return rows, wrong
+    stored = None if path is None else load_tensors(path)
+    if stored is not None:
+        return stored[0]
+    made = make()
+    if path is not None:
+        save_tensors(path, made, {})
+    return made
+
+
+@contextmanager
+def _replacing(file: Path, partial: Path) -> Iterator[Path]:
+    """Write to `partial`, which replaces `file` on success and is deleted on failure."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The methods, as data: one row each, composed of named strategies.
 
-A new method is a row here or a `Method` of the caller's own; no class is needed.
+To add a method, add a row here, or make a `Method` of your own; no class is needed.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,11 +44,11 @@ class Method:
     allocation: str = "uniform"
     """A key of `ALLOCATIONS`."""
     compensation: Compensation = COMPENSATIONS["none"]
-    """What makes up for the lost units."""
+    """How the loss of units is made up for."""
     when: When = SCHEDULES["once"]
     """When units are cut, and whether the model is trained."""
     gradients: Gradients | None = None
-    """Which gradients are taken, for an importance that reads them; None for its published settings."""
+    """Settings of the gradients for an importance that reads them; None for its published ones."""
     blocks: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
     """Which blocks are pruned."""
     skip_layers: int = 3
@@ -56,12 +56,13 @@ class Method:
     round_to: int = 1
     """MLP widths are multiples of this (64 in the research code, for speed)."""
     budget: Budget = "parameters"
-    """The ratio is a share of this, over all blocks: parameters, FLOPs on a calibration window, or `time` of
-    a forward pass, measured where it runs. Only an allocation by damage takes anything but parameters."""
+    """The quantity, summed over all blocks, that the ratio is a share of: parameters, FLOPs on a calibration
+    window, or the `time` of a forward pass, measured on the machine that calibrates. Only allocations by
+    damage take a budget other than parameters."""
     unit_kind: UnitKind = "group"
-    """What one attention unit is under grouped-query attention (measured in docs/choices.md)."""
+    """The attention unit under grouped-query attention (compared in docs/choices.md)."""
     seed: int = 0
-    """For importances that draw numbers."""
+    """Seed for importances that draw random numbers."""
     source: str = ""
     """Where the method was published."""
 
@@ -84,7 +85,7 @@ class Method:
 
     @property
     def refit(self) -> Refit | None:
-        """How consumers are refitted; None for a method that refits nothing."""
+        """Settings of the refit; None for a method without one."""
         return self.compensation if isinstance(self.compensation, Refit) else None
 
     @property
@@ -94,11 +95,11 @@ class Method:
 
     @property
     def gradient_settings(self) -> Gradients:
-        """Which gradients its importance takes. Raises `KeyError` for one that takes none."""
+        """Settings of the gradients that its importance reads. Raises `KeyError` where it reads none."""
         return self.gradients or CRITERIA[str(IMPORTANCES[self.importance].criterion)].gradients
 
     def record(self) -> dict[str, Any]:
-        """All its settings as JSON values, as kept in result lines and checkpoints."""
+        """All settings as JSON values, as written to result lines and checkpoints."""
         record: dict[str, Any] = records.to_json(self)
         return record
 
@@ -133,11 +134,11 @@ _RULES: tuple[tuple[Callable[[Method], bool], str], ...] = (
         "importance {0.importance!r} takes no gradients; leave gradients out.",
     ),
     (
-        lambda m: isinstance(m.when, ProbeEveryBatch) and not IMPORTANCES[m.importance].from_batch,
+        lambda m: m.when.chooses and not IMPORTANCES[m.importance].from_batch,
         "importance {0.importance!r} cannot be scored from a probe; use ppsp or wanda-sp.",
     ),
     (
-        lambda m: isinstance(m.when, ProbeEveryBatch) and m.refit is not None,
+        lambda m: m.when.chooses and m.refit is not None,
         "a refit is made for fixed units, and a probe chooses others at every batch: use "
         "when=RefitEveryBatch(), or another compensation.",
     ),
@@ -155,8 +156,8 @@ _RULES: tuple[tuple[Callable[[Method], bool], str], ...] = (
         "the dense model loses no units: leave the refit out.",
     ),
 )
-"""Combinations that the records cannot rule out: whether a method is one of them, and the error (formatted
-with the method)."""
+"""Combinations that the types allow but that cannot work: a test for a method, and the error message, which
+is formatted with the method."""
 
 
 def with_lora(method: Method) -> Method:
@@ -173,7 +174,7 @@ def with_lora(method: Method) -> Method:
 
 
 def without_training(method: Method) -> Method:
-    """The same method, pruning once, without the recovery that follows."""
+    """The same method without recovery after the cut."""
     return replace(method, when=Once()) if method.when == Once(recovery=True) else method
 
 
@@ -215,11 +216,12 @@ _UNTRAINED: tuple[Method, ...] = (
 METHODS: dict[str, Method] = {
     m.name: m for m in (*_UNTRAINED, *(with_lora(m) for m in _UNTRAINED if not m.when.every_batch))
 }
-"""By name; every method that prunes once, and dense as the control, also with LoRA."""
+"""Methods by name. Every method that prunes once also has a row with LoRA, and so has dense, as the
+control."""
 
 
 def check_untrained(method: Method) -> None:
-    """Raise `UsageError` for a method that includes training: cutting or attaching alone does not make it."""
+    """Raise `UsageError` for a method that includes training, which cutting or attaching alone would omit."""
     if not method.when.trains:
         return
     instead = "loraprune" if isinstance(method.when, DuringTraining) else "prune and then recover"
@@ -260,8 +262,7 @@ def compose(base: str | Method, **changes: object) -> Method:
 
 
 def with_equal_widths(method: str | Method) -> Method:
-    """The same method with one width for all layers, so that a checkpoint needs no more than a plain
-    config."""
+    """The same method with one width for all layers, so that a plain config can describe the checkpoint."""
     method = get_method(method)
     allocation = ALLOCATIONS[method.allocation].equal_widths
     return compose(method, name=method.name, allocation=allocation, skip_layers=0)

@@ -1,6 +1,6 @@
 """The plan: scores of every block's units from calibration, and the first cut of every block.
 
-`attach` shows the cut through views, `prune` makes it permanent. Nothing here touches a weight.
+`attach` shows the cut through views; `prune` makes it permanent. Nothing here changes a weight.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from probeprune.model.blocks import Block
 from probeprune.strategies import Part, allocation
 from probeprune.strategies.allocation import ALLOCATIONS, Request
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
-from probeprune.strategies.pruned_block import PrunedBlock
+from probeprune.strategies.pruned_block import BatchScorer, PrunedBlock
 from probeprune.strategies.schedule import DuringTraining
 
 Scores = torch.Tensor
@@ -25,11 +25,12 @@ Scores = torch.Tensor
 
 @dataclass(frozen=True)
 class Kept:
-    """The units that one block keeps: ids in the model as given, ascending."""
+    """The units that one block keeps."""
 
     name: str
     kind: Literal["attention", "mlp"]
     units: tuple[int, ...]
+    """Their ids in the model as given, ascending."""
     of: int
     """Number of units of the whole block."""
 
@@ -39,27 +40,27 @@ class Cut:
     """The first cut of one block."""
 
     width: int
-    """Number of units that stay."""
+    """Number of units that the block keeps."""
     units: torch.Tensor | None = None
-    """Their ids, ascending: LongTensor (width,). None where a refit or a batch chooses them."""
+    """Their ids, ascending: LongTensor (width,). None where a refit or each batch chooses them."""
 
 
 def needs(method: Method) -> frozenset[Part]:
-    """The parts of `Statistics` that a method needs: the union of its strategies' needs."""
+    """The parts of `Statistics` that a method needs: the union of the needs of its strategies."""
     importance, rule = IMPORTANCES[method.importance], ALLOCATIONS[method.allocation]
     if not method.when.prunes:
         return frozenset()
-    if isinstance(method.when, DuringTraining):  # scores come from training, which starts with no calibration
+    if isinstance(method.when, DuringTraining):  # scores come from training, which starts without calibration
         return rule.needs
     parts = rule.needs | method.compensation.needs | method.when.needs
-    # A probe scores its batch without them; what is decided before any batch needs them.
-    if not method.when.scores_batch or rule.needs_scores:
+    # A batch is scored without them; what is decided before any batch needs them.
+    if not method.when.chooses or rule.needs_scores:
         parts |= importance.needs
     return parts
 
 
 def static_scores(method: Method, block: Block, statistics: Statistics) -> Scores | None:
-    """Scores of a block's units before any batch; None where a method has none to give.
+    """Scores of a block's units before any batch; None where a method has none.
 
     Raises `FloatingPointError` for scores that are not finite.
     """
@@ -101,7 +102,8 @@ def widths(
     scores: Sequence[Scores | None],
     statistics: Statistics,
 ) -> list[int]:
-    """Units each block keeps under the method's allocation. Raises `UsageError` for an impossible ratio."""
+    """Number of units that each block keeps under the method's allocation. Raises `UsageError` for an
+    impossible ratio."""
     allocation.check_ratio(ratio)
     if not method.when.prunes or not ratio:
         return [b.units for b in blocks]
@@ -125,12 +127,12 @@ def first_cuts(
     scores: Sequence[Scores | None],
     keep: Sequence[int],
 ) -> list[Cut]:
-    """The first cut of every block, given its width; a block that keeps all its units too."""
+    """The first cut of every block, given the widths in `keep`, including blocks that keep all units."""
 
     def cut(block: Block, width: int, scores: Scores | None) -> Cut:
         if scores is None:
             return Cut(width)
-        # Without weights (shapes only) it makes no difference which units stay.
+        # On a weightless model (shapes only) any units will do.
         units = torch.arange(width) if scores.is_meta else allocation.choose_units(scores, width, block)
         return Cut(width, units)
 
@@ -142,7 +144,7 @@ def pruned_blocks(
 ) -> list[PrunedBlock]:
     """The blocks that lose units, ready for their first cut.
 
-    Raises `UsageError` where a refitted consumer is missing or made for other units.
+    Raises `UsageError` where a refitted consumer is missing or was made for other units.
     """
     pruned: list[PrunedBlock] = []
     try:
@@ -154,12 +156,22 @@ def pruned_blocks(
                 consumer = statistics.check_consumer(block, cut.width, cut.units)
                 units = consumer.units
             moments = statistics.moments.get(block.name)
-            pruned.append(PrunedBlock(block, cut.width, units, method.compensation, moments, consumer))
+            scorer = _batch_scorer(method, block)
+            pruned.append(
+                PrunedBlock(block, cut.width, units, method.compensation, moments, consumer, scorer)
+            )
     except BaseException:
         for p in pruned:
             p.partition.restore()
         raise
     return pruned
+
+
+def _batch_scorer(method: Method, block: Block) -> BatchScorer | None:
+    score = IMPORTANCES[method.importance].score
+    if not method.when.chooses or score is None:
+        return None
+    return BatchScorer(block, score, method.seed)
 
 
 def overflow(block: Block) -> FloatingPointError:
@@ -170,7 +182,7 @@ def overflow(block: Block) -> FloatingPointError:
 
 
 def unprepared(method: Method) -> UsageError:
-    """The error for a method that needs calibration and was given none."""
+    """The error for a method that needs calibration, without one."""
     return UsageError(
         f"method {method.name!r} needs calibration=, windows of token ids (count, length) or the result of "
         "probeprune.prepare."

@@ -1,7 +1,7 @@
-"""Preparation: the pieces that methods need of a model, each made once and shared.
+"""Preparation: the pieces of calibration that methods need, each made once and shared.
 
-Which pieces a method needs, in which order they are made, and what they depend on is decided here and nowhere
-else. `prepare.py` has the public calls.
+Only this file decides which pieces a method needs, their order, and the settings that determine each.
+`prepare.py` has the public calls.
 """
 
 import hashlib
@@ -38,16 +38,16 @@ from probeprune.strategies.refit_every_batch import RefitEveryBatch
 
 _FORMAT = 4
 DAMAGE_WINDOWS = 32
-"""Calibration windows that damages are measured on, the first ones: curves need fewer than a refit."""
+"""Number of calibration windows, from the first on, to measure damages on: curves need fewer than a refit."""
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """One part of `Statistics` as one or more methods need it."""
+    """One part of `Statistics`, in the form that one or more methods need."""
 
     part: Part
     settings: Mapping[str, Any]
-    """Everything besides model and text that determines it, as JSON values."""
+    """All settings that determine it besides model and text, as JSON values."""
     method: Method
     """A method that needs it."""
     cuts: Sequence[plan.Cut] = ()
@@ -57,7 +57,7 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """A name for the part and its settings."""
+        """Name derived from the part and its settings."""
         text = json.dumps(self.settings, sort_keys=True).encode()
         return f"{self.part}-{hashlib.blake2b(text, digest_size=8).hexdigest()}"
 
@@ -69,7 +69,7 @@ class Piece:
 
 
 Get = Callable[[Piece], dict[str, Any]]
-"""Gives a piece: from memory, from disk, or by making it."""
+"""Returns a piece: from memory, from disk, or newly made."""
 
 
 def gather(
@@ -81,10 +81,11 @@ def gather(
         model: dense, nothing attached.
         method: any method that does not train.
         ratio: share of the method's budget to remove.
-        get: gives the pieces.
-        widths: units each block keeps, instead of those that the method's allocation gives.
+        get: returns the pieces.
+        widths: number of units that each block keeps, instead of the widths of the method's allocation.
 
-    Raises `UsageError` or `FloatingPointError` for pieces that are missing, of another model or not finite.
+    Raises `UsageError` or `FloatingPointError` for pieces that are missing, not finite, or made
+    for another model.
     """
     blocks = find_blocks(model, method.unit_kind)
     parts = plan.needs(method)
@@ -141,19 +142,19 @@ def _refit_settings(method: Method) -> dict[str, Any]:
 
 
 class Preparation:
-    """Makes the pieces that methods need of one model on one text, each once.
+    """Makes the pieces that methods need for one model and one text, each once.
 
     Args:
-        model: a supported causal LM in eval mode, nothing attached whenever statistics are asked for.
+        model: a supported causal LM in eval mode, with nothing attached while pieces are made.
         calibration: windows of token ids, LongTensor (count, length), or a `WindowSource`. Methods with
-            gradients take theirs from the first windows, or draw them from the source, in the size they want.
+            gradients use the first windows, cut to size, or draw windows of their size from the source.
         batch_size: windows per forward pass.
-        cache: a folder to keep pieces in, by content; None keeps nothing on disk.
-        progress: called with (name of the work, parts done, parts in all).
-        following: make every refit so that it serves dynamic methods too; it then takes 4 k^2 bytes more per
-            MLP that keeps k channels.
+        cache: folder for pieces, stored by content; None stores nothing on disk.
+        progress: called with (name of the work, parts done, parts in total).
+        following: prepare every refit for `RefitEveryBatch` too, which takes 4 k^2 bytes more per MLP that
+            keeps k channels.
 
-    Only the consumers asked for last stay in memory: they are as large as the weights they stand for.
+    Only the consumers requested last stay in memory: they are as large as the weights they replace.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Preparation:
         }
 
     def statistics(self, method: Method, ratio: float, widths: Sequence[int] | None = None) -> Statistics:
-        """Everything that `method` must know at that ratio; see `gather`."""
+        """The statistics of `method` at `ratio`; see `gather`."""
         return gather(self.model, method, ratio, self.get, widths)
 
     @property
@@ -190,7 +191,7 @@ class Preparation:
         return self._windows
 
     def get(self, piece: Piece) -> dict[str, Any]:
-        """A piece, made where there is none in memory."""
+        """The piece from memory, or newly made."""
         if not piece.served_by(self._pieces.get(piece.key)):
             if piece.part == "consumers":
                 for key in [k for k in self._pieces if k.startswith("consumers")]:
@@ -211,7 +212,7 @@ class Preparation:
         )
 
     def gradient_windows(self, method: Method) -> torch.Tensor:
-        """The windows that `method` takes gradients on. Raises `UsageError` where there are too few or
+        """The windows on which `method` takes gradients. Raises `UsageError` for windows too few or too
         short."""
         wanted = method.gradient_settings
         if isinstance(self.calibration, WindowSource):
@@ -220,8 +221,8 @@ class Preparation:
         if len(windows) < wanted.windows or windows.shape[1] < wanted.length:
             raise UsageError(
                 f"method {method.name!r} takes gradients on {wanted.windows} windows of {wanted.length} "
-                f"tokens, and calibration has {len(windows)} of {windows.shape[1]}; give more, or compose the "
-                "method with gradients=Gradients(windows=..., length=...)."
+                f"tokens, and calibration has {len(windows)} of {windows.shape[1]}; give more, or compose "
+                "the method with gradients=Gradients(windows=..., length=...)."
             )
         return windows[: wanted.windows, : wanted.length]
 
@@ -245,7 +246,7 @@ class Preparation:
         )
 
     def _damages(self, piece: Piece) -> dict[str, Any]:
-        """Curves are kept on disk; savings are counted, or timed, each time."""
+        """Damages of all blocks. Curves are stored on disk; savings are counted, or timed, every time."""
         method, settings = piece.method, _curve_settings(piece.method)
         looked_at = settings["sensitivity_windows"]
         path = None
@@ -269,7 +270,7 @@ class Preparation:
         blocks = find_blocks(self.model, method.unit_kind)
         if method.budget == "parameters":
             savings = [b.unit_parameters for b in blocks]
-            wholes = [b.parameters for b in blocks]  # some belong to no unit
+            wholes = [b.parameters for b in blocks]  # not all belong to a unit
         else:
             savings = self._savings(method)
             wholes = [b.units * s for b, s in zip(blocks, savings, strict=True)]
@@ -279,7 +280,7 @@ class Preparation:
         }
 
     def _savings(self, method: Method) -> list[int]:
-        """FLOPs or nanoseconds that one unit of each block saves."""
+        """FLOPs or nanoseconds saved by removing one unit of each block."""
         blocks = find_blocks(self.model, method.unit_kind)
         if method.budget == "flops":
             return unit_flops(blocks, self.windows.shape[1])
@@ -287,7 +288,7 @@ class Preparation:
         return unit_nanoseconds(self.model, blocks, ids)
 
     def _consumers(self, piece: Piece) -> dict[str, Any]:
-        """Consumers refitted to the cuts of a piece, or to as many units of the refit's own choice."""
+        """Consumers refitted to the cuts of a piece, or to units that the refit chooses."""
         method, how = piece.method, piece.method.refit
         assert how is not None
         following = self.following or piece.following

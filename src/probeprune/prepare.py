@@ -1,5 +1,4 @@
-"""Prepare: everything that methods must know of a model, in one call, to be shared, saved and opened
-again."""
+"""Prepare: collect everything that methods need to know about a model, in one call; share, save and load it."""
 
 import hashlib
 import json
@@ -30,12 +29,12 @@ _FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Everything that some methods must know of one model at some ratios. Made by `prepare`; can be saved.
+    """Everything that the given methods need to know about one model at the given ratios; made by `prepare`.
 
     Attributes:
         model: fingerprint of the model's weights and config.
         text: the calibration text: its `windows`, their `length`, and a `fingerprint`.
-        methods: the methods and ratios it was made for.
+        methods: each method and ratio it was prepared for.
         pieces: parts of `Statistics` by key.
     """
 
@@ -47,8 +46,8 @@ class Prepared:
     def statistics(self, model: nn.Module, method: Method, ratio: float) -> Statistics:
         """The statistics of one method at one ratio.
 
-        Raises `UsageError`, naming the difference, for another model, or a method or ratio that needs a piece
-        which is not there.
+        Raises `UsageError`, naming the difference, for another model, or for a method or ratio that was not
+        prepared.
         """
         if plan.needs(method) and model_fingerprint(model) != self.model:
             raise UsageError(
@@ -76,7 +75,7 @@ class Prepared:
         return f"this calibration was not prepared for {what}; call prepare for it too."
 
     def save(self, path: str | Path) -> None:
-        """Write it to a safetensors file, which appears under its name only when complete."""
+        """Write everything to a safetensors file, which appears under its name only when complete."""
         tensors: dict[str, torch.Tensor] = {}
         values: dict[str, Any] = {}
         for key, piece in self.pieces.items():
@@ -93,7 +92,7 @@ class Prepared:
 
 
 def load_prepared(path: str | Path) -> Prepared:
-    """A file that `Prepared.save` wrote. Raises `UsageError` for anything else."""
+    """Open a file written by `Prepared.save`. Raises `UsageError` for any other file."""
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"there is no file {file}.")
@@ -131,7 +130,7 @@ def prepare(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> Prepared:
-    """Collect everything that one or more methods must know of a model, at one or more ratios.
+    """Collect everything that one or more methods need to know about a model, at one or more ratios.
 
     Example:
         >>> prepared = probeprune.prepare(model, ["probe", "best-dynamic"], [0.2, 0.4], windows)
@@ -140,12 +139,12 @@ def prepare(
 
     Args:
         model: a transformers causal LM of a supported family, in eval mode, nothing attached.
-        method: names from `METHODS`, or `Method`s.
-        ratio: shares of each method's budget to remove, in [0, 1).
+        method: one or more names from `METHODS`, or `Method`s.
+        ratio: one or more shares of each method's budget to remove, in [0, 1).
         calibration: windows of token ids, LongTensor (count, length), or a `WindowSource`.
         batch_size: windows per forward pass.
-        cache: a folder to keep pieces in, by content; None keeps nothing on disk.
-        progress: called with (name of the work, parts done, parts in all).
+        cache: folder for pieces, stored by content; None stores nothing on disk.
+        progress: called with (name of the work, parts done, parts in total).
 
     Raises:
         UsageError: unsupported model, method or ratio, windows too few, short or long.
@@ -183,7 +182,7 @@ def prepare(
 
 
 Calibration = torch.Tensor | WindowSource | Prepared | Preparation
-"""What `attach` and `prune` take for `calibration`."""
+"""Everything that `attach` and `prune` accept as `calibration`."""
 
 
 def statistics_for(
@@ -201,11 +200,11 @@ def statistics_for(
 
     Args:
         model, method, ratio: as in `prepare`.
-        calibration: text, or prepared already.
-        widths: units each block keeps, instead of those of the method's allocation.
+        calibration: text, or anything prepared from it.
+        widths: number of units that each block keeps, instead of the widths of the method's allocation.
         batch_size, cache, progress: as in `prepare`, where `calibration` is text.
 
-    Raises `UsageError` where there is no calibration and the method needs some.
+    Raises `UsageError` where the method needs calibration and there is none.
     """
     if isinstance(calibration, Prepared):
         return calibration.statistics(model, method, ratio)

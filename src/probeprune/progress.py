@@ -1,10 +1,10 @@
-"""How long work says where it is."""
+"""Progress reports of long-running work."""
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, parts done, parts in all)."""
+"""Called with (name of the work, parts done, parts in total)."""
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The progress of callers who do not want to know."""
+    """Report nothing."""

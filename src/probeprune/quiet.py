@@ -1,4 +1,4 @@
-"""Keeps the Hugging Face libraries quiet while we call them, and puts them back as they were."""
+"""Silence the Hugging Face libraries while they are called."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ import transformers.utils.logging as transformers_logging
 
 @contextmanager
 def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
-    """Only errors are logged inside, and progress bars are off unless `bars` is True.
+    """Let the libraries log only errors inside the context, and show progress bars only if `bars` is True.
 
-    Bars are worth keeping where something may be downloaded. What goes wrong inside comes out as an
-    exception: the caller turns it into one sentence, which retry notices and advice would only repeat.
+    Keep the bars for calls that may download something. Failures still raise; the caller reports them once,
+    so the libraries' own warnings would be noise. Previous settings are restored at the end.
     """
-    before = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    verbosities = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     hide_bars = not bars and transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
@@ -26,7 +26,7 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
             warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\.")
             yield
     finally:
-        transformers_logging.set_verbosity(before[0])
-        hub_logging.set_verbosity(before[1])
+        transformers_logging.set_verbosity(verbosities[0])
+        hub_logging.set_verbosity(verbosities[1])
         if hide_bars:
             transformers_logging.enable_progress_bar()

@@ -1,6 +1,6 @@
-"""Frozen dataclasses as JSON values and back.
+"""Convert frozen dataclasses to JSON values and back.
 
-A record with a class attribute `kind` is one of a table of alternatives; its JSON carries that name.
+A record with a class attribute `kind` is one of a table of alternatives; its JSON contains that name.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from probeprune.errors import UsageError, unknown
 
 
 def to_json(value: Any) -> Any:
-    """A dataclass as a dict of JSON values, nested ones too; tuples become lists."""
+    """Convert a dataclass, and those nested in it, to a dict of JSON values; tuples become lists."""
     if is_dataclass(value) and not isinstance(value, type):
         record = {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
         kind = getattr(type(value), "kind", None)
@@ -28,9 +28,9 @@ def from_json(kind: Any, value: Any, tables: Mapping[type, Mapping[str, Any]]) -
     """The inverse of `to_json`.
 
     Args:
-        kind: the type to make: a dataclass, a key of `tables`, a tuple, an optional or a plain type.
+        kind: type of the result: a dataclass, a key of `tables`, a tuple, an optional or a plain type.
         value: JSON values.
-        tables: for a type with alternatives, a record of each by its `kind`.
+        tables: for each type with alternatives, one record of each alternative by its `kind`.
 
     Raises `UsageError` for unknown fields or kinds.
     """
@@ -62,5 +62,5 @@ def from_json(kind: Any, value: Any, tables: Mapping[type, Mapping[str, Any]]) -
 
 
 def label(value: object) -> str:
-    """A value as it stands in a composed name: a record by its kind, anything else as it prints."""
+    """The text for a value in the name of a composed method: the kind of a record, `str` of anything else."""
     return str(getattr(value, "kind", value))

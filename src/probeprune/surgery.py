@@ -1,4 +1,4 @@
-"""Surgery: prune a model once, for good. What is left is an ordinary, smaller model.
+"""Surgery: prune a model once, for good. The result is an ordinary, smaller model.
 
 The order and the cut are those of the runtime (`plan.py`, `model/partition.py`); here the cut is made
 permanent.
@@ -31,23 +31,23 @@ from probeprune.strategies.schedule import Once
 
 @dataclass(frozen=True)
 class Pruning:
-    """What was done to a model."""
+    """Record of a completed pruning."""
 
     method: Method
     ratio: float
     """The ratio asked for: a share of the method's budget over all blocks."""
     removed_share: float
-    """The share of all blocks' parameters that was really removed."""
+    """The share of all blocks' parameters that was removed."""
     parameters: tuple[int, int]
-    """Number of parameters of the whole model, tied ones counted once: before, after."""
+    """Number of parameters of the whole model before and after, with tied ones counted once."""
     kept: tuple[Kept, ...]
-    """The units of every block that stay, by ids in the model as it was given."""
+    """The units that every block keeps, by their ids in the model as it was given."""
     steps: int = 1
     refits: dict[str, dict[str, float]] = field(default_factory=dict)
     """Figures of each block's refit in the last step, by block name (`compensation.Consumer.record`)."""
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON values, as kept in pruning.json."""
+        """Everything as JSON values, as written to pruning.json."""
         return {
             "method": self.method.record(),
             "ratio": self.ratio,
@@ -70,7 +70,7 @@ def prune(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> Pruning:
-    """Cut units out of `model`, in place and for good; `save` writes the rest.
+    """Remove units from `model`, in place and for good; `save` writes the result.
 
     Example:
         >>> probeprune.prune(model, "flap", ratio=0.2, calibration=windows)
@@ -79,20 +79,22 @@ def prune(
     Args:
         model: a transformers causal LM of a supported family, in eval mode, nothing attached.
         method: a method that prunes once: a name from `METHODS`, or a `Method`. `with_equal_widths(method)`
-            gives all layers one width, so that the checkpoint opens with plain transformers.
-        ratio: share of the method's budget (parameters of all blocks, mostly) to remove, in (0, 1).
+            gives all layers one width, so that plain transformers opens the checkpoint.
+        ratio: share of the method's budget (by default the parameters of all blocks) to remove, in (0, 1).
         calibration: windows of token ids (count, length) or a `WindowSource`, where the method needs
             statistics, gradients or a refit; or the result of `prepare` for this model, method and ratio.
         steps: reach the ratio in this many equal steps, calibrating anew before each (LLM-Pruner's iterative
-            pruning); from text only. An error in a later step leaves the model as the steps before made it.
+            pruning); needs text, not prepared calibration. An error in a later step leaves the model as the
+            previous steps made it.
         batch_size: windows per forward pass of calibration.
-        cache: a folder to keep statistics in, by content; None keeps nothing.
-        progress: called with (name of the work, parts done, parts in all).
+        cache: folder for statistics, stored by content; None stores nothing.
+        progress: called with (name of the work, parts done, parts in total).
 
     Raises:
-        UsageError: unsupported model, method or ratio, a ratio too small to remove a unit, missing or
-            unfitting calibration; nothing has been changed.
-        FloatingPointError: NaN or infinite statistics, losses or gradients, or a refit that failed; likewise.
+        UsageError: unsupported model, method or ratio, a ratio too small to remove a unit, calibration that is
+            missing or does not fit; the model is unchanged.
+        FloatingPointError: NaN or infinite statistics, losses or gradients, or a refit that failed; the model
+            is unchanged.
     """
     method = get_method(method)
     check_ratio(ratio)
@@ -110,7 +112,7 @@ def prune(
     consumers: dict[str, Consumer] = {}
     for step in range(steps):
         share = ratio
-        if steps > 1:  # of the blocks as the steps before left them
+        if steps > 1:  # of the blocks as the previous steps left them
             left = sum(b.parameters for b in blocks)
             share = max(1 - total * (1 - ratio * (step + 1) / steps) / left, 0.0)
         statistics = statistics_for(
@@ -149,7 +151,7 @@ def _planned_widths(
 ) -> list[list[int]] | None:
     """Widths after each step, where they follow from the ratio alone; else None.
 
-    Raises `UsageError` where the last step removes nothing: before any calibration.
+    Raises `UsageError` where the last step would remove nothing, before any calibration.
     """
     rule = ALLOCATIONS[method.allocation]
     if rule.needs or rule.needs_scores:
@@ -164,8 +166,7 @@ def _planned_widths(
 def _cut_all(
     method: Method, blocks: Sequence[Block], cuts: Sequence[plan.Cut], statistics: Statistics
 ) -> tuple[dict[str, torch.Tensor], dict[str, Consumer]]:
-    """Make the cuts permanent. Returns the ids that stay, and the consumers that were refitted, by block
-    name."""
+    """Make the cuts permanent. Returns the ids of the kept units and the refitted consumers, by block name."""
     pruned = plan.pruned_blocks(method, blocks, cuts, statistics)
     units = {}
     for p in pruned:
@@ -181,8 +182,8 @@ def cut(model: nn.Module, units: Mapping[str, torch.Tensor], unit_kind: UnitKind
 
     Args:
         model: a supported causal LM, nothing attached.
-        units: by block name the ids that stay, LongTensor (k,), k >= 1; other blocks stay whole.
-        unit_kind: what one attention unit is.
+        units: ids of the kept units by block name, LongTensor (k,), k >= 1; other blocks stay whole.
+        unit_kind: the kind of attention units.
     """
     for block in find_blocks(model, unit_kind):
         if block.name in units and len(units[block.name]) < block.units:
@@ -202,7 +203,7 @@ def check_static(method: Method) -> None:
 
 
 def check_steps(method: Method, steps: int) -> None:
-    """Raise `UsageError` for a number of steps in which `method` cannot prune."""
+    """Raise `UsageError` for a number of steps that `method` does not support."""
     if steps < 1:
         raise UsageError("steps must be at least 1.")
     if steps > 1 and method.budget != "parameters":

@@ -1,8 +1,7 @@
-"""The refit to a batch: a consumer fitted to calibration text moves towards what the text at hand takes.
+"""Per-batch refit: correct a consumer that was fitted to calibration text for some tokens of a batch.
 
-Some tokens of the batch join the calibration text's moments. That is a correction of as low a rank as there
-are tokens: by the matrix inversion lemma, a system of as many unknowns. Tensors in, tensors out. Knows
-nothing of models or text.
+Adding m tokens to the calibration text's moments is a correction of rank m. By the matrix inversion lemma it
+takes a system of m unknowns. Tensors in, tensors out. Knows nothing of models or text.
 """
 
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ class Sample:
     """Some tokens of a batch.
 
     Attributes:
-        z: the coupled activation's channels that stay (m, k), in the order of the weight's columns, float32.
-        target: the whole block's output (m, d), float32.
-        real: BoolTensor (m,), which of them are no padding; None for all.
-        prior: how many tokens the calibration text counts as beside them, above 0.
+        z: the kept channels of the coupled activation (m, k), in the order of the weight's columns, float32.
+        target: the output of the whole block (m, d), float32.
+        real: BoolTensor (m,), False for padding; None if there is no padding.
+        prior: weight of the calibration text, in tokens; above 0.
     """
 
     z: torch.Tensor
@@ -35,21 +34,21 @@ def refit_to_batch(
     inverse: torch.Tensor,
     mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight and bias that are best for the calibration text and a sample together.
+    """The best weight and bias for the calibration text and a sample together.
 
-    Adds to the weight the `D` that minimises `sum_i |e_i - D z_i|^2 + prior tr D M D'` over the sample's
-    errors `e` under it, with `M` the calibration text's second moment, damped: `D = E' (H Z' + prior)^-1 H`
-    with `H = Z M^-1`. Costs m k (k + m + 2 d) + m^3 / 3 + d m^2 multiplications.
+    Adds to the weight the `D` that minimises `sum_i |e_i - D z_i|^2 + prior tr D M D'`, where `e_i` is the
+    error of the present weight on token `i` and `M` the damped second moment of the calibration text. This is
+    `D = E' (H Z' + prior)^-1 H` with `H = Z M^-1`. Takes m k (k + m + 2 d) + m^3 / 3 + d m^2 multiplications.
 
     Args:
         sample: m tokens.
-        weight: `W` (d, k), best for the calibration text.
+        weight: `W` (d, k), the best for the calibration text.
         bias: (d,), or None.
         inverse: `M^-1` (k, k), float32 (`least_squares.inverse_moment`).
-        mean: of `z` (k,), float32, where a bias is fitted too: moments are then around it.
+        mean: mean of `z` (k,), float32, if a bias is fitted too; moments are then centred. None: no bias.
 
     Returns:
-        float32: weight (d, k) and bias (d,); no bias where `mean` is None.
+        float32: weight (d, k) and bias (d,), the latter None without `mean`.
     """
     w, z = weight.float(), sample.z
     error = sample.target - z @ w.T
@@ -63,7 +62,7 @@ def refit_to_batch(
     h = z @ inverse
     among = h @ z.T
     among.diagonal().add_(sample.prior)
-    factor, _ = torch.linalg.cholesky_ex(among)  # waits for no device: what fails shows in the weight
+    factor, _ = torch.linalg.cholesky_ex(among)  # no wait for the device: a failure shows in the weight
     change = torch.cholesky_solve(error, factor).T @ h
     if mean is None or bias is None:
         return w + change, None

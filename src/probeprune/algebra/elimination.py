@@ -1,8 +1,8 @@
-"""Order by structured optimal brain surgery: which units a refitted linear map misses least.
+"""Structured optimal brain surgery: the order in which units leave a linear map at the least cost.
 
-The unit that goes is the one whose loss costs least after all others have been refitted to make up for it;
-then the next, on what is left (Hassibi and Stork 1993; in blocks of columns Kurtic et al. 2023, ZipLM).
-Tensors in, tensors out. Knows nothing of models, blocks or text.
+At each step the unit leaves whose loss costs least after all remaining ones have been refitted to compensate
+for it (Hassibi and Stork 1993; for blocks of columns Kurtic et al. 2023, ZipLM). Tensors in, tensors out.
+Knows nothing of models, blocks or text.
 """
 
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import torch
 
 LOOKS = 64
-"""How often scores are looked at while a block is taken apart: in between, units leave together."""
+"""Number of times that scores are computed for a block by default; units leave together in between."""
 
 
 @dataclass(frozen=True, eq=False)
 class Elimination:
-    """The order in which units leave, and what it costs.
+    """The order in which units leave, and its cost.
 
     Attributes:
-        order: LongTensor (units,), ids, the first to leave first.
-        damage: (units + 1,), float64, squared error a token after the first i of them have left and the
-            rest has been refitted; never falls. In the metric's units where there is one.
+        order: LongTensor (units,), unit ids; the first to leave comes first.
+        damage: (units + 1,), float64, never decreasing. Entry i is the squared error per token after the
+            first i units have left and the rest has been refitted; weighted by the metric if there is one.
     """
 
     order: torch.Tensor
@@ -28,7 +28,7 @@ class Elimination:
 
     @property
     def scores(self) -> torch.Tensor:
-        """(units,), float32: the place of each unit in the order; the last to leave is the most important."""
+        """(units,), float32: the rank of each unit in the order; the last to leave is the most important."""
         return torch.empty_like(self.order).scatter_(0, self.order, _range(self.order)).float()
 
 
@@ -41,21 +41,21 @@ def eliminate(
     metric: torch.Tensor | None = None,
     at_once: int | None = None,
 ) -> Elimination:
-    """Take units out of `W z` one after the other until none is left.
+    """Remove units from `W z` until none is left.
 
-    A unit `u` owns the columns `U`. Its loss costs `tr(W_U' M W_U (P_UU)^-1)`, where `P` is the inverse of
-    the second moment over the columns still there, and `W` the weight refitted to them. Float64: 8 (3 n^2 +
-    2 d n) bytes, and about n^3 (2 + 2 / 3) multiplications.
+    Losing the unit with columns `U` costs `tr(W_U' M W_U (P_UU)^-1)`, where `P` is the inverse of the second
+    moment over the remaining columns and `W` the weight refitted to them. Takes 8 (3 n^2 + 2 d n) bytes
+    (float64) and about n^3 (2 + 2 / 3) multiplications.
 
     Args:
-        moment: second moment of `z` a token (n, n), damped so that it can be inverted.
-        weight: `W` (d, n), already the best there is for the whole of `z`.
-        width: columns a unit owns.
-        metric: `M` (d, d), what an error of the output counts; None for the identity.
-        at_once: units that leave between two looks at the scores; None for as many as make `LOOKS` looks.
+        moment: second moment of `z` per token (n, n), damped so that it can be inverted.
+        weight: `W` (d, n), already fitted to the whole of `z`.
+        width: columns per unit.
+        metric: `M` (d, d), the weighting of output errors; None for the identity.
+        at_once: units that leave after each computation of the scores; None for `LOOKS` computations in all.
 
     Raises:
-        FloatingPointError: a moment that is not finite or cannot be inverted.
+        FloatingPointError: a moment that is not finite or cannot be factorised.
     """
     factor, failed = torch.linalg.cholesky_ex(moment.double())
     if failed or not torch.isfinite(factor).all():
@@ -68,19 +68,19 @@ def eliminate(
     order: list[torch.Tensor] = []
     damage = [torch.zeros(1, dtype=w.dtype, device=w.device)]
     while len(alive):
-        # What is left is kept together: columns of units that have gone are not carried on.
+        # Everything is narrowed to the remaining columns, so that each step is cheaper than the last.
         costs, count = _costs(inverse, w, width, m), min(at_once, len(alive))
         leaving = costs.argsort(stable=True)[:count]
         columns = _columns(leaving, width)
         rows = inverse[columns]
         inner = rows[:, columns]
-        gone = w[:, columns]
+        removed = w[:, columns]
         order.append(alive[leaving])
-        damage.append(damage[-1][-1] + _shares(costs[leaving]) * _cost(inner, gone, m))
+        damage.append(damage[-1][-1] + _shares(costs[leaving]) * _cost_together(inner, removed, m))
         stay = torch.ones(len(alive), dtype=torch.bool, device=alive.device).index_fill_(0, leaving, False)
         kept = _columns(stay.nonzero().flatten(), width)
         update = torch.linalg.solve(inner, rows[:, kept])
-        w = w[:, kept] - gone @ update
+        w = w[:, kept] - removed @ update
         inverse = inverse[kept][:, kept] - rows[:, kept].T @ update
         alive = alive[stay]
     return Elimination(torch.cat(order), torch.cat(damage))
@@ -89,24 +89,24 @@ def eliminate(
 def _costs(
     inverse: torch.Tensor, weight: torch.Tensor, width: int, metric: torch.Tensor | None
 ) -> torch.Tensor:
-    """What the loss of each unit alone would cost: (units,)."""
+    """The cost of losing each unit alone: (units,)."""
     measured = weight if metric is None else metric @ weight
     if width == 1:
         return (measured * weight).sum(0) / inverse.diagonal()
     units = len(inverse) // width
-    own = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    inner = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     product = torch.einsum("dui,duj->uij", measured.view(-1, units, width), weight.view(-1, units, width))
-    return torch.linalg.solve(own, product).diagonal(dim1=1, dim2=2).sum(1)
+    return torch.linalg.solve(inner, product).diagonal(dim1=1, dim2=2).sum(1)
 
 
-def _cost(inner: torch.Tensor, gone: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
-    """What the loss of several units together costs: ()."""
-    measured = gone if metric is None else metric @ gone
-    return torch.linalg.solve(inner, measured.T @ gone).trace().clamp_min(0)
+def _cost_together(inner: torch.Tensor, removed: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
+    """The cost of losing several units together: ()."""
+    measured = removed if metric is None else metric @ removed
+    return torch.linalg.solve(inner, measured.T @ removed).trace().clamp_min(0)
 
 
 def _shares(costs: torch.Tensor) -> torch.Tensor:
-    """Units that leave together share the cost in proportion to what each would cost alone, added up."""
+    """Cumulative shares of a common cost, in proportion to the cost of each unit alone: (units,)."""
     total = costs.clamp_min(0).cumsum(0)
     return torch.where(
         total[-1] > 0, total / total[-1].clamp_min(1e-300), _range(total).double().add(1) / len(total)

@@ -1,6 +1,6 @@
-"""The cheapest way to give up a budget: one width for every block, the least damage in all.
+"""Choose one width per block so that a budget is saved at the least total damage.
 
-A knapsack with one choice a block, solved exactly by dynamic programming over what has been saved.
+A knapsack problem with one choice per block, solved exactly by dynamic programming over the amount saved.
 Numbers in, numbers out. Knows nothing of models.
 """
 
@@ -13,8 +13,9 @@ import numpy as np
 from probeprune.errors import UsageError
 
 STATES = 20_000
-"""Most amounts of savings told apart. Exact where savings have so large a common divisor; else each is
-rounded down to a multiple of the budget's `STATES`-th part, so that the budget is never missed."""
+"""The most amounts of savings that are distinguished. If the savings have a large enough common divisor, the
+solution is exact. Otherwise each is rounded down to a multiple of budget / `STATES`, so that the budget is
+always met."""
 
 
 @dataclass(frozen=True)
@@ -22,30 +23,36 @@ class Choice:
     """One width a block may have."""
 
     saving: int
-    """What it saves: parameters, FLOPs, nanoseconds."""
+    """Parameters, FLOPs or nanoseconds saved."""
     damage: float
-    """What it costs."""
+    """Its cost."""
 
 
 def solve(choices: Sequence[Sequence[Choice]], budget: int) -> list[int]:
-    """For each block the index of its choice, so that savings reach `budget` at the least damage in all.
+    """Choose for each block, so that the savings reach `budget` at the least total damage.
 
-    Raises `UsageError` where all of the largest
-    savings together are too small.
+    Args:
+        choices: the choices of each block.
+        budget: total to save, in the unit of the savings.
+
+    Returns:
+        The index of the choice of each block.
+
+    Raises:
+        UsageError: a budget above the sum of the largest savings.
     """
     most = sum(max(c.saving for c in block) for block in choices)
     if most < budget:
         raise UsageError(
             f"the budget cannot be met: at most {most / max(budget, 1):.1%} of it can be saved while every "
-            "block keeps what it must; lower the ratio."
+            "block keeps its smallest width; lower the ratio."
         )
     step = gcd(budget, *(c.saving for block in choices for c in block)) or 1
     if budget // step > STATES:
         step = -(-budget // STATES)
     wanted = -(-budget // step)
-    tables = [
-        np.full(wanted + 1, np.inf)
-    ]  # by state: the least damage of the blocks before; the last saves enough
+    # For each number of blocks, the least damage by amount saved in steps. The last entry means "enough".
+    tables = [np.full(wanted + 1, np.inf)]
     tables[0][0] = 0
     for block in choices:
         reached = np.full(wanted + 1, np.inf)
@@ -58,15 +65,15 @@ def solve(choices: Sequence[Sequence[Choice]], budget: int) -> list[int]:
         raise UsageError("the budget cannot be met once savings are rounded; lower the ratio a little.")
     state, picked = wanted, []
     for block, before in zip(reversed(choices), reversed(tables[:-1]), strict=True):
-        ways = []
+        options = []
         for index, c in enumerate(block):
             steps = min(c.saving // step, wanted)
             if state < steps:
                 continue
-            # Enough is enough: whoever saves the rest or more leads there too.
+            # The last entry means "at least the budget", so any larger amount leads there too.
             last = state - steps + 1 if state < wanted else wanted + 1
             source = state - steps + int(before[state - steps : last].argmin())
-            ways.append((float(before[source]) + c.damage, index, source))
-        _, index, state = min(ways)
+            options.append((float(before[source]) + c.damage, index, source))
+        _, index, state = min(options)
         picked.append(index)
     return picked[::-1]

@@ -1,4 +1,4 @@
-"""Least squares for one linear map: moments of what goes in and what should come out, and the best weight.
+"""Least squares for one linear map: moments of its inputs and targets, and the best weight.
 
 Tensors in, tensors out. Knows nothing of models, blocks or text.
 """
@@ -6,18 +6,19 @@ Tensors in, tensors out. Knows nothing of models, blocks or text.
 import torch
 
 FLOOR = 1e-3
+"""Least damping of a channel, as a share of the median channel's."""
 
 
 class Gram:
-    """Count, means and centred second moments of inputs `z` (k) and targets `t` (d), streaming.
+    """Streaming count, means and centred second moments of inputs `z` (k) and targets `t` (d).
 
-    Float32; two of k^2 + d k numbers lie in memory while a batch is taken in. Merges exactly.
+    In float32. While a batch is added, 2 (k^2 + d k) numbers are in memory. Merging is exact.
 
     Attributes:
-        count: tokens seen.
+        count: number of tokens added.
         z_mean, t_mean: means over tokens, (k,) and (d,).
         zz, tz: sums over tokens of products of distances from the means, (k, k) and (d, k).
-        tt: the same for the targets, its trace alone: ().
+        tt: the same for targets with targets, but only the trace: ().
     """
 
     def __init__(self, k: int, d: int, device: torch.device | str = "cpu") -> None:
@@ -28,18 +29,18 @@ class Gram:
 
     @torch.no_grad()
     def update(self, z: torch.Tensor, t: torch.Tensor) -> None:
-        """Take in the inputs (tokens, k) and targets (tokens, d) of a batch."""
+        """Add the inputs (tokens, k) and targets (tokens, d) of a batch."""
         z, t = z.float(), t.float()
         z_mean, t_mean = z.mean(0), t.mean(0)
         z, t = z - z_mean, t - t_mean
         self._add(len(z), z_mean, t_mean, z.T @ z, t.T @ z, t.square().sum())
 
     def merge(self, other: "Gram") -> None:
-        """Take in the moments of other tokens."""
+        """Add the moments of other tokens."""
         self._add(other.count, other.z_mean, other.t_mean, other.zz, other.tz, other.tt)
 
     def part(self, columns: torch.Tensor) -> "Gram":
-        """The moments of some of the inputs: columns a LongTensor (k',)."""
+        """The moments of the inputs in `columns`, a LongTensor (k',)."""
         part = Gram(len(columns), len(self.t_mean), self.zz.device)
         part.count, part.z_mean, part.t_mean = self.count, self.z_mean[columns], self.t_mean
         part.zz, part.tz, part.tt = self.zz[columns][:, columns], self.tz[:, columns], self.tt
@@ -55,11 +56,11 @@ class Gram:
         tt: torch.Tensor,
     ) -> None:
         total = self.count + count
-        apart = self.count * count / total  # Chan, Golub and LeVeque 1979
+        between = self.count * count / total  # Chan, Golub and LeVeque 1979
         dz, dt = z_mean - self.z_mean, t_mean - self.t_mean
-        self.zz.add_(zz).addr_(dz, dz, alpha=apart)
-        self.tz.add_(tz).addr_(dt, dz, alpha=apart)
-        self.tt = self.tt + tt + apart * dt.square().sum()
+        self.zz.add_(zz).addr_(dz, dz, alpha=between)
+        self.tz.add_(tz).addr_(dt, dz, alpha=between)
+        self.tt = self.tt + tt + between * dt.square().sum()
         self.z_mean += dz * (count / total)
         self.t_mean += dt * (count / total)
         self.count = total
@@ -68,18 +69,18 @@ class Gram:
 def solve(
     gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight and bias that bring `W z + b` nearest to `t`.
+    """The weight and bias with the smallest damped squared error of `W z + b` against `t`.
 
     Minimises `mean |t - W' z - b'|^2 + sum_j L_j |W'_j - W_j|^2` over columns `j`: `W' = W + (T - W Z)
-    (Z + L)^-1`. `L_j` is `damping` times the second moment of channel `j` (`FLOOR` of the median channel's at
-    least), so that a few huge channels do not damp all others (docs/best.md). What is damped is the change:
-    much damping is no refit, and the error on the moments' own tokens never grows. Float64: 8 (2 k^2 + d k)
-    bytes while it is solved.
+    (Z + L)^-1`. `L_j` is `damping` times the second moment of channel `j`, at least `FLOOR` times that of the
+    median channel, so that a few huge channels do not damp all others (docs/best.md). Damping applies to the
+    change of the weight: with much damping nothing changes, and the error on the tokens of the moments never
+    grows. Takes 8 (2 k^2 + d k) bytes (float64).
 
     Args:
         gram: moments of inputs and targets.
         weight: `W` (d, k).
-        bias: (d,): fit a bias too, on centred moments (this one's value does not matter). None: fit none.
+        bias: (d,) to fit a bias too, on centred moments; its value does not matter. None to fit none.
         damping: above 0.
 
     Returns:
@@ -100,7 +101,7 @@ def solve(
 
 
 def inverse_moment(gram: Gram, centred: bool, damping: float) -> torch.Tensor:
-    """`(Z + L)^-1` (k, k) of the moment that `solve` takes, float32; raises what that does."""
+    """`(Z + L)^-1` (k, k) with the moment and damping of `solve`, float32. Raises the same errors."""
     _, _, zz, _ = _second_moments(gram, centred)
     return torch.cholesky_inverse(_factor(zz, damping)).float().to(gram.zz.device)
 
@@ -108,7 +109,7 @@ def inverse_moment(gram: Gram, centred: bool, damping: float) -> torch.Tensor:
 def normal_equations(
     gram: Gram, weight: torch.Tensor, centred: bool, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Z + L` (k, k) and `T + W L` (d, k), of which `solve` gives the solution; float64."""
+    """`Z + L` (k, k) and `T + W L` (d, k), the equations that `solve` solves; float64."""
     _, _, zz, tz = _second_moments(gram, centred)
     strength = _strength(zz, damping)
     zz.diagonal().add_(strength)
@@ -116,7 +117,7 @@ def normal_equations(
 
 
 def _factor(zz: torch.Tensor, damping: float) -> torch.Tensor:
-    """The Cholesky factor of `Z + L`, in place of `Z`."""
+    """The Cholesky factor of `Z + L`. Changes `zz` to `Z + L`."""
     zz.diagonal().add_(_strength(zz, damping))
     factor, failed = torch.linalg.cholesky_ex(zz)
     if failed or not torch.isfinite(factor).all():
@@ -125,29 +126,29 @@ def _factor(zz: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def _strength(zz: torch.Tensor, damping: float) -> torch.Tensor:
-    """`L` (k,)."""
+    """`L` (k,), the damping of each channel."""
     diagonal = zz.diagonal()
     return damping * diagonal.clamp_min(FLOOR * float(diagonal.median()))
 
 
 def squared_error(gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
-    """Mean over the moments' tokens of `|t - W z - b|^2`."""
+    """Mean of `|t - W z - b|^2` over the tokens of the moments."""
     z_mean, t_mean, zz, tz = _second_moments(gram, centred=True)
     w = _wide(weight)
     spread = float(_wide(gram.tt)) / gram.count - float((2 * tz - w @ zz).mul_(w).sum())
-    away = t_mean - w @ z_mean - (0 if bias is None else _wide(bias))
-    return spread + float(away.square().sum())
+    offset = t_mean - w @ z_mean - (0 if bias is None else _wide(bias))
+    return spread + float(offset.square().sum())
 
 
 def target_variance(gram: Gram) -> float:
-    """Mean over the moments' tokens of the targets' squared distance from their mean."""
+    """Mean squared distance of the targets from their mean, over the tokens of the moments."""
     return float(gram.tt) / gram.count
 
 
 def _second_moments(
     gram: Gram, centred: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means, `Z` (k, k) and `T` (d, k) a token, around the means or around zero, in float64."""
+    """Means of `z` and `t`, and `Z` (k, k) and `T` (d, k) per token, centred or not, in float64."""
     z_mean, t_mean = _wide(gram.z_mean), _wide(gram.t_mean)
     zz, tz = _wide(gram.zz) / gram.count, _wide(gram.tz) / gram.count
     if not centred:
@@ -157,5 +158,5 @@ def _second_moments(
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """In float64, which Apple's GPUs lack."""
+    """A tensor in float64, on the CPU if it is on an Apple GPU, which has no float64."""
     return (x.cpu() if x.device.type == "mps" else x).double()

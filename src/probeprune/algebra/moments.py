@@ -1,10 +1,10 @@
-"""Streaming moments of the coupled activation `z`, and the history that keeps moving while a model is used.
+"""Streaming moments of the coupled activation `z`, and the history that is updated while a model is used.
 
-Everything is float32, per channel in original order, merges exactly, and never sees padding. Positions are
-those of a token within its own sequence, so padding on either side gives the same numbers. Positions below
-a limit have an energy of their own and all later ones share one: memory is bounded and any length works.
-The limit is 0 by default: keeping positions apart was measured to gain nothing.
-Nothing here knows which units will be pruned.
+Everything is float32, per channel in original order, merges exactly, and leaves out padding. A position is
+that of a token within its own sequence, so padding on either side gives the same numbers. Positions below a
+limit each have their own energy and all later ones share one, so memory is bounded for any length. The limit
+is 0 by default: keeping positions separate was measured to gain nothing. Knows nothing of the units to be
+pruned.
 """
 
 from collections.abc import Mapping
@@ -13,24 +13,22 @@ from dataclasses import dataclass
 import torch
 
 OWN_POSITIONS = 0
-"""How many first positions of a sequence keep an energy of their own. Probe Pruning keeps all up to a fixed
-length; here none, at no cost in quality (docs/choices.md, benchmarks/history_positions.py)."""
+"""Number of positions, from the first, with their own energy. Probe Pruning has one for each position up to a
+fixed length; here none has, at no cost in quality (docs/choices.md, benchmarks/history_positions.py)."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which tokens of a batch are real, and where each stands in its sequence.
-
-    `valid` is a BoolTensor (batch, sequence) or None when there is no padding.
-    """
+    """Which tokens of a batch are real, and their positions."""
 
     batch: int
     length: int
     valid: torch.Tensor | None = None
+    """BoolTensor (batch, sequence), False for padding; None if there is no padding."""
 
     @property
     def positions(self) -> torch.Tensor | None:
-        """LongTensor (batch, sequence): position within the sequence; None when it is the column."""
+        """LongTensor (batch, sequence): position within the sequence; None if it equals the column."""
         if self.valid is None:
             return None
         return (self.valid.long().cumsum(1) - 1).clamp_min(0)
@@ -40,12 +38,13 @@ class Moments:
     """Count, mean, centred second moment and per-position energy of one block's `z`.
 
     Attributes:
-        count: float tensor (), tokens seen.
-        samples: float tensor (), sequences seen.
+        count: float tensor (), number of tokens added.
+        samples: float tensor (), number of sequences added.
         mean: (n,), mean over tokens.
         m2: (n,), sum over tokens of the squared distance from the mean.
-        energy: (own + 1, n), sum of `z^2` at each own position; the last row sums all later ones.
-        tokens: (own + 1,), how many tokens each row of `energy` holds.
+        energy: (own + 1, n), sum of `z^2` at each of the first `own` positions; the last row sums all later
+            ones.
+        tokens: (own + 1,), number of tokens in each row of `energy`.
     """
 
     def __init__(self, width: int, own: int = OWN_POSITIONS, device: torch.device | str = "cpu") -> None:
@@ -58,19 +57,19 @@ class Moments:
 
     @property
     def own(self) -> int:
-        """Positions with an energy of their own."""
+        """Number of positions with their own energy."""
         return len(self.tokens) - 1
 
     @torch.no_grad()
     def update(self, z: torch.Tensor, tokens: Tokens) -> None:
-        """Take in one batch of `z` (batch, sequence, n); padding is left out."""
+        """Add a batch of `z` (batch, sequence, n), leaving out padding."""
         batch = Moments(z.shape[-1], self.own, z.device)
         flat = (z.flatten(0, 1) if tokens.valid is None else z[tokens.valid]).float()
         if not len(flat):
             return
         batch.count += len(flat)
         batch.samples += z.shape[0] if tokens.valid is None else tokens.valid.any(1).sum()
-        # Two passes: one pass (mean of squares minus square of mean) cancels in float32.
+        # Two passes, because mean of squares minus square of mean cancels in float32.
         batch.mean = flat.mean(0)
         batch.m2 = (flat - batch.mean).square_().sum(0)
         if self.own:
@@ -82,7 +81,7 @@ class Moments:
 
     @torch.no_grad()
     def merge(self, other: "Moments") -> None:
-        """Take in moments of other tokens (Chan, Golub and LeVeque 1979); order does not matter."""
+        """Add moments of other tokens, in any order (Chan, Golub and LeVeque 1979)."""
         total = self.count + other.count
         delta = other.mean - self.mean
         self.m2 += other.m2 + delta.square() * (self.count * other.count / total.clamp_min(1))
@@ -103,11 +102,11 @@ class Moments:
         return self.energy.sum(0) / self.samples.clamp_min(1)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All tensors by name, as `from_state` takes them."""
+        """All tensors by name, for `from_state`."""
         return dict(vars(self))
 
     def to(self, device: torch.device | str) -> "Moments":
-        """The same moments on a device."""
+        """The same moments on `device`."""
         return Moments.from_state({k: v.to(device) for k, v in self.state().items()})
 
     @classmethod
@@ -126,8 +125,8 @@ def position_sums(z: torch.Tensor, tokens: Tokens, energy: torch.Tensor, counts:
     Args:
         z: (batch, sequence, k).
         tokens: which tokens are real.
-        energy: (own + 1, k), added to in place: sums of `z^2`; the last row takes all later positions.
-        counts: (own + 1,), added to in place: tokens a row took.
+        energy: (own + 1, k), changed in place: sums of `z^2` by position; the last row sums all later ones.
+        counts: (own + 1,), changed in place: number of tokens in each row.
     """
     own, valid = len(counts) - 1, tokens.valid
     if own and valid is not None:
@@ -149,8 +148,8 @@ def position_sums(z: torch.Tensor, tokens: Tokens, energy: torch.Tensor, counts:
 
 def _sum_of_squares(z: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """Sum of `z^2` over the real tokens of (batch, sequence, k): (k,), float32."""
-    # So many tokens at a time that they and the sums stay in a CPU's cache, or keep an accelerator busy: what
-    # is made of a whole batch would grow with it.
+    # In parts: small enough for a CPU's cache, or large enough to keep an accelerator busy. Temporary tensors
+    # for a whole batch would grow with it.
     entries = 2**17 if z.device.type == "cpu" else 2**24
     parts = z.flatten(0, 1).split(max(entries // z.shape[-1], 1))
     real = None if valid is None else valid.flatten().split(len(parts[0]))
@@ -164,33 +163,36 @@ def _sum_of_squares(z: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor
 
 
 class History:
-    """Running energy of one block's channels, by position: `E^h` of Probe Pruning.
+    """Running energy of one block's channels by position, `E^h` of Probe Pruning.
 
-    `energy` (own + 1, n) holds, for each own position and once for all later ones, the mean over samples of
-    `z^2`. It follows the block's partition, so its first columns are the kept units' channels.
+    Attributes:
+        decay: share of itself that the history keeps at each update.
+        energy: (own + 1, n), mean over samples of `z^2` at each of the first `own` positions; the last row is
+            for all later ones. Columns follow the block's partition: the kept units' channels come first.
     """
 
     def __init__(self, moments: Moments, decay: float) -> None:
         self.decay = decay
         self.energy = moments.energy / moments.tokens.clamp_min(1)[:, None]
-        # A position that calibration never reached starts from the mean over those it did.
+        # A position without calibration tokens starts from the mean over all of them.
         unseen = moments.tokens == 0
         self.energy[unseen] = moments.energy.sum(0) / moments.count.clamp_min(1)
 
     @property
     def own(self) -> int:
-        """Positions with an energy of their own."""
+        """Number of positions with their own energy."""
         return len(self.energy) - 1
 
     def at(
         self, columns: torch.Tensor, positions: torch.Tensor | None, valid: torch.Tensor | None
     ) -> torch.Tensor:
-        """`E^h` at some columns of a batch: (len(columns), n).
+        """`E^h` at some columns of a batch: (s, n).
 
         Args:
             columns: LongTensor (s,), ascending columns of the batch.
-            positions: LongTensor (b, s), the tokens' own positions, or None where they are the columns.
-            valid: BoolTensor (b, s); a column's energy is the mean over its real tokens' positions.
+            positions: LongTensor (b, s), the tokens' positions; None if they equal the columns.
+            valid: BoolTensor (b, s), False for padding. A column's energy is the mean over the positions of
+                its real tokens.
         """
         if not self.own:  # one row for all: nothing to gather
             rows = self.energy.expand(len(columns), -1)
@@ -202,8 +204,10 @@ class History:
 
     @torch.no_grad()
     def update(self, z: torch.Tensor, tokens: Tokens) -> None:
-        """Move the first `z.shape[-1]` channels towards this batch; rows it did not reach stay, and so does
-        what it would make NaN or infinite."""
+        """Move the first `z.shape[-1]` channels towards this batch.
+
+        Rows without tokens in this batch, and entries that would become non-finite, are left unchanged.
+        """
         k = z.shape[-1]
         energy = torch.zeros(self.own + 1, k, device=z.device)
         counts = torch.zeros(self.own + 1, device=z.device)

@@ -1,7 +1,7 @@
-"""Where the milliseconds of a pass go: by stage of a dynamic method, and by kind of block.
+"""Where the milliseconds of a forward pass go: by stage of a dynamic method, and by kind of block.
 
-From torch's profiler and the labels that `runtime.py` puts around its stages; blocks are labelled here, from
-their entry to their consumer. Times are exclusive: a label's own, without those of labels inside it.
+Uses torch's profiler and the labels that the runtime puts around its stages (`stages.py`); blocks are
+labelled here, from their entry to their consumer. Times are exclusive: without those of labels inside.
 """
 
 import os
@@ -13,24 +13,24 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from probeprune.model.blocks import Block
+from probeprune.stages import PROBE, STAGES
 
 T = TypeVar("T")
 
-OVERHEAD = ("choose", "score", "swap", "refit", "history")
-"""Stages that are neither the probe's nor the pruned blocks' own arithmetic."""
-PARTS = ("attention", "mlp", "run_ahead", *OVERHEAD, "rest")
+PARTS = ("attention", "mlp", *(stage.name for stage in STAGES), "rest")
 """Of a pass: blocks, then the stages of a dynamic method, then norms, residuals and Python."""
+
 _PREFIX = "probeprune::"
 
 
 def profiled(
     blocks: Sequence[Block], device: torch.device, forward: Callable[[], T]
 ) -> tuple[dict[str, float], T]:
-    """Run `forward` under the profiler; milliseconds by part (`PARTS`), and what it returned.
+    """Run `forward` under the profiler; returns milliseconds by part (`PARTS`) and the result of `forward`.
 
-    On a GPU they are the kernels' own, on a CPU those of the operators.
+    Times are those of kernels on a GPU, and of operators on a CPU.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without it, torch's profiler logs every start and stop
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with labelled(blocks), profile(activities=activities, acc_events=True) as trace:
@@ -38,19 +38,19 @@ def profiled(
             result = forward()
         if on_gpu:
             torch.cuda.synchronize(device)
-    found = dict.fromkeys(PARTS, 0.0)
+    milliseconds = dict.fromkeys(PARTS, 0.0)
     for event in trace.events() or []:
         part = _part(event)
         if part is None:
             continue
         outer = _outer(event)
-        if outer is not None and _part(outer) == "run_ahead":
-            continue  # the probe runs through the block's own forward, labels and all
-        own = (event.device_time_total if on_gpu else event.cpu_time_total) / 1e3
-        found[part] += own
+        if outer is not None and _part(outer) == PROBE.name:
+            continue  # the probe calls the block's own forward, which is labelled too
+        duration = (event.device_time_total if on_gpu else event.cpu_time_total) / 1e3
+        milliseconds[part] += duration
         if outer is not None:
-            found[_part(outer) or "rest"] -= own
-    return found, result
+            milliseconds[_part(outer) or "rest"] -= duration
+    return milliseconds, result
 
 
 def _part(event: Any) -> str | None:
@@ -59,7 +59,7 @@ def _part(event: Any) -> str | None:
 
 
 def _outer(event: Any) -> Any:
-    """The nearest labelled event around one, or None."""
+    """The nearest labelled event that contains `event`, or None."""
     outer = event.cpu_parent
     while outer is not None and _part(outer) is None:
         outer = outer.cpu_parent
@@ -68,7 +68,7 @@ def _outer(event: Any) -> Any:
 
 @contextmanager
 def labelled(blocks: Sequence[Block]) -> Iterator[None]:
-    """Label every block for the profiler, by its kind."""
+    """Label every block for the profiler by its kind."""
     hooks, open_labels = [], []
 
     def enter(block: Block) -> Callable[..., None]:

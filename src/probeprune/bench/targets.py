@@ -1,7 +1,7 @@
-"""What is measured: a loaded model with text, or a random model of a real one's shape with random tokens.
+"""The models that bench measures: a loaded one on text, or a random one of a real model's shape.
 
-A shape needs no weights from anywhere: its decoder layers have the real sizes, and there may be fewer of
-them. Nothing is said about quality then.
+A shape needs no download: its decoder layers have the real sizes, and there may be fewer of them. Random
+models are measured on random tokens, for speed and memory only.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import UsageError, require_positive, unknown
 from probeprune.model.blocks import find_blocks
 from probeprune.model.loading import LoadedModel
 
@@ -43,10 +43,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 _VOCABULARY = 1024
-"""Of a random model. Embedding and head are not measured."""
+"""Vocabulary of a random model. Embedding and head are not measured."""
 _SPREAD = 0.35
-"""Channels of a random model differ by factors of exp(normal times this). Then about one kept unit in seven
-changes from batch to batch, as in SmolLM2-135M; were all alike, it would be one in four."""
+"""Standard deviation of the logarithm of a random model's channel scales. With this value about one kept unit
+in seven changes from batch to batch, as in SmolLM2-135M; with equal channels it would be one in four."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Target:
     """A model to measure and tokens to measure it on.
 
     Attributes:
-        name: for people.
+        name: shown in tables and lines.
         model: in eval mode.
-        windows: called with (count, length); LongTensor of token ids.
+        windows: called with (count, length); returns a LongTensor (count, length) of token ids.
         dtype, device: of the model.
     """
 
@@ -68,7 +68,7 @@ class Target:
 
 
 def from_loaded(loaded: LoadedModel) -> Target:
-    """A model on windows of embedded C4 text."""
+    """A loaded model on windows of the embedded C4 text."""
 
     def windows(count: int, length: int) -> torch.Tensor:
         return calibration_windows(load_corpus("c4"), loaded.tokenizer, count=count, length=length, seed=0)
@@ -77,20 +77,20 @@ def from_loaded(loaded: LoadedModel) -> Target:
 
 
 def of_shape(shape: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> Target:
-    """A random model with the layers of a real one, on random tokens.
+    """A random model with layers of a real model's sizes, on random tokens.
 
     Args:
         shape: a key of `SHAPES`.
-        layers: how many; None for as many as the real one has.
-        dtype, device: where it is made.
+        layers: number of layers; None for the real model's.
+        dtype, device: of the weights.
 
-    Raises `UsageError` for an unknown shape, or fewer than one layer.
+    Raises:
+        UsageError: an unknown shape, or fewer than one layer.
     """
     if shape not in SHAPES:
         raise UsageError(unknown("shape", shape, SHAPES))
     sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
-    if sizes["num_hidden_layers"] < 1:
-        raise UsageError("a model has at least one layer; raise --layers.")
+    require_positive(layers=sizes["num_hidden_layers"])
     config = LlamaConfig(**sizes, vocab_size=_VOCABULARY, max_position_embeddings=131072, dtype=dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)

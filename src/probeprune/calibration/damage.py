@@ -1,11 +1,12 @@
-"""Damage: what the model's prediction loses when a block is cut to any width, and what a cut saves.
+"""Damage of cutting a block to any width, and the FLOPs or time that a cut saves.
 
-Each block by itself: its units leave in the order of elimination, the rest is refitted to the dense block's
-output, and the error that stays counts by the block's sensitivity. One pass gives the curve of every width.
+Each block is judged alone. Its units leave in the order of elimination, the remaining ones are refitted to
+the dense block's output, and the remaining error is weighted by the block's sensitivity. One pass gives the
+damage at every width.
 """
 
-import statistics as numbers
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 import torch
 from torch import nn
@@ -32,22 +33,23 @@ def damages(
     batch_size: int = 16,
     progress: Progress = silent,
 ) -> dict[str, torch.Tensor]:
-    """Nats a token that cutting a block costs, by how many of its units leave.
+    """Damage of cutting each block, in nats per token, by the number of units removed.
 
-    To second order and each block alone in an otherwise dense model: what several cuts do to each other is
-    left out. One layer is in memory at a time, as in `refit.refit`.
+    To second order, with each block cut alone in an otherwise dense model: interactions between cuts are
+    ignored. The moments of one layer are in memory at a time.
 
     Args:
-        model: a supported causal LM in eval mode, nothing attached.
+        model: a supported causal LM in eval mode, with nothing attached.
         windows: LongTensor (count, length) of token ids.
         metrics: sensitivities of the blocks' outputs (`sensitivity.sensitivities`).
         units: what an attention unit is.
         damping: of the moments, as in `least_squares.solve`.
-        batch_size: windows a forward pass.
-        progress: called with (what, layers done, layers in all).
+        batch_size: windows per forward pass.
+        progress: called with (`damage`, layers done, layers in all).
 
     Returns:
-        By block name (units + 1,), float64, never falling: at i after the first i units of the order left.
+        By block name (units + 1,), float64, never decreasing: entry i is the damage after the first i units
+        of the elimination order are removed.
 
     Raises:
         UsageError: unsupported model, windows too long.
@@ -57,16 +59,17 @@ def damages(
     check_windows(model, windows)
     blocks = find_blocks(model, units)
     layers = LayerRunner(model, [*batches(windows, batch_size)])
-    stream, found = layers.hidden, {}
+    stream = layers.hidden
+    curves: dict[str, torch.Tensor] = {}
     for layer in range(len(layers)):
         progress("damage", layer, len(layers))
         here = [b for b in blocks if b.layer == layer]
         moments = {b.kind: Gram(b.width, b.consumer.out_features, b.consumer.weight.device) for b in here}
         for i, hidden in enumerate(stream):
-            with capture(here) as seen:
+            with capture(here) as captured:
                 stream[i] = layers.run(layer, i, hidden)
             for kind, gram in moments.items():
-                gram.update(seen[kind].z.flatten(0, -2), seen[kind].output.flatten(0, -2))
+                gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
         for b in here:
             weight, centred = b.consumer.weight, b.consumer.bias is not None
             try:
@@ -76,15 +79,15 @@ def damages(
                     b.unit_width,
                     metric=metrics[b.name],
                 )
-            except FloatingPointError as problem:
-                raise FloatingPointError(f"the damage of {b.name} cannot be told: {problem}.") from None
-            found[b.name] = order.damage.cpu() / 2
+            except FloatingPointError as error:
+                raise FloatingPointError(f"the damage of {b.name} cannot be computed: {error}.") from None
+            curves[b.name] = order.damage.cpu() / 2
     progress("damage", len(layers), len(layers))
-    return found
+    return curves
 
 
 def unit_flops(blocks: Sequence[Block], length: int) -> list[int]:
-    """What the cut of one unit saves of each block: FLOPs on a sequence of so many tokens."""
+    """FLOPs saved per block by removing one unit, for a sequence of `length` tokens."""
     return [block_flops(b, b.units, 1, length) - block_flops(b, b.units - 1, 1, length) for b in blocks]
 
 
@@ -92,16 +95,16 @@ def unit_flops(blocks: Sequence[Block], length: int) -> list[int]:
 def unit_nanoseconds(
     model: nn.Module, blocks: Sequence[Block], ids: torch.Tensor, rounds: int = 5
 ) -> list[int]:
-    """What the cut of one unit saves of each block: nanoseconds of a pass over these ids, on this machine.
+    """Nanoseconds saved per block by removing one unit, in a pass over these ids on this machine.
 
-    Every block is timed whole and at half its units, in turn; medians over rounds. At least 1, where the
-    machine's noise drowns a block.
+    Every block is timed whole and at half its units, in turn; the result is the median over rounds, and at
+    least 1 even if the difference is lost in noise.
 
     Args:
-        model: nothing attached; put back at the end.
-        blocks: of the model.
+        model: a supported causal LM with nothing attached; unchanged at the end.
+        blocks: the model's blocks.
         ids: LongTensor (batch, length) of token ids, on the model's device.
-        rounds: at least 1.
+        rounds: number of timed rounds, at least 1.
     """
     layers = LayerRunner(model, [ids])
     device = ids.device
@@ -110,7 +113,7 @@ def unit_nanoseconds(
     try:
         for b, partition in zip(blocks, partitions, strict=True):
             partition.keep(torch.arange(max(b.units // 2, 1), device=device))
-        for _ in range(rounds + 1):  # the first one warms up
+        for _ in range(rounds + 1):  # the first is a warm-up
             for i, (b, partition) in enumerate(zip(blocks, partitions, strict=True)):
                 for seconds, show in zip(times[i], (partition.widen, partition.narrow), strict=True):
                     show()
@@ -121,7 +124,7 @@ def unit_nanoseconds(
     finally:
         for partition in partitions:
             partition.restore()
-    saved = [numbers.median(w - n for w, n in zip(whole[1:], half[1:], strict=True)) for whole, half in times]
+    saved = [median(w - n for w, n in zip(whole[1:], half[1:], strict=True)) for whole, half in times]
     return [
         max(round(1e9 * s / max(b.units - b.units // 2, 1)), 1) for s, b in zip(saved, blocks, strict=True)
     ]

@@ -1,8 +1,8 @@
-"""Sensitivity: what an error in a block's output does to the model's next-token distribution.
+"""Sensitivity: the effect of an error in a block's output on the model's next-token distribution.
 
-To second order an error `e` of one token's output costs `e' F e / 2` nats in KL divergence from the model's
-own prediction, where `F` is the Fisher information `E[g g']` of the gradient `g` of the log-likelihood of
-labels drawn from the model. One backward pass a window; no text is taken as the truth.
+To second order, an error `e` in one token's output costs `e' F e / 2` nats of KL divergence from the model's
+own prediction. `F` is the Fisher information `E[g g']`, where `g` is the gradient of the log-likelihood of
+labels drawn from the model. Takes one backward pass per window; the text itself is never used as a label.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,14 @@ from torch import nn
 from probeprune.calibration.gradients import weights_at_rest
 from probeprune.files import cached_tensors
 from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.forwards import temporary_hooks
 from probeprune.model.passes import check_eval, check_windows
 from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
 
 _FORMAT = 1
 FLOOR = 0.1
-"""Of the mean over directions that every direction counts at least: few windows do not show all of them."""
+"""Least weight of a direction, as a share of the mean direction's: few windows do not show all directions."""
 
 
 def sensitivities(
@@ -35,16 +36,16 @@ def sensitivities(
 ) -> dict[str, torch.Tensor]:
     """The Fisher information of every block's output, averaged over tokens.
 
-    Memory: d^2 float32 numbers a block, and one window's activations. A token's gradient is that of the
-    whole window's log-likelihood, so what later tokens read of it counts too; that errors of different
-    tokens add up or cancel is left out.
+    Memory: d^2 float32 numbers per block, and the activations of one window. A token's gradient is that of
+    the whole window's log-likelihood, so its effect on later tokens counts too. Interactions between the
+    errors of different tokens are ignored.
 
     Args:
-        model: a supported causal LM in eval mode, nothing attached. Its weights get no gradients.
+        model: a supported causal LM in eval mode, with nothing attached. Its weights get no gradients.
         windows: LongTensor (count, length) of token ids.
-        seed: for the labels drawn.
-        cache: a folder to keep results in, by content; None keeps nothing.
-        progress: called with (what, windows done, windows in all).
+        seed: for drawing the labels.
+        cache: a folder to store results in, by content; None stores nothing.
+        progress: called with (`sensitivities`, windows done, windows in all).
 
     Returns:
         By block name `F + FLOOR mean(diag F) I` (d, d), float32.
@@ -58,10 +59,10 @@ def sensitivities(
     path = None
     if cache is not None:
         path = cache / f"{content_key(model, windows, 'sensitivities', _FORMAT, seed)}.safetensors"
-    return cached_tensors(path, lambda: _measured(model, windows, seed, progress))
+    return cached_tensors(path, lambda: _measure(model, windows, seed, progress))
 
 
-def _measured(
+def _measure(
     model: nn.Module, windows: torch.Tensor, seed: int, progress: Progress
 ) -> dict[str, torch.Tensor]:
     blocks = find_blocks(model)
@@ -71,7 +72,7 @@ def _measured(
     with torch.inference_mode(False), weights_at_rest(model), _outputs(blocks) as outputs:
         for done, window in enumerate(windows.clone()):
             progress("sensitivities", done, len(windows))
-            _draw_and_go_back(model, window[None].to(device), generator)
+            _backward_from_drawn_labels(model, window[None].to(device), generator)
             for name, output in outputs.items():
                 gradient = output.grad
                 assert gradient is not None
@@ -91,12 +92,12 @@ def _measured(
     return total
 
 
-def _draw_and_go_back(model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
-    """Draw a label at every token from the model's prediction; send its log-likelihood's gradient back."""
+def _backward_from_drawn_labels(model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
+    """Draw a label at every token from the model's prediction and backpropagate its log-likelihood."""
     with torch.enable_grad():
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
-        # Gumbel's trick, so that one generator on the CPU serves every device.
+        # The Gumbel trick lets one generator on the CPU draw for every device.
         uniform = torch.rand(logits.shape, generator=generator).clamp_(1e-20).to(logits.device)
         labels = (logits.detach() - (-uniform.log()).log()).argmax(-1)
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
@@ -104,20 +105,17 @@ def _draw_and_go_back(model: Any, ids: torch.Tensor, generator: torch.Generator)
 
 @contextmanager
 def _outputs(blocks: Sequence[Block]) -> Iterator[dict[str, torch.Tensor]]:
-    """What the consumers of these blocks give, by block name, each keeping its gradient."""
-    seen: dict[str, torch.Tensor] = {}
+    """The outputs of these blocks' consumers, by block name, each with its gradient after a backward pass."""
+    outputs: dict[str, torch.Tensor] = {}
 
-    def keeper(name: str) -> Any:
+    def keep_gradient(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if output.requires_grad:
                 output.retain_grad()
-                seen[name] = output
+                outputs[name] = output
 
         return hook
 
-    hooks = [b.consumer.register_forward_hook(keeper(b.name)) for b in blocks]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = (b.consumer.register_forward_hook(keep_gradient(b.name)) for b in blocks)
+    with temporary_hooks(hooks):
+        yield outputs

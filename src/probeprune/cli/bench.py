@@ -1,151 +1,237 @@
 """`probeprune bench`: measured speed and memory."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from probeprune.cli.common import DEVICE, JSON, MODEL, TRUST, err, names, out, progress_bar, say_written
+from probeprune.cli.facts import takes_gradients
+from probeprune.cli.groups import Device, Model, Ratio, ResultOptions, TrustRemoteCode
+from probeprune.cli.options import grouped
+from probeprune.cli.terminal import err, out, print_written, progress_bar
+from probeprune.cli.values import at_least, names, one_of, whole_numbers
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
+from probeprune.model.loading import DTYPES, EMBEDDED_MODEL, choose_device, choose_dtype, load_model
 from probeprune.strategies.allocation import check_ratio
 
+if TYPE_CHECKING:
+    import torch
 
-def bench(
-    model: MODEL = "smollm2-135m",
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "ppsp,probe",
-    ratio: Annotated[float, typer.Option(help="Pruning ratio.")] = 0.4,
-    batch_sizes: Annotated[str, typer.Option(help="Sequences a batch, separated by commas.")] = "16",
-    lengths: Annotated[str, typer.Option(help="Tokens of a prompt, separated by commas.")] = "512",
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded behind it; 0 measures prefill alone.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 5,
-    dtypes: Annotated[
-        str, typer.Option(help="auto, bfloat16, float16, float32, separated by commas.")
-    ] = "auto",
-    threads: Annotated[str, typer.Option(help="CPU threads, separated by commas; 0 for torch's own.")] = "0",
+    from probeprune.bench.lines import BenchLine
+    from probeprune.bench.measure import GridPoint
+    from probeprune.bench.targets import Target
+    from probeprune.prepare import Prepared
+    from probeprune.progress import Progress
+
+OUTPUT = ResultOptions(Path("runs/bench"))
+CALIBRATION_WINDOWS = 8
+"""Few: statistics decide which units stay, and speed depends only on how many."""
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """The model to measure: a real one, or a random one of a real one's shape."""
+
+    panel: ClassVar[str] = "Model loading"
     shape: Annotated[
         str | None,
-        typer.Option(help="Instead of MODEL: a random model with layers of this real one's sizes."),
-    ] = None,
-    layers: Annotated[int | None, typer.Option(help="How many layers of the shape. [default: all]")] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Say where each millisecond goes.")] = False,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the figures.")] = Path("runs/bench"),
-    device: DEVICE = "auto",
-    trust_remote_code: TRUST = False,
-    as_json: JSON = False,
-) -> None:
-    """Measure speed and memory against the dense model, interleaved in one run: prefill and decode.
+        typer.Option(
+            help="Measure a random model with layers of this model's sizes instead of the argument: "
+            "llama-2-7b, llama-2-13b, llama-3-8b, llama-3.2-1b or llama-3.2-3b.",
+            show_default=False,
+        ),
+    ] = None
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Number of layers of the random model.", show_default="as in the real model"),
+    ] = None
+    device: Device = "auto"
+    trust_remote_code: TrustRemoteCode = False
 
-    Shapes: llama-2-7b, llama-2-13b, llama-3-8b, llama-3.2-1b, llama-3.2-3b.
+    def check(self) -> None:
+        """Raise `UsageError` for options that do not go together."""
+        if self.layers is not None and self.shape is None:
+            raise UsageError("--layers goes with --shape; a real model has a fixed number of layers.")
+
+    def open(self, model: str, dtype: str) -> Target:
+        """The model in this dtype, with text or random tokens to measure on."""
+        from probeprune.bench.targets import from_loaded, of_shape
+
+        with err.status("loading the model"):
+            if self.shape is None:
+                return from_loaded(
+                    load_model(
+                        model,
+                        dtype=dtype,
+                        device=self.device,
+                        trust_remote_code=self.trust_remote_code,
+                    )
+                )
+            device = choose_device(self.device)
+            return of_shape(self.shape, self.layers, choose_dtype(dtype, device), device)
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """What is measured, and at which sizes."""
+
+    panel: ClassVar[str] = "Measurements"
+    methods: Annotated[
+        str,
+        typer.Option(help="Methods to measure beside the dense model, separated by commas."),
+    ] = "ppsp,probe"
+    ratio: Ratio = 0.4
+    batch_sizes: Annotated[str, typer.Option(help="Numbers of sequences per batch, separated by commas.")] = (
+        "16"
+    )
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens per prompt, separated by commas.")] = "512"
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens decoded after each prompt; 0 measures prefill alone.")
+    ] = 16
+    rounds: Annotated[
+        int, typer.Option(help="Number of rounds, each of all methods in turn; medians are reported.")
+    ] = 5
+    dtypes: Annotated[
+        str,
+        typer.Option(
+            help="Data types to compute in, separated by commas: bfloat16, float16, float32 or auto "
+            "(the fastest on the device)."
+        ),
+    ] = "auto"
+    threads: Annotated[
+        str,
+        typer.Option(help="Numbers of CPU threads, separated by commas; 0 is PyTorch's default."),
+    ] = "0"
+
+    def checked_methods(self, shape: str | None) -> list[Method]:
+        """The methods; for a random model, which may have few layers, with no layer left dense.
+
+        Raises `UsageError` for an unknown method or one that cannot be timed here, and for a bad ratio.
+        """
+        check_ratio(self.ratio)
+        methods = [get_method(name) for name in names(self.methods, "methods")]
+        for method in methods:
+            check_untrained(method)
+            if takes_gradients(method):
+                raise UsageError(
+                    f"bench collects no gradients; {method.name!r} runs as fast as ppsp, which cuts the same."
+                )
+        return methods if shape is None else [dataclasses.replace(m, skip_layers=0) for m in methods]
+
+    def points(self) -> list[GridPoint]:
+        """All batch sizes at all lengths. Raises `UsageError` for a size below 1."""
+        from probeprune.bench.measure import GridPoint
+
+        at_least(1, rounds=self.rounds)
+        at_least(0, new_tokens=self.new_tokens)
+        lengths = whole_numbers(self.lengths, "lengths", least=1)
+        return [
+            GridPoint(batch_size, length)
+            for batch_size in whole_numbers(self.batch_sizes, "batch-sizes", least=1)
+            for length in lengths
+        ]
+
+    def checked_dtypes(self) -> list[str]:
+        """The data types. Raises `UsageError` for an unknown one."""
+        dtypes = names(self.dtypes, "dtypes")
+        for dtype in dtypes:
+            one_of("dtype", dtype, ("auto", *DTYPES))
+        return dtypes
+
+    def thread_counts(self) -> list[int]:
+        """The numbers of threads. Raises `UsageError` for anything but whole numbers."""
+        return whole_numbers(self.threads, "threads", least=0)
+
+
+@grouped
+def bench(
+    *,
+    model: Model = EMBEDDED_MODEL,
+    grid: GridOptions,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print how many milliseconds each part of a forward pass takes.")
+    ] = False,
+    output: ResultOptions = OUTPUT,
+    target: TargetOptions,
+) -> None:
+    """Measure the speed and memory of pruned models against the dense model, in prefill and in decoding.
+
+    All models are measured in turn, so that a machine whose speed changes slows all of them alike.
 
     Example: [bold]probeprune bench --methods probe --batch-sizes 1,16 --lengths 128,512[/bold]
     Example: [bold]probeprune bench --shape llama-2-7b --layers 2 --batch-sizes 1[/bold]
     """
-    from probeprune.bench.measure import Figures, Point, measure
-    from probeprune.bench.show import plot, profile_table, tables
-    from probeprune.calibration.collecting import calibrate
+    from probeprune.bench.plot import plot
+    from probeprune.bench.tables import profile_table, tables
 
-    chosen = [_method(name, shape) for name in names(methods, "methods")]
-    check_ratio(ratio)
-    points = [Point(b, n) for b in _counts(batch_sizes, "batch-sizes") for n in _counts(lengths, "lengths")]
-    if rounds < 1 or new_tokens < 0:
-        raise UsageError("--rounds must be at least 1 and --new-tokens at least 0.")
-    if layers is not None and shape is None:
-        raise UsageError("--layers goes with --shape; a real model has the layers it has.")
-    all_threads = _counts(threads, "threads", least=0)
-    figures: list[Figures] = []
-    for dtype in names(dtypes, "dtypes"):
-        with err.status("loading the model"):
-            target = _target(model, shape, layers, dtype, device, trust_remote_code)
-        with progress_bar() as show:
-            windows = target.windows(8, max(p.length for p in points))
-            moments = calibrate(
-                target.model,
-                windows,
-                batch_size=4,
-                progress=lambda n, of, show=show: show("calibration", n, of),  # type: ignore[misc]
-            )
-            known = {
-                m.name: _refitted(m, moments, target.model, ratio, windows, show)
-                if m.needs_refit
-                else moments
-                for m in chosen
-            }
-            for count in all_threads:
-                with _threads(count):
-                    for point in points:
-                        figures += measure(
-                            target,
-                            chosen,
-                            ratio,
-                            point,
-                            known=known,
-                            new_tokens=new_tokens,
-                            rounds=rounds,
-                            progress=show,
-                        )
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(f) + "\n" for f in figures)
-    (out_dir / "bench.jsonl").write_text(lines, encoding="utf-8")
-    plots = plot(figures, out_dir / "bench")
-    if as_json:
+    methods, dtypes = grid.checked_methods(target.shape), grid.checked_dtypes()
+    points, thread_counts = grid.points(), grid.thread_counts()
+    target.check()
+    figures: list[BenchLine] = []
+    for dtype in dtypes:
+        figures += _measure(target.open(model, dtype), methods, points, thread_counts, grid)
+    output.out_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(line) + "\n" for line in figures)
+    (output.out_dir / "bench.jsonl").write_text(lines, encoding="utf-8")
+    plots = plot(figures, output.out_dir / "bench")
+    if output.as_json:
         print(lines, end="")
     else:
         for table in tables(figures) + ([profile_table(figures)] if profile else []):
             out().print(table)
-    say_written((out_dir / "bench.jsonl", *plots))
+    print_written((output.out_dir / "bench.jsonl", *plots))
 
 
-def _method(name: str, shape: str | None) -> Method:
-    """A method that bench can time; on a shape with few layers none is left dense."""
-    method = get_method(name)
-    check_untrained(method)
-    if method.needs_gradients:
-        raise UsageError(f"bench takes no gradients; {name!r} runs as fast as ppsp, which cuts the same.")
-    return method if shape is None else dataclasses.replace(method, skip_layers=0)
+def _measure(
+    target: Target,
+    methods: Sequence[Method],
+    points: Sequence[GridPoint],
+    thread_counts: Sequence[int],
+    grid: GridOptions,
+) -> list[BenchLine]:
+    """The figures of one model: all methods at every point, with each number of threads."""
+    from probeprune.bench.measure import measure_point
+
+    figures: list[BenchLine] = []
+    with progress_bar() as show:
+        windows = target.windows(CALIBRATION_WINDOWS, max(point.length for point in points))
+        prepared = _prepared(target, methods, grid.ratio, windows, show)
+        for count in thread_counts:
+            with _threads(count):
+                for point in points:
+                    figures += measure_point(
+                        target,
+                        methods,
+                        grid.ratio,
+                        point,
+                        calibration=prepared,
+                        new_tokens=grid.new_tokens,
+                        rounds=grid.rounds,
+                        progress=show,
+                    )
+    return figures
 
 
-def _refitted(method: Method, moments: Any, model: Any, ratio: float, windows: Any, progress: Any) -> Any:
-    """What a method that refits needs: made from a few windows, enough to be timed."""
-    from probeprune.surgery import method_consumers, method_damages
+def _prepared(
+    target: Target, methods: Sequence[Method], ratio: float, windows: torch.Tensor, progress: Progress
+) -> Prepared:
+    """Everything that the methods must know of the model, from few windows: enough to be timed."""
+    from probeprune.prepare import prepare
 
-    known = moments
-    if method.needs_damages:
-        curves = method_damages(model, method, windows, batch_size=4, progress=progress)
-        known = dataclasses.replace(known, damages=curves)
-    consumers = method_consumers(
-        model, method, ratio, windows, statistics=known, batch_size=4, progress=progress
-    )
-    return dataclasses.replace(known, consumers=consumers)
-
-
-def _target(
-    model: str, shape: str | None, layers: int | None, dtype: str, device: str, trust_remote_code: bool
-) -> Any:
-    from probeprune.bench.targets import from_loaded, of_shape
-    from probeprune.model.loading import choose_device, choose_dtype, load_model
-
-    if shape is None:
-        return from_loaded(load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code))
-    target = choose_device(device)
-    return of_shape(shape, layers, choose_dtype(dtype, target), target)
-
-
-def _counts(text: str, option: str, least: int = 1) -> list[int]:
-    """Whole numbers, separated by commas. Raises `UsageError` for anything else."""
-    parts = names(text, option)
-    if not all(p.isdecimal() and int(p) >= least for p in parts):
-        raise UsageError(f"--{option} {text!r} must be whole numbers of at least {least}, like 1,16.")
-    return [int(p) for p in parts]
+    return prepare(target.model, methods, ratio, windows, batch_size=4, progress=progress)
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """So many CPU threads inside; 0 leaves them."""
+    """This number of CPU threads inside; 0 leaves it as it is."""
     import torch
 
     before = torch.get_num_threads()

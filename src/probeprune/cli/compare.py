@@ -1,159 +1,214 @@
 """`probeprune compare`: methods x ratios on one model, one table."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 
 import typer
 
-from probeprune.cli.common import (
-    DEVICE,
-    DTYPE,
-    JSON,
-    MODEL,
-    TRUST,
-    err,
-    names,
-    number,
-    one_of,
-    progress_bar,
-    say_rows,
-    say_written,
-    warn,
-)
-from probeprune.data.windows import Sampling
-from probeprune.errors import UsageError
-from probeprune.methods import compose, get_method
+from probeprune.cli.facts import is_dense
+from probeprune.cli.groups import CalibrationOptions, KeepTrained, LoadOptions, Model, ResultOptions
+from probeprune.cli.options import grouped
+from probeprune.cli.terminal import err, print_rows, print_written, progress_bar, warn
+from probeprune.cli.values import at_least, names, numbers, one_of
+from probeprune.data.windows import Sampling, Text
+from probeprune.experiment.cells import Cell, Setting, TextMeasure, TrainingBudget
+from probeprune.methods import Method, compose, get_method
 from probeprune.model.blocks import UnitKind
+from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
 from probeprune.strategies.allocation import check_ratio
 
+if TYPE_CHECKING:
+    from probeprune.experiment.cells import Subject
+    from probeprune.result_lines import Line
 
-def compare(
-    model: MODEL = "smollm2-135m",
+METHODS = "dense,wanda-sp,flap,llm-pruner,loraprune,probe,full-batch,best-static,best-dynamic"
+"""Compared by default: every published method of the table, and this project's own."""
+
+OUTPUT = ResultOptions(Path("runs/compare"))
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """What is compared."""
+
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas; see `probeprune methods`.")
-    ] = "dense,wanda-sp,flap,llm-pruner,loraprune,probe,full-batch,best-static,best-dynamic",
-    ratios: Annotated[str, typer.Option(help="Pruning ratios, separated by commas.")] = "0.2,0.4",
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results, table and plot.")] = Path(
-        "runs/compare"
-    ),
-    windows: Annotated[int, typer.Option(help="Evaluation windows, from the front; 0 for all.")] = 24,
-    length: Annotated[int, typer.Option(help="Tokens a window, for evaluation and calibration.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Windows a batch; dynamic methods prune at each.")] = 16,
-    corpus: Annotated[
-        str, typer.Option(help="Evaluation text: an embedded name, file or hub id.")
-    ] = "wikitext2",
-    calibration: Annotated[str, typer.Option(help="Calibration text, likewise.")] = "c4",
-    calibration_windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+        str, typer.Option(help="Methods, separated by commas; `probeprune methods` lists all.")
+    ] = METHODS
+    ratios: Annotated[
+        str,
+        typer.Option(help="Pruning ratios, separated by commas: shares of all attention and MLP parameters."),
+    ] = "0.2,0.4"
     units: Annotated[
-        str, typer.Option(help="Attention units under grouped-query attention: group, balanced, query.")
-    ] = "group",
+        str, typer.Option(help="Attention units under grouped-query attention: group, balanced or query.")
+    ] = Method.unit_kind
     skip_layers: Annotated[
         int | None,
-        typer.Option(help="First layers that stay dense, instead of the methods' own (3, mostly)."),
-    ] = None,
+        typer.Option(
+            help="Number of leading layers to leave dense.", show_default="each method's own, mostly 3"
+        ),
+    ] = None
+
+    def composed(self) -> list[Method]:
+        """The methods with these units and skipped layers. Raises `UsageError` for unknown names."""
+        one_of("unit kind", self.units, get_args(UnitKind))
+        changes: dict[str, object] = {"unit_kind": self.units}
+        if self.skip_layers is not None:
+            changes["skip_layers"] = self.skip_layers
+        methods = [get_method(name) for name in names(self.methods, "methods")]
+        return [m if is_dense(m) else compose(m, name=m.name, **changes) for m in methods]
+
+    def checked_ratios(self) -> list[float]:
+        """The ratios. Raises `UsageError` for one outside [0, 1)."""
+        ratios = numbers(self.ratios, "ratios")
+        for ratio in ratios:
+            check_ratio(ratio)
+        return ratios
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """The text that perplexity is measured on, and how windows are cut from it."""
+
+    panel: ClassVar[str] = "Evaluation"
+    corpus: Annotated[
+        str,
+        typer.Option(help="Text to measure perplexity on: an embedded name, a file or a hub id."),
+    ] = TextMeasure.corpus
+    windows: Annotated[
+        int, typer.Option(help="Number of evaluation windows, taken from the start of the text; 0 takes all.")
+    ] = 24
+    batch_size: Annotated[
+        int, typer.Option(help="Windows per batch; dynamic methods choose units at every batch.")
+    ] = TextMeasure.batch_size
     sampling: Annotated[
         str,
         typer.Option(
-            help="in-order, or published: random windows averaged by batch, as in the paper's code."
+            help="Choice of windows: in-order, or published (random windows, perplexity averaged by "
+            "batch, as in the published code of Probe Pruning)."
         ),
-    ] = "in-order",
-    train_steps: Annotated[int, typer.Option(help="For methods with `+lora`: optimiser steps.")] = 100,
-    train_tokens: Annotated[
-        int | None, typer.Option(help="Instead of steps: tokens of training text, about so many.")
-    ] = None,
-    train_batch_size: Annotated[int, typer.Option(help="Sequences a training step.")] = 4,
-    train_length: Annotated[int, typer.Option(help="Tokens a training sequence.")] = 256,
-    train_rate: Annotated[float, typer.Option(help="Learning rate of training.")] = 5e-4,
-    train_text: Annotated[str, typer.Option(help="Text to train on.")] = "c4",
-    keep_trained: Annotated[
-        bool, typer.Option(help="Keep the checkpoints of trained models in OUT/trained.")
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Draws calibration windows, and what methods draw.")] = 0,
-    dtype: DTYPE = "auto",
-    device: DEVICE = "auto",
-    trust_remote_code: TRUST = False,
-    as_json: JSON = False,
-) -> None:
-    """Prune a model by several methods and compare each with the dense model.
+    ] = TextMeasure.sampling
 
-    Any method that prunes once can be had with LoRA training, `llm-pruner+lora` say; `dense+lora` is the
-    control. Started again with the same settings, it continues where it was.
+    def measure(self, length: int, seed: int) -> TextMeasure:
+        """The measure, on windows of `length` tokens. Raises `UsageError` for values out of range."""
+        at_least(0, windows=self.windows)
+        at_least(2, length=length)
+        at_least(1, batch_size=self.batch_size)
+        one_of("sampling", self.sampling, get_args(Sampling))
+        published = self.sampling == "published"
+        return TextMeasure(
+            corpus=self.corpus,
+            windows=self.windows or None,
+            length=length,
+            batch_size=self.batch_size,
+            sampling=cast(Sampling, self.sampling),
+            averaging="published" if published else "token",
+            seed=seed if published else 0,
+        )
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """How long methods that train may train."""
+
+    panel: ClassVar[str] = "Training of methods with +lora"
+    train_steps: Annotated[int, typer.Option(help="Number of optimiser steps.")] = 100
+    train_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens to train on, rounded to whole steps; replaces --train-steps."),
+    ] = None
+    train_batch_size: Annotated[int, typer.Option(help="Sequences per optimiser step.")] = 4
+    train_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256
+    train_rate: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4
+    train_text: Annotated[str, typer.Option(help="Training text: an embedded name, a file or a hub id.")] = (
+        TrainingBudget.corpus
+    )
+    keep_trained: KeepTrained = True
+
+    def budget(self) -> TrainingBudget:
+        """The training budget. Raises `UsageError` for sizes that make no sense."""
+        at_least(1, train_batch_size=self.train_batch_size)
+        at_least(2, train_length=self.train_length)
+        steps = self.train_steps
+        if self.train_tokens is not None:
+            steps = max(round(self.train_tokens / (self.train_batch_size * self.train_length)), 1)
+        at_least(1, train_steps=steps)
+        return TrainingBudget(
+            steps, self.train_batch_size, self.train_length, self.train_rate, self.train_text
+        )
+
+
+@grouped
+def compare(
+    *,
+    model: Model = EMBEDDED_MODEL,
+    grid: GridOptions,
+    output: ResultOptions = OUTPUT,
+    evaluation: MeasureOptions,
+    calibration: CalibrationOptions,
+    training: BudgetOptions,
+    load: LoadOptions,
+) -> None:
+    """Prune a model by several methods and compare the perplexity of each with the dense model's.
+
+    Add +lora to the name of a method that prunes once to train the pruned model, as in llm-pruner+lora;
+    dense+lora is the control. A run that was interrupted continues when started again with the same options.
 
     Example: [bold]probeprune compare smollm2-135m --methods dense,probe --ratios 0.2,0.4,0.6[/bold]
     """
     from probeprune import report
-    from probeprune.data.windows import Text
-    from probeprune.experiment.cells import Cell, TextMeasure, grid, scaled_budget, subject
+    from probeprune.experiment.cells import grid as cells_of
     from probeprune.experiment.results import Results
-    from probeprune.experiment.run import run
+    from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
-    from probeprune.model.loading import load_model, source_fingerprint
+
+    measure = evaluation.measure(calibration.length, calibration.seed)
+    methods, ratios = grid.composed(), grid.checked_ratios()
+    text, budget = calibration.text(), training.budget()
+    loaded = load.open(model)
+    cells = cells_of(_subjects(loaded, methods, ratios, text, calibration.seed, budget), [measure])
+    results = Results.open(output.out_dir)
+    warn(results.problems)
+    with progress_bar() as show:
+        bench = Workbench(output.out_dir, show, load.trust_remote_code)
+        bench.take(loaded)
+        rows = run_cells(bench, results, cells, done=_print_done, keep_trained=training.keep_trained)
+    title = _title(model, rows[0], text)
+    (output.out_dir / "table.md").write_text(report.markdown(rows, title), encoding="utf-8")
+    plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), output.out_dir / "plot")
+    print_rows(rows, title, output.as_json)
+    print_written((results.path, output.out_dir / "table.md", *plots))
+
+
+def _subjects(
+    loaded: LoadedModel,
+    methods: Sequence[Method],
+    ratios: Sequence[float],
+    calibration: Text,
+    seed: int,
+    budget: TrainingBudget,
+) -> list[Subject]:
+    """Every method at every ratio."""
+    from probeprune.experiment.cells import subject
+    from probeprune.model.loading import source_fingerprint
     from probeprune.provenance import dtype_name
 
-    for name, value in (("windows", windows + 1), ("length", length - 1), ("batch-size", batch_size)):
-        if value < 1:
-            raise UsageError(f"--{name} is too small.")
-    one_of("unit kind", units, get_args(UnitKind))
-    one_of("sampling", sampling, get_args(Sampling))
-    changes: dict[str, object] = {"units": units}
-    if skip_layers is not None:
-        changes["skip_layers"] = skip_layers
-    chosen = [
-        m if m.when == "never" else compose(m, name=m.name, **changes)
-        for m in map(get_method, names(methods, "methods"))
-    ]
-    shares = [number(r) for r in names(ratios, "ratios")]
-    for share in shares:
-        check_ratio(share)
-    if train_tokens is not None:
-        train_steps = max(round(train_tokens / (train_batch_size * train_length)), 1)
-    budget = scaled_budget(train_steps, train_batch_size, train_length, train_rate, train_text)
-    with err.status("loading the model"):
-        loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    # Of a local model's files: read once, not for every cell.
-    weights = source_fingerprint(model)
-    subjects = [
-        subject(
-            model,
-            method,
-            share,
-            seed=seed,
-            calibration=Text(calibration, calibration_windows, length),
-            budget=budget,
-            dtype=dtype_name(loaded.dtype),
-            device=loaded.device.type,
-            weights=weights,
-        )
-        for method in chosen
-        for share in shares
-    ]
-    measure = TextMeasure(
-        corpus=corpus,
-        windows=windows or None,
-        length=length,
-        batch_size=batch_size,
-        sampling=sampling,  # type: ignore[arg-type]
-        averaging="published" if sampling == "published" else "token",
-        seed=seed if sampling == "published" else 0,
-    )
-    results = Results.open(out_dir)
-    warn(results.problems)
+    weights = source_fingerprint(loaded.name)  # reads a local model's files: once, not for every cell
+    setting = Setting(loaded.name, dtype_name(loaded.dtype), loaded.device.type, calibration, budget, weights)
+    return [subject(setting, method, ratio, seed) for method in methods for ratio in ratios]
 
-    def done(cell: Cell, row: dict[str, Any]) -> None:
-        err.print(
-            f"[green]done[/green] {cell.subject.label:<16} perplexity {row['value']:.2f}", highlight=False
-        )
 
-    with progress_bar() as show:
-        bench = Workbench(out_dir, show, trust_remote_code)
-        bench.take(loaded)
-        rows = run(bench, results, grid(subjects, [measure]), done=done, keep_trained=keep_trained)
-    title = (
-        f"{model}, {corpus}: {rows[0]['windows']} windows of {length} in batches of {batch_size}; "
-        f"calibrated on {calibration_windows} of {calibration}; {rows[0]['dtype']}, {rows[0]['device']}, "
-        f"{rows[0]['threads']} threads"
+def _print_done(cell: Cell, row: Line) -> None:
+    err.print(f"[green]done[/green] {cell.subject.label:<16} perplexity {row['value']:.2f}", highlight=False)
+
+
+def _title(model: str, row: Line, calibration: Text) -> str:
+    """The heading of the table: the model, the texts and the machine's part, from any row."""
+    return (
+        f"{model}, {row['task']}: {row['windows']} windows of {row['length']} tokens in batches of "
+        f"{row['batch_size']}; calibrated on {calibration.windows} windows of "
+        f"{calibration.corpus}; {row['dtype']}, {row['device']}, {row['threads']} threads"
     )
-    (out_dir / "table.md").write_text(report.markdown(rows, title), encoding="utf-8")
-    plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), out_dir / "plot")
-    say_rows(rows, title, as_json)
-    say_written((results.path, out_dir / "table.md", *plots))

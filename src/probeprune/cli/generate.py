@@ -1,193 +1,287 @@
-"""`probeprune generate`: text from a pruned model, as it comes."""
+"""`probeprune generate`: text from a pruned model, printed as it is generated."""
 
-import dataclasses
+from __future__ import annotations
+
 import json
 import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+from rich.markup import escape
 
-from probeprune.cli.common import DEVICE, DTYPE, JSON, MODEL, TRUST, err, progress_bar
+from probeprune.cli.facts import is_dense, with_refresh
+from probeprune.cli.groups import CalibrationOptions, Json, LoadOptions, Model, Ratio
+from probeprune.cli.options import grouped
+from probeprune.cli.terminal import err, print_line, progress_bar
+from probeprune.cli.values import at_least
 from probeprune.errors import UsageError
-from probeprune.methods import Method, check_untrained, compose, get_method
+from probeprune.jobs.generate import Decoding
+from probeprune.methods import METHODS, Method, check_untrained, get_method
+from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
 from probeprune.strategies.allocation import check_ratio
 
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
+    from probeprune.data.windows import Text
+    from probeprune.jobs.generate import Generated
+    from probeprune.prepare import Prepared
+
 ROUNDS = 3
-"""Of `--compare`, dense and pruned in turn; medians are shown."""
+"""Rounds of `--compare`, each of the dense and the pruned model; medians over them are printed."""
 
 
-def generate(
-    model: MODEL = "smollm2-135m",
-    method: Annotated[str, typer.Option(help="A method; see `probeprune methods`.")] = "probe",
-    ratio: Annotated[float, typer.Option(help="Pruning ratio.")] = 0.2,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt; several are one batch, printed when all are done.")
-    ] = None,
-    file: Annotated[
-        list[Path] | None, typer.Option(help="A file that holds a prompt; - reads standard input.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="A text ends there at the latest.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Draw tokens; 0 takes the most likely ones.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from this share of the probability.")] = 1.0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
+@dataclass(frozen=True)
+class PruningOptions:
+    """The method that prunes the model while it generates."""
+
+    method: Annotated[str, typer.Option(help="Pruning method; `probeprune methods` lists all.")] = "probe"
+    ratio: Ratio = 0.2
     refresh: Annotated[
-        int, typer.Option(help="Choose MLP channels anew every so many tokens (probing methods).")
-    ] = 0,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Measure speed beside the dense model's, in turn.")
-    ] = False,
-    calibration: Annotated[
-        str, typer.Option(help="Calibration text: an embedded name, file or hub id.")
-    ] = "c4",
-    calibration_windows: Annotated[int, typer.Option(help="Windows of it.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Draws tokens and calibration windows.")] = 0,
-    dtype: DTYPE = "auto",
-    device: DEVICE = "auto",
-    trust_remote_code: TRUST = False,
-    as_json: JSON = False,
-) -> None:
-    """Continue prompts with a pruned model; a dynamic method chooses heads and channels by the prompt.
+        int,
+        typer.Option(
+            help="Number of new tokens after which a probing method chooses MLP channels again; 0 keeps the "
+            "choice of the prompt."
+        ),
+    ] = 0
 
-    The first run calibrates (minutes on a CPU) and keeps the statistics; the next starts at once.
+    def composed(self) -> Method:
+        """The method. Raises `UsageError` for one that trains, and for options it cannot honour."""
+        method = get_method(self.method)
+        check_untrained(method)
+        check_ratio(self.ratio)
+        return with_refresh(method, self.refresh)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The texts to continue."""
+
+    panel: ClassVar[str] = "Prompts"
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prompt to continue; repeat the option for a batch, whose texts are printed when all "
+            "are done.",
+            show_default=False,
+        ),
+    ] = None
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File that holds one prompt, or - for standard input; may be repeated.", show_default=False
+        ),
+    ] = None
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the chat template of the model.")
+    ] = False
+
+    def read(self) -> list[str]:
+        """All prompts, those from files last. Raises `UsageError` for none, or a file that is no text."""
+        prompts = list(self.prompt or [])
+        for path in self.file or []:
+            try:
+                prompts.append(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"{path} cannot be read as text: {error}.") from error
+        if not prompts:
+            raise UsageError('there is nothing to continue; give --prompt "..." or --file.')
+        return prompts
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How text is generated."""
+
+    panel: ClassVar[str] = "Decoding"
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per prompt.")] = 128
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
+    ] = Decoding.temperature
+    top_p: Annotated[
+        float,
+        typer.Option(help="Sample only from the most likely tokens that together have this probability."),
+    ] = Decoding.top_p
+
+    def decoding(self, seed: int) -> Decoding:
+        """How the next token is taken. Raises `UsageError` for values out of range."""
+        at_least(1, max_new_tokens=self.max_new_tokens)
+        return Decoding(self.temperature, self.top_p, seed)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that determines the generated text.
+
+    Attributes:
+        loaded: the dense model.
+        method, ratio: as in `attach`.
+        prepared: calibration for them; None for a method that needs none.
+        inputs: the prompts as one batch of token ids.
+        max_new_tokens, decoding: as in `jobs.generate.generate`.
+    """
+
+    loaded: LoadedModel
+    method: Method
+    ratio: float
+    prepared: Prepared | None
+    inputs: BatchEncoding
+    max_new_tokens: int
+    decoding: Decoding
+
+
+@grouped
+def generate(
+    *,
+    model: Model = EMBEDDED_MODEL,
+    pruning: PruningOptions,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Measure the speed of the pruned and the dense model in turn.")
+    ] = False,
+    as_json: Json = False,
+    prompts: PromptOptions,
+    decoding: DecodingOptions,
+    calibration: CalibrationOptions,
+    load: LoadOptions,
+) -> None:
+    """Continue prompts with a pruned model; a dynamic method chooses heads and channels for the prompt.
+
+    The first run collects calibration statistics, which takes minutes on a CPU; later runs read them from the
+    cache.
 
     Example: [bold]probeprune generate smollm2-135m --method probe --ratio 0.2 --chat --prompt "Hello"[/bold]
     """
-    from probeprune import attach
-    from probeprune.data.windows import Text
-    from probeprune.jobs.generate import Decoding, encode
-    from probeprune.jobs.generate import generate as run
-    from probeprune.model.loading import load_model
-    from probeprune.provenance import dtype_name
+    from probeprune.jobs.generate import encode
 
-    chosen = _method(method, refresh)
-    check_ratio(ratio)
-    sampling = Decoding(temperature, top_p, seed)
-    prompts = _prompts(prompt or [], file or [])
-    if max_new_tokens < 1:
-        raise UsageError("--max-new-tokens must be at least 1.")
-    if compare and chosen.when == "never":
-        raise UsageError("--compare sets a method beside the dense model; choose another than dense.")
-    with err.status("loading the model"):
-        loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    inputs = encode(loaded, prompts, chat=chat)
-    with progress_bar() as show:
-        known = _statistics(loaded, chosen, ratio, Text(calibration, calibration_windows, length), seed, show)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-    stream = len(prompts) == 1 and not as_json
-    with attach(loaded.model, chosen, ratio, statistics=known) as handle:
-        made = run(loaded, inputs, stream=stream, **options)
-        removed = handle.removed_share
-    speed = _compare(loaded, chosen, ratio, known, inputs, options) if compare else None
+    method, prompt_texts = pruning.composed(), prompts.read()
+    sampling, text = decoding.decoding(calibration.seed), calibration.text()
+    if compare and is_dense(method):
+        raise UsageError("--compare measures a method beside the dense model; choose another than dense.")
+    loaded = load.open(model)
+    request = Request(
+        loaded,
+        method,
+        pruning.ratio,
+        inputs=encode(loaded, prompt_texts, chat=prompts.chat),
+        prepared=_prepare(loaded, method, pruning.ratio, text, calibration.seed),
+        max_new_tokens=decoding.max_new_tokens,
+        decoding=sampling,
+    )
+    stream = len(prompt_texts) == 1 and not as_json
+    generated, removed = _generate(request, method, stream=stream)
+    speed = _compare(request) if compare else None
     if as_json:
-        for asked, text in zip(prompts, made.texts, strict=True):
-            print(
-                json.dumps(
-                    {
-                        "prompt": asked,
-                        "text": text,
-                        "model": loaded.name,
-                        "method": chosen.record(),
-                        "ratio": 0.0 if chosen.when == "never" else ratio,
-                        "removed_share": removed,
-                        "prompts_in_batch": len(prompts),
-                        "prefill_tokens_per_second": made.prefill_rate,
-                        "decode_tokens_per_second": made.decode_rate,
-                        "compared": speed,
-                        "seed": seed,
-                        "dtype": dtype_name(loaded.dtype),
-                        "device": str(loaded.device),
-                    }
-                )
-            )
+        _print_json(request, prompt_texts, generated, removed, speed)
         return
     if not stream:
-        for asked, text in zip(prompts, made.texts, strict=True):
-            err.print(f"[bold]{asked.strip().splitlines()[0][:80]}[/bold]", highlight=False, soft_wrap=True)
-            print(text.strip() + "\n")
-    _say(made, chosen, removed, speed)
+        _print_texts(prompt_texts, generated)
+    print_line(_summary(request, generated, removed, speed))
 
 
-def _method(name: str, refresh: int) -> Method:
-    """The method that the options compose."""
-    method = get_method(name)
-    check_untrained(method)
-    if not refresh:
-        return method
-    if method.probe is None:
-        raise UsageError(f"--refresh is for methods that probe; {name!r} chooses once.")
-    return compose(method, name=method.name, probe=dataclasses.replace(method.probe, refresh=refresh))
+def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed: int) -> Prepared | None:
+    """Everything that the method must know of the model, from the cache where possible."""
+    from probeprune.data.corpora import load_corpus
+    from probeprune.data.windows import WindowSource
+    from probeprune.model.loading import cache_dir
+    from probeprune.plan import needs
+    from probeprune.prepare import prepare
+
+    if not needs(method):
+        return None
+    source = WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
+    with progress_bar() as show:
+        return prepare(loaded.model, method, ratio, source, cache=cache_dir() / "statistics", progress=show)
 
 
-def _prompts(prompts: list[str], files: list[Path]) -> list[str]:
-    """All prompts, those of files behind the others."""
-    found = list(prompts)
-    for path in files:
-        try:
-            found.append(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} cannot be read as text: {error}.") from error
-    if not found:
-        raise UsageError('there is nothing to continue; give --prompt "..." or --file.')
-    return found
-
-
-def _statistics(loaded: Any, method: Method, ratio: float, text: Any, seed: int, progress: Any) -> Any:
-    """What the method needs to know of the model, from the cache where it is there."""
-    from probeprune.experiment.cells import subject
-    from probeprune.experiment.workbench import Workbench
-    from probeprune.provenance import dtype_name
-
-    bench = Workbench(Path(), progress)
-    bench.take(loaded)
-    return bench.statistics(
-        subject(
-            loaded.name,
-            method,
-            ratio,
-            seed=seed,
-            calibration=text,
-            dtype=dtype_name(loaded.dtype),
-            device=loaded.device.type,
-        )
-    )
-
-
-def _compare(
-    loaded: Any, method: Method, ratio: float, known: Any, inputs: Any, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Median rates of the dense and the pruned model, generating in turn to equal length."""
-    from probeprune import METHODS, attach
+def _generate(
+    request: Request, method: Method, *, stream: bool = False, ignore_end: bool = False
+) -> tuple[Generated, float]:
+    """Text under a method, which may be another than the request's; and the share of parameters left out."""
+    from probeprune import attach
     from probeprune.jobs.generate import generate as run
 
-    rates: dict[str, list[tuple[float, float]]] = {"dense": [], method.name: []}
+    with attach(request.loaded.model, method, request.ratio, calibration=request.prepared) as handle:
+        generated = run(
+            request.loaded,
+            request.inputs,
+            max_new_tokens=request.max_new_tokens,
+            decoding=request.decoding,
+            stream=stream,
+            ignore_end=ignore_end,
+        )
+        return generated, handle.removed_share
+
+
+def _compare(request: Request) -> dict[str, Any]:
+    """Median rates of the dense and the pruned model, which generate in turn to equal length."""
+    methods = (METHODS["dense"], request.method)
+    rates: dict[str, list[tuple[float, float]]] = {method.name: [] for method in methods}
     with err.status("measuring speed"):
         for _ in range(ROUNDS):
-            for one in (METHODS["dense"], method):
-                with attach(loaded.model, one, ratio, statistics=known):
-                    made = run(loaded, inputs, to_the_end=True, **options)
-                rates[one.name].append((made.prefill_rate, made.decode_rate))
+            for method in methods:
+                generated, _removed = _generate(request, method, ignore_end=True)
+                rates[method.name].append((generated.prefill_rate, generated.decode_rate))
     medians = {
-        name: dict(zip(("prefill", "decode"), map(statistics.median, zip(*found, strict=True)), strict=True))
-        for name, found in rates.items()
+        name: {
+            "prefill": statistics.median(prefill for prefill, _ in rounds),
+            "decode": statistics.median(decode for _, decode in rounds),
+        }
+        for name, rounds in rates.items()
     }
     return {"rounds": ROUNDS, "tokens_per_second": medians}
 
 
-def _say(made: Any, method: Method, removed: float, speed: dict[str, Any] | None) -> None:
-    """What it was and how fast, on stderr."""
-    what = "dense" if method.when == "never" else f"{method.name}, {removed:.1%} of the blocks left out"
+def _print_json(
+    request: Request,
+    prompts: Sequence[str],
+    generated: Generated,
+    removed: float,
+    speed: dict[str, Any] | None,
+) -> None:
+    """One line per prompt on standard output."""
+    from probeprune.provenance import dtype_name
+
+    shared = {
+        "model": request.loaded.name,
+        "method": request.method.record(),
+        "ratio": 0.0 if is_dense(request.method) else request.ratio,
+        "removed_share": removed,
+        "prompts_in_batch": len(prompts),
+        "prefill_tokens_per_second": generated.prefill_rate,
+        "decode_tokens_per_second": generated.decode_rate,
+        "compared": speed,
+        "seed": request.decoding.seed,
+        "dtype": dtype_name(request.loaded.dtype),
+        "device": str(request.loaded.device),
+    }
+    for prompt, text in zip(prompts, generated.texts, strict=True):
+        print(json.dumps({"prompt": prompt, "text": text, **shared}))
+
+
+def _print_texts(prompts: Sequence[str], generated: Generated) -> None:
+    """The texts on standard output, the first line of each prompt above it on standard error."""
+    for prompt, text in zip(prompts, generated.texts, strict=True):
+        opening = prompt.strip().splitlines()[0][:80]
+        err.print(f"[bold]{escape(opening)}[/bold]", highlight=False, soft_wrap=True)
+        print(text.strip() + "\n")
+
+
+def _summary(request: Request, generated: Generated, removed: float, speed: dict[str, Any] | None) -> str:
+    """The method and its speed, beside the dense model's where that was measured."""
+    name = request.method.name
+    method = "dense" if is_dense(request.method) else f"{name}, {removed:.1%} of the blocks left out"
     if speed is None:
-        said = f"prefill {made.prefill_rate:.1f} tokens/s, decode {made.decode_rate:.1f} tokens/s"
-    else:
-        both = speed["tokens_per_second"]
-        own, dense = both[method.name], both["dense"]
-        said = ", ".join(
-            f"{part} {own[part]:.1f} tokens/s, dense {dense[part]:.1f} ({own[part] / dense[part]:.2f}x)"
-            for part in own
-            if dense[part]
-        )
-        said += f"; medians of {speed['rounds']} rounds in turn"
-    err.print(f"{what}: {said}", highlight=False, soft_wrap=True)
+        rates = f"prefill {generated.prefill_rate:.1f} tokens/s, decode {generated.decode_rate:.1f} tokens/s"
+        return f"{method}: {rates}"
+    pruned, dense = speed["tokens_per_second"][name], speed["tokens_per_second"]["dense"]
+    rates = ", ".join(
+        f"{stage} {pruned[stage]:.1f} tokens/s, dense {dense[stage]:.1f} "
+        f"({pruned[stage] / dense[stage]:.2f}x)"
+        for stage in pruned
+        if dense[stage]
+    )
+    return f"{method}: {rates}; medians of {speed['rounds']} rounds in turn"

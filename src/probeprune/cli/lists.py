@@ -1,43 +1,55 @@
 """`probeprune methods` and `probeprune models`."""
 
-import dataclasses
 import json
 
 from rich.table import Table
 
-from probeprune.cli.common import JSON, out
+from probeprune.cli.facts import is_dense, moment
+from probeprune.cli.groups import Json
+from probeprune.cli.terminal import out
 from probeprune.methods import METHODS
 from probeprune.model.families import FAMILIES
+from probeprune.model.loading import EMBEDDED_MODEL
 
 
-def list_methods(as_json: JSON = False) -> None:
-    """List the methods and what each is composed of.
+def list_methods(as_json: Json = False) -> None:
+    """List the methods and the strategies that each is composed of.
 
     Example: [bold]probeprune methods[/bold]
     """
     if as_json:
-        for m in METHODS.values():
-            print(json.dumps(dataclasses.asdict(m)))
+        for method in METHODS.values():
+            print(json.dumps(method.record()))
         return
     columns = ("method", "importance", "allocation", "compensation", "when", "LoRA", "source")
-    table = Table(*columns, title="methods: an order and a cut for every block", title_justify="left")
-    for m in METHODS.values():
-        parts = [m.importance, m.allocation, m.compensation] if m.when != "never" else ["-"] * 3
-        table.add_row(m.name, *parts, {"batch": "every batch"}.get(m.when, m.when), m.training, m.source)
+    table = Table(
+        *columns, title="methods: an order and a width for the units of every block", title_justify="left"
+    )
+    for method in METHODS.values():
+        strategies = (method.importance, method.allocation, method.compensation.kind)
+        table.add_row(
+            method.name,
+            *(("-",) * 3 if is_dense(method) else strategies),
+            moment(method),
+            "yes" if method.when.trains else "-",
+            method.source,
+        )
     out().print(table)
 
 
-def list_models(as_json: JSON = False) -> None:
+def list_models(as_json: Json = False) -> None:
     """List the model families that can be pruned.
 
     Example: [bold]probeprune models[/bold]
     """
     if as_json:
-        for f in FAMILIES:
-            print(json.dumps({"family": f.name, "model_types": f.model_types}))
+        for family in FAMILIES:
+            print(json.dumps({"family": family.name, "model_types": family.model_types}))
         return
     table = Table("family", "model_type in config.json", title="supported families", title_justify="left")
-    for f in FAMILIES:
-        table.add_row(f.name, ", ".join(f.model_types))
+    for family in FAMILIES:
+        table.add_row(family.name, ", ".join(family.model_types))
     out().print(table)
-    out().print("A model is a local directory, a hub id, a GGUF file, or smollm2-135m, which is embedded.")
+    out().print(
+        f"A model is {EMBEDDED_MODEL} (embedded), a local directory, a GGUF file or a Hugging Face hub id."
+    )

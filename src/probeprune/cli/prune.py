@@ -1,155 +1,145 @@
 """`probeprune prune`: a smaller checkpoint."""
 
-from pathlib import Path
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
 import typer
 
-from probeprune.cli.common import (
-    DEVICE,
-    DTYPE,
-    JSON,
-    MODEL,
-    TRUST,
-    err,
-    names,
-    one_of,
-    progress_bar,
-    say_saved,
-    weights_dtype,
+from probeprune.cli.facts import with_compensation
+from probeprune.cli.groups import (
+    CalibrationOptions,
+    CheckpointOptions,
+    EvaluationOptions,
+    LoadOptions,
+    Model,
+    Ratio,
+    WidthOptions,
 )
-from probeprune.errors import UsageError
+from probeprune.cli.options import grouped
+from probeprune.cli.terminal import print_saved, progress_bar
+from probeprune.cli.values import at_least, names, one_of
+from probeprune.data.windows import BATCH_SIZE
 from probeprune.methods import Method, compose, get_method, with_equal_widths
 from probeprune.model.blocks import UnitKind
-from probeprune.model.checkpoint import Layout
+from probeprune.model.loading import EMBEDDED_MODEL
 from probeprune.strategies.allocation import check_ratio
-from probeprune.strategies.compensation import Refit
 
 
-def prune(
-    method: Annotated[str, typer.Option(help="A static method; see `probeprune methods`.")],
-    ratio: Annotated[float, typer.Option(help="Share of the blocks' parameters to remove.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the checkpoint; new or empty.")],
-    model: MODEL = "smollm2-135m",
-    layout: Annotated[
-        str,
-        typer.Option(
-            help="uniform: all layers get one width, opens with plain transformers; per-layer: widths of "
-            "their own, opens with probeprune imported or with trust_remote_code."
-        ),
-    ] = "uniform",
-    round_to: Annotated[int, typer.Option(help="MLP widths are multiples of this (for speed).")] = 64,
-    skip_layers: Annotated[
-        int | None,
-        typer.Option(help="Instead of the method's own (per-layer only): first layers that stay dense."),
-    ] = None,
+@dataclass(frozen=True)
+class PruningOptions:
+    """What is cut, and by which method."""
+
+    method: Annotated[str, typer.Option(help="Static pruning method; `probeprune methods` lists all.")]
+    ratio: Ratio
     units: Annotated[
-        str, typer.Option(help="Attention units under grouped-query attention: group, balanced.")
-    ] = "group",
-    blocks: Annotated[str, typer.Option(help="What is pruned, separated by commas.")] = "attention,mlp",
+        str, typer.Option(help="Attention units under grouped-query attention: group or balanced.")
+    ] = Method.unit_kind
+    blocks: Annotated[
+        str, typer.Option(help="Kinds of blocks to prune, separated by commas: attention, mlp.")
+    ] = ",".join(Method.blocks)
     allocation: Annotated[
         str | None,
-        typer.Option(help="Instead of the method's own (per-layer only): uniform, global, damage ..."),
-    ] = None,
+        typer.Option(
+            help="Allocation of the cut to the blocks, such as uniform, global or damage; needs "
+            "--layout per-layer.",
+            show_default="the method's own",
+        ),
+    ] = None
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Instead of the method's own (per-layer only): what the ratio is a share of, parameters; by "
-            "allocation damage also flops, or time: what a forward pass takes on this machine."
+            help="Quantity that the ratio is a share of: parameters, or with --allocation damage also flops "
+            "or time (of a forward pass on this machine); needs --layout per-layer.",
+            show_default="the method's own",
         ),
-    ] = None,
+    ] = None
     compensation: Annotated[
-        str | None, typer.Option(help="Instead of the method's own: none, bias, least-squares (a refit).")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Reach the ratio in this many steps, calibrating anew.")] = 1,
-    calibration: Annotated[str, typer.Option(help="Text: an embedded name, file or hub id.")] = "c4",
-    calibration_windows: Annotated[int, typer.Option(help="Windows for statistics.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
-    corpus: Annotated[str, typer.Option(help="Text the cost in quality is measured on.")] = "wikitext2",
-    windows: Annotated[int, typer.Option(help="Windows of it, before and after; 0 measures nothing.")] = 16,
-    batch_size: Annotated[int, typer.Option(help="Windows a forward pass.")] = 16,
-    seed: Annotated[int, typer.Option(help="Draws the calibration windows and what a method draws.")] = 0,
-    dtype: DTYPE = "auto",
-    device: DEVICE = "auto",
-    trust_remote_code: TRUST = False,
-    as_json: JSON = False,
+        str | None,
+        typer.Option(
+            help="Compensation for the removed units: none, bias, or least-squares (a refit).",
+            show_default="the method's own",
+        ),
+    ] = None
+    steps: Annotated[
+        int,
+        typer.Option(help="Number of steps in which to reach the ratio, with a new calibration before each."),
+    ] = 1
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = BATCH_SIZE
+
+    def composed(self, widths: WidthOptions, seed: int) -> Method:
+        """The method with all changes. Raises `UsageError` for unknown names and impossible combinations."""
+        layout = widths.checked_layout({"allocation": self.allocation, "budget": self.budget})
+        one_of("unit kind", self.units, get_args(UnitKind))
+        at_least(1, steps=self.steps, batch_size=self.batch_size)
+        check_ratio(self.ratio)
+        method = get_method(self.method)
+        if self.compensation is not None:
+            method = with_compensation(method, self.compensation)
+        changes: dict[str, Any] = {
+            "unit_kind": self.units,
+            "round_to": widths.round_to,
+            "blocks": tuple(names(self.blocks, "blocks")),
+            "seed": seed,
+        }
+        if layout == "uniform":
+            method = with_equal_widths(method)
+        else:
+            given = {
+                "skip_layers": widths.skip_layers,
+                "allocation": self.allocation,
+                "budget": self.budget,
+            }
+            changes |= {name: value for name, value in given.items() if value is not None}
+        return compose(method, name=method.name, **changes)
+
+
+@grouped
+def prune(
+    *,
+    model: Model = EMBEDDED_MODEL,
+    pruning: PruningOptions,
+    output: CheckpointOptions,
+    widths: WidthOptions,
+    calibration: CalibrationOptions,
+    evaluation: EvaluationOptions,
+    load: LoadOptions,
 ) -> None:
-    """Prune a model once, for good, and save a smaller checkpoint that opens anywhere.
+    """Prune a model once and for all, and save a smaller checkpoint.
+
+    Perplexity is measured before and after pruning and written on the model card.
 
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """
-    from probeprune.data.windows import Text
-    from probeprune.jobs import prune as pipeline
+    from probeprune.jobs.prune import prune_to
     from probeprune.model.checkpoint import check_free
-    from probeprune.model.loading import load_model
 
-    check_free(out_dir)
-    chosen = static_method(
-        method,
-        layout,
-        round_to,
-        skip_layers,
-        units,
-        names(blocks, "blocks"),
-        allocation,
-        budget,
-        compensation,
-        seed,
-    )
-    check_ratio(ratio)
-    with err.status("loading the model"):
-        loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    check_free(output.out_dir)
+    method = pruning.composed(widths, calibration.seed)
+    text, measured_on = calibration.text(), evaluation.text(calibration.length)
+    loaded = load.open(model)
     with progress_bar() as show:
-        record = pipeline.prune_to(
+        record = prune_to(
             loaded,
-            chosen,
-            ratio,
-            out_dir,
-            layout=layout,  # type: ignore[arg-type]
-            calibration=Text(calibration, calibration_windows, length),
-            evaluation=Text(corpus, windows, length),
-            steps=steps,
-            batch_size=batch_size,
-            seed=seed,
-            save_dtype=weights_dtype(loaded, dtype),
+            method,
+            pruning.ratio,
+            output.out_dir,
+            layout=widths.checked_layout(),
+            calibration=text,
+            evaluation=measured_on,
+            steps=pruning.steps,
+            batch_size=pruning.batch_size,
+            seed=calibration.seed,
+            save_dtype=load.dtype_to_save(loaded),
             progress=show,
         )
+    print_saved(record, output.out_dir, _summary(record), ("dense", "pruned"), output.as_json)
+
+
+def _summary(record: dict[str, Any]) -> str:
     before, after = record["parameters"]
-    did = (
-        f"{record['removed_share']:.1%} of the blocks removed, {before / 1e6:.1f} M -> {after / 1e6:.1f} M "
-        f"parameters, in {record['seconds']:.0f} s"
+    return (
+        f"{record['removed_share']:.1%} of the blocks' parameters removed, {before / 1e6:.1f} M -> "
+        f"{after / 1e6:.1f} M in all, in {record['seconds']:.0f} s"
     )
-    say_saved(record, out_dir, did, ("dense", "pruned"), as_json)
-
-
-def static_method(
-    name: str,
-    layout: str,
-    round_to: int,
-    skip_layers: int | None,
-    units: str,
-    blocks: list[str],
-    allocation: str | None,
-    budget: str | None,
-    compensation: str | None,
-    seed: int,
-) -> Method:
-    """The method that the options of `prune` compose. Raises `UsageError` for what does not go together."""
-    one_of("layout", layout, get_args(Layout))
-    one_of("unit kind", units, get_args(UnitKind))
-    method = get_method(name)
-    changes: dict[str, Any] = {"units": units, "round_to": round_to, "blocks": tuple(blocks), "seed": seed}
-    if compensation is not None:
-        changes["compensation"] = compensation
-        changes["refit"] = (method.refit or Refit()) if compensation == "least-squares" else None
-    if layout == "uniform":
-        if skip_layers or allocation or budget:
-            raise UsageError(
-                "the uniform layout gives all layers one width: leave --skip-layers, --allocation and "
-                "--budget out, or use --layout per-layer."
-            )
-        method = with_equal_widths(method)
-    else:
-        own = {"skip_layers": skip_layers, "allocation": allocation, "budget": budget}
-        changes |= {key: value for key, value in own.items() if value is not None}
-    return compose(method, name=method.name, **changes)

@@ -1,127 +1,185 @@
-"""`probeprune table`: a preset's whole grid, resumable, on this machine or a Ray cluster."""
+"""`probeprune table`: the whole grid of a preset, resumable, on this machine or a Ray cluster."""
 
-from dataclasses import replace
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from probeprune.cli.common import (
-    DEVICE,
-    DTYPE,
-    JSON,
-    TRUST,
-    err,
-    names,
-    number,
-    one_of,
-    progress_bar,
-    say_rows,
-    say_written,
-    warn,
-)
+from probeprune.cli.groups import KeepTrained, LoadOptions, ResultOptions
+from probeprune.cli.options import grouped
+from probeprune.cli.terminal import err, print_line, print_rows, print_written, progress_bar, warn
+from probeprune.cli.values import at_least, names, numbers, one_of, whole_numbers
 from probeprune.errors import UsageError
+from probeprune.experiment.cells import Cell
+
+if TYPE_CHECKING:
+    from probeprune.experiment.presets import Preset
+    from probeprune.experiment.results import Results
+    from probeprune.result_lines import Line
+
+OUTPUT = ResultOptions(Path("runs/table"))
 
 
-def table(
+@dataclass(frozen=True)
+class PresetOptions:
+    """What is measured."""
+
     preset: Annotated[
-        str, typer.Option(help="laptop, paper, or a YAML file of your own (see --show).")
-    ] = "laptop",
-    models: Annotated[str | None, typer.Option(help="Instead of the preset's, separated by commas.")] = None,
-    ratios: Annotated[str | None, typer.Option(help="Likewise.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Likewise.")] = None,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results, table and report.")] = Path(
-        "runs/table"
-    ),
-    executor: Annotated[str, typer.Option(help="local, or ray: cells spread over a Ray cluster.")] = "local",
+        str,
+        typer.Option(
+            help="Grid to measure: laptop, paper or the path of a YAML file; --show prints a preset as "
+            "an example."
+        ),
+    ] = "laptop"
+    models: Annotated[
+        str | None, typer.Option(help="Models, separated by commas; replaces those of the preset.")
+    ] = None
+    ratios: Annotated[
+        str | None, typer.Option(help="Pruning ratios, separated by commas; replaces those of the preset.")
+    ] = None
+    seeds: Annotated[
+        str | None, typer.Option(help="Random seeds, separated by commas; replaces those of the preset.")
+    ] = None
+
+    def loaded(self) -> Preset:
+        """The preset with its replacements. Raises `UsageError` for an unknown name or a bad value."""
+        from probeprune.experiment.presets import load_preset
+
+        changes: dict[str, Any] = {}
+        if self.models is not None:
+            changes["models"] = tuple(names(self.models, "models"))
+        if self.ratios is not None:
+            changes["ratios"] = tuple(numbers(self.ratios, "ratios"))
+        if self.seeds is not None:
+            changes["seeds"] = tuple(whole_numbers(self.seeds, "seeds", least=0))
+        return replace(load_preset(self.preset), **changes)
+
+
+@dataclass(frozen=True)
+class ExecutorOptions:
+    """Where cells are measured."""
+
+    executor: Annotated[
+        str, typer.Option(help="Where to measure: local, or ray, which spreads the cells over a Ray cluster.")
+    ] = "local"
     address: Annotated[
-        str | None, typer.Option(help="Of a Ray cluster (auto finds one); none starts one on this machine.")
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Ray workers that measure at the same time.")] = 2,
-    keep_trained: Annotated[
-        bool, typer.Option(help="Keep the checkpoints of trained models in OUT/trained.")
-    ] = True,
-    show: Annotated[bool, typer.Option("--show", help="Print the preset's file and stop.")] = False,
-    dtype: DTYPE = "auto",
-    device: DEVICE = "auto",
-    trust_remote_code: TRUST = False,
-    as_json: JSON = False,
+        str | None,
+        typer.Option(
+            help="Address of the Ray cluster; auto finds a running one.",
+            show_default="a new cluster on this machine",
+        ),
+    ] = None
+    workers: Annotated[int, typer.Option(help="Number of Ray workers that measure at the same time.")] = 2
+    keep_trained: KeepTrained = True
+
+    def check(self) -> None:
+        """Raise `UsageError` for an unknown executor or options it cannot honour."""
+        one_of("executor", self.executor, ("local", "ray"))
+        at_least(1, workers=self.workers)
+        if self.executor == "ray" and not self.keep_trained:
+            raise UsageError(
+                "--no-keep-trained needs --executor local: on a cluster, checkpoints may lie on other "
+                "machines."
+            )
+
+
+@grouped
+def table(
+    *,
+    preset: PresetOptions,
+    show: Annotated[bool, typer.Option("--show", help="Print the file of the preset and stop.")] = False,
+    output: ResultOptions = OUTPUT,
+    executor: ExecutorOptions,
+    load: LoadOptions,
 ) -> None:
     """Measure a whole table: models x methods x ratios x seeds, on texts, tasks and cost.
 
-    A cell that fails is reported in the table and does not end the run. Killed and started again, it goes on
-    where it was.
+    A cell that fails becomes a line of the table and does not end the run. A run that was interrupted
+    continues when started again with the same options.
 
     Example: [bold]probeprune table --preset laptop --out runs/table[/bold]
     """
-    from probeprune import report
-    from probeprune.experiment.cells import Cell
-    from probeprune.experiment.executors import run_on_ray
-    from probeprune.experiment.presets import load_preset, preset_file, published
+    from probeprune.experiment.presets import preset_file
     from probeprune.experiment.results import Results
-    from probeprune.experiment.run import run
-    from probeprune.experiment.workbench import Workbench
     from probeprune.model.loading import choose_device, choose_dtype
     from probeprune.provenance import dtype_name
 
-    one_of("executor", executor, ("local", "ray"))
-    if workers < 1:
-        raise UsageError("--workers must be at least 1.")
-    if executor == "ray" and not keep_trained:
-        raise UsageError(
-            "--no-keep-trained needs --executor local: on a cluster, checkpoints may lie on other machines."
-        )
+    executor.check()
     if show:
-        print(preset_file(preset).read_text(encoding="utf-8"), end="")
+        print(preset_file(preset.preset).read_text(encoding="utf-8"), end="")
         return
-    chosen = load_preset(preset)
-    if models is not None:
-        chosen = replace(chosen, models=tuple(names(models, "models")))
-    if ratios is not None:
-        chosen = replace(chosen, ratios=tuple(number(r) for r in names(ratios, "ratios")))
-    if seeds is not None:
-        chosen = replace(chosen, seeds=tuple(int(number(s)) for s in names(seeds, "seeds")))
-    where = choose_device(device)
-    cells = chosen.cells(dtype_name(choose_dtype(dtype, where)), where.type)
-    results = Results.open(out_dir)
+    chosen = preset.loaded()
+    device = choose_device(load.device)
+    cells = chosen.cells(dtype_name(choose_dtype(load.dtype, device)), device.type)
+    results = Results.open(output.out_dir)
     warn(results.problems)
-    known = sum(results.find(c) is not None for c in cells)
-    err.print(f"{len(cells)} cells, {known} measured already", highlight=False)
-
-    def done(cell: Cell, row: dict[str, Any]) -> None:
-        said = f"{row['metric']} {row['value']:.4g}" if row["kind"] == "result" else f"FAILED: {row['error']}"
-        what = f"{cell.subject.label:<20} seed {cell.subject.seed} {cell.measure.name:<14}"
-        err.print(
-            f"[green]done[/green] {what} {said}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    with progress_bar() as progress:
-        if executor == "ray":
-            rows = run_on_ray(
-                out_dir,
-                results,
-                cells,
-                address=address,
-                workers=workers,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-                done=done,
-            )
-        else:
-            bench = Workbench(out_dir, progress, trust_remote_code)
-            rows = run(bench, results, cells, done=done, keep_going=True, keep_trained=keep_trained)
-    title = f"{preset}: {chosen.description}" if chosen.description else preset
-    (out_dir / "table.md").write_text(report.markdown(rows, title), encoding="utf-8")
-    files = [results.path, out_dir / "table.md"]
-    if any(row["kind"] == "result" for row in rows):
-        report.write_html(rows, out_dir / "report.html", title, published=published())
-        files.append(out_dir / "report.html")
-    say_rows(rows, title, as_json)
+    measured = sum(results.find(cell) is not None for cell in cells)
+    print_line(f"{len(cells)} cells, {measured} of them measured already")
+    rows = _measure(cells, results, output.out_dir, executor, load.trust_remote_code)
+    title = f"{preset.preset}: {chosen.description}" if chosen.description else preset.preset
+    files = _write(rows, title, output.out_dir)
+    print_rows(rows, title, output.as_json)
     failed = sum(row["kind"] == "failure" for row in rows)
     if failed:
         err.print(
             f"[yellow]{failed} cells failed[/yellow]; the same command tries them again", highlight=False
         )
-    say_written(files)
+    print_written((results.path, *files))
+
+
+def _measure(
+    cells: Sequence[Cell],
+    results: Results,
+    out_dir: Path,
+    executor: ExecutorOptions,
+    trust_remote_code: bool,
+) -> list[Line]:
+    """The rows of all cells, in their order; those not in `results` yet are measured."""
+    from probeprune.experiment.executors import Cluster, run_on_ray
+    from probeprune.experiment.run import run_cells
+    from probeprune.experiment.workbench import Workbench
+
+    with progress_bar() as progress:
+        if executor.executor == "ray":
+            return run_on_ray(
+                out_dir,
+                results,
+                cells,
+                cluster=Cluster(executor.address, executor.workers),
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+                done=_print_done,
+            )
+        bench = Workbench(out_dir, progress, trust_remote_code)
+        return run_cells(
+            bench,
+            results,
+            cells,
+            done=_print_done,
+            keep_going=True,
+            keep_trained=executor.keep_trained,
+        )
+
+
+def _write(rows: Sequence[Line], title: str, out_dir: Path) -> list[Path]:
+    """Write the table, and the page where there is a result; returns the files."""
+    from probeprune import report
+    from probeprune.experiment.presets import published
+
+    files = [out_dir / "table.md"]
+    files[0].write_text(report.markdown(rows, title), encoding="utf-8")
+    if any(row["kind"] == "result" for row in rows):
+        files.append(out_dir / "report.html")
+        report.write_html(rows, files[1], title, published=published())
+    return files
+
+
+def _print_done(cell: Cell, row: Line) -> None:
+    subject = cell.subject
+    outcome = f"{row['metric']} {row['value']:.4g}" if row["kind"] == "result" else f"FAILED: {row['error']}"
+    err.print("[green]done[/green] ", end="", highlight=False)
+    print_line(f"{subject.label:<20} seed {subject.seed} {cell.measure.name:<14} {outcome}")

@@ -1,223 +1,259 @@
 """`probeprune recover` and `probeprune loraprune`: training after pruning, and while pruning."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar
 
 import typer
 
-from probeprune.cli.common import (
-    DEVICE,
-    DTYPE,
-    JSON,
-    MODEL,
-    TRUST,
-    err,
-    one_of,
-    progress_bar,
-    say_saved,
-    weights_dtype,
+from probeprune.cli.groups import (
+    CheckpointOptions,
+    EvaluationOptions,
+    LoadOptions,
+    Model,
+    Ratio,
+    WidthOptions,
 )
-from probeprune.errors import UsageError
-from probeprune.model.checkpoint import Layout
+from probeprune.cli.options import grouped
+from probeprune.cli.terminal import print_saved, progress_bar
+from probeprune.cli.values import at_least
+from probeprune.experiment.cells import TrainingBudget
+from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
 from probeprune.strategies.allocation import check_ratio
-
-STEPS = Annotated[int, typer.Option(help="Optimiser steps.")]
-TRAIN_BATCH = Annotated[int, typer.Option(help="Sequences a step, over all processes.")]
-MICRO = Annotated[int, typer.Option(help="Sequences a forward pass of one process (memory).")]
-RATE = Annotated[float, typer.Option(help="Learning rate, falling linearly to zero.")]
-RANK = Annotated[int, typer.Option(help="Rank of LoRA.")]
-ALPHA = Annotated[int, typer.Option(help="Alpha of LoRA; alpha / rank scales it.")]
-DROPOUT = Annotated[float, typer.Option(help="Dropout in front of LoRA.")]
-PACKING = Annotated[
-    bool, typer.Option("--packing", help="Put documents one after the other instead of cutting each.")
-]
-CHECKPOINTING = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
-]
-CORPUS = Annotated[str, typer.Option(help="Text that perplexity is measured on, before and after.")]
-WINDOWS = Annotated[int, typer.Option(help="Windows of 512 tokens of it; 0 measures nothing.")]
+from probeprune.training.settings import Lora, Training
 
 
-def recover(
-    model: Annotated[str, typer.Argument(help="A pruned checkpoint, or any model.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the result; new or empty.")],
-    steps: STEPS = 600,
-    batch_size: TRAIN_BATCH = 64,
-    micro_batch: MICRO = 4,
-    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
-    learning_rate: RATE = 1e-4,
-    warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 100,
-    lora: Annotated[bool, typer.Option(help="Train LoRA adapters, or all weights.")] = True,
-    rank: RANK = 8,
-    alpha: ALPHA = 16,
-    dropout: DROPOUT = 0.05,
-    merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into a plain checkpoint.")] = False,
-    text: Annotated[str, typer.Option(help="Training text: an embedded name, file or hub id.")] = "c4",
-    packing: PACKING = False,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations, and checkpoints.")] = 100,
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How long, how fast and on which text a model is trained."""
+
+    panel: ClassVar[str] = "Training"
+    steps: Annotated[int, typer.Option(help="Number of optimiser steps.")] = Training.steps
+    batch_size: Annotated[int, typer.Option(help="Sequences per optimiser step, over all processes.")] = (
+        Training.batch_size
+    )
+    micro_batch: Annotated[
+        int, typer.Option(help="Sequences per forward pass of one process; fewer take less memory.")
+    ] = Training.micro_batch
+    length: Annotated[int, typer.Option(help="Tokens per training sequence.")] = Training.length
+    learning_rate: Annotated[
+        float, typer.Option(help="Highest learning rate; it falls linearly to zero.")
+    ] = Training.learning_rate
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA adapters.")] = Lora.rank
+    alpha: Annotated[int, typer.Option(help="LoRA alpha; adapters are scaled by alpha / rank.")] = Lora.alpha
+    dropout: Annotated[float, typer.Option(help="Dropout before the LoRA adapters.")] = Lora.dropout
+    text: Annotated[str, typer.Option(help="Training text: an embedded name, a file or a hub id.")] = (
+        TrainingBudget.corpus
+    )
+    packing: Annotated[
+        bool,
+        typer.Option(
+            "--packing",
+            help="Join documents and cut the result into sequences, instead of cutting one sequence "
+            "from each document.",
+        ),
+    ] = TrainingBudget.packing
+    evaluate_every: Annotated[
+        int,
+        typer.Option(
+            help="Optimiser steps between evaluations on held-out text; each also writes a checkpoint."
+        ),
+    ] = Training.evaluate_every
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Recompute activations in the backward pass: takes less memory and a third more time.",
+        ),
+    ] = Training.gradient_checkpointing
+    seed: Annotated[
+        int, typer.Option(help="Random seed for the order of the text, the adapters and dropout.")
+    ] = Training.seed
+
+    def lora(self) -> Lora:
+        """The adapters. Raises `UsageError` for a rank below 1."""
+        at_least(1, rank=self.rank)
+        return Lora(self.rank, self.alpha, self.dropout)
+
+    def settings(self, lora: Lora | None, **changes: Any) -> Training:
+        """The settings of the training run.
+
+        Args:
+            lora: the adapters; None trains all weights.
+            changes: fields of `Training` that only one command has options for.
+
+        Raises `UsageError` for sizes that make no sense.
+        """
+        at_least(1, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
+        at_least(1, evaluate_every=self.evaluate_every)
+        at_least(2, length=self.length)
+        return Training(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            length=self.length,
+            learning_rate=self.learning_rate,
+            lora=lora,
+            evaluate_every=self.evaluate_every,
+            gradient_checkpointing=self.checkpointing,
+            seed=self.seed,
+            **changes,
+        )
+
+
+LORAPRUNE = TrainingOptions(steps=300, batch_size=128, length=512, evaluate_every=50)
+"""LoRAPrune's published schedule."""
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """What is trained, and when it ends."""
+
+    panel: ClassVar[str] = "Training"
+    warmup_steps: Annotated[
+        int, typer.Option(help="Number of leading steps in which the learning rate rises.")
+    ] = Training.warmup_steps
+    lora: Annotated[bool, typer.Option(help="Train LoRA adapters; --no-lora trains all weights.")] = True
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Fold the adapters into the weights and save a plain checkpoint.")
+    ] = False
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many evaluations without a better one.")
-    ] = None,
-    checkpointing: CHECKPOINTING = False,
-    corpus: CORPUS = "wikitext2",
-    windows: WINDOWS = 16,
-    seed: Annotated[int, typer.Option(help="Of data order, adapters and dropout.")] = 0,
-    dtype: DTYPE = "auto",
-    device: DEVICE = "auto",
-    trust_remote_code: TRUST = False,
-    as_json: JSON = False,
-) -> None:
-    """Train a pruned model again, so that it recovers what pruning lost.
+        int | None,
+        typer.Option(
+            help="Stop after this number of evaluations without improvement.",
+            show_default="train all steps",
+        ),
+    ] = Training.patience
 
-    The result is a PEFT adapter, with --merge a checkpoint. Killed and started again, it goes on from there.
-    Under `torchrun -m probeprune recover ...` or `accelerate launch` several processes share the work.
+
+@grouped
+def recover(
+    *,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model to train: a pruned checkpoint, or any model that `probeprune prune` takes."
+        ),
+    ],
+    output: CheckpointOptions,
+    training: TrainingOptions,
+    recovery: RecoveryOptions,
+    evaluation: EvaluationOptions,
+    load: LoadOptions,
+) -> None:
+    """Train a pruned model to recover the quality that pruning cost.
+
+    The result is a PEFT adapter, or with --merge a checkpoint. Perplexity is measured before and after on
+    windows of 512 tokens. A run that was interrupted continues when started again with the same options. To
+    train with several processes, run `torchrun -m probeprune recover ...` or use `accelerate launch`.
 
     Example: [bold]probeprune recover pruned --out recovered --merge[/bold]
     """
-    from probeprune.data.windows import Text
-    from probeprune.jobs import train as jobs
+    from probeprune.jobs.train import recover_to
     from probeprune.model.checkpoint import check_free
-    from probeprune.training.settings import Lora, Training
 
-    check_free(out_dir)
-    training = Training(
-        steps=steps,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        length=length,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        lora=Lora(rank, alpha, dropout) if lora else None,
-        evaluate_every=evaluate_every,
-        patience=patience,
-        gradient_checkpointing=checkpointing,
-        seed=seed,
+    check_free(output.out_dir)
+    settings = training.settings(
+        training.lora() if recovery.lora else None,
+        warmup_steps=recovery.warmup_steps,
+        patience=recovery.patience,
     )
-    loaded = load_for_training(model, dtype, device, trust_remote_code)
+    measured_on = evaluation.text()
+    loaded = _open_everywhere(model, load)
     with progress_bar() as show:
-        record = jobs.recover_to(
+        record = recover_to(
             loaded,
-            out_dir,
-            training,
-            corpus=text,
-            packing=packing,
-            evaluation=Text(corpus, windows),
-            merge=merge,
-            pruning=pruning_of(model),
-            save_dtype=weights_dtype(loaded, dtype),
+            output.out_dir,
+            settings,
+            corpus=training.text,
+            packing=training.packing,
+            evaluation=measured_on,
+            merge=recovery.merge,
+            pruning=_pruning_record(model),
+            save_dtype=load.dtype_to_save(loaded),
             progress=show,
         )
-    say_trained(record, out_dir, as_json)
+    _print_trained(record, output)
 
 
+@grouped
 def loraprune(
-    ratio: Annotated[float, typer.Option(help="Share of the blocks' parameters to remove.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the checkpoint; new or empty.")],
-    model: MODEL = "smollm2-135m",
-    layout: Annotated[str, typer.Option(help="uniform or per-layer, as in `prune`.")] = "uniform",
-    round_to: Annotated[int, typer.Option(help="MLP widths are multiples of this (for speed).")] = 64,
-    skip_layers: Annotated[
-        int | None, typer.Option(help="First layers that are not pruned (per-layer only). [default: a tenth]")
-    ] = None,
-    steps: STEPS = 300,
-    batch_size: TRAIN_BATCH = 128,
-    micro_batch: MICRO = 4,
-    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
-    learning_rate: RATE = 1e-4,
-    rank: RANK = 8,
-    alpha: ALPHA = 16,
-    dropout: DROPOUT = 0.05,
-    text: Annotated[str, typer.Option(help="Training text: an embedded name, file or hub id.")] = "c4",
-    packing: PACKING = False,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations, and checkpoints.")] = 50,
-    checkpointing: CHECKPOINTING = False,
-    corpus: CORPUS = "wikitext2",
-    windows: WINDOWS = 16,
-    seed: Annotated[int, typer.Option(help="Of data order, adapters and dropout.")] = 0,
-    dtype: DTYPE = "auto",
-    device: DEVICE = "auto",
-    trust_remote_code: TRUST = False,
-    as_json: JSON = False,
+    *,
+    ratio: Ratio,
+    output: CheckpointOptions,
+    model: Model = EMBEDDED_MODEL,
+    widths: WidthOptions,
+    training: TrainingOptions = LORAPRUNE,
+    evaluation: EvaluationOptions,
+    load: LoadOptions,
 ) -> None:
-    """Prune a model while LoRA trains it (LoRAPrune), and save the smaller, merged checkpoint.
+    """Prune a model while LoRA trains it (LoRAPrune), and save a smaller checkpoint.
+
+    The adapters are merged into the weights. Perplexity is measured before and after on windows of 512
+    tokens. With --layout per-layer, the first tenth of the layers stays dense unless --skip-layers is given.
 
     Example: [bold]probeprune loraprune smollm2-135m --ratio 0.2 --out pruned[/bold]
     """
-    from probeprune.data.windows import Text
-    from probeprune.jobs import train as jobs
+    from probeprune.jobs.train import loraprune_to
     from probeprune.model.checkpoint import check_free
-    from probeprune.training.settings import Lora, Training
 
-    check_free(out_dir)
+    check_free(output.out_dir)
     check_ratio(ratio)
-    one_of("layout", layout, get_args(Layout))
-    if layout == "uniform" and skip_layers:
-        raise UsageError("the uniform layout gives all layers one width: leave --skip-layers out.")
-    training = Training(
-        steps=steps,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        length=length,
-        learning_rate=learning_rate,
-        warmup_steps=0,
-        lora=Lora(rank, alpha, dropout),
-        evaluate_every=evaluate_every,
-        keep_best=False,
-        gradient_checkpointing=checkpointing,
-        seed=seed,
-    )
-    loaded = load_for_training(model, dtype, device, trust_remote_code)
+    layout = widths.checked_layout()
+    settings = training.settings(training.lora(), warmup_steps=0, keep_best=False)
+    measured_on = evaluation.text()
+    loaded = _open_everywhere(model, load)
     with progress_bar() as show:
-        record = jobs.loraprune_to(
+        record = loraprune_to(
             loaded,
             ratio,
-            out_dir,
-            training,
-            layout=layout,  # type: ignore[arg-type]
-            round_to=round_to,
-            skip_layers=skip_layers,
-            corpus=text,
-            packing=packing,
-            evaluation=Text(corpus, windows),
-            save_dtype=weights_dtype(loaded, dtype),
+            output.out_dir,
+            settings,
+            layout=layout,
+            round_to=widths.round_to,
+            skip_layers=widths.skip_layers,
+            corpus=training.text,
+            packing=training.packing,
+            evaluation=measured_on,
+            save_dtype=load.dtype_to_save(loaded),
             progress=show,
         )
-    say_trained(record, out_dir, as_json)
+    _print_trained(record, output)
 
 
-def pruning_of(model: str) -> dict[str, Any] | None:
-    """What `prune` wrote beside a checkpoint about its making."""
+def _pruning_record(model: str) -> dict[str, Any] | None:
+    """The `pruning.json` that `prune` wrote beside a checkpoint; None for other models."""
     file = Path(model).expanduser() / "pruning.json"
     if not file.is_file():
         return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return record
 
 
-def load_for_training(model: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
-    """The model in every process, each on its own device."""
-    from probeprune.model.loading import load_model
+def _open_everywhere(model: str, load: LoadOptions) -> LoadedModel:
+    """The model in every process, each on its own device, all in one dtype."""
     from probeprune.training import processes
 
-    processes.join(device)
-    with err.status("loading the model"):
-        loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        chosen = processes.agreed(loaded.dtype)  # auto measures, so processes could differ
-        loaded.model.to(chosen)
-    return dataclasses.replace(loaded, dtype=chosen)
+    processes.join(load.device)
+    loaded = load.open(model)
+    dtype = processes.agreed(loaded.dtype)  # auto measures, so processes could differ
+    loaded.model.to(dtype)
+    return dataclasses.replace(loaded, dtype=dtype)
 
 
-def say_trained(record: dict[str, Any], out_dir: Path, as_json: bool) -> None:
-    """The outcome of a training run, once."""
+def _print_trained(record: dict[str, Any], output: CheckpointOptions) -> None:
+    """The outcome of a training run, from the first process alone."""
     from probeprune.training import processes
 
     if not processes.is_first():
         return
     before, after = record["held_out_loss"]
-    did = (
+    summary = (
         f"{record['steps']} steps, {record['tokens']:,} tokens in {record['seconds']:.0f} s; held-out loss "
         f"{before:.3f} -> {after:.3f}"
     )
-    say_saved(record, out_dir, did, ("before", "after"), as_json)
+    print_saved(record, output.out_dir, summary, ("before", "after"), output.as_json)

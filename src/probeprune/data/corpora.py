@@ -1,11 +1,9 @@
-"""Text corpora and the token windows cut from them.
+"""Text corpora by name: those that ship with the package, local files and data sets on the hub.
 
-It turns a corpus name into texts, texts into windows of token ids, and sequences of unequal length into a
-padded batch. It knows nothing of models, methods or metrics, and never touches a global random state.
+Knows nothing of tokens, models or methods.
 """
 
 import bz2
-import difflib
 import gzip
 import itertools
 import json
@@ -14,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from probeprune.errors import UsageError, first_line
+from probeprune.errors import UsageError, first_line, unknown
 from probeprune.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
@@ -22,22 +20,22 @@ logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 
 ROW_SEPARATOR = "\n\n"
-"""What rows of a data set are joined with to one text: the convention behind published perplexities."""
+"""Text between the rows of a data set that are joined, by the convention behind published perplexities."""
 
 HUB_ROWS = 20_000
-"""How many rows of a hub data set are read unless told otherwise: C4 in full has 365 million."""
+"""Default limit on the rows read from a hub data set: all of C4 has 365 million."""
 
 
 @dataclass(frozen=True)
 class EmbeddedCorpus:
-    """A corpus that ships with the package; assets/README.md has its origin.
+    """A corpus that ships with the package; assets/README.md gives its origin.
 
     Attributes:
-        files: names in the assets folder, read in this order.
-        description: one line for people.
-        licence: of the text, not of this package.
-        rows_per_line: True where every line is a row of the data set and the rows are still to be joined.
-        documents: which of the files' documents belong to it: from, to; None for the last ones.
+        files: file names in the assets folder, in reading order.
+        description: one line for readers.
+        licence: licence of the text, not of this package.
+        rows_per_line: True if each line is a row of the data set and the rows must be joined.
+        documents: first and last (exclusive) document of the files that belong to it; None for no end.
     """
 
     files: tuple[str, ...]
@@ -49,13 +47,13 @@ class EmbeddedCorpus:
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A corpus on the hub that people call by a short name.
+    """A corpus on the hub with a short name.
 
     Attributes:
-        path, subset, split, column, revision: where it is, as in `datasets.load_dataset`.
-        rows: how many rows are read, from the front.
-        joined: what the rows are joined with to one text; None leaves them documents of their own.
-        description: one line for people.
+        path, subset, split, column, revision: its place on the hub, as in `datasets.load_dataset`.
+        description: one line for readers.
+        rows: number of rows to read, from the beginning.
+        joined: text between rows that are joined to one document; None makes each row a document.
     """
 
     path: str
@@ -105,7 +103,7 @@ HUB_CORPORA = {
         "test",
         "Penn Treebank, test split, sentences joined with a space",
         column="sentence",
-        # The data set itself is a script, which nothing runs any more; this is the hub's own conversion.
+        # The data set itself is a script, which is no longer supported; this is the hub's own conversion.
         revision="refs/convert/parquet",
         joined=" ",
     ),
@@ -117,10 +115,6 @@ PARQUET_SUFFIXES = (".parquet",)
 FILE_SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Corpora
-
-
 def load_corpus(
     name: str,
     *,
@@ -129,26 +123,27 @@ def load_corpus(
     column: str = "text",
     hub_rows: int = HUB_ROWS,
 ) -> list[str]:
-    """The documents of a corpus, in the corpus' own order.
+    """Read the documents of a corpus, in their own order.
 
     Args:
-        name: an embedded corpus (a key of `EMBEDDED_CORPORA`), one on the hub by a short name (a key of
-            `HUB_CORPORA`), a local file (`.txt`: one document; `.jsonl`, `.parquet`: one document a row;
-            `.txt` and `.jsonl` also with `.gz`), or a hub data set as `owner/name`.
+        name: an embedded corpus (a key of `EMBEDDED_CORPORA`), a short name of one on the hub (a key of
+            `HUB_CORPORA`), a local file (`.txt`: one document; `.jsonl`, `.parquet`: one document per row;
+            `.txt` and `.jsonl` may end in `.gz`), or a hub data set as `owner/name`.
         subset: configuration of a hub data set, such as `en` of `allenai/c4`.
-        split: split of a hub data set; `train` when not given.
-        column: which field of a row holds the text (`.jsonl`, `.parquet`, hub).
-        hub_rows: how many rows of a hub data set are streamed at most; a warning says when there were more.
+        split: split of a hub data set; None for `train`.
+        column: field of a row that holds the text (`.jsonl`, `.parquet`, hub).
+        hub_rows: the most rows to stream from a hub data set; a warning is logged if there are more.
 
     Returns:
-        One string a document, never empty as a whole (single blank rows are kept: they belong to the text).
+        One string per document. Blank documents are kept, because they belong to the text, but at least one
+        is not blank.
 
     Raises:
-        UsageError: unknown name, missing file, missing column, nothing but white space, unreachable hub.
+        UsageError: an unknown name, a missing file or column, nothing but white space, an unreachable hub.
     """
     if name in EMBEDDED_CORPORA or name in HUB_CORPORA or _is_file_name(name):
         if subset is not None or split is not None:
-            raise UsageError(f"Corpus '{name}' is a fixed text and has no subset or split: leave them out.")
+            raise UsageError(f"corpus '{name}' is a fixed text without subset or split; leave them out.")
         if name in HUB_CORPORA:
             documents = _read_hub_corpus(HUB_CORPORA[name])
         else:
@@ -156,15 +151,10 @@ def load_corpus(
     elif "/" in name:
         documents = _stream_hub(name, subset, split or "train", column, hub_rows)
     else:
-        known = [*EMBEDDED_CORPORA, *HUB_CORPORA]
-        close = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise UsageError(
-            f"Unknown corpus '{name}': give one of {', '.join(known)}, a file"
-            f" ({', '.join(FILE_SUFFIXES)}) or a hub data set as owner/name.{hint}"
-        )
+        others = f"a file ({', '.join(FILE_SUFFIXES)}), a hub data set (owner/name)"
+        raise UsageError(unknown("corpus", name, [*EMBEDDED_CORPORA, *HUB_CORPORA], others))
     if not any(document.strip() for document in documents):
-        raise UsageError(f"Corpus '{name}' holds no text.")
+        raise UsageError(f"corpus '{name}' holds no text; give another one.")
     return documents
 
 
@@ -177,7 +167,7 @@ def _read_embedded(name: str) -> list[str]:
     documents = [text for file in corpus.files for text in _read_file(ASSETS / file, column="text")]
     documents = documents[slice(*corpus.documents)]
     if corpus.rows_per_line:
-        # As the hub serves WikiText: a row keeps its line end, a blank row is the empty string.
+        # As the hub serves WikiText: a row keeps its line end, and a blank row is the empty string.
         (text,) = documents
         rows = [line if line.strip() else "" for line in text.splitlines(keepends=True)]
         documents = [ROW_SEPARATOR.join(rows)]
@@ -185,20 +175,22 @@ def _read_embedded(name: str) -> list[str]:
 
 
 def _read_file(path: Path, column: str) -> list[str]:
-    """One text of a `.txt` file, or one text a row of a `.jsonl` or `.parquet` file."""
+    """One document of a `.txt` file, or one per row of a `.jsonl` or `.parquet` file."""
     if not path.is_file():
-        raise UsageError(f"There is no corpus file '{path}'.")
+        raise UsageError(f"there is no corpus file '{path}'; check the path.")
     if path.name.endswith(TEXT_SUFFIXES):
         return [read_text(path)]
     if path.name.endswith(JSON_SUFFIXES):
         return _read_json_lines(path, column)
     if path.name.endswith(PARQUET_SUFFIXES):
         return _read_parquet(path, column)
-    raise UsageError(f"Corpus file '{path}' is of no known kind: it must end in {', '.join(FILE_SUFFIXES)}.")
+    raise UsageError(
+        f"corpus file '{path}' is of no known kind; its name must end in {', '.join(FILE_SUFFIXES)}."
+    )
 
 
 def read_text(path: Path) -> str:
-    """The content of a text file, `.gz` and `.bz2` unpacked, as it is: line ends are tokens too.
+    """Read a text file, unpacking `.gz` and `.bz2`. Line ends stay as they are: they are tokens too.
 
     Raises `UsageError` for a file that is missing, damaged or not UTF-8.
     """
@@ -210,19 +202,19 @@ def read_text(path: Path) -> str:
             content = bz2.decompress(content)
         return content.decode("utf-8")
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UsageError(f"File '{path}' cannot be read as UTF-8 text: {error}.") from error
+        raise UsageError(f"file '{path}' cannot be read as UTF-8 text: {first_line(error)}.") from error
 
 
 def _read_json_lines(path: Path, column: str) -> list[str]:
     documents = []
-    # Not str.splitlines: that also breaks at characters which may stand inside a JSON string.
+    # str.splitlines would also break at characters that are allowed inside a JSON string.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UsageError(f"Line {number} of '{path}' is not JSON: {error}.") from error
+            raise UsageError(f"line {number} of '{path}' is not JSON: {first_line(error)}.") from error
         documents.append(_text_of(row, column, where=f"line {number} of '{path}'"))
     return documents
 
@@ -236,9 +228,9 @@ def _read_parquet(path: Path, column: str) -> list[str]:
         if column in columns:
             rows = pq.read_table(path, columns=[column]).to_pylist()
         else:
-            rows = [dict.fromkeys(columns)]  # _text_of says what is missing
+            rows = [dict.fromkeys(columns)]  # _text_of then names the missing column
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"Corpus file '{path}' cannot be read as Parquet: {error}.") from error
+        raise UsageError(f"corpus file '{path}' cannot be read as Parquet: {first_line(error)}.") from error
     return [_text_of(row, column, where=f"row {number} of '{path}'") for number, row in enumerate(rows)]
 
 
@@ -259,8 +251,8 @@ def _stream_hub(
     *,
     warn: bool = True,
 ) -> list[str]:
-    """The first `limit` rows of a hub data set, without downloading the rest."""
-    import datasets  # a second's import that embedded and local corpora need not pay
+    """Read the first `limit` rows of a hub data set without downloading the rest."""
+    import datasets  # takes a second, which embedded and local corpora need not pay
 
     try:
         with quiet_libraries():
@@ -268,28 +260,26 @@ def _stream_hub(
             head = list(itertools.islice(rows, limit + 1))
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(
-            f"Data set '{name}' (subset {subset}, split {split}) could not be read from the hub:"
-            f" {first_line(error)}; check name and network, or use an embedded corpus"
-            f" ({', '.join(EMBEDDED_CORPORA)}) or a file."
+            f"data set '{name}' (subset {subset}, split {split}) could not be read from the hub "
+            f"({first_line(error)}); check name and network, or use a file or an embedded corpus "
+            f"({', '.join(EMBEDDED_CORPORA)})."
         ) from error
     if warn and len(head) > limit:
         logger.warning(
-            "Only the first %d rows of '%s' were read; ask for more where you need them.", limit, name
+            "only the first %d rows of '%s' were read; raise the limit if you need more.", limit, name
         )
     return [_text_of(row, column, where=f"data set '{name}'") for row in head[:limit]]
 
 
 def _text_of(row: object, column: str, *, where: str) -> str:
-    """The text in one row, or a UsageError that names the columns there are."""
+    """The text of one row. Raises `UsageError` for a missing column and names those that exist."""
     if not isinstance(row, dict):
-        raise UsageError(f"Expected an object with a '{column}' field in {where}.")
+        raise UsageError(f"{where} is no object with a '{column}' field; give one JSON object per line.")
     if column not in row:
-        raise UsageError(f"There is no column '{column}' in {where}; it has: {', '.join(map(str, row))}.")
+        columns = ", ".join(map(str, row))
+        raise UsageError(f"there is no column '{column}' in {where}; it has: {columns}.")
     text = row[column]
     if not isinstance(text, str):
-        raise UsageError(f"Column '{column}' in {where} holds {type(text).__name__}, not text.")
+        kind = type(text).__name__
+        raise UsageError(f"column '{column}' in {where} holds {kind}, not text; choose another column.")
     return text
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Windows

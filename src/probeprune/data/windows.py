@@ -1,6 +1,6 @@
-"""Windows of token ids, cut from texts: for calibration, training and evaluation, and padded batches.
+"""Cut texts into windows of token ids for calibration, training and evaluation, and pad batches.
 
-Knows nothing of models, methods or metrics, and never touches a global random state.
+Knows nothing of models, methods or metrics. Never changes a global random state.
 """
 
 import itertools
@@ -8,31 +8,43 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from probeprune.data.corpora import ROW_SEPARATOR
-from probeprune.errors import UsageError, require_positive
+from probeprune.errors import UsageError, require_positive, unknown
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of a text that a model is calibrated or measured on."""
+    """The windows of a corpus on which a model is calibrated or measured."""
 
     corpus: str
+    """A name for `corpora.load_corpus`."""
     windows: int
+    """Number of windows."""
     length: int = 512
+    """Tokens per window."""
 
+
+CALIBRATION = Text("c4", 128, 512)
+"""Default calibration text of every command and preset."""
+
+BATCH_SIZE = 16
+"""Default number of windows in a forward pass, for calibration and measuring alike."""
 
 Sampling = Literal["in-order", "published"]
+"""How windows are cut for evaluation, see `evaluation_windows`."""
+Side = Literal["left", "right"]
+"""Where padding goes."""
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text of any length, without special tokens and without a warning about the length."""
+    """Token ids of a text of any length, without special tokens and without a warning about its length."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -40,19 +52,19 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def calibration_windows(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int
 ) -> torch.Tensor:
-    """Random crops of random documents: what statistics are collected on.
+    """Cut windows at random offsets from random documents, for collecting statistics.
 
-    The protocol of SparseGPT, Wanda and Probe Pruning: take a random document, skip it when it has no more
-    than `length` tokens, cut one window at a random offset out of it. Here the documents come in a shuffled
-    order instead of being drawn with replacement, so none comes twice before every long enough one came once;
-    then they go round again, each time at a new offset. One long text so gives windows at random offsets.
+    The protocol of SparseGPT, Wanda and Probe Pruning: take a random document, skip it if it has no more than
+    `length` tokens, and cut one window from it at a random offset. Here the documents are shuffled, not drawn
+    with replacement, so that none is used twice before all that are long enough were used once. Then they are
+    used again, each time at a new offset. A single long text therefore gives windows at random offsets.
 
     Args:
-        documents: as from `load_corpus`.
-        tokenizer: of the model to calibrate; no special tokens are added.
-        count: how many windows.
-        length: tokens a window.
-        seed: the same seed gives the same windows; no global random state is read or changed.
+        documents: for example from `load_corpus`.
+        tokenizer: tokenizer of the model to calibrate; no special tokens are added.
+        count: number of windows.
+        length: tokens per window.
+        seed: the same seed gives the same windows.
 
     Returns:
         LongTensor (count, length).
@@ -83,8 +95,8 @@ def calibration_windows(
             crop(ids)
     if not long_enough:
         raise UsageError(
-            f"No document has more than {length} tokens, the longest has {longest}:"
-            f" ask for windows of at most {max(longest - 1, 0)} tokens or give longer texts."
+            f"no document has more than {length} tokens, the longest has {longest}; ask for windows of at "
+            f"most {max(longest - 1, 0)} tokens or give longer texts."
         )
     for ids in itertools.islice(itertools.cycle(long_enough), count - len(windows)):
         crop(ids)
@@ -100,23 +112,24 @@ def training_windows(
     held_out: float = 0.04,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences to train on and sequences held out, from different documents.
+    """Cut windows for training and held-out windows, from different documents.
 
     Args:
-        documents: as from `load_corpus`; shuffled by the seed.
-        tokenizer: of the model; no special tokens are added.
-        length: tokens a sequence.
-        packing: False: the first `length` tokens of every document that has more (LLM-Pruner, LoRAPrune).
-            True: documents one after the other, the end-of-text token between them, cut anywhere; nothing
-            is lost but a rest.
-        held_out: share of the documents held out, at least one (800 of 20000 in the published runs).
-        seed: draws the order and the held-out documents.
+        documents: for example from `load_corpus`; shuffled by the seed.
+        tokenizer: tokenizer of the model; no special tokens are added.
+        length: tokens per window.
+        packing: False takes the first `length` tokens of every document that has more (LLM-Pruner,
+            LoRAPrune). True joins all documents with the end-of-text token and cuts the result into windows;
+            only an incomplete last window is lost.
+        held_out: share of the documents to hold out, at least one (800 of 20000 in the published runs).
+        seed: for the order and the held-out documents.
 
     Returns:
-        Two LongTensors (count, length); the second may be empty where there is little text.
+        Training and held-out windows, two LongTensors (count, length). With little text the second may be
+        empty.
 
     Raises:
-        UsageError: no sequence of that length, or no end-of-text token to pack with.
+        UsageError: no training window of that length, or no end-of-text token for packing.
     """
     require_positive(length=length)
     order = list(range(len(documents)))
@@ -158,33 +171,33 @@ def evaluation_windows(
     sampling: Sampling = "in-order",
     seed: int = 0,
 ) -> torch.Tensor:
-    """Windows of a text for measuring perplexity.
+    """Cut windows of a text to measure perplexity on.
 
-    Several documents are joined with a blank line and the whole is tokenised at once, without special tokens.
+    Documents are joined with a blank line and tokenised together, without special tokens.
 
     Args:
-        documents: as from `load_corpus`.
-        tokenizer: of the model to evaluate.
-        length: tokens a window.
-        limit: at most so many windows; all when None.
-        sampling: `in-order` cuts the text front to back and drops the incomplete last window (the log, level
-            INFO, says how many tokens that leaves out); every token counts at most once. `published` is what
-            the Probe Pruning code does: as many windows, but at uniformly random offsets, so they overlap and
-            miss parts of the text; for comparing with published tables only.
+        documents: for example from `load_corpus`.
+        tokenizer: tokenizer of the model to evaluate.
+        length: tokens per window.
+        limit: the most windows; None for all.
+        sampling: `in-order` cuts the text from beginning to end and drops an incomplete last window (the log,
+            level INFO, gives the number of tokens left out); every token counts at most once. `published`
+            follows the Probe Pruning code: the same number of windows, but at uniformly random offsets, so
+            that they overlap and miss parts of the text. Use it only to compare with published tables.
         seed: for `published`.
 
     Returns:
         LongTensor (windows, length).
 
     Raises:
-        UsageError: the text is shorter than one window, or the sampling is unknown.
+        UsageError: a text shorter than one window, or an unknown sampling.
     """
     require_positive(length=length, **({} if limit is None else {"limit": limit}))
     tokens = torch.tensor(tokenize(ROW_SEPARATOR.join(documents), tokenizer), dtype=torch.long)
     available = len(tokens) // length
     if available == 0:
         raise UsageError(
-            f"The text has {len(tokens)} tokens, less than one window of {length}: use shorter windows."
+            f"the text has {len(tokens)} tokens, fewer than one window of {length}; use shorter windows."
         )
     count = available if limit is None else min(limit, available)
     if sampling == "in-order":
@@ -199,24 +212,24 @@ def evaluation_windows(
         generator = random.Random(seed)
         starts = [generator.randrange(max(len(tokens) - length, 1)) for _ in range(count)]
         return torch.stack([tokens[start : start + length] for start in starts])
-    raise UsageError(f"Unknown sampling '{sampling}': use 'in-order' or 'published'.")
+    raise UsageError(unknown("sampling", sampling, get_args(Sampling)))
 
 
 def batches(windows: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
-    """Views of `batch_size` rows of `windows` each; the last is shorter where it does not divide."""
+    """Split windows into views of `batch_size` rows; the last may be shorter."""
     require_positive(batch_size=batch_size)
     return windows.split(batch_size)
 
 
 def pad_batch(
-    sequences: Sequence[Sequence[int]], pad_id: int | None, side: Literal["left", "right"] = "left"
+    sequences: Sequence[Sequence[int]], pad_id: int | None, side: Side = "left"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One batch from sequences of unequal length.
+    """Pad sequences of unequal length to one batch.
 
     Args:
-        sequences: token ids, at least one each.
-        pad_id: the id to fill up with, usually `tokenizer.pad_token_id`.
-        side: where the padding goes: `left` to generate, `right` to score.
+        sequences: token ids, at least one in each sequence.
+        pad_id: id of the padding, usually `tokenizer.pad_token_id`.
+        side: where the padding goes: `left` for generating, `right` for scoring.
 
     Returns:
         `input_ids` and `attention_mask`, LongTensors (batch, longest); the mask is 1 on real tokens.
@@ -226,12 +239,12 @@ def pad_batch(
     """
     if pad_id is None:
         raise UsageError(
-            "The tokenizer has no padding token: set tokenizer.pad_token, for example to tokenizer.eos_token."
+            "the tokenizer has no padding token; set tokenizer.pad_token, for example to tokenizer.eos_token."
         )
     if not sequences or not all(len(sequence) for sequence in sequences):
-        raise UsageError("A batch needs at least one sequence, and every sequence at least one token.")
-    if side not in ("left", "right"):
-        raise UsageError(f"Unknown padding side '{side}': use 'left' or 'right'.")
+        raise UsageError("a batch needs at least one sequence, and every sequence at least one token.")
+    if side not in get_args(Side):
+        raise UsageError(unknown("padding side", side, get_args(Side)))
     longest = max(len(sequence) for sequence in sequences)
     input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)

@@ -1,1 +1,1 @@
-"""Measuring: perplexity, accuracy on tasks, and cost, alike for dense and pruned models."""
+"""Perplexity and accuracy on tasks, measured the same way for dense and pruned models."""

@@ -1,8 +1,8 @@
-"""The LM evaluation harness as a library: its tasks fed with our items, and a live model for it to score.
+"""The LM evaluation harness as a library: its tasks with our items, and a model for it to score.
 
-The harness passes causal models no attention mask, so the padding of a batch would enter a dynamic method's
-probe and history; `LiveModel` runs the passes with the real one. What a task's prompt is and how an answer
-counts stays the harness' own.
+The harness gives causal models no attention mask, so the padding of a batch would enter a dynamic method's
+probe and history. `LiveModel` therefore runs the passes itself, with a mask. The harness still decides what a
+task's prompt is and how an answer counts.
 """
 
 import contextlib
@@ -10,10 +10,10 @@ import copy
 import io
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import datasets
 import lm_eval.tasks
@@ -23,21 +23,26 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from probeprune.errors import UsageError, first_line
+from probeprune.errors import UsageError, first_line, unknown
 from probeprune.evaluation.likelihood import Order, Request, Scores, make_batches, score
 from probeprune.evaluation.task_data import Task, load_rows
+from probeprune.progress import Progress, silent
 from probeprune.quiet import quiet_libraries
+
+Source = Literal["local", "hub"]
+"""`local`: the items that ship with the package; `hub`: the harness' own data set."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered to the items of a task, in their order.
+    """A model's answers to the items of a task, in the order of the items.
 
     Attributes:
-        correct: whether the right option is the likeliest.
-        correct_norm: likewise with the options' lengths divided out; None where the task has no such metric.
-        loglikelihoods: of every option, in nats.
-        scores: the same as one list, and what they cost.
+        correct: whether the right option is the most likely one.
+        correct_norm: the same with each log-likelihood divided by the option's length; None for a task
+            without this metric.
+        loglikelihoods: log-likelihood of each option of each item, in nats.
+        scores: the same log-likelihoods as one list, with the cost of computing them.
     """
 
     correct: tuple[bool, ...]
@@ -47,21 +52,21 @@ class Answers:
 
 
 class LiveModel(HFLM):
-    """A model object as the harness takes it, with or without a method attached.
+    """A model object for the harness to score, with or without a method attached.
 
-    Also for `lm_eval.simple_evaluate(model=LiveModel(...), tasks=[...])` on any other task that scores
+    Also works in `lm_eval.simple_evaluate(model=LiveModel(...), tasks=[...])`, for any task that scores
     continuations.
 
     Args:
         model: a causal LM of a supported family, in eval mode.
-        tokenizer: the model's; it is not changed.
-        batch_size: requests a forward pass.
-        order: of the requests, see `make_batches`. Requests that have the same context are not merged.
-        progress: called with (requests done, requests in all).
+        tokenizer: the model's tokenizer; it is not changed.
+        batch_size: requests per forward pass.
+        order: order of the requests, see `make_batches`. Requests with the same context are not merged.
+        progress: called with (`scoring`, requests done, requests in all).
 
     Attributes:
-        progress: as given.
-        scores: what the last call got and cost.
+        progress: the argument of that name.
+        scores: results and cost of the last call.
     """
 
     scores: Scores
@@ -73,12 +78,12 @@ class LiveModel(HFLM):
         *,
         batch_size: int = 16,
         order: Order = "length",
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = silent,
     ) -> None:
         with quiet():
             super().__init__(
                 pretrained=model,
-                # The harness gives a tokenizer without a padding token one; the caller's stays as it is.
+                # A copy: the harness adds a padding token to a tokenizer that has none.
                 tokenizer=copy.deepcopy(tokenizer),
                 backend="causal",
                 batch_size=batch_size,
@@ -93,26 +98,26 @@ class LiveModel(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """The one method through which the harness scores tokens."""
+        """Override the one method that scores tokens for the harness."""
         pairs = [Request(context, continuation) for _, context, continuation in requests]
         batches = make_batches(pairs, override_bs or self.batch_size, self._order)
         self.scores = score(self.model, pairs, batches, max_length=self.max_length, progress=self.progress)
         return list(zip(self.scores.loglikelihoods, self.scores.greedy, strict=True))
 
 
-def load_task(task: Task, *, limit: int | None = None, source: str = "local") -> ConfigurableTask:
-    """The harness' own task object, with the requests of its first `limit` items built.
+def load_task(task: Task, *, limit: int | None = None, source: Source = "local") -> ConfigurableTask:
+    """Load the harness' own task object and build the requests of its first `limit` items.
 
     Args:
-        task: which.
-        limit: all items when None.
-        source: `local`, the items that ship with the package, or `hub`, the harness' own data set.
+        task: the task to load.
+        limit: number of items; None for all.
+        source: where the items come from, see `Source`.
 
     Raises:
-        UsageError: an unknown source, a damaged file, or a data set that the hub does not give.
+        UsageError: an unknown source, a damaged file, or a data set that cannot be read from the hub.
     """
-    if source not in ("local", "hub"):
-        raise UsageError(f"unknown source of items {source!r}; choose local or hub.")
+    if source not in get_args(Source):
+        raise UsageError(unknown("source", source, get_args(Source)))
     folder = Path(lm_eval.tasks.__file__).parent / task.folder
     changes: dict[str, Any] = {}
     if source == "local":
@@ -125,25 +130,25 @@ def load_task(task: Task, *, limit: int | None = None, source: str = "local") ->
         }
     try:
         with quiet(bars=source == "hub"):
-            # That folder alone: reading all of the harness' task files takes ten seconds.
+            # Only this folder: reading all of the harness' task files takes ten seconds.
             manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
-            # Only as a member of a group does a task take changes to its settings.
+            # Settings of a task can be changed only for a member of a group.
             group = {"group": "probeprune", "task": [{"task": task.name, **changes}]}
             loaded = manager.load(group)["tasks"][task.name]
     except (OSError, ValueError, RuntimeError) as error:
         if source == "local":
             raise
         raise UsageError(
-            f"the harness' data set for {task.name} could not be read from the hub: {first_line(error)}; "
+            f"the harness' data set for {task.name} could not be read from the hub ({first_line(error)}); "
             "check the network, or use the items that ship with the package (source local)."
         ) from error
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be switched off
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # hides a bar that has no switch
         loaded.build_all_requests(limit=limit)
     return loaded
 
 
 def questions(task: ConfigurableTask) -> list[list[Instance]]:
-    """A loaded task's requests, one list an item, one request an option."""
+    """The requests of a loaded task: one list per item, one request per option."""
     return [
         list(options)
         for _, options in itertools.groupby(task.instances, key=lambda instance: instance.doc_id)
@@ -151,12 +156,12 @@ def questions(task: ConfigurableTask) -> list[list[Instance]]:
 
 
 def right_option(task: ConfigurableTask, item: dict[str, Any]) -> int:
-    """Which option is right. Where options stand in the context, the harness keeps that in its text."""
+    """Index of the right option. If the options vary the context, the harness has it in place of the text."""
     return int(task.doc_to_text(item) if task.multiple_input else task.doc_to_target(item))
 
 
 def ask(lm: LiveModel, task: ConfigurableTask) -> Answers:
-    """Score a loaded task as the harness does, its requests in one call."""
+    """Score a loaded task as the harness does, all requests in one call."""
     results = iter(lm.loglikelihood(task.instances, disable_tqdm=True))
     correct, correct_norm, likelihoods = [], [], []
     for options in questions(task):
@@ -171,7 +176,7 @@ def ask(lm: LiveModel, task: ConfigurableTask) -> Answers:
 
 @contextlib.contextmanager
 def quiet(*, bars: bool = False) -> Iterator[None]:
-    """No log lines below errors inside, and no progress bars of data sets unless `bars` is True."""
+    """Hide the harness' log lines below errors and, unless `bars` is True, the progress bars of data sets."""
     logger = logging.getLogger("lm_eval")
     level, hide = logger.level, not bars and not datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)

@@ -1,34 +1,35 @@
-"""Log-likelihoods of continuations under a causal LM, as it stands.
+"""Log-likelihoods of continuations under a causal LM.
 
-Rows of unequal length share a forward pass, padded on the right and with a mask that says so: a dynamic
-method's probe and history never see padding. The output head runs on the continuations alone, where logits of
-every position would be the largest tensor by far. Knows nothing of tasks, text or pruning.
+Rows of unequal length share a forward pass. They are padded on the right and masked, so that the probe and
+the history of a dynamic method never see padding. The output head runs on the continuations only, because the
+logits of all positions would be by far the largest tensor. Knows nothing of tasks, text or pruning.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from probeprune.data.windows import pad_batch
-from probeprune.errors import UsageError, require_positive
+from probeprune.errors import UsageError, require_positive, unknown
 from probeprune.model.passes import find_decoder
+from probeprune.progress import Progress, silent
 
 Order = Literal["length", "given"]
 Batch = list[int]
-"""Which requests run in one forward pass, by index."""
+"""The indices of the requests that run in one forward pass."""
 
 HEAD_TOKENS = 2048
-"""Tokens whose logits exist at once."""
+"""Number of tokens whose logits are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids: how likely is `continuation` after `context`? Neither is empty."""
+    """Token ids of a context and of a continuation whose likelihood is wanted. Neither is empty."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -36,16 +37,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a list of requests got, in the order of the requests.
+    """The scores of a list of requests, in the order of the requests.
 
     Attributes:
-        loglikelihoods: of the whole continuation, in nats.
+        loglikelihoods: log-likelihood of each whole continuation, in nats.
         greedy: whether every token of the continuation is the most likely one.
-        tokens: real tokens run through the model.
-        padding: share of the positions run that were padding.
-        truncated: requests whose context lost its front to fit the model.
-        batches: forward passes.
-        seconds: spent in them, the output head included.
+        tokens: number of real tokens run through the model.
+        padding: share of padding among all positions run.
+        truncated: number of requests whose context lost its beginning to fit the model.
+        batches: number of forward passes.
+        seconds: their total time, including the output head.
     """
 
     loglikelihoods: tuple[float, ...]
@@ -58,10 +59,13 @@ class Scores:
 
 
 def make_batches(requests: Sequence[Request], batch_size: int, order: Order) -> list[Batch]:
-    """Cut requests into batches of `batch_size`, the last one maybe shorter.
+    """Split requests into batches of `batch_size`; the last may be shorter.
 
     Args:
-        order: `given`, or `length`: the longest first, so that little is padding and memory peaks at once.
+        requests: the requests to batch.
+        batch_size: requests per batch.
+        order: `given` keeps their order. `length` puts the longest first: there is little padding, and the
+            first batch needs the most memory.
 
     Raises `UsageError` for a batch size below 1 or an unknown order.
     """
@@ -71,7 +75,7 @@ def make_batches(requests: Sequence[Request], batch_size: int, order: Order) -> 
         tokens = [[*r.context, *r.continuation] for r in requests]
         indices.sort(key=lambda i: (-len(tokens[i]), tokens[i]))
     elif order != "given":
-        raise UsageError(f"unknown order {order!r}; choose length or given.")
+        raise UsageError(unknown("order", order, get_args(Order)))
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 
@@ -81,16 +85,17 @@ def score(
     batches: Sequence[Batch],
     *,
     max_length: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Scores:
-    """Log-likelihood of every request's continuation.
+    """Score the continuation of every request.
 
     Args:
         model: a causal LM of a supported family, with or without a method attached.
-        requests: what to score.
-        batches: which of them run together; every index once.
-        max_length: tokens a pass may have; longer contexts lose their front, as in the LM evaluation harness.
-        progress: called with (requests done, requests in all).
+        requests: the requests to score.
+        batches: which of them run together; each index appears once.
+        max_length: the most tokens per pass; longer contexts lose their beginning, as in the LM evaluation
+            harness.
+        progress: called with (`scoring`, requests done, requests in all).
 
     Raises:
         UsageError: a continuation longer than `max_length`.
@@ -98,7 +103,9 @@ def score(
     """
     longest = max((len(r.continuation) for r in requests), default=0)
     if longest > max_length:
-        raise UsageError(f"an option has {longest} tokens; this model takes no more than {max_length}.")
+        raise UsageError(
+            f"an option has {longest} tokens and this model takes at most {max_length}; shorten the option."
+        )
     device = next(model.parameters()).device
     likelihoods, greedy = [math.nan] * len(requests), [False] * len(requests)
     tokens = positions = done = 0
@@ -118,8 +125,7 @@ def score(
         tokens += sum(map(len, rows))
         positions += ids.numel()
         done += len(batch)
-        if progress is not None:
-            progress(done, len(requests))
+        progress("scoring", done, len(requests))
     return Scores(
         loglikelihoods=tuple(likelihoods),
         greedy=tuple(greedy),
@@ -132,7 +138,7 @@ def score(
 
 
 def _inputs(request: Request, max_length: int) -> list[int]:
-    """What the model reads: the last token of the continuation is only predicted."""
+    """The model's input: the last token of the continuation is predicted, never read."""
     return [*request.context, *request.continuation][-(max_length + 1) : -1]
 
 
@@ -144,7 +150,7 @@ def _score_batch(
     hidden: torch.Tensor = find_decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     lengths = mask.sum(1).tolist()
     counts = [len(c) for c in continuations]
-    # The token at one place is predicted by the hidden state of the place before it.
+    # The hidden state at one position predicts the token at the next.
     wanted = torch.cat([h[n - k : n] for h, n, k in zip(hidden, lengths, counts, strict=True)])
     targets = torch.tensor([t for c in continuations for t in c], device=ids.device)
     likelihoods, hits = [], []
@@ -157,9 +163,9 @@ def _score_batch(
 
 
 def next_token_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (..., vocabulary) in float32 of a decoder's last hidden states (..., hidden).
+    """Logits (..., vocabulary) in float32 from a decoder's last hidden states (..., hidden).
 
-    The causal LM's output head, and Gemma's soft cap on logits.
+    Applies the model's output head and, for Gemma, its soft cap on logits.
     """
     config: Any = model.config
     head: Any = model.get_output_embeddings()  # type: ignore[operator]

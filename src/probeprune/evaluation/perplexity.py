@@ -1,25 +1,25 @@
-"""Perplexity of a causal LM, as it stands, on windows of tokens.
+"""Perplexity of a causal LM on windows of tokens.
 
-Every token of a window but the first is predicted from those before it in the window; no special tokens.
-The decoder runs whole batches (dynamic pruning sees them), the output head a few windows at a time, because
-logits of a whole batch would be the largest tensor by far. Knows nothing of pruning.
+Each token of a window except the first is predicted from the tokens before it; no special tokens are added.
+The decoder runs whole batches, because dynamic pruning depends on them. The output head runs a few windows at
+a time, because the logits of a whole batch would be by far the largest tensor. Knows nothing of pruning.
 """
 
 import math
 import statistics
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from probeprune.data.windows import batches
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, unknown
 from probeprune.evaluation.likelihood import HEAD_TOKENS, next_token_logits
 from probeprune.model.cost import counting_flops, synced_clock
 from probeprune.model.passes import check_windows, find_decoder
+from probeprune.progress import Progress, silent
 
 Averaging = Literal["token", "published"]
 
@@ -31,11 +31,11 @@ class Perplexity:
     Attributes:
         value: exp of the mean loss.
         standard_error: of `value`, over windows (delta method); NaN for a single window.
-        losses: mean loss of each window, in nats a token.
-        tokens: tokens run through the decoder.
-        seconds: spent in the decoder's forward passes, the output head left out.
-        tokens_per_second: of the median batch through the decoder.
-        flops_per_token: matrix-product FLOPs of the decoder, counted on the first batch as it ran.
+        losses: mean loss of each window, in nats per token.
+        tokens: number of tokens run through the decoder.
+        seconds: time of the decoder's forward passes, without the output head.
+        tokens_per_second: throughput of the decoder on the median batch.
+        flops_per_token: matrix-product FLOPs of the decoder, counted during the first batch.
     """
 
     value: float
@@ -53,18 +53,18 @@ def perplexity(
     *,
     batch_size: int = 16,
     averaging: Averaging = "token",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Perplexity:
-    """Perplexity on `windows` (count, length >= 2), in order, the short last batch included.
+    """Measure perplexity on `windows` (count, length >= 2), in order, including a shorter last batch.
 
     Args:
         model: a causal LM in eval mode, with or without a method attached.
-        windows: LongTensor, from `data.evaluation_windows` say.
-        batch_size: windows a forward pass; dynamic methods choose units for each pass anew.
-        averaging: `token` weighs every predicted token alike. `published` is the research code's: the mean
-            over batches of each batch's mean, an incomplete last batch dropped; for comparing with published
-            tables, together with `sampling="published"`.
-        progress: called with (windows done, windows in all).
+        windows: LongTensor of token ids, for example from `data.windows.evaluation_windows`.
+        batch_size: windows per forward pass; dynamic methods choose units for each pass.
+        averaging: `token` weighs every predicted token equally. `published` follows the research code: the
+            mean of the batches' means, without an incomplete last batch. Use it with `sampling="published"`
+            to compare with published tables.
+        progress: called with (`perplexity`, windows done, windows in all).
 
     Raises:
         UsageError: windows too short or longer than the model's positions, or too few for `published`.
@@ -72,11 +72,11 @@ def perplexity(
     """
     check_windows(model, windows)
     if windows.shape[1] < 2:
-        raise UsageError("windows need at least 2 tokens: the first predicts the second.")
+        raise UsageError("windows need at least 2 tokens: the first predicts the second; use longer windows.")
     if averaging == "published":
         windows = windows[: len(windows) // batch_size * batch_size]
     elif averaging != "token":
-        raise UsageError(f"unknown averaging {averaging!r}; choose token or published.")
+        raise UsageError(unknown("averaging", averaging, get_args(Averaging)))
     if not len(windows):
         raise UsageError(f"there is no full batch of {batch_size} windows; lower the batch size.")
     decoder, device = find_decoder(model), next(model.parameters()).device
@@ -90,16 +90,15 @@ def perplexity(
             with nullcontext() if losses else counting_flops() as count:
                 started = synced_clock(device)
                 hidden = decoder(input_ids=ids, use_cache=False)[0]
-                took = synced_clock(device) - started
+                elapsed = synced_clock(device) - started
             if count is not None:
                 flops_per_token = count.flops / ids.numel()
-            seconds += took
-            rates.append(ids.numel() / took)
+            seconds += elapsed
+            rates.append(ids.numel() / elapsed)
             losses += window_losses(model, hidden, ids).tolist()
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError("the model's loss is NaN or infinite; try another dtype.")
-            if progress is not None:
-                progress(len(losses), len(windows))
+            progress("perplexity", len(losses), len(windows))
     value = math.exp(statistics.fmean(losses))
     spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     return Perplexity(
@@ -117,8 +116,8 @@ def window_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> 
     """Mean next-token loss of each window: (batch,), float64.
 
     Args:
-        model: the causal LM; its output head is applied here.
-        hidden: last hidden states of its decoder (batch, length, hidden).
+        model: the causal LM, for its output head.
+        hidden: its decoder's last hidden states (batch, length, hidden).
         ids: the windows (batch, length).
     """
     per_step = max(1, HEAD_TOKENS // ids.shape[1])

@@ -1,8 +1,8 @@
-"""The research code's way to score the tasks, for comparing with Probe Pruning's published table.
+"""The research code's protocol for scoring tasks, for comparison with Probe Pruning's published table.
 
-Prompts and options are tokenised apart and put together as token ids, log-likelihoods are divided by numbers
-of tokens, and questions stay in the data set's order with all options of one in the same batch. The results
-are not the LM evaluation harness' and belong in another column.
+Prompts and options are tokenised separately and joined as token ids. Log-likelihoods are divided by the
+number of tokens. Questions keep the order of the data set, and all options of a question share a batch.
+Results differ from those of the LM evaluation harness and belong in a column of their own.
 """
 
 import itertools
@@ -18,29 +18,29 @@ from probeprune.evaluation.harness import Answers, LiveModel, questions, right_o
 from probeprune.evaluation.likelihood import Batch, Request, score
 
 BATCH_SIZE = 20
-"""Options a forward pass."""
+"""Options per forward pass."""
 
 _BARE_CONTEXT = {"piqa": "goal"}
-"""Tasks whose prompt is one column of the item as it stands; the others have the harness' prompt."""
+"""By task, the column of an item that is the whole prompt. The other tasks use the harness' prompt."""
 
 _SPACED_OPTIONS = ("boolq", "winogrande")
-"""Tasks whose options begin with a blank, as all do in the harness. The others' follow the prompt at once,
-unless the tokenizer itself opens a text with a blank (LLaMA-2's does)."""
+"""Tasks whose options begin with a blank, as all do in the harness. Options of the other tasks follow the
+prompt directly, unless the tokenizer itself begins a text with a blank, as LLaMA-2's does."""
 
 
 def ask(lm: LiveModel, task: ConfigurableTask) -> Answers:
-    """Score a loaded task as the research code does, batches of at most `lm.batch_size` options.
+    """Score a loaded task as the research code does, in batches of at most `lm.batch_size` options.
 
-    Unlike there, no question is torn apart between batches and the last, incomplete batch counts too.
+    There are two differences: a question is never split between batches, and an incomplete last batch counts.
     """
-    asked = questions(task)
-    requests = [_request(task.task_name, option, lm.tokenizer) for options in asked for option in options]
-    counts = [len(options) for options in asked]
+    items = questions(task)
+    requests = [_request(task.task_name, option, lm.tokenizer) for options in items for option in options]
+    counts = [len(options) for options in items]
     batches = question_batches(counts, lm.batch_size)
     scores = score(lm.model, requests, batches, max_length=lm.max_length, progress=lm.progress)
     results = zip(scores.loglikelihoods, requests, strict=True)
     correct, correct_norm, likelihoods = [], [], []
-    for options in asked:
+    for options in items:
         answers = list(itertools.islice(results, len(options)))
         total = [likelihood for likelihood, _ in answers]
         per_token = [likelihood / len(request.continuation) for likelihood, request in answers]
@@ -52,7 +52,7 @@ def ask(lm: LiveModel, task: ConfigurableTask) -> Answers:
 
 
 def _request(task: str, option: Instance, tokenizer: PreTrainedTokenizerBase) -> Request:
-    """The harness' request in the research code's form; special tokens that open a text open the prompt."""
+    """A harness request in the research code's form; the prompt begins with the usual special tokens."""
     context, continuation = option.args
     if task in _BARE_CONTEXT:
         context = option.doc[_BARE_CONTEXT[task]]
@@ -65,8 +65,8 @@ def question_batches(options: Sequence[int], batch_size: int = BATCH_SIZE) -> li
     """Fill batches with whole questions, in order.
 
     Args:
-        options: of each question, how many it has.
-        batch_size: options a batch; more where a single question has more.
+        options: number of options of each question.
+        batch_size: options per batch; a question with more gets a batch of its own.
     """
     require_positive(batch_size=batch_size)
     batches: list[Batch] = []

@@ -1,8 +1,8 @@
-"""The seven commonsense tasks of the published tables: what each is, and its items.
+"""The seven commonsense tasks of the published tables and their items.
 
-Items come from files that ship with the package, in the columns of the data set that the LM evaluation
-harness reads for that task, so that the harness' own prompts and metrics apply. Knows nothing of the harness,
-of models or of how items are scored.
+Items come from files that ship with the package. They are converted to the columns of the data set that the
+LM evaluation harness reads for the task, so that the harness' own prompts and metrics apply. Knows nothing of
+the harness itself, of models or of scoring.
 """
 
 import json
@@ -14,7 +14,7 @@ from probeprune.data.corpora import ASSETS, read_text
 from probeprune.errors import UsageError, unknown
 
 Row = dict[str, Any]
-"""One item, in the columns of the harness' data set."""
+"""One item of a task, by column of the harness' data set."""
 
 Metric = Literal["acc", "acc_norm"]
 
@@ -24,15 +24,15 @@ class Task:
     """A multiple-choice task.
 
     Attributes:
-        name: the harness' name for it.
-        title: what published tables print.
-        items: how many the complete split has.
-        metric: what published tables take from the harness: accuracy normalised by the length of the options
-            (`acc_norm`) wherever options differ in length. So Probe Pruning (ICLR 2025); LLM-Pruner's tables
-            take plain accuracy for PIQA and ARC-e.
-        folder: where the harness keeps the task, below its `tasks`.
-        file: in the assets folder; assets/README.md has origin and licence.
-        convert: the file's text to items.
+        name: the harness' name of the task.
+        title: its name in published tables.
+        items: number of items in the complete split.
+        metric: the harness' metric used in published tables: accuracy normalised by the length of the options
+            (`acc_norm`) wherever options differ in length, as in Probe Pruning (ICLR 2025). LLM-Pruner's
+            tables use plain accuracy for PIQA and ARC-e.
+        folder: path of the task in the harness' `tasks` folder.
+        file: file name in the assets folder; assets/README.md gives its origin and licence.
+        convert: turns the file's text into items.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Task:
 
 
 def get_task(name: str) -> Task:
-    """The task of that name. Raises `UsageError` for an unknown one."""
+    """The task called `name`. Raises `UsageError` for an unknown name."""
     if name not in TASKS:
         raise UsageError(unknown("task", name, TASKS))
     return TASKS[name]
@@ -54,32 +54,34 @@ def get_task(name: str) -> Task:
 def load_rows(task: Task) -> list[Row]:
     """All items of a task, in the order of the official split.
 
-    Raises `UsageError` for a file that is missing, damaged or not complete.
+    Raises `UsageError` for a file that is missing, damaged or incomplete.
     """
     path = ASSETS / task.file
     text = read_text(path)
     try:
         rows = task.convert(text)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UsageError(f"File '{path}' does not hold the items of {task.name}: {error!r}.") from error
+        raise UsageError(
+            f"file '{path}' does not hold the items of {task.name} ({error!r}); install it again."
+        ) from error
     if len(rows) != task.items:
         raise UsageError(
-            f"File '{path}' holds {len(rows)} items of {task.name}, not {task.items}; install it again."
+            f"file '{path}' holds {len(rows)} items of {task.name}, not {task.items}; install it again."
         )
     return rows
 
 
 def _json_lines(text: str) -> list[Row]:
-    # Not str.splitlines: that also breaks at characters which may stand inside a JSON string.
+    # str.splitlines would also break at characters that are allowed inside a JSON string.
     return [json.loads(line) for line in text.split("\n") if line]
 
 
 def _boolq(text: str) -> list[Row]:
-    """Our copy writes passage and question in one string; the last `Question:` in it is the question's."""
+    """The file has passage and question in one string; the last `Question:` begins the question."""
     rows = []
     for item in _json_lines(text):
         passage, question = item["query"].removeprefix("Passage: ").rsplit("\nQuestion: ", 1)
-        # The copy has "\nQuestion" where 22 passages say " question".
+        # In 22 passages the file has "\nQuestion" in place of " question".
         passage = passage.replace("\nQuestion", " question")
         rows.append({"passage": passage, "question": question.removesuffix("?"), "label": item["gold"]})
     return rows
@@ -95,10 +97,10 @@ def _piqa(text: str) -> list[Row]:
 
 
 def _hellaswag(text: str) -> list[Row]:
-    """Six lines an item: label and context, the index of the right ending, four endings.
+    """An item has six lines: label and context, the index of the right ending, four endings.
 
-    The harness begins the context's last part, which the endings finish, with a capital. That part is what
-    follows the last full sentence of a video caption; how-to articles end with a full stop and have none.
+    The harness capitalises the last part of the context, which the endings complete. In a video caption this
+    part follows the last full sentence; a how-to article ends with a full stop and has no such part.
     """
     lines = text.removesuffix("\n").split("\n")
     rows = []
@@ -122,9 +124,10 @@ def _hellaswag(text: str) -> list[Row]:
 
 
 def _winogrande(text: str) -> list[Row]:
-    """Our copy has the blank filled in already, so the blank opens the sentence and options end where it was.
+    """The file has the blank filled in: each option is the sentence up to and including the filled blank.
 
-    The harness asks only for what stands up to the option and after the blank, which is the same.
+    Items therefore begin with the blank. The harness reads only the text up to the option and the text after
+    the blank, which are the same.
     """
     rows = []
     for item in _json_lines(text):

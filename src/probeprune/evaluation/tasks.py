@@ -1,21 +1,22 @@
-"""Accuracy of a causal LM, as it stands, on the seven commonsense tasks of the published tables, zero-shot.
+"""Zero-shot accuracy of a causal LM on the seven commonsense tasks of the published tables.
 
-Two protocols that must not share a column: `harness`, what the LM evaluation harness measures, and
-`published`, what the research code behind Probe Pruning's table does. Knows nothing of pruning.
+There are two protocols, whose results must not share a column: `harness` is that of the LM evaluation
+harness, `published` that of the research code behind Probe Pruning's table. Knows nothing of pruning.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from probeprune.errors import UsageError, require_positive
+from probeprune.errors import UsageError, require_positive, unknown
 from probeprune.evaluation.likelihood import Order
 from probeprune.evaluation.task_data import TASKS, Metric, get_task
 from probeprune.model.passes import check_eval
+from probeprune.progress import Progress, silent
 
 Protocol = Literal["harness", "published"]
 
@@ -25,25 +26,25 @@ class TaskResult:
     """Accuracy on one task. All shares lie in [0, 1].
 
     Attributes:
-        task: the harness' name for it.
-        protocol: how it was scored.
-        source: where the items came from.
-        items: how many were scored, from the front of the split.
-        acc: share of items whose right option is the likeliest.
-        acc_error: its standard error over items; NaN for a single item.
-        acc_norm: likewise with each option's log-likelihood divided by its length, in characters under
-            `harness`, in tokens under `published`; None for the tasks that the harness defines none for.
-        acc_norm_error: its standard error.
-        correct: item by item, for paired comparisons.
-        correct_norm: likewise for `acc_norm`.
-        loglikelihoods: of every option of every item, in nats.
-        tokens: real tokens run through the model.
-        seconds: spent in forward passes.
-        batches: how many there were.
-        batch_size: options a batch at most; all of them from this task.
-        order: how options were put into batches: the longest first, or as given.
-        padding: share of the positions run that were padding, always on the right and masked.
-        truncated: options whose prompt lost its front to fit the model.
+        task: the harness' name of the task.
+        protocol: the protocol it was scored with.
+        source: where the items came from (`local` or `hub`).
+        items: number of items scored, from the beginning of the split.
+        acc: share of items whose right option is the most likely one.
+        acc_error: standard error of `acc` over items; NaN for a single item.
+        acc_norm: the same with each log-likelihood divided by the option's length, in characters under
+            `harness`, in tokens under `published`; None for tasks without this metric in the harness.
+        acc_norm_error: standard error of `acc_norm`.
+        correct: for each item whether it counts in `acc`, for paired comparisons.
+        correct_norm: the same for `acc_norm`.
+        loglikelihoods: log-likelihood of each option of each item, in nats.
+        tokens: number of real tokens run through the model.
+        seconds: total time of the forward passes.
+        batches: number of forward passes.
+        batch_size: the most options per batch; a batch holds options of this task only.
+        order: order in which options were put into batches: the longest first, or as given.
+        padding: share of padding among all positions run; it is always on the right and masked.
+        truncated: number of options whose prompt lost its beginning to fit the model.
     """
 
     task: str
@@ -67,7 +68,7 @@ class TaskResult:
 
     @property
     def metric(self) -> Metric:
-        """The one that published tables take; normalised for all seven tasks in the published protocol."""
+        """The metric of published tables; `acc_norm` for all seven tasks under the published protocol."""
         return "acc_norm" if self.protocol == "published" else TASKS[self.task].metric
 
     @property
@@ -91,12 +92,13 @@ def evaluate_task(
     source: Literal["local", "hub"] = "local",
     protocol: Protocol = "harness",
     order: Order | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> TaskResult:
     """Score one task.
 
-    With a dynamic method attached, every batch decides what is pruned and moves the history: the result
-    depends on batch size and order. Attach the method anew for each task, or history goes on from the last.
+    With a dynamic method attached, every batch decides which units stay and updates the history, so the
+    result depends on batch size and order. Attach the method again for each task; otherwise the history of
+    one task carries over to the next.
 
     Example:
         >>> for task in TASKS:
@@ -105,31 +107,31 @@ def evaluate_task(
 
     Args:
         model: a causal LM of a supported family, in eval mode, with or without a method attached.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         task: a name from `TASKS`.
-        limit: the first so many items; all when None.
-        batch_size: options a forward pass; 16, or under `published` 20, when None.
-        source: `local`, items that ship with the package, or `hub`, the harness' own data set.
-        protocol: see above.
-        order: of the options: `length` (the longest first; the default) or `given` (the only one of
+        limit: score only the first `limit` items; None for all.
+        batch_size: options per forward pass; None for 16, or 20 under `published`.
+        source: `local` for the items that ship with the package, `hub` for the harness' own data set.
+        protocol: `harness` or `published`, see the top of this file.
+        order: order of the options: `length` (the longest first; the default) or `given` (the only one of
             `published`).
-        progress: called with (options done, options in all).
+        progress: called with (`scoring`, options done, options in all).
 
     Raises:
-        UsageError: a model in training mode, an unknown task or setting, a task's file that is missing or
-            damaged, a data set that the hub does not give.
+        UsageError: a model in training mode, an unknown task or setting, a task file that is missing or
+            damaged, a data set that cannot be read from the hub.
         FloatingPointError: a log-likelihood that is not finite.
     """
     spec = get_task(task)
-    if protocol not in ("harness", "published"):
-        raise UsageError(f"unknown protocol {protocol!r}; choose harness or published.")
+    if protocol not in get_args(Protocol):
+        raise UsageError(unknown("protocol", protocol, get_args(Protocol)))
     if protocol == "published" and order not in (None, "given"):
         raise UsageError("the published protocol keeps the given order; leave order out.")
     if limit is not None:
         require_positive(limit=limit)
     check_eval(model, "tasks are scored on")
 
-    # Two seconds' import that other commands need not pay.
+    # Imported here: it takes two seconds, which other commands need not pay.
     from probeprune.evaluation import harness, published
 
     if order is None:
@@ -164,23 +166,6 @@ def evaluate_task(
 
 
 def _share(hits: Sequence[bool]) -> tuple[float, float]:
-    """The share of hits and its standard error, the harness' own (sample variance over count)."""
+    """The share of hits and its standard error (sample variance over count, as in the harness)."""
     share = sum(hits) / len(hits)
     return share, math.sqrt(share * (1 - share) / (len(hits) - 1)) if len(hits) > 1 else math.nan
-
-
-def mean_accuracy(results: Iterable[TaskResult]) -> tuple[float, float]:
-    """The mean of published tables over all seven tasks, each by its own metric, and its standard error.
-
-    Raises `UsageError` unless there is one result of each task, all by the same protocol.
-    """
-    results = list(results)
-    given = sorted(r.task for r in results)
-    if given != sorted(TASKS):
-        raise UsageError(
-            f"the mean is over one result of each of {', '.join(TASKS)}; there are: {', '.join(given)}."
-        )
-    if len({r.protocol for r in results}) > 1:
-        raise UsageError("results of the harness and the published protocol have no common mean.")
-    mean = math.fsum(r.value for r in results) / len(results)
-    return mean, math.sqrt(math.fsum(r.error**2 for r in results)) / len(results)

@@ -1,56 +1,113 @@
-"""What is measured, as data: a subject is one model as one method leaves it, a measure says on what, and a
-cell is both. A cell's key names everything that determines its result, so that results can be found again.
+"""Experiments as data: a cell is a subject (one model pruned by one method) and a measure to take on it.
+
+A cell's key is a hash of everything that determines its result, so that results can be found again.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import gcd
 from typing import Any, Literal
 
-from probeprune.data.windows import Sampling, Text
+from probeprune import records
+from probeprune.data.windows import BATCH_SIZE, CALIBRATION, Sampling, Text
 from probeprune.errors import UsageError
 from probeprune.evaluation.perplexity import Averaging
 from probeprune.methods import Method
+from probeprune.plan import needs
 from probeprune.strategies.allocation import check_ratio
-from probeprune.training.settings import Training
+from probeprune.strategies.importance import IMPORTANCES
+from probeprune.training.settings import Training, TrainingText
 
 _FORMAT = 1
-"""Of what a cell's key stands for; changed when the same settings come to mean something else."""
+"""Version of the key; raise it when the same settings come to give another result."""
 
 
 @dataclass(frozen=True)
 class TrainingBudget:
-    """How much a method with training may train, and on what text."""
+    """How long a method may train and on which text; all else follows in LLM-Pruner's proportions.
 
-    training: Training = field(default_factory=Training)
-    corpus: str = "c4"
-    packing: bool = False
+    Raises `UsageError` for the values that `Training` refuses.
+    """
+
+    steps: int = Training.steps
+    batch_size: int = Training.batch_size
+    """Sequences an optimiser step."""
+    length: int = Training.length
+    """Tokens a sequence."""
+    learning_rate: float = Training.learning_rate
+    corpus: str = TrainingText.corpus
+    packing: bool = TrainingText.packing
+
+    def __post_init__(self) -> None:
+        self.training(seed=0)
+
+    def training(self, seed: int) -> Training:
+        """The settings of the training run.
+
+        The learning rate rises for a sixth of the steps. A twenty-fifth of the text is held out (16 to 800
+        sequences) and evaluated four times.
+        """
+        return Training(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            micro_batch=gcd(self.batch_size, Training.micro_batch),
+            length=self.length,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.steps // 6,
+            evaluate_every=max(self.steps // 4, 1),
+            evaluate_windows=min(max(self.steps * self.batch_size // 25, 16), Training.evaluate_windows),
+            seed=seed,
+        )
+
+    @property
+    def text(self) -> TrainingText:
+        """The text to train on."""
+        return TrainingText(self.corpus, self.packing)
+
+    def record(self) -> dict[str, Any]:
+        """Everything that determines the training but its seed, as JSON has it."""
+        return {"training": asdict(self.training(seed=0)), **asdict(self.text)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the subjects of one comparison share: a model, the machine's part, and the texts."""
+
+    model: str
+    dtype: str
+    """Name of the torch dtype the model computes in, such as `float32`."""
+    device: str
+    calibration: Text = CALIBRATION
+    budget: TrainingBudget | None = None
+    """For methods that train; None where there are none."""
+    weights: str = ""
+    """Fingerprint of the weights of a local directory."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One model as one method leaves it. Made by `subject`, which leaves out what does not matter."""
+    """One model pruned by one method. Made by `subject`, which drops the settings that have no effect."""
 
     model: str
     method: Method
     ratio: float
     seed: int
-    """Draws calibration windows, what the method draws, and the order of training text."""
+    """Draws calibration windows, the method's random numbers, and the order of training text."""
     calibration: Text | None
     budget: TrainingBudget | None
     dtype: str
     device: str
-    weights: str = ""
-    """Fingerprint of a local directory's weights."""
+    weights: str
+    """Fingerprint of the weights of a local directory; else empty."""
 
     @property
     def label(self) -> str:
-        """For people: `probe 40%`."""
+        """Short name for people, such as `probe 40%`."""
         name = self.method.name
-        return name if self.method.when == "never" else f"{name} {self.ratio:.0%}"
+        return f"{name} {self.ratio:.0%}" if prunes(self.method) else name
 
     @property
     def seed_matters(self) -> bool:
@@ -59,8 +116,9 @@ class Subject:
 
     @cached_property
     def key(self) -> str:
-        """A name for all of this."""
-        return _key(asdict(self))
+        """Hash of all settings."""
+        budget = None if self.budget is None else self.budget.record()
+        return _key({**records.to_json(self), "budget": budget})
 
 
 @dataclass(frozen=True)
@@ -69,18 +127,19 @@ class TextMeasure:
 
     corpus: str = "wikitext2"
     windows: int | None = 48
-    """From the front; None for the whole text."""
-    length: int = 512
-    batch_size: int = 16
-    """Windows a batch; dynamic methods prune at each."""
+    """Number of windows, from the start of the text; None for all."""
+    length: int = CALIBRATION.length
+    """Tokens a window."""
+    batch_size: int = BATCH_SIZE
+    """Windows a batch; dynamic methods prune at each batch."""
     sampling: Sampling = "in-order"
     averaging: Averaging = "token"
     seed: int = 0
-    """Draws the windows where `sampling` is published."""
+    """Draws the windows under `published` sampling."""
 
     @property
     def name(self) -> str:
-        """The column it fills."""
+        """The column of the table."""
         return self.corpus
 
 
@@ -90,34 +149,35 @@ class TaskMeasure:
 
     task: str
     limit: int | None = None
-    """The first so many items; None for all."""
+    """Number of items, from the first one; None for all."""
     batch_size: int | None = None
-    """Options a batch; dynamic methods prune at each. None for the protocol's own."""
+    """Answer options a batch; dynamic methods prune at each batch. None for the protocol's default."""
     order: Literal["length", "given"] | None = None
-    """Of the options: the longest first, or as given. None for the protocol's own."""
+    """Order of the options: the longest first, or as given. None for the protocol's default."""
     protocol: Literal["harness", "published"] = "harness"
     source: Literal["local", "hub"] = "local"
 
     @property
     def name(self) -> str:
-        """The column it fills; the two protocols never share one."""
+        """The column of the table; each protocol has its own."""
         return self.task if self.protocol == "harness" else f"{self.task} ({self.protocol})"
 
 
 @dataclass(frozen=True)
 class CostMeasure:
-    """Time and memory against the dense model, interleaved with it."""
+    """Time and memory beside the dense model, measured in turn with it."""
 
-    batch_size: int = 16
-    length: int = 512
-    """Of the prompt, in tokens."""
+    batch_size: int = BATCH_SIZE
+    length: int = CALIBRATION.length
+    """Tokens of the prompt."""
     new_tokens: int = 32
-    """Decoded after the prompt."""
+    """Tokens decoded after the prompt."""
     rounds: int = 3
+    """Repetitions; figures are medians over them."""
 
     @property
     def name(self) -> str:
-        """The column it fills."""
+        """The column of the table."""
         return "cost"
 
 
@@ -126,78 +186,57 @@ Measure = TextMeasure | TaskMeasure | CostMeasure
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a subject and what it is measured on."""
+    """One measurement: a subject and the measure to take on it."""
 
     subject: Subject
     measure: Measure
 
     @cached_property
     def key(self) -> str:
-        """A name for everything that determines the result."""
+        """Hash of everything that determines the result."""
         return _key({"subject": self.subject.key, type(self.measure).__name__: asdict(self.measure)})
 
 
-def scaled_budget(
-    steps: int, batch_size: int, length: int, learning_rate: float, corpus: str = "c4", packing: bool = False
-) -> TrainingBudget:
-    """A budget of any size in the proportions of LLM-Pruner's recovery.
-
-    The learning rate rises for a sixth of the steps; a twenty-fifth of the text is held out (at least 16
-    sequences) and looked at four times.
-    """
-    training = Training(
-        steps=steps,
-        batch_size=batch_size,
-        micro_batch=gcd(batch_size, 4),
-        length=length,
-        learning_rate=learning_rate,
-        warmup_steps=steps // 6,
-        evaluate_every=max(steps // 4, 1),
-        evaluate_windows=min(max(steps * batch_size // 25, 16), 800),
-    )
-    return TrainingBudget(training, corpus, packing)
+def prunes(method: Method) -> bool:
+    """Whether the method removes units at all: all do but the dense model."""
+    return method.when.prunes
 
 
-def subject(
-    model: str,
-    method: Method,
-    ratio: float,
-    *,
-    seed: int = 0,
-    calibration: Text,
-    budget: TrainingBudget | None = None,
-    dtype: str,
-    device: str,
-    weights: str = "",
-) -> Subject:
-    """A subject without what makes no difference to it: the dense model has no ratio, seed or calibration.
+def trains(method: Method) -> bool:
+    """Whether the method trains the model, after pruning or meanwhile."""
+    return method.when.trains
 
-    Raises `UsageError` for an impossible ratio, or a method with training and no budget.
+
+def subject(setting: Setting, method: Method, ratio: float, seed: int = 0) -> Subject:
+    """The subject without the settings that have no effect on it, so that equal subjects have equal keys.
+
+    The dense model, for example, has no ratio, no seed and no calibration. Raises `UsageError` for an
+    impossible ratio, and for a method that trains where the setting has no budget.
     """
     check_ratio(ratio)
-    trains = method.training != "none"
-    if trains and budget is None:
-        raise UsageError(f"method {method.name!r} trains; say how much, with a training budget.")
-    draws = _draws(method)
+    draws, training, calibrated = _draws(method), trains(method), bool(needs(method))
+    if training and setting.budget is None:
+        raise UsageError(f"method {method.name!r} trains the model: give a training budget.")
     return Subject(
-        model=model,
+        model=setting.model,
         method=replace(method, seed=seed) if draws else method,
-        ratio=0.0 if method.when == "never" else ratio,
-        seed=seed if draws or trains or method.needs_calibration else 0,
-        calibration=calibration if method.needs_calibration else None,
-        budget=budget if trains else None,
-        dtype=dtype,
-        device=device,
-        weights=weights,
+        ratio=ratio if prunes(method) else 0.0,
+        seed=seed if draws or training or calibrated else 0,
+        calibration=setting.calibration if calibrated else None,
+        budget=setting.budget if training else None,
+        dtype=setting.dtype,
+        device=setting.device,
+        weights=setting.weights,
     )
 
 
 def _draws(method: Method) -> bool:
-    return method.importance in ("random", "lora-guided") and method.when != "never"
+    """Whether the method's own random numbers change its units."""
+    return IMPORTANCES[method.importance].draws and prunes(method)
 
 
 def grid(subjects: Sequence[Subject], measures: Sequence[Measure]) -> list[Cell]:
-    """Every subject on every measure, nothing twice."""
+    """One cell for every subject and measure, without repeats."""
     return list(dict.fromkeys(Cell(s, m) for s in subjects for m in measures))
 
 

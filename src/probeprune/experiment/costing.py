@@ -1,91 +1,98 @@
-"""The line of a cost measure: time and memory of a method beside the dense model, interleaved with it."""
+"""Measure cost: time and memory of a method beside the dense model, interleaved with it."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
-from probeprune.bench.measure import Point
-from probeprune.bench.measure import measure as measure_point
-from probeprune.bench.profiling import OVERHEAD
+from probeprune.bench.lines import BenchLine
+from probeprune.bench.measure import GridPoint, measure_point
 from probeprune.bench.targets import from_loaded
-from probeprune.calibration.collecting import calibrate
 from probeprune.experiment.cells import Cell, CostMeasure
 from probeprune.experiment.workbench import Workbench
+from probeprune.preparation import Piece, Preparation, gather
 from probeprune.progress import Progress
+from probeprune.result_lines import CostLine, PhaseRecord
+from probeprune.stages import STAGES
 from probeprune.strategies.allocation import removed_parameters
-from probeprune.surgery import method_consumers, method_saliences
 
-_TIMES = ("seconds", "tokens_per_second", "speedup", "speedup_range", "efficiency")
-_STAGES = ("run_ahead", *OVERHEAD)
+FEW = 8
+"""Windows that the time to calibrate is measured on."""
 
 
-def cost_line(bench: Workbench, cell: Cell, progress: Progress) -> dict[str, Any]:
-    """What is measured of the cell: prefill, decode, memory, cache, parameters, time to calibrate.
-
-    Times are medians over rounds; `speedup` is that over the dense model in the same round.
-    """
+def cost_line(bench: Workbench, cell: Cell, progress: Progress) -> CostLine:
+    """The measured part of a cost cell's line."""
     subject, measure = cell.subject, cell.measure
     assert isinstance(measure, CostMeasure)
-    loaded, known = bench.dense(subject), bench.statistics(subject)
+    loaded = bench.dense(subject)
     with bench.prepared(subject) as prepared:
-        gone, removed = removed_parameters(prepared.blocks, prepared.kept), prepared.removed_share
-    methods = [] if subject.method.when == "never" else [subject.method]
-    figures = measure_point(
+        removed, removed_share = removed_parameters(prepared.blocks, prepared.widths), prepared.removed_share
+    methods = [subject.method] if subject.method.when.prunes else []
+    timings = measure_point(
         from_loaded(loaded),
         methods,
         subject.ratio,
-        Point(measure.batch_size, measure.length),
-        known={subject.method.name: known},
+        GridPoint(measure.batch_size, measure.length),
+        calibration=bench.preparation(subject),
         new_tokens=measure.new_tokens,
         rounds=measure.rounds,
         progress=progress,
     )
-    own = {f["stage"]: f for f in figures if f["method"] == subject.method.name}
-    prefill = own["prefill"]
+    phases = {line["phase"]: line for line in timings if line["method"] == subject.method.name}
+    prefill = phases["prefill"]
     total = sum(prefill["profile_ms"].values())
     parameters = sum(p.numel() for p in loaded.model.parameters())
-    return {
+    result: CostLine = {
         "task": "cost",
         "metric": "cost",
         "value": prefill["speedup"],
         "standard_error": 0.0,
-        "removed_share": removed,
-        **{stage: {k: f[k] for k in _TIMES} for stage, f in own.items()},
+        "removed_share": removed_share,
+        "prefill": _phase(prefill),
         "batch_size": measure.batch_size,
         "length": measure.length,
         "new_tokens": measure.new_tokens,
         "rounds": measure.rounds,
         "flops_share": prefill["work_share"],
-        "stages": {s: prefill["profile_ms"][s] / total for s in _STAGES},
+        "stages": {stage.name: prefill["profile_ms"][stage.name] / total for stage in STAGES},
         "peak_memory": prefill["peak_memory"],
         "memory_over_dense": prefill["memory_over_dense"],
         "kv_cache_bytes_per_token": prefill["cache_bytes"] // (measure.batch_size * measure.length),
         "kv_cache_share": prefill["cache_over_dense"],
-        "parameters": [parameters, parameters - gone],
+        "parameters": [parameters, parameters - removed],
         "calibration_seconds": _calibration_seconds(bench, cell),
+    }
+    if "decode" in phases:
+        result["decode"] = _phase(phases["decode"])
+    return result
+
+
+def _phase(line: BenchLine) -> PhaseRecord:
+    return {
+        "seconds": line["seconds"],
+        "tokens_per_second": line["tokens_per_second"],
+        "speedup": line["speedup"],
+        "speedup_range": line["speedup_range"],
+        "efficiency": line["efficiency"],
     }
 
 
 def _calibration_seconds(bench: Workbench, cell: Cell) -> float | None:
-    """Time to calibrate the method, from a part of its windows: the whole would come from the cache."""
+    """Seconds to calibrate the method, extrapolated from a few windows: with all, the cache would answer."""
     subject = cell.subject
-    method, text = subject.method, subject.calibration
-    if text is None:
+    source = bench.source(subject)
+    if source is None:
         return None
     model, seconds = bench.dense(subject).model, 0.0
-    if method.needs_moments:
-        windows = bench.windows(subject, text)[:8]
+    few = Preparation(model, replace(source, windows=FEW), batch_size=FEW)
+
+    def timed(piece: Piece) -> dict[str, Any]:
+        nonlocal seconds
         started = time.perf_counter()
-        calibrate(model, windows, batch_size=len(windows))
-        seconds += (time.perf_counter() - started) * text.windows / len(windows)
-    if method.needs_gradients:
-        windows = bench.gradient_windows(subject)
-        started = time.perf_counter()
-        method_saliences(model, method, windows)
-        seconds += time.perf_counter() - started
-    if method.needs_refit:
-        windows = bench.windows(subject, text)[:8]
-        known = bench.statistics(subject)
-        started = time.perf_counter()
-        method_consumers(model, method, subject.ratio, windows, statistics=known, batch_size=len(windows))
-        seconds += (time.perf_counter() - started) * text.windows / len(windows)
+        value = few.get(piece)
+        # Gradients take windows of their own, the same number whatever the calibration text.
+        scale = 1 if piece.part == "saliences" else source.windows / FEW
+        seconds += (time.perf_counter() - started) * scale
+        return value
+
+    gather(model, subject.method, subject.ratio, timed)
     return seconds

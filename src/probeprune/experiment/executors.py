@@ -1,13 +1,14 @@
-"""Spreading cells over a Ray cluster: each worker measures one subject at a time, the driver alone writes.
+"""Run cells on a Ray cluster: each worker measures one subject at a time, and the driver writes the results.
 
-The lines are those of a local run. A worker that dies is started again and its subject measured anew; what
-else fails becomes a line that says why.
+The rows are those of a local run. A worker that dies is restarted and measures its subject again; any other
+failure becomes a row with the reason.
 """
 
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,31 @@ import torch
 from probeprune.errors import UsageError, first_line
 from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure
-from probeprune.experiment.results import Results, Row
-from probeprune.experiment.run import Done, measured, unmeasured
+from probeprune.experiment.results import Results
+from probeprune.experiment.run import Done, measure_cells, missing
 from probeprune.experiment.workbench import Workbench
 from probeprune.progress import Progress, silent
+from probeprune.result_lines import Line
 
 RETRIES = 3
-"""How often a subject is begun anew when its worker dies."""
+"""How often a subject is measured again after its worker died."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the workers run.
+
+    Attributes:
+        address: of an existing cluster (`auto` finds one); None starts one on this machine.
+        workers: number of processes that measure at the same time.
+    """
+
+    address: str | None = None
+    workers: int = 2
 
 
 class Worker:
-    """One process of the cluster; keeps its model open from one subject to the next."""
+    """A process of the cluster; keeps its model open from one subject to the next."""
 
     def __init__(self, folder: str, threads: int, trust_remote_code: bool) -> None:
         if threads:
@@ -35,12 +50,12 @@ class Worker:
         self.bench = Workbench(Path(folder), silent, trust_remote_code)
 
     def pid(self) -> int:
-        """Of this process."""
+        """Process id."""
         return os.getpid()
 
-    def measure(self, cells: list[Cell]) -> list[Row]:
-        """The lines of the cells of one subject."""
-        return [row for _, row in measured(self.bench, cells, keep_going=True)]
+    def measure(self, cells: list[Cell]) -> list[Line]:
+        """Measure the cells of one subject; returns their rows."""
+        return [row for _, row in measure_cells(self.bench, cells, keep_going=True)]
 
 
 def run_on_ray(
@@ -48,34 +63,39 @@ def run_on_ray(
     results: Results,
     cells: Sequence[Cell],
     *,
-    address: str | None = None,
-    workers: int = 2,
+    cluster: Cluster = Cluster(),
     trust_remote_code: bool = False,
     progress: Progress = silent,
     done: Done = lambda cell, row: None,
     started: Callable[[list[int]], Any] | None = None,
-) -> list[Row]:
-    """As `run` with `keep_going`, on a Ray cluster; returns the rows of all cells, in their order.
+) -> list[Line]:
+    """`run_cells` with `keep_going` on a Ray cluster; returns the rows of all cells, in their order.
 
     Args:
-        folder: where workers keep trained models; shared between machines, or each has its own.
-        address: of an existing cluster (`auto` finds one); None starts one on this machine.
-        workers: processes that measure at the same time.
-        started: called with the workers' process ids, for those who watch them.
+        folder: where workers keep trained models; shared by all machines, or one on each.
+        results: stores the rows; written by this process alone.
+        cells: what to measure; neighbours with the same subject go to the same worker.
+        cluster: where the workers run.
+        trust_remote_code: let models run code of their own when they are opened.
+        progress: called with (label, subjects done, subjects in all).
+        done: called with every cell and its row.
+        started: called with the workers' process ids once they run.
 
     Raises:
-        UsageError: Ray is not installed, or the cluster cannot be reached or is lost; lines stay.
+        UsageError: Ray is not installed, or the cluster cannot be reached or is lost. Rows measured before
+            stay.
     """
     ray = _ray()
-    groups = (unmeasured(own, results, done) for _, own in groupby(cells, key=lambda c: c.subject))
-    todo = [left for left in groups if left]
+    groups = (missing(group, results, done) for _, group in groupby(cells, key=lambda c: c.subject))
+    todo = [group for group in groups if group]
     if todo:
-        # On this machine workers share its cores; on a cluster each node has its own.
+        # Workers on this machine share its cores; on a cluster their threads are left as they are.
         gpus = 1 if todo[0][0].subject.device.startswith("cuda") else 0
-        threads = 0 if address or gpus else max((os.cpu_count() or 1) // workers, 1)
-        with _connected(ray, address, workers):
+        local = not cluster.address
+        threads = max((os.cpu_count() or 1) // cluster.workers, 1) if local and not gpus else 0
+        with _connected(ray, cluster):
             remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES)(Worker)
-            count = min(workers, len(todo))
+            count = min(cluster.workers, len(todo))
             crew = [remote.remote(str(folder.absolute()), threads, trust_remote_code) for _ in range(count)]
             if started is not None:
                 started(ray.get([w.pid.remote() for w in crew]))
@@ -84,13 +104,17 @@ def run_on_ray(
 
 
 @contextmanager
-def _connected(ray: Any, address: str | None, workers: int) -> Iterator[None]:
-    """A cluster while inside, or the sentence that says why there is none (any more)."""
+def _connected(ray: Any, cluster: Cluster) -> Iterator[None]:
+    """Connect to the cluster, or start one, for the duration of the context.
+
+    Raises `UsageError` where the cluster does not answer, or is lost meanwhile.
+    """
+    address = cluster.address
     try:
         _check_answers(address)
         ray.init(
             address=address,
-            num_cpus=None if address else workers,
+            num_cpus=None if address else cluster.workers,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
@@ -98,14 +122,14 @@ def _connected(ray: Any, address: str | None, workers: int) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"no Ray cluster answers at {address or 'this machine'} ({first_line(error)}); start one with "
-            "`ray start --head`, or leave --address out for a local one."
+            "`ray start --head`, or give no address to start one on this machine."
         ) from error
     try:
         yield
     except ray.exceptions.RaySystemError as error:
         raise UsageError(
-            f"the Ray cluster is gone ({first_line(error)}); what was measured is saved, the same command "
-            "goes on."
+            f"the Ray cluster is gone ({first_line(error)}); results so far are saved, run the same command "
+            "again to go on."
         ) from error
     finally:
         ray.shutdown()
@@ -114,7 +138,7 @@ def _connected(ray: Any, address: str | None, workers: int) -> Iterator[None]:
 def _spread(
     ray: Any, idle: list[Any], results: Results, todo: list[list[Cell]], progress: Progress, done: Done
 ) -> None:
-    """Give every worker one subject after the other."""
+    """Hand out the groups of cells, one at a time to each idle worker, and store the rows."""
     total, finished = len(todo), 0
     progress("subjects", finished, total)
     running: dict[Any, tuple[Any, list[Cell]]] = {}
@@ -137,16 +161,16 @@ def _spread(
 
 
 def _check_answers(address: str | None) -> None:
-    """Ray itself asks a silent address again and again, for minutes."""
+    """Raise `OSError` where nothing listens; Ray itself would try a silent address for minutes."""
     host, _, port = (address or "").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10).close()
 
 
 def _ray() -> Any:
+    """The module `ray`, an optional dependency. Raises `UsageError` where it is not installed."""
     try:
         import ray
     except ImportError as error:
         raise UsageError("Ray is not installed; run `pip install 'probeprune[ray]'`.") from error
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     return ray

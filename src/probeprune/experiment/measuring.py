@@ -1,6 +1,5 @@
-"""One line of results: a prepared model measured on one thing, with what it cost."""
+"""Measure one cell: a prepared model on a text, a task or its cost, as one line of results."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -11,57 +10,61 @@ from probeprune.evaluation.perplexity import perplexity
 from probeprune.evaluation.tasks import evaluate_task
 from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeasure
 from probeprune.experiment.costing import cost_line
-from probeprune.experiment.results import Row
-from probeprune.experiment.workbench import Prepared, Workbench
-from probeprune.model.cost import PeakMemory, blocks_flops, probe_flops
+from probeprune.experiment.workbench import Ready, Workbench
+from probeprune.model.cost import PeakMemory, blocks_flops
+from probeprune.progress import Progress
 from probeprune.provenance import versions
+from probeprune.result_lines import (
+    AccuracyRecord,
+    Identity,
+    Line,
+    TaskLine,
+    TextLine,
+    TrainingRecord,
+    UnitRecord,
+)
 from probeprune.runtime.handle import Handle
-
-Steps = Callable[[int, int], None]
-"""Called with (parts done, parts in all)."""
+from probeprune.strategies.probe import probe_flops
+from probeprune.strategies.schedule import EveryBatch
 
 BINS = 64
-"""Into how many parts the channels of an MLP are put in a result line."""
+"""Number of bins for the channels of an MLP in a result line."""
 
 
-def measure(bench: Workbench, cell: Cell) -> Row:
-    """The cell's line. Raises what preparing the subject and the measurement raise."""
-    subject, what = cell.subject, cell.measure
+def measure(bench: Workbench, cell: Cell) -> Line:
+    """Measure the cell; returns its line. Errors of preparing and measuring pass through."""
+    subject, measured = cell.subject, cell.measure
 
-    def report(done: int, of: int) -> None:
-        bench.progress(f"{subject.label}: {what.name}", done, of)
+    def report(_: str, done: int, of: int) -> None:
+        bench.progress(f"{subject.label}: {measured.name}", done, of)
 
-    row = {
+    line: Line = {
         "kind": "result",
         **_identity(cell),
-        "calibration": None if subject.calibration is None else asdict(subject.calibration),
         "dtype": subject.dtype,
         "device": subject.device,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    if isinstance(what, CostMeasure):  # attaches by itself, in turn with the dense model
-        return {**row, "training": None, **cost_line(bench, cell, lambda _, n, of: report(n, of))}
+    if isinstance(measured, CostMeasure):  # it attaches the method itself, in turns with dense
+        return {**line, "training": None, **cost_line(bench, cell, report)}
     with bench.prepared(subject) as prepared:
-        found = (
-            _on_text(what, prepared, report)
-            if isinstance(what, TextMeasure)
-            else _on_task(what, prepared, report)
-        )
-        own = {"training": _training(prepared), "removed_share": prepared.removed_share}
-    return {**row, **own, **found}
+        line["training"], line["removed_share"] = _training(prepared), prepared.removed_share
+        if isinstance(measured, TextMeasure):
+            return {**line, **_on_text(measured, prepared, report)}
+        return {**line, **_on_task(measured, prepared, report)}
 
 
-def failure(cell: Cell, error: BaseException) -> Row:
+def failure(cell: Cell, error: BaseException) -> Line:
     """The line of a cell that could not be measured, with one sentence that says why."""
-    said = (str(error).strip().splitlines() or [""])[0]
+    sentence = (str(error).strip().splitlines() or [""])[0]
     if not isinstance(error, ValueError | FloatingPointError):
-        said = f"{type(error).__name__}: {said}"
-    return {"kind": "failure", **_identity(cell), "task": cell.measure.name, "error": said}
+        sentence = f"{type(error).__name__}: {sentence}"
+    return {"kind": "failure", **_identity(cell), "task": cell.measure.name, "error": sentence}
 
 
-def _identity(cell: Cell) -> Row:
-    """What every line of a cell begins with."""
+def _identity(cell: Cell) -> Identity:
+    """The first part of every line of a cell."""
     subject = cell.subject
     return {
         "key": cell.key,
@@ -70,10 +73,11 @@ def _identity(cell: Cell) -> Row:
         "method": subject.method.record(),
         "ratio": subject.ratio,
         "seed": subject.seed,
+        "calibration": None if subject.calibration is None else asdict(subject.calibration),
     }
 
 
-def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
+def _on_text(measure: TextMeasure, prepared: Ready, progress: Progress) -> TextLine:
     model, handle = prepared.loaded.model, prepared.handle
     text = evaluation_windows(
         load_corpus(measure.corpus),
@@ -85,10 +89,10 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
     )
     units = None if handle is None else UnitCounter(handle)
 
-    def after_batch(done: int, of: int) -> None:
+    def after_batch(what: str, done: int, total: int) -> None:
         if units is not None:
-            units.count()  # here, where no time is taken
-        progress(done, of)
+            units.count()  # not timed here
+        progress(what, done, total)
 
     with PeakMemory(prepared.loaded.device) as memory:
         result = perplexity(
@@ -97,8 +101,8 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
     shape = min(measure.batch_size, len(text)), measure.length
     full = blocks_flops(prepared.blocks, [b.units for b in prepared.blocks], *shape)
     probing = 0.0
-    if handle is not None and handle.method.probe is not None:
-        probing = probe_flops(*handle.probed, handle.method.probe, *shape) / full
+    if handle is not None and isinstance(handle.method.when, EveryBatch):
+        probing = probe_flops(*handle.probed, handle.method.when.probe, *shape) / full
     return {
         "task": measure.corpus,
         "metric": "perplexity",
@@ -120,7 +124,7 @@ def _on_text(measure: TextMeasure, prepared: Prepared, progress: Steps) -> Row:
     }
 
 
-def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> Row:
+def _on_task(measure: TaskMeasure, prepared: Ready, progress: Progress) -> TaskLine:
     with PeakMemory(prepared.loaded.device) as memory:
         result = evaluate_task(
             prepared.loaded.model,
@@ -135,7 +139,7 @@ def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> Row:
         )
     hits = result.correct_norm if result.metric == "acc_norm" else result.correct
     assert hits is not None
-    metrics = {"acc": {"value": result.acc, "standard_error": result.acc_error}}
+    metrics: dict[str, AccuracyRecord] = {"acc": {"value": result.acc, "standard_error": result.acc_error}}
     if result.acc_norm is not None:
         metrics["acc_norm"] = {"value": result.acc_norm, "standard_error": result.acc_norm_error or 0.0}
     return {
@@ -160,18 +164,28 @@ def _on_task(measure: TaskMeasure, prepared: Prepared, progress: Steps) -> Row:
     }
 
 
-def _training(prepared: Prepared) -> Row | None:
-    """What a reader must know of the training to tell trained rows from others."""
+def _training(prepared: Ready) -> TrainingRecord | None:
+    """The training record of a line: its main settings and measurements."""
     record = prepared.training
     if record is None:
         return None
     settings = record["training"]
-    names = ("corpus", "steps", "best_step", "tokens", "seconds", "peak_memory", "held_out_loss")
-    return {k: record[k] for k in names} | {k: settings[k] for k in ("batch_size", "length", "learning_rate")}
+    return {
+        "corpus": record["corpus"],
+        "steps": record["steps"],
+        "best_step": record["best_step"],
+        "tokens": record["tokens"],
+        "seconds": record["seconds"],
+        "peak_memory": record["peak_memory"],
+        "held_out_loss": record["held_out_loss"],
+        "batch_size": settings["batch_size"],
+        "length": settings["length"],
+        "learning_rate": settings["learning_rate"],
+    }
 
 
 class UnitCounter:
-    """Counts, batch by batch, which units an attached method keeps; those of a static method only once."""
+    """Count, batch by batch, which units an attached method keeps; a static method is counted once."""
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
@@ -181,30 +195,26 @@ class UnitCounter:
         self._last: dict[str, torch.Tensor] = {}
 
     def count(self) -> None:
-        """Take in what is kept now."""
-        if self.batches and self.handle.method.when != "batch":
+        """Count the units that are kept now."""
+        if self.batches and not self.handle.method.when.every_batch:
             return
         for k in self.handle.kept_units():
-            now = torch.zeros(k.of)
-            now[list(k.units)] = 1
-            self._kept[k.name] += now
+            mask = torch.zeros(k.of)
+            mask[list(k.units)] = 1
+            self._kept[k.name] += mask
             if k.name in self._last:
-                self._changed[k.name] += float((now - self._last[k.name]).clamp_min(0).sum()) / len(k.units)
-            self._last[k.name] = now
+                self._changed[k.name] += float((mask - self._last[k.name]).clamp_min(0).sum()) / len(k.units)
+            self._last[k.name] = mask
         self.batches += 1
 
-    def summary(self) -> list[Row]:
-        """One entry a block.
-
-        `frequency`: share of batches a unit was kept in; heads in their own order, channels sorted and
-        averaged in at most `BINS` parts. `changed`: mean share of the kept units that were new in a batch.
-        """
-        entries = []
-        for block, keep in zip(self.handle.blocks, self.handle.kept, strict=True):
+    def summary(self) -> list[UnitRecord]:
+        """One record a block; the frequencies of channels are sorted and averaged in at most `BINS` bins."""
+        entries: list[UnitRecord] = []
+        for block, keep in zip(self.handle.blocks, self.handle.widths, strict=True):
             frequency = self._kept[block.name] / max(self.batches, 1)
             if block.kind == "mlp":
-                parts = frequency.sort(descending=True).values.tensor_split(min(BINS, block.units))
-                frequency = torch.stack([p.mean() for p in parts])
+                bins = frequency.sort(descending=True).values.tensor_split(min(BINS, block.units))
+                frequency = torch.stack([b.mean() for b in bins])
             entries.append(
                 {
                     "name": block.name,

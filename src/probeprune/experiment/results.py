@@ -1,6 +1,6 @@
-"""The results file: one JSON line a measurement, append-only, found again by its cell's key.
+"""The results file: one JSON line a measurement, append-only, looked up by the key of its cell.
 
-A run that is killed and started again continues where it was. Knows nothing of how results are made or shown.
+A run that was killed continues where it stopped. Knows nothing of how results are made or shown.
 """
 
 import json
@@ -11,7 +11,8 @@ from typing import Any
 
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
-from probeprune.files import RESULTS, Row, read_lines
+from probeprune.files import RESULTS, read_lines
+from probeprune.result_lines import Line
 
 
 @dataclass
@@ -20,30 +21,33 @@ class Results:
 
     Attributes:
         path: the file.
-        rows: by cell key, the newest line of each.
-        problems: one sentence for each line that could not be read; all others are kept.
+        rows: the newest line of each cell, by cell key.
+        problems: one sentence for each line that could not be read.
     """
 
     path: Path
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, Line] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @classmethod
     def open(cls, folder: Path) -> "Results":
-        """The results in `folder`, none if there is no file yet.
+        """Open the results in `folder`; there are none if there is no file yet.
 
-        A last line cut short by a kill is dropped from the file; a corrupt one is named in `problems`.
-        Raises `UsageError` for a file none of whose lines is a result.
+        A last line that was cut short by a kill is removed from the file. Corrupt lines are named in
+        `problems` and their cells are measured again.
+
+        Raises:
+            UsageError: a file without a single valid line.
         """
         results = cls(folder / RESULTS)
         if not results.path.exists():
             return results
         raw = results.path.read_bytes()
         complete = raw[: raw.rfind(b"\n") + 1]
-        lines, wrong = read_lines(complete, _check)
+        lines, refused = read_lines(complete, _check)
         results.problems = [
-            f"line {n} of {results.path} is corrupt and was left out; what it held is measured anew."
-            for n, _ in wrong
+            f"line {n} of {results.path} is corrupt and was left out; its cell will be measured again."
+            for n, _ in refused
         ]
         if complete and not lines:
             raise UsageError(f"{results.path} is not a results file of this version; choose another --out.")
@@ -53,13 +57,13 @@ class Results:
                 file.truncate(len(complete))
         return results
 
-    def find(self, cell: Cell) -> Row | None:
-        """The line of that cell, if it has been measured; a failure counts as not measured."""
+    def find(self, cell: Cell) -> Line | None:
+        """The line of that cell; None if it was not measured or failed."""
         row = self.rows.get(cell.key)
         return row if row is not None and row["kind"] == "result" else None
 
-    def add(self, row: Row) -> None:
-        """Append one line; it is on disk when this returns."""
+    def add(self, row: Line) -> None:
+        """Append one line, on disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         # One write call: a kill leaves at most one incomplete last line, which `open` drops.
@@ -70,8 +74,8 @@ class Results:
 
 
 def _check(row: Any) -> None:
-    """Raise `ValueError` for what no cell can be found by."""
+    """Raise `ValueError` for a line that cannot belong to a cell."""
     if not isinstance(row, dict) or row.get("kind") not in ("result", "failure"):
         raise ValueError("neither a result nor a failure")
     if not isinstance(row.get("key"), str):
-        raise ValueError("no key")
+        raise ValueError("'key' is missing")

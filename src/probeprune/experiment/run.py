@@ -1,22 +1,26 @@
-"""Running cells: those not measured yet, one subject after the other, each line on disk as it comes."""
+"""Run cells on this machine: subject by subject, each result on disk as soon as it is measured."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
+from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
-from probeprune.experiment.cells import Cell
+from probeprune.experiment.cells import Cell, prunes
 from probeprune.experiment.measuring import failure, measure
-from probeprune.experiment.results import Results, Row
+from probeprune.experiment.results import Results
 from probeprune.experiment.workbench import Unprepared, Workbench
 from probeprune.methods import without_measured_widths
 from probeprune.model.blocks import find_blocks
 from probeprune.plan import widths
+from probeprune.result_lines import Line
+from probeprune.strategies.allocation import ALLOCATIONS
 
-Done = Callable[[Cell, Row], None]
+Done = Callable[[Cell, Line], None]
+"""Called with every cell and its row, measured just now or before."""
 
 
-def run(
+def run_cells(
     bench: Workbench,
     results: Results,
     cells: Sequence[Cell],
@@ -24,25 +28,25 @@ def run(
     done: Done = lambda cell, row: None,
     keep_going: bool = False,
     keep_trained: bool = True,
-) -> list[Row]:
+) -> list[Line]:
     """Measure every cell that `results` does not hold yet; returns the rows of all cells, in their order.
 
     Args:
         bench: opens the models.
-        results: takes the lines.
-        cells: what to measure; those of one subject are measured together.
-        done: called with every cell and its line.
-        keep_going: a cell that fails becomes a line that says why, instead of an error.
+        results: stores the rows.
+        cells: what to measure; neighbours with the same subject share its preparation.
+        done: called with every cell and its row.
+        keep_going: record a cell that fails as a row with the reason, instead of raising.
         keep_trained: keep the checkpoints of trained models when their cells are done.
 
     Raises:
-        UsageError, FloatingPointError: what a cell raises, unless `keep_going`; lines already measured stay.
+        UsageError, FloatingPointError: the error of a cell, unless `keep_going`. Rows measured before stay.
     """
     if not keep_going:
-        _check(bench, [c for c in cells if results.find(c) is None])
-    for subject, own in groupby(cells, key=lambda c: c.subject):
-        group = list(own)
-        for cell, row in measured(bench, unmeasured(group, results, done), keep_going):
+        _check_ratios(bench, [c for c in cells if results.find(c) is None])
+    for subject, of_subject in groupby(cells, key=lambda c: c.subject):
+        group = list(of_subject)
+        for cell, row in measure_cells(bench, missing(group, results, done), keep_going):
             results.add(row)
             done(cell, row)
         if not keep_trained and all(results.find(c) for c in group):
@@ -50,30 +54,32 @@ def run(
     return [results.rows[c.key] for c in cells]
 
 
-def unmeasured(cells: Iterable[Cell], results: Results, done: Done) -> list[Cell]:
-    """The cells that `results` does not hold; `done` hears of the others."""
-    left = []
+def missing(cells: Iterable[Cell], results: Results, done: Done) -> list[Cell]:
+    """The cells that `results` does not hold; calls `done` for those it holds."""
+    not_measured = []
     for cell in cells:
-        if (known := results.find(cell)) is None:
-            left.append(cell)
+        row = results.find(cell)
+        if row is None:
+            not_measured.append(cell)
         else:
-            done(cell, known)
-    return left
+            done(cell, row)
+    return not_measured
 
 
-def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Iterator[tuple[Cell, Row]]:
-    """The lines of the cells of one subject, one after the other.
+def measure_cells(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Iterator[tuple[Cell, Line]]:
+    """Measure the cells of one subject, one after the other.
 
-    Each cell finds the subject as new: what a dynamic method learns on one text must not reach the next.
+    The subject is prepared anew for each cell: a dynamic method must not carry its history over to the next
+    text. Raises as `run_cells`.
     """
-    for done, cell in enumerate(cells):
+    for index, cell in enumerate(cells):
         try:
             yield cell, measure(bench, cell)
         except Unprepared as error:
-            # What cannot be prepared cannot be measured on anything.
+            # The subject itself failed, so all its other cells fail too.
             if not keep_going:
                 raise error.cause from error.cause.__cause__
-            for failed in cells[done:]:
+            for failed in cells[index:]:
                 yield failed, failure(failed, error.cause)
             return
         except Exception as error:
@@ -82,13 +88,13 @@ def measured(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> Itera
             yield cell, failure(cell, error)
 
 
-def _check(bench: Workbench, cells: Sequence[Cell]) -> None:
-    """Raise now what would stop the run later: a ratio that cannot be reached."""
+def _check_ratios(bench: Workbench, cells: Sequence[Cell]) -> None:
+    """Raise `UsageError` before the run for a ratio that a method cannot reach."""
     for subject in dict.fromkeys(c.subject for c in cells):
         method = without_measured_widths(subject.method)
-        if method.when != "never" and method.allocation != "global":
-            blocks = find_blocks(bench.dense(subject).model, method.units)
+        if prunes(method) and not ALLOCATIONS[method.allocation].needs_scores:
+            blocks = find_blocks(bench.dense(subject).model, method.unit_kind)
             try:
-                widths(method, subject.ratio, blocks, [])
+                widths(method, subject.ratio, blocks, [], Statistics())
             except UsageError as error:
                 raise UsageError(f"{subject.label}: {error}") from error

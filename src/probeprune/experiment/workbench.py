@@ -105,22 +105,26 @@ class Workbench:
         handle = attach(loaded.model, subject.method, subject.ratio, calibration=self.preparation(subject))
         return Ready(loaded, handle.blocks, handle.widths, handle.removed_share, handle)
 
+    def source(self, subject: Subject) -> WindowSource | None:
+        """The text that the subject's method is calibrated on; None for one that needs none."""
+        text = subject.calibration
+        if text is None:
+            return None
+        tokenizer = self.dense(subject).tokenizer
+        return WindowSource(load_corpus(text.corpus), tokenizer, text.windows, text.length, subject.seed)
+
     def preparation(self, subject: Subject) -> Preparation | None:
         """Makes what methods must know of the subject's dense model; None for one that needs no calibration.
 
         The same object for all subjects of one model, text and seed, so that pieces are shared.
         """
-        text = subject.calibration
-        if text is None:
+        text, source = subject.calibration, self.source(subject)
+        if text is None or source is None:
             return None
         key = (text, subject.seed)
         if key not in self._preparations:
-            loaded = self.dense(subject)
-            source = WindowSource(
-                load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, subject.seed
-            )
             self._preparations[key] = Preparation(
-                loaded.model,
+                self.dense(subject).model,
                 source,
                 cache=cache_dir() / "statistics",
                 progress=lambda what, n, of: self.progress(f"{what}, seed {subject.seed}", n, of),
@@ -147,7 +151,7 @@ class Workbench:
     def _train(self, subject: Subject, out: Path) -> None:
         budget, method = subject.budget, subject.method
         assert budget is not None
-        training = replace(budget.training, seed=subject.seed)
+        training = budget.training(subject.seed)
         before: dict[str, Any] | None = None
         if method.when == Once(recovery=True):
             before = self._cut(subject, without_training(method))

@@ -1,4 +1,4 @@
-"""Model cards (Markdown): what was done to a model, with which data, and what it cost."""
+"""Model cards in Markdown: what was done to a model, on which data, and at what cost."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -9,115 +9,112 @@ _BUDGETS = {"parameters": "parameters", "flops": "FLOPs", "time": "time, measure
 
 
 def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
-    """The model card (Markdown): what was done, with which data, and what it cost."""
-    before, after = done.parameters
+    """The model card of a pruned model.
+
+    Args:
+        done: the result of `prune`.
+        record: the content of pruning.json.
+        name: name or path under which the card's example opens the model.
+    """
+    base = record["base_model"]
+    if record["layout"] == "uniform":
+        opening = (
+            "All layers have the same width, so this is a plain model and needs nothing but transformers."
+        )
+        remote = ""
+    else:
+        opening = (
+            "Layers differ in width. After `import probeprune` it opens like any other model. Without "
+            "probeprune, allow transformers to run the small `modeling_pruned.py` next to the weights:"
+        )
+        remote = ", trust_remote_code=True"
+    return "\n".join(
+        [
+            *_front("transformers", *([f"base_model: {base}"] if _is_hub_id(base) else [])),
+            f"# {base}, pruned by {done.removed_share:.0%}",
+            "",
+            "Structured pruning: whole attention heads and MLP channels are removed, so the model is smaller "
+            "and faster in any engine.",
+            "",
+            *_table(_pruning_rows(done, record)),
+            "## What it cost",
+            "",
+            _pruning_quality(record["evaluation"]),
+            "",
+            "## Use",
+            "",
+            opening,
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{name}"{remote})',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})',
+            "```",
+            "",
+            "`pruning.json` lists the heads and channels of the dense model that are kept. The licence is "
+            "that of the dense model.",
+            "",
+        ]
+    )
+
+
+def _pruning_rows(done: Pruning, record: dict[str, Any]) -> list[tuple[str, str]]:
     method = done.method
+    before, after = done.parameters
+    strategies = f"{method.importance}, {method.allocation}, {method.compensation}"
     rows = [
         ("method", f"{method.name} ({method.source})" if method.source else method.name),
-        (
-            "importance, allocation, compensation",
-            f"{method.importance}, {method.allocation}, {method.compensation}",
-        ),
+        ("importance, allocation, compensation", strategies),
         ("asked for", f"{done.ratio:.1%} of the attention and MLP blocks' {_BUDGETS[method.budget]}"),
         ("removed", f"{done.removed_share:.1%} of their parameters"),
-        ("parameters, embeddings included", f"{before / 1e6:.1f} M before, {after / 1e6:.1f} M after"),
+        ("parameters, with embeddings", f"{before / 1e6:.1f} M before, {after / 1e6:.1f} M after"),
         ("kept", _kept_line(done)),
         ("seed", str(record["seed"])),
     ]
     if record["calibration"] is not None:
-        used = [
+        parts = [
             f"{what} on {part['windows']} windows of {part['length']} tokens"
             for what, part in record["calibration"].items()
             if what != "corpus"
         ]
-        rows.append(("calibration", f"{record['calibration']['corpus']}: {'; '.join(used)}"))
+        rows.append(("calibration", f"{record['calibration']['corpus']}: {'; '.join(parts)}"))
     if done.steps > 1:
         rows.append(("steps", str(done.steps)))
-    rows.append(
-        (
-            "time and memory of pruning",
-            f"{record['seconds']:.0f} s, {record['peak_memory'] / 2**30:.2f} GiB at most",
-        )
+    return [
+        *rows,
+        ("time and memory of pruning", _time_and_memory(record)),
+        ("dtype and device while pruning", f"{record['dtype']}, {record['device']}"),
+        ("made with", _versions(record)),
+    ]
+
+
+def _pruning_quality(evaluation: dict[str, Any] | None) -> str:
+    if evaluation is None:
+        return "Quality was not measured."
+    dense, pruned = evaluation["perplexity"]["dense"], evaluation["perplexity"]["pruned"]
+    return (
+        f"{_measured_on(evaluation)}: **{dense:.2f}** dense, **{pruned:.2f}** pruned "
+        f"({pruned / dense:.2f} times). The model was not trained after pruning."
     )
-    rows.append(("dtype and device while pruning", f"{record['dtype']}, {record['device']}"))
-    rows.append(("made with", _versions(record)))
-    if record["layout"] == "uniform":
-        opening = "All layers have one width, so this is a plain model: nothing but transformers is needed."
-        remote = ""
-    else:
-        opening = (
-            "Layers have widths of their own. With `import probeprune` it opens as any model; without, the "
-            "small `modeling_pruned.py` beside the weights is run when you allow it:"
-        )
-        remote = ", trust_remote_code=True"
-    base = [f"base_model: {record['base_model']}"] if _is_hub_id(record["base_model"]) else []
-    parts = [
-        *_front("transformers", *base),
-        f"# {record['base_model']}, pruned by {done.removed_share:.0%}",
-        "",
-        "Structured pruning: whole attention heads and MLP channels are gone, so the model is smaller and "
-        "faster in any engine.",
-        "",
-        *_table(rows),
-        "## What it cost",
-        "",
-    ]
-    if record["evaluation"] is None:
-        parts.append("Quality was not measured.")
-    else:
-        text, found = record["evaluation"], record["evaluation"]["perplexity"]
-        parts += [
-            f"{_measured_on(text)}: **{found['dense']:.2f}** dense, **{found['pruned']:.2f}** pruned "
-            f"({found['pruned'] / found['dense']:.2f} times). It was not trained after pruning.",
-        ]
-    parts += [
-        "",
-        "## Use",
-        "",
-        opening,
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{remote})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})',
-        "```",
-        "",
-        "Which heads and channels of the dense model are left is listed in `pruning.json`. The licence is "
-        "that of the dense model.",
-        "",
-    ]
-    return "\n".join(parts)
 
 
 def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "checkpoint"]) -> str:
-    """The model card (Markdown) of a trained model: what was done, with which text, and what it gave."""
-    t = record["training"]
-    lora = t["lora"]
-    rows = [
-        ("base model", record["base_model"]),
-        ("trained", "all weights" if lora is None else f"LoRA, rank {lora['rank']}, alpha {lora['alpha']}"),
-        ("text", f"{record['corpus']}, {'packed' if record['packing'] else 'cut'} to {t['length']} tokens"),
-        ("steps", f"{record['steps']} of {t['batch_size']} sequences; weights of step {record['best_step']}"),
-        ("tokens seen", f"{record['tokens']:,}"),
-        ("learning rate, seed", f"{t['learning_rate']:g}, {t['seed']}"),
-        ("held-out loss", "{:.3f} before, {:.3f} after".format(*record["held_out_loss"])),
-        ("time and memory", f"{record['seconds']:.0f} s, {record['peak_memory'] / 2**30:.2f} GiB at most"),
-        ("processes, dtype, device", f"{record['processes']}, {record['dtype']}, {record['device']}"),
-        ("made with", _versions(record)),
-    ]
+    """The model card of a trained model.
+
+    Args:
+        record: the content of training.json.
+        name: name or path under which the card's example opens the result.
+        kind: whether the result is a LoRA adapter or a whole model.
+    """
+    quality = "Perplexity was not measured."
+    if record["evaluation"] is not None:
+        figures = record["evaluation"]["perplexity"]
+        change = f"{figures['before']:.2f} before, **{figures['after']:.2f}** after"
+        quality = f"{_measured_on(record['evaluation'])}: {change}."
     title = f"{record['base_model']}, trained after pruning"
     if "removed_share" in record:
         title = f"{record['base_model']}, pruned by {record['removed_share']:.0%} while training"
-        rows.insert(1, ("pruned", f"{record['removed_share']:.1%} of the blocks, by {record['method']}"))
-    if record.get("pruning"):
-        before = record["pruning"]
-        what = f"{before['removed_share']:.1%} of the blocks, by {before['method']['name']}"
-        rows.insert(1, ("pruned before", what))
-    quality = "Perplexity was not measured."
-    if record["evaluation"] is not None:
-        text, found = record["evaluation"], record["evaluation"]["perplexity"]
-        quality = f"{_measured_on(text)}: {found['before']:.2f} before, **{found['after']:.2f}** after."
     if kind == "adapter":
         base = f'AutoModelForCausalLM.from_pretrained("{record["base_model"]}")'
         use = f'PeftModel.from_pretrained({base}, "{name}")'
@@ -128,22 +125,47 @@ def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "c
             *_front("peft" if kind == "adapter" else "transformers"),
             f"# {title}",
             "",
-            *_table(rows),
+            *_table(_training_rows(record)),
             quality,
             "",
             "```python",
             f"model = {use}",
             "```",
             "",
-            "If the base model's layers have widths of their own, `import probeprune` first (or pass "
-            "`trust_remote_code=True`). The course of the losses is in `training.json` and `tensorboard/`.",
+            "If the layers of the base model differ in width, `import probeprune` first (or pass "
+            "`trust_remote_code=True`). `training.json` and `tensorboard/` have the losses of all steps.",
             "",
         ]
     )
 
 
+def _training_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    t = record["training"]
+    lora = t["lora"]
+    pruning = []
+    if record.get("pruning"):
+        earlier = record["pruning"]
+        share = f"{earlier['removed_share']:.1%} of the blocks, by {earlier['method']['name']}"
+        pruning.append(("pruned before", share))
+    if "removed_share" in record:
+        pruning.append(("pruned", f"{record['removed_share']:.1%} of the blocks, by {record['method']}"))
+    return [
+        ("base model", record["base_model"]),
+        *pruning,
+        ("trained", "all weights" if lora is None else f"LoRA, rank {lora['rank']}, alpha {lora['alpha']}"),
+        ("text", f"{record['corpus']}, {'packed' if record['packing'] else 'cut'} to {t['length']} tokens"),
+        ("steps", f"{record['steps']} of {t['batch_size']} sequences; weights of step {record['best_step']}"),
+        ("tokens seen", f"{record['tokens']:,}"),
+        ("learning rate, seed", f"{t['learning_rate']:g}, {t['seed']}"),
+        ("held-out loss", "{:.3f} before, {:.3f} after".format(*record["held_out_loss"])),
+        ("time and memory", _time_and_memory(record)),
+        ("processes, dtype, device", f"{record['processes']}, {record['dtype']}, {record['device']}"),
+        ("made with", _versions(record)),
+    ]
+
+
 def _front(library: str, *more: str) -> list[str]:
-    """The metadata that the hub reads."""
+    """The metadata block that the hub reads."""
     return [
         "---",
         *more,
@@ -163,6 +185,10 @@ def _measured_on(text: dict[str, Any]) -> str:
     return f"Perplexity on {text['corpus']} (first {text['windows']} windows of {text['length']} tokens)"
 
 
+def _time_and_memory(record: dict[str, Any]) -> str:
+    return f"{record['seconds']:.0f} s, {record['peak_memory'] / 2**30:.2f} GiB at most"
+
+
 def _versions(record: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in record["versions"].items())
 
@@ -172,10 +198,10 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _kept_line(done: Pruning) -> str:
-    """The range of widths over the layers: `2-3 of 3 attention units, 1100-1536 of 1536 channels`."""
+    """The range of widths over all layers: `2-3 of 3 attention units, 1100-1536 of 1536 MLP channels`."""
     parts = []
     for kind, noun in (("attention", "attention units"), ("mlp", "MLP channels")):
-        own = [k for k in done.kept if k.kind == kind]
-        low, high = min(len(k.units) for k in own), max(len(k.units) for k in own)
-        parts.append(f"{low if low == high else f'{low}-{high}'} of {max(k.of for k in own)} {noun}")
-    return f"{', '.join(parts)} a layer"
+        blocks = [k for k in done.kept if k.kind == kind]
+        low, high = min(len(k.units) for k in blocks), max(len(k.units) for k in blocks)
+        parts.append(f"{low if low == high else f'{low}-{high}'} of {max(k.of for k in blocks)} {noun}")
+    return f"{', '.join(parts)} per layer"

@@ -1,6 +1,6 @@
-"""Text from prompts, and how long it took: prefill and decoding told apart.
+"""Generate text from prompts and time prefill and decoding.
 
-Runs the model's own `generate`, whatever is attached to it. Knows nothing of methods.
+Runs the model's own `generate`, with or without a method attached. Knows nothing of methods.
 """
 
 from collections.abc import Sequence
@@ -17,39 +17,44 @@ from transformers import (
 )
 
 from probeprune.data.windows import pad_batch
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, require_positive
 from probeprune.model.cost import synced_clock
 from probeprune.model.loading import LoadedModel
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is taken. Raises `UsageError` for values out of range."""
+    """How the next token is chosen. Raises `UsageError` for values out of range."""
 
     temperature: float = 0.0
-    """0 takes the most likely token; else logits are divided by it and the token is drawn."""
+    """0 chooses the most likely token. Above 0, logits are divided by it and the token is drawn."""
     top_p: float = 1.0
-    """Draw from the most likely tokens that together have this probability."""
+    """Draw only from the most likely tokens that together have this probability."""
     seed: int = 0
+    """For drawing tokens."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise UsageError(f"temperature {self.temperature:g} must not be negative; 0 draws nothing.")
+            raise UsageError(
+                f"temperature {self.temperature:g} must not be negative; use 0 for the most likely token."
+            )
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p {self.top_p:g} must lie in (0, 1].")
+            raise UsageError(f"top-p {self.top_p:g} must lie in (0, 1]; use 1 to draw from all tokens.")
         if self.top_p < 1 and not self.temperature:
-            raise UsageError("top-p needs a temperature above 0: without one nothing is drawn.")
+            raise UsageError(
+                "top-p needs a temperature above 0, since nothing is drawn without one; set both or neither."
+            )
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a batch of prompts became.
+    """The texts generated from a batch of prompts.
 
     Attributes:
-        texts: one a prompt, without it.
-        prompt_tokens: of all prompts together, padding not counted.
-        new_tokens: of all texts together, up to where each ended.
-        prefill, decode: seconds until the first token, and from there to the last.
+        texts: one text per prompt, without the prompt.
+        prompt_tokens: number of tokens of all prompts, without padding.
+        new_tokens: number of tokens of all texts, each up to its end.
+        prefill, decode: seconds until the first token, and from the first to the last.
     """
 
     texts: list[str]
@@ -60,30 +65,30 @@ class Generated:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens a second."""
+        """Prompt tokens per second."""
         return self.prompt_tokens / self.prefill
 
     @property
     def decode_rate(self) -> float:
-        """New tokens a second, of all texts together and behind the first of each; 0 where there is none."""
+        """New tokens per second of all texts together, without the first of each; 0 if there are none."""
         return (self.new_tokens - len(self.texts)) / self.decode if self.decode else 0.0
 
 
 def encode(loaded: LoadedModel, prompts: Sequence[str], *, chat: bool = False) -> BatchEncoding:
-    """Prompts as one left-padded batch on the model's device.
+    """Tokenise prompts to one left-padded batch on the model's device.
 
     Args:
-        loaded: the model; its tokenizer is left as it is.
-        prompts: texts, none empty.
-        chat: put each into the tokenizer's chat template, as the user's message.
+        loaded: the model; its tokenizer is not changed.
+        prompts: texts, none of them empty.
+        chat: put each prompt into the tokenizer's chat template, as the user's message.
 
-    Raises `UsageError` for an empty prompt, or a tokenizer without chat template.
+    Raises `UsageError` for an empty prompt, or a tokenizer without a chat template.
     """
     tokenizer = loaded.tokenizer
     if any(not p.strip() for p in prompts):
         raise UsageError("a prompt is empty; give it at least one word.")
     if chat and not tokenizer.chat_template:
-        raise UsageError(f"the tokenizer of {loaded.name} has no chat template; leave --chat out.")
+        raise UsageError(f"the tokenizer of {loaded.name} has no chat template; leave out chat.")
     sequences = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": p}], add_generation_prompt=True, return_dict=False
@@ -101,45 +106,44 @@ def generate(
     inputs: BatchEncoding,
     *,
     max_new_tokens: int,
-    sampling: Decoding | None = None,
+    decoding: Decoding | None = None,
     stream: bool = False,
-    to_the_end: bool = False,
+    ignore_end: bool = False,
 ) -> Generated:
     """Continue every prompt.
 
     Args:
-        loaded: the model, a method attached or not.
-        inputs: from `encode`.
-        max_new_tokens: a text ends there at the latest.
-        sampling: None takes the most likely tokens.
-        stream: print the text as it comes; one prompt only.
-        to_the_end: go on after the end of a text, so that measurements are of equal length.
+        loaded: the model, with or without a method attached.
+        inputs: the batch made by `encode`.
+        max_new_tokens: the most tokens per text.
+        decoding: None chooses the most likely tokens.
+        stream: print the text while it is generated; for a single prompt only.
+        ignore_end: do not stop at the end of a text, so that all runs of a measurement have equal length.
 
-    Raises `UsageError` where prompt and text are longer than the model has positions.
+    Raises `UsageError` if prompt and text together are longer than the model's positions.
     """
-    sampling = sampling or Decoding()
+    decoding = decoding or Decoding()
     prompt = inputs["input_ids"].shape[1]
     positions = getattr(loaded.model.config, "max_position_embeddings", None)
-    if max_new_tokens < 1:
-        raise UsageError("--max-new-tokens must be at least 1.")
+    require_positive(max_new_tokens=max_new_tokens)
     if positions is not None and prompt + max_new_tokens > positions:
         raise UsageError(
             f"a prompt of {prompt} tokens and {max_new_tokens} new ones are more than the model's "
-            f"{positions} positions; shorten either."
+            f"{positions} positions; shorten one of them."
         )
-    own: Any = loaded.model.generation_config
-    draws = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
+    model_config: Any = loaded.model.generation_config
+    draws = {"temperature": decoding.temperature, "top_p": decoding.top_p} if decoding.temperature else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        min_new_tokens=max_new_tokens if to_the_end else None,
+        min_new_tokens=max_new_tokens if ignore_end else None,
         do_sample=bool(draws),
-        eos_token_id=own.eos_token_id,
+        eos_token_id=model_config.eos_token_id,
         pad_token_id=_pad_id(loaded),
         **draws,
     )
     clock = _Clock(loaded.device)
-    torch.manual_seed(sampling.seed)
-    found: Any = loaded.model.generate(
+    torch.manual_seed(decoding.seed)
+    sequences: Any = loaded.model.generate(
         **inputs,
         generation_config=config,
         logits_processor=LogitsProcessorList([clock]),
@@ -147,8 +151,9 @@ def generate(
         if stream
         else None,
     )
-    ends = set(torch.as_tensor(own.eos_token_id if own.eos_token_id is not None else []).flatten().tolist())
-    rows = [_until(row, ends) for row in found[:, prompt:].tolist()]
+    end_ids = [] if model_config.eos_token_id is None else model_config.eos_token_id
+    ends = set(torch.as_tensor(end_ids).flatten().tolist())
+    rows = [_until(row, ends) for row in sequences[:, prompt:].tolist()]
     return Generated(
         texts=[loaded.tokenizer.decode(row, skip_special_tokens=True) for row in rows],
         prompt_tokens=int(inputs["attention_mask"].sum()),
@@ -159,7 +164,7 @@ def generate(
 
 
 class _Clock(LogitsProcessor):
-    """Notes when the logits of every token were there; changes nothing."""
+    """Records the time at which each token's logits are ready; changes nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -172,7 +177,7 @@ class _Clock(LogitsProcessor):
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:
-    """The tokens of a text, its end included; what stands behind is padding."""
+    """The tokens of a text up to and including its end token; the rest is padding."""
     end = next((i for i, token in enumerate(row) if token in ends), len(row))
     return row[: end + 1]
 

@@ -1,4 +1,4 @@
-"""Perplexity of one text before and after something is done to a model."""
+"""Perplexity on one text, before and after a model is changed."""
 
 import json
 from dataclasses import asdict
@@ -14,15 +14,15 @@ from probeprune.progress import Progress
 
 
 class Measure:
-    """Perplexity on one text, again and again: before and after something is done to a model.
+    """Measures perplexity on one text, once for each name given to a state of the model.
 
     Args:
-        loaded: whose tokenizer cuts the text.
-        text: to measure on; 0 windows measures nothing.
-        progress: called with (what, windows done, windows in all).
-        batch_size: windows a forward pass.
-        keep: a file that remembers the figures, so that a run that was broken off does not measure again what
-            it no longer can: the model before it was trained.
+        loaded: the model whose tokenizer is used.
+        text: the text to measure on; with 0 windows nothing is measured.
+        progress: called with (`perplexity` and the name, windows done, windows in all).
+        batch_size: windows per forward pass.
+        keep: a file that stores the figures, for a run that is resumed: it can no longer measure the model as
+            it was before training.
     """
 
     def __init__(
@@ -36,31 +36,35 @@ class Measure:
         self.text, self.progress, self.batch_size, self.keep = text, progress, batch_size, keep
         self.figures: dict[str, float] = {}
         if keep is not None:
-            self._of = {**asdict(text), "model": loaded.name, "weights": source_fingerprint(loaded.name)}
+            self._measured = {
+                **asdict(text),
+                "model": loaded.name,
+                "weights": source_fingerprint(loaded.name),
+            }
             if keep.exists():
-                kept = json.loads(keep.read_text(encoding="utf-8"))
-                if kept["of"] == self._of:
-                    self.figures = kept["figures"]
+                stored = json.loads(keep.read_text(encoding="utf-8"))
+                if stored["of"] == self._measured:
+                    self.figures = stored["figures"]
         self.windows = None
         if text.windows:
             self.windows = evaluation_windows(
                 load_corpus(text.corpus), loaded.tokenizer, length=text.length, limit=text.windows
             )
 
-    def __call__(self, what: str, model: Any) -> None:
-        """Measure `model` and keep the figure under this name."""
-        if self.windows is None or what in self.figures:
+    def __call__(self, name: str, model: Any) -> None:
+        """Measure `model` and store the figure under `name`, unless there is one of that name."""
+        if self.windows is None or name in self.figures:
             return
-        found = perplexity(
+        result = perplexity(
             model,
             self.windows,
             batch_size=self.batch_size,
-            progress=lambda n, of: self.progress(f"perplexity {what}", n, of),
+            progress=lambda _, done, total: self.progress(f"perplexity {name}", done, total),
         )
-        self.figures[what], self.figures[f"{what}_error"] = found.value, found.standard_error
+        self.figures[name], self.figures[f"{name}_error"] = result.value, result.standard_error
         if self.keep is not None:
-            write_json(self.keep, {"of": self._of, "figures": self.figures})
+            write_json(self.keep, {"of": self._measured, "figures": self.figures})
 
     def record(self) -> dict[str, Any] | None:
-        """The text and the figures; None where nothing was measured."""
+        """The text and the figures; None if nothing was measured."""
         return {**asdict(self.text), "perplexity": self.figures} if self.figures else None

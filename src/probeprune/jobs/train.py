@@ -218,7 +218,7 @@ def _write_trained(
             tokenizer=loaded.tokenizer,
             layout=layout,
             card=training_card(record, out.name, "checkpoint"),
-            also=also,
+            write_extra=also,
         )
     shutil.rmtree(_work(out), ignore_errors=True)
 

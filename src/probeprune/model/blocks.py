@@ -1,8 +1,7 @@
-"""What can be pruned in a model: its attention and MLP blocks, found from one record per family.
+"""Find the attention and MLP blocks of a model that can be pruned, from its family's record.
 
-A `Family` is a description (attribute paths, no modules); a `Block` is resolved (it points to the
-modules of one model). Nothing here knows about scores, ratios or forward passes. To support another
-architecture, add a record to `FAMILIES`.
+A `Family` (families.py) is a description; a `Block` is resolved and points to the modules of one model. Knows
+nothing of scores, ratios or forward passes.
 """
 
 from collections import Counter
@@ -13,15 +12,16 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, unknown
 from probeprune.model.families import AttentionRecord, MlpRecord, find_family
+from probeprune.model.narrow_linear import NarrowLinear
 
 UnitKind = Literal["group", "balanced", "query"]
-"""What one attention unit is. With as many key-value heads as query heads all three are one head.
+"""What one attention unit is. In a model with one key-value head per query head, all three are one head.
 
-- `group`: a key-value head with all its query heads; the KV cache shrinks with it.
-- `balanced`: one query head, the same number from every group; keys and values stay.
-- `query`: any query head; keys and values stay (what the research code does).
+- `group`: a key-value head with all its query heads; the KV cache shrinks too.
+- `balanced`: a query head, with the same number kept in every group; keys and values stay.
+- `query`: a query head, any number kept in each group; keys and values stay (as in the research code).
 """
 
 
@@ -30,18 +30,18 @@ class Member:
     """The part of one linear map that belongs to a block's units.
 
     Unit `u` owns `width` consecutive rows (`axis` 0, a producer) or columns (`axis` 1, the consumer),
-    from `start + u * width` on.
+    starting at `start + u * width`.
     """
 
     name: str
-    """Of the linear map: its path in the model."""
+    """Path of the linear map in the model."""
     linear: nn.Linear
     axis: int
     width: int
     start: int = 0
 
     def part(self, tensor: torch.Tensor, units: int) -> torch.Tensor:
-        """The view of a tensor shaped like the map's weight or bias that belongs to the first units."""
+        """View of the first `units` units in a tensor shaped like the map's weight or bias."""
         return tensor.narrow(self.axis if tensor.ndim > 1 else 0, self.start, units * self.width)
 
 
@@ -57,25 +57,28 @@ class Block:
     kind: Literal["attention", "mlp"]
     units: int
     unit_width: int
-    """Channels of `z` a unit owns."""
+    """Number of channels of `z` that belong to one unit."""
     members: tuple[Member, ...]
-    """What a cut removes: rows of producers, then the consumer's columns."""
+    """The parts that a cut makes smaller: rows of producers, then the consumer's columns."""
     producers: tuple[nn.Linear, ...]
-    """All linear maps in front of `z`, also those no unit owns a part of (k, v when queries alone go)."""
+    """All linear maps in front of `z`, including those without units (key and value if only query heads are
+    removed)."""
     consumer: nn.Linear
     entry: nn.Module
     """The module whose input is the block's normalised input `X`."""
     run: Callable[..., object]
     """The block's own forward from `X` on; its result passes through the consumer."""
+    activation: nn.Module | None
+    """The activation of an MLP that is no module of its own; else None."""
     norm: nn.Module | None
-    """Its input is the residual stream `R`; None where that is the block's own input."""
+    """The norm in front of the block, whose input is the residual stream `R`; None if `X` is `R`."""
     head_dim: int = 0
     query_heads: int = 0
     kv_heads: int = 0
     unit_kind: UnitKind = "group"
     query_count: str | None = None
     kv_count: str | None = None
-    """As in `AttentionRecord`."""
+    """`query_count` and `kv_count` of the family's `AttentionRecord`."""
 
     @property
     def width(self) -> int:
@@ -87,11 +90,11 @@ class Block:
         """Query heads per key-value head (1 for an MLP)."""
         return self.query_heads // self.kv_heads if self.kv_heads else 1
 
-    # Sizes come from in_features and out_features: weights may be seen through a window.
+    # Sizes come from in_features and out_features: a view may show narrower weights.
 
     @property
     def unit_parameters(self) -> int:
-        """Parameters that leave with one unit, the producers' biases included."""
+        """Parameters removed with one unit, including the producers' biases."""
         total = 0
         for m in self.members:
             total += m.width * (m.linear.in_features if m.axis == 0 else m.linear.out_features)
@@ -101,7 +104,7 @@ class Block:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole block, the part no unit owns included."""
+        """Parameters of the whole block, including those that belong to no unit."""
         return sum(
             linear.in_features * linear.out_features + (linear.out_features if linear.bias is not None else 0)
             for linear in (*self.producers, self.consumer)
@@ -116,18 +119,18 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
-    """All prunable blocks of a transformers causal LM, in the order they run.
+    """All prunable blocks of a transformers causal LM, in the order in which they run.
 
     Args:
         model: a causal LM of a supported family.
         units: what an attention unit is (see `UnitKind`).
 
     Raises:
-        UsageError: unsupported family; or weights that cannot be permuted in place (quantised,
-            offloaded, or shared between modules).
+        UsageError: an unsupported family, an unknown unit kind, or weights that cannot be permuted in place
+            (quantised, offloaded, or shared between modules).
     """
     if units not in get_args(UnitKind):
-        raise UsageError(f"unknown unit kind {units!r}; choose one of {', '.join(get_args(UnitKind))}.")
+        raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
     family = find_family(model)
     norm_first = family.norm_first is None or bool(getattr(model.config, family.norm_first))
     blocks = []
@@ -144,46 +147,34 @@ def _attention_block(
 ) -> Block:
     module = layer.get_submodule(record.module)
     name = f"{prefix}.{record.module}"
-    q, k, v, o = (
-        _linear(module, path, name) for path in (record.query, record.key, record.value, record.output)
-    )
+    paths = (record.query, record.key, record.value, record.output)
+    q, k, v, o = (_linear(module, path, name) for path in paths)
     head_dim = int(getattr(module, record.head_dim))
     query_heads = o.in_features // head_dim
-    if record.fused is None:
-        kv_heads = k.out_features // head_dim
-    elif record.fused == "by head":
-        kv_heads = query_heads
-    else:
-        kv_heads = (q.out_features // head_dim - query_heads) // 2
+    key_rows, value_rows, kv_heads = _key_value_rows(record, query_heads, head_dim, q, k)
     group = query_heads // kv_heads
-    by_group = units == "group" or group == 1
-    if by_group:
-        units, count, width = "group", kv_heads, group * head_dim
-    else:
-        count, width = query_heads, head_dim
+    if group == 1:
+        units = "group"
+    count, width = (kv_heads, group * head_dim) if units == "group" else (query_heads, head_dim)
+    query, key, value, output = (f"{name}.{path}" for path in paths)
     if record.fused == "by head":
-        members: tuple[Member, ...] = (Member(f"{name}.{record.query}", q, 0, 3 * head_dim),)
+        rows: tuple[Member, ...] = (Member(query, q, 0, 3 * head_dim),)
     else:
-        members = (Member(f"{name}.{record.query}", q, 0, width),)
-        if by_group:
-            first = query_heads * head_dim if record.fused else 0
-            second = first + kv_heads * head_dim if record.fused else 0
-            members += (
-                Member(f"{name}.{record.key}", k, 0, head_dim, first),
-                Member(f"{name}.{record.value}", v, 0, head_dim, second),
-            )
-    members += (Member(f"{name}.{record.output}", o, 1, width),)
+        rows = (Member(query, q, 0, width),)
+        if units == "group":
+            rows += (Member(key, k, 0, head_dim, key_rows), Member(value, v, 0, head_dim, value_rows))
     return Block(
         name=name,
         layer=index,
         kind="attention",
         units=count,
         unit_width=width,
-        members=members,
+        members=(*rows, Member(output, o, 1, width)),
         producers=tuple(dict.fromkeys((q, k, v))),
         consumer=o,
         entry=module,
         run=module,
+        activation=None,
         norm=layer.get_submodule(record.norm) if norm_first else None,
         head_dim=head_dim,
         query_heads=query_heads,
@@ -194,15 +185,32 @@ def _attention_block(
     )
 
 
+def _key_value_rows(
+    record: AttentionRecord, query_heads: int, head_dim: int, query: nn.Linear, key: nn.Linear
+) -> tuple[int, int, int]:
+    """First row of the keys, first row of the values (in the maps that make them), and key-value heads."""
+    if record.fused is None:
+        return 0, 0, key.out_features // head_dim
+    if record.fused == "stacked":
+        kv_heads = (query.out_features // head_dim - query_heads) // 2
+        return query_heads * head_dim, (query_heads + kv_heads) * head_dim, kv_heads
+    return head_dim, 2 * head_dim, query_heads  # by head: within the rows of each head
+
+
 def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, norm_first: bool) -> Block:
     name = f"{prefix}.{record.module or 'mlp'}"
     producers = tuple(_linear(layer, path, prefix) for path in record.producers)
     consumer = _linear(layer, record.consumer, prefix)
+    activation: nn.Module | None = None
     if record.module is not None:
         entry: nn.Module = layer.get_submodule(record.module)
         run: Callable[..., object] = entry
     else:
-        assert record.activation is not None and len(producers) == 1
+        if record.activation is None or len(producers) != 1:
+            raise UsageError(
+                f"the MlpRecord of {name} names no module, so it needs exactly one producer and an "
+                "activation; complete it in probeprune/model/families.py."
+            )
         entry = producers[0]
         activation = layer.get_submodule(record.activation)
 
@@ -216,7 +224,7 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         units=consumer.in_features,
         unit_width=1,
         members=(
-            # A map that comes twice holds the two parts one above the other.
+            # A map named twice holds the rows of both, one after the other.
             *(
                 Member(f"{prefix}.{path}", p, 0, 1, consumer.in_features * record.producers[:i].count(path))
                 for i, (path, p) in enumerate(zip(record.producers, producers, strict=True))
@@ -227,32 +235,33 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         consumer=consumer,
         entry=entry,
         run=run,
+        activation=activation,
         norm=layer.get_submodule(record.norm) if norm_first else None,
     )
 
 
 def _linear(root: nn.Module, path: str, name: str) -> nn.Linear:
-    """The linear map at `path`, refused unless its weight is a plain tensor that can be permuted."""
+    """The linear map at `path`. Raises `UsageError` unless its weight can be permuted in place."""
     module = root.get_submodule(path)
     where = f"{name}.{path}"
+    if isinstance(module, NarrowLinear):
+        raise UsageError(f"a method is attached to this model ({where} shows a part only); detach it first.")
     # Exactly nn.Linear: quantised and adapter-wrapped layers subclass or replace it.
     if type(module) is not nn.Linear or not module.weight.is_floating_point():
         raise UsageError(
-            f"{where} is a {type(module).__name__}, not a plain floating-point linear layer; quantised or "
-            "wrapped weights cannot be permuted: load the model unquantised (and merge adapters) first."
+            f"{where} is a {type(module).__name__}, not a plain floating-point linear layer; quantised and "
+            "wrapped weights cannot be permuted: load the model unquantised and merge adapters first."
         )
-    if module.weight.shape != (module.out_features, module.in_features):
-        raise UsageError(f"a method is attached to this model ({where} shows a part only); detach it first.")
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and getattr(hook, "offload", False):
         raise UsageError(
-            f"{where} is offloaded; pruning needs its weight in place: load the model without offloading."
+            f"{where} is offloaded, and pruning needs its weight in place; load the model without offloading."
         )
     return module
 
 
 def _refuse_shared_weights(model: nn.Module, blocks: list[Block]) -> None:
-    """Permuting a weight that two modules use would change the other one too."""
+    """Raise `UsageError` for a weight used by two modules: permuting it would change both."""
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), id(p))
@@ -260,16 +269,16 @@ def _refuse_shared_weights(model: nn.Module, blocks: list[Block]) -> None:
         if not p.is_meta and p.numel()
     )
     overlapping: set[int] = set()
-    end, reaching = 0, 0  # how far the spans so far reach, and which one
+    end, furthest = 0, 0  # the end of the spans so far, and the owner of the one that reaches it
     for first, last, owner in spans:
         if first < end:
-            overlapping |= {reaching, owner}
+            overlapping |= {furthest, owner}
         if last > end:
-            end, reaching = last, owner
+            end, furthest = last, owner
     for block in blocks:
         for linear in (*block.producers, block.consumer):
             if any(owners[id(p)] > 1 or id(p) in overlapping for p in linear.parameters()):
                 raise UsageError(
-                    f"a weight of {block.name} is tied to or shares memory with another module; "
+                    f"a weight of {block.name} is tied to another module or shares its memory; "
                     "give each module its own copy before pruning."
                 )

@@ -1,11 +1,9 @@
-"""Cost: FLOPs counted as they run and from formulas, and peak memory.
+"""Cost: FLOPs, counted while they run and from formulas, a clock and peak memory.
 
-FLOPs are those of matrix products, a multiply-add as two. Attention counts all query-key pairs, as torch's
-counter does, though a causal kernel may skip half. Counted and analytic figures are checked against each
-other in the tests.
+Only matrix products count, a multiply-add as two FLOPs. Attention counts all query-key pairs, as torch's
+counter does, though a causal kernel may skip half. The tests check counts and formulas against each other.
 """
 
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,12 +16,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from probeprune.model.blocks import Block
-from probeprune.strategies.probe import Probe, probe_size
 
 
 @dataclass
 class FlopCount:
-    """Filled when its context ends."""
+    """The result of `counting_flops`; set when its context ends."""
 
     flops: int = 0
 
@@ -47,7 +44,7 @@ def _cholesky_solve_flops(right: Any, factor: Any, *args: Any, out_shape: Any = 
 def counting_flops() -> Iterator[FlopCount]:
     """Count the FLOPs that run inside, with torch's `FlopCounterMode`."""
     count = FlopCount()
-    # torch's table lacks the CPU's fused attention kernel, and the solutions of a refit at every batch.
+    # Torch's table lacks the CPU's fused attention kernel and the solvers of a per-batch refit.
     aten = torch.ops.aten
     more = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
@@ -62,7 +59,7 @@ def counting_flops() -> Iterator[FlopCount]:
 def block_flops(block: Block, kept: int, batch: int, length: int, *, consumer: bool = True) -> int:
     """FLOPs of one block that keeps `kept` units, on (batch, length) tokens.
 
-    `consumer=False` leaves the consumer out, as when a probe runs ahead.
+    With `consumer=False` the consumer's are left out: a probe stops in front of it.
     """
     tokens = batch * length
     hidden = block.consumer.out_features
@@ -80,35 +77,26 @@ def block_flops(block: Block, kept: int, batch: int, length: int, *, consumer: b
 
 
 def blocks_flops(blocks: Sequence[Block], kept: Sequence[int], batch: int, length: int) -> int:
-    """FLOPs of all blocks at these widths, probe not included."""
+    """FLOPs of all blocks that keep `kept` units each, on (batch, length) tokens."""
     return sum(block_flops(b, k, batch, length) for b, k in zip(blocks, kept, strict=True))
 
 
-def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> float:
-    """FLOPs of running the probe ahead in each of these blocks that is cut, on a batch of (batch, length)
-    tokens; the mean over many such batches where they share a choice (`Probe.reuse`)."""
-    samples, tokens = probe_size(probe, batch, length)
-    served = max(math.ceil(probe.reuse / (batch * length)), 1)  # batches that one choice serves
-    once = sum(
-        block_flops(b, b.units, samples, tokens, consumer=False)
-        for b, k in zip(blocks, kept, strict=True)
-        if k < b.units
-    )
-    return once / served
-
-
 def synced_clock(device: torch.device) -> float:
-    """Seconds of a clock, read when the device has finished all that it was given to do."""
+    """Seconds of a clock, read once the device has finished all work queued so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class PeakMemory:
-    """Context: peak memory in bytes while inside, of this process (CPU, sampled) or of its GPU.
+    """Context that measures peak memory: of this process on the CPU (sampled), or of its GPU.
+
+    Args:
+        device: where the work runs.
+        every: seconds between two samples on the CPU.
 
     Attributes:
-        bytes: the peak, once the context has ended.
+        bytes: the peak; set when the context ends.
     """
 
     def __init__(self, device: torch.device, every: float = 0.01) -> None:

@@ -1,11 +1,12 @@
 """The architecture families that can be pruned, one record each.
 
-A `Family` is a description: attribute paths, no modules. To support another architecture, add a record to
-`FAMILIES`. `blocks.py` resolves a record to the modules of one model.
+A `Family` is a description: attribute paths and names of config fields, no modules. To support another
+architecture, add a record to `FAMILIES`. `blocks.py` resolves a record to the modules of one model.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import nn
 
@@ -14,64 +15,83 @@ from probeprune.errors import UsageError
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """Where a decoder layer keeps its attention block; paths are relative to the layer."""
+    """Where a decoder layer has its attention block. The paths of `module` and `norm` are relative to the
+    layer, those of the linear maps to the module."""
 
     module: str = "self_attn"
     norm: str = "input_layernorm"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
-    """Query, key and value may name one linear map: see `fused`."""
+    """Query, key and value may all name the same linear map, see `fused`."""
     output: str = "o_proj"
     fused: Literal["stacked", "by head"] | None = None
-    """Rows of a map that makes queries, keys and values together: all queries, then all keys, then all
-    values (`stacked`), or the three of one head after the other (`by head`)."""
+    """Order of the rows of a map that makes queries, keys and values together: all queries, then all keys,
+    then all values (`stacked`), or head by head the three of each (`by head`)."""
     head_dim: str = "head_dim"
-    """The module's attribute with its head size."""
+    """The module's attribute that holds its head size."""
     query_count: str | None = None
-    """Where the module's forward reads its number of query heads, if it does: an attribute, or one of its
-    config (`config.num_attention_heads`)."""
+    """Where the module's forward reads its number of query heads: an attribute of the module or of its config
+    (`config.num_attention_heads`). None if it does not read one."""
     kv_count: str | None = None
-    """Likewise for key-value heads."""
+    """The same for the number of key-value heads."""
+    bias_field: str = "attention_bias"
+    """Config field that gives the block's linear maps biases; configs without the field have none to give."""
 
 
 @dataclass(frozen=True)
 class MlpRecord:
-    """Where a decoder layer keeps its MLP block; paths are relative to the layer."""
+    """Where a decoder layer has its MLP block; all paths are relative to the layer."""
 
     module: str | None = "mlp"
-    """None where the layer's own forward computes the MLP."""
+    """None if the layer's own forward computes the MLP."""
     norm: str = "post_attention_layernorm"
     producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """One map named twice makes both, the first one's rows stacked on the second's."""
+    """A map named twice makes both: the rows of the first, then those of the second."""
     consumer: str = "mlp.down_proj"
     activation: str | None = None
-    """Path of the activation; needed only where there is no module."""
+    """Path of the activation function; needed only if `module` is None."""
+    width_field: str = "intermediate_size"
+    """Config field with the width of all MLPs."""
+    bias_field: str = "mlp_bias"
+    """Config field that gives the block's linear maps biases; configs without the field have none to give."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Another family that computes the same function and whose config ties the head size to nothing."""
+
+    model_type: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Values of config fields that make it the same function."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture family, as data.
-
-    `norm_first` names the config flag that, when false, puts the norms behind the blocks (the
-    residual stream is then a block's own input).
-    """
+    """One architecture family, as data."""
 
     name: str
+    """Name for readers."""
     model_types: tuple[str, ...]
+    """`model_type` of the configs it covers."""
     layers: str = "model.layers"
+    """Path of the list of decoder layers in the causal LM."""
     attention: AttentionRecord = AttentionRecord()
     mlp: MlpRecord = MlpRecord()
     norm_first: str | None = None
+    """Config flag that, when false, puts each norm after its block, so that the block's input is the residual
+    stream itself. None for a family whose norms always come first."""
     norm_last: bool = False
-    """Whether a norm stands between a block's output and the residual stream it is added to."""
+    """Whether a norm follows the block's output before it is added to the residual stream."""
+    twin: Twin | None = None
+    """Family to save a pruned model as where this family's own config cannot hold its number of heads."""
 
 
 _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family("LLaMA 1, 2, 3, SmolLM2", ("llama",)),
+    Family("LLaMA 1, 2, 3, SmolLM2", ("llama",), twin=Twin("mistral", {"sliding_window": None})),
     Family("Mistral", ("mistral",)),
     Family("Qwen2, Qwen2.5", ("qwen2",)),
     Family("Qwen3", ("qwen3",)),
@@ -88,6 +108,7 @@ FAMILIES: tuple[Family, ...] = (
             producers=("fc1",),
             consumer="fc2",
             activation="activation_fn",
+            width_field="ffn_dim",
         ),
         norm_first="do_layer_norm_before",
     ),
@@ -123,7 +144,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 PRUNED_PREFIX = "pruned_"
-"""In front of a family's `model_type` where layers have widths of their own (`modeling_pruned.py`)."""
+"""Prefix of the `model_type` of checkpoints whose layers differ in width (see `modeling_pruned.py`)."""
 
 
 def supported_models() -> str:
@@ -132,9 +153,9 @@ def supported_models() -> str:
 
 
 def find_family(model: nn.Module) -> Family:
-    """The record of `model`'s architecture family, by its config's `model_type`.
+    """The record of a model's architecture family, by its config's `model_type`.
 
-    Raises `UsageError` for a model of no known family.
+    Raises `UsageError` for a model of an unsupported family.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for family in FAMILIES:
@@ -142,12 +163,12 @@ def find_family(model: nn.Module) -> Family:
             return family
     if _experts(model):
         raise UsageError(
-            f"{type(model).__name__} is a mixture-of-experts model; its experts cannot be pruned: choose a "
+            f"{type(model).__name__} is a mixture-of-experts model, whose experts cannot be pruned; choose a "
             f"dense model of one of these families: {supported_models()}."
         )
     raise UsageError(
         f"model type {model_type!r} ({type(model).__name__}) is not supported; supported are: "
-        f"{supported_models()}. To add it, write one Family record in probeprune/blocks.py "
+        f"{supported_models()}. To add it, write one Family record in probeprune/model/families.py "
         "(see CONTRIBUTING.md, 'Add a model family')."
     )
 

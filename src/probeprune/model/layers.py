@@ -1,11 +1,11 @@
-"""A model's own decoder layers, run one at a time on kept hidden states.
+"""A model's own decoder layers, run one at a time on stored hidden states.
 
-What the decoder tells its layers (positions, rotary angles, masks) is noted from its own calls. Nothing here
-knows what is done between two layers.
+The other arguments of a layer (positions, rotary angles, masks) are recorded from the decoder's own calls.
+Knows nothing of the work done between two layers.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -14,105 +14,100 @@ from torch.utils.hooks import RemovableHandle
 
 from probeprune.model.blocks import Block
 from probeprune.model.families import find_family
+from probeprune.model.forwards import replaced_forward, temporary_hooks
 from probeprune.model.passes import find_decoder
-
-_ABSENT = object()
 
 
 class LayerRunner:
     """The decoder layers of a model, for batches of whole windows (no padding, no cache).
 
     Attributes:
-        hidden: what the first layer is given, one tensor (batch, length, hidden) a batch of windows, in the
-            model's dtype: windows x length x hidden numbers.
+        hidden: the first layer's input, one tensor (batch, length, hidden) for each batch of windows, in the
+            model's dtype. In total windows x length x hidden numbers.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, batches: Sequence[torch.Tensor]) -> None:
         self._layers = cast(nn.ModuleList, model.get_submodule(find_family(model).layers))
         self._sizes = [len(b) for b in batches]
-        self._calls: dict[int, list[dict[str, Any]]] = {}
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
         self.hidden: list[torch.Tensor] = []
         decoder = find_decoder(model)
         device = next(model.parameters()).device
-        own = [layer.__dict__.get("forward", _ABSENT) for layer in self._layers]
-        heard: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
-        def listen(hidden_states: torch.Tensor, **call: Any) -> torch.Tensor:
-            heard.append((hidden_states, call))
+        def record(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            calls.append((hidden_states, arguments))
             return hidden_states
 
-        try:
+        with ExitStack() as stack:
             for layer in self._layers:
-                layer.forward = listen
+                stack.enter_context(replaced_forward(layer, record))
             for batch in batches:
-                heard.clear()
+                calls.clear()
                 decoder(input_ids=batch.to(device), use_cache=False)
-                self.hidden.append(heard[0][0])
-                # Windows are whole, so batches of one size are told the same.
-                self._calls.setdefault(len(batch), [call for _, call in heard])
-        finally:
-            for layer, forward in zip(self._layers, own, strict=True):
-                if forward is _ABSENT:
-                    del layer.forward
-                else:
-                    layer.forward = forward
+                self.hidden.append(calls[0][0])
+                # Windows have no padding, so batches of one size get the same arguments.
+                self._arguments.setdefault(len(batch), [arguments for _, arguments in calls])
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The output of one layer for hidden states of one batch."""
-        out: torch.Tensor = self._layers[layer](hidden, **self._calls[self._sizes[batch]][layer])
+        """The output of one layer for the hidden states of one batch, both by index."""
+        arguments = self._arguments[self._sizes[batch]][layer]
+        out: torch.Tensor = self._layers[layer](hidden, **arguments)
         return out
 
 
 class Captured:
-    """What a forward pass of a layer shows of one block."""
+    """Tensors of one block, filled in by a forward pass of its layer.
+
+    Attributes:
+        residual: the residual stream in front of the block (batch, length, hidden).
+        z: the coupled activation, the consumer's input (batch, length, width).
+        output: the consumer's output (batch, length, hidden).
+    """
 
     residual: torch.Tensor
     z: torch.Tensor
     output: torch.Tensor
 
 
-class _Enough(Exception):
-    """What was to be seen has been seen."""
+class _AllCaptured(Exception):
+    """Stops a forward pass once everything needed has been captured."""
 
 
 @contextmanager
 def capture(blocks: Sequence[Block], until: Block | None = None) -> Iterator[dict[str, Captured]]:
-    """Note, by block kind, the residual in front of a layer's blocks and what passes their consumers.
+    """Capture, by block kind, the tensors of one layer's blocks in the passes inside the context.
 
-    With `until` the pass, and the context with it, ends behind that block's consumer: what would come later
-    is not looked at.
+    With `until`, the pass stops right after that block's consumer and leaves the context; later blocks do not
+    run.
     """
-    seen: dict[str, Captured] = {b.kind: Captured() for b in blocks}
-    hooks: list[RemovableHandle] = []
-    try:
+    captured: dict[str, Captured] = {b.kind: Captured() for b in blocks}
+
+    def register() -> Iterator[RemovableHandle]:
         for block in blocks:
-            hooks += _watch(block, seen[block.kind])
+            yield from _hooks(block, captured[block.kind])
         if until is not None:
-            hooks.append(until.consumer.register_forward_hook(_stop))
-        with suppress(_Enough):
-            yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+            yield until.consumer.register_forward_hook(_stop)
+
+    with temporary_hooks(register()), suppress(_AllCaptured):
+        yield captured
 
 
 def _stop(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-    raise _Enough
+    raise _AllCaptured
 
 
-def _watch(block: Block, seen: Captured) -> list[RemovableHandle]:
+def _hooks(block: Block, captured: Captured) -> Iterator[RemovableHandle]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.residual = args[0] if args else kwargs["hidden_states"]
+        captured.residual = args[0] if args else kwargs["hidden_states"]
 
     def after(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        seen.z, seen.output = args[0], output
+        captured.z, captured.output = args[0], output
 
     front = block.entry if block.norm is None else block.norm
-    return [
-        front.register_forward_pre_hook(before, with_kwargs=True),
-        block.consumer.register_forward_hook(after),
-    ]
+    yield front.register_forward_pre_hook(before, with_kwargs=True)
+    yield block.consumer.register_forward_hook(after)

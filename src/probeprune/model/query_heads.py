@@ -8,7 +8,6 @@ touching any modelling code: the functions registered here expand keys and value
 
 import sys
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from probeprune.errors import UsageError
+from probeprune.model.config_view import ConfigView
 
 _PREFIX = "probeprune_by_query_head_"
 _SUPPORTED = ("sdpa", "eager")
@@ -49,7 +49,7 @@ for _name in _SUPPORTED:
 def attention_overrides(module: nn.Module) -> dict[str, object]:
     """Attributes that make one attention module read key-value heads by its `kv_index`.
 
-    The module gets its own copy of the config, so masks and other layers keep the model's.
+    The module gets its own view of the config, so masks and other layers keep the model's.
     Raises `UsageError` for an attention implementation other than sdpa and eager.
     """
     config: Any = module.config
@@ -59,6 +59,4 @@ def attention_overrides(module: nn.Module) -> dict[str, object]:
             f"attention units 'query' and 'balanced' work with {' and '.join(_SUPPORTED)} attention, not "
             f"{implementation!r}; load the model with attn_implementation='sdpa' or use unit_kind='group'."
         )
-    own = copy(config)
-    own._attn_implementation = _PREFIX + implementation
-    return {"config": own, "num_key_value_groups": 1}
+    return {"config": ConfigView(config, attention_prefix=_PREFIX), "num_key_value_groups": 1}

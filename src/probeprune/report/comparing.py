@@ -3,54 +3,65 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from probeprune.report.estimates import pairs
 from probeprune.report.paired import Comparison, Difference, paired_accuracy, paired_bootstrap
-from probeprune.report.summary import Entry, Summary, pairs
+from probeprune.report.summary import Entry, Summary
 
 Compared = Comparison | Difference
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Every entry of a ratio against every other: `cells[i][j]` says how i compares with j.
+    """Every entry of a ratio against every other: `cells[i][j]` compares entry i with entry j.
 
     Attributes:
-        what: the text, or the protocol of the tasks.
+        subject: the text, or the protocol of the tasks.
         accuracy: whether it compares accuracies, in points, or perplexities, as factors.
+        entries: those that can be compared with at least one other.
+        cells: None where two entries cannot be compared.
     """
 
-    what: str
+    subject: str
     accuracy: bool
     entries: tuple[Entry, ...]
     cells: tuple[tuple[Compared | None, ...], ...]
 
 
 def matrices(summary: Summary, entries: Sequence[Entry]) -> list[Matrix]:
-    """One for each text and protocol on which two of these entries or more can be compared."""
-    found = [_matrix(t, False, entries, lambda a, b, t=t: on_text(a, b, t)) for t in summary.texts]  # type: ignore[misc]
+    """A matrix for each text and protocol on which at least two of these entries can be compared."""
+    made = []
+    for text in summary.texts:
+
+        def by_text(a: Entry, b: Entry, text: str = text) -> Comparison | None:
+            return compare_on_text(a, b, text)
+
+        made.append(_matrix(text, False, entries, by_text))
     for protocol, tasks in summary.protocols.items():
-        found.append(_matrix(protocol, True, entries, lambda a, b, own=tasks: on_tasks(a, b, own)))  # type: ignore[misc]
-    return [m for m in found if m.entries]
+
+        def by_tasks(a: Entry, b: Entry, tasks: Sequence[str] = tasks) -> Difference | None:
+            return compare_on_tasks(a, b, tasks)
+
+        made.append(_matrix(protocol, True, entries, by_tasks))
+    return [matrix for matrix in made if matrix.entries]
 
 
-def on_text(a: Entry, b: Entry, text: str) -> Comparison | None:
-    """Perplexity of a over b on the same windows; None where there are no two that both were measured on."""
-    matched = [(x.get("losses", []), y.get("losses", [])) for x, y in pairs(a.on(text), b.on(text))]
+def compare_on_text(a: Entry, b: Entry, text: str) -> Comparison | None:
+    """Perplexity of a over b on the same windows; None where they share fewer than two windows."""
+    matched = [(x.get("losses", []), y.get("losses", [])) for x, y in pairs(a.on_text(text), b.on_text(text))]
     lengths = {len(losses) for pair in matched for losses in pair}
     if len(lengths) != 1 or min(lengths) < 2:
         return None
     return paired_bootstrap([x for x, _ in matched], [y for _, y in matched])
 
 
-def on_tasks(a: Entry, b: Entry, tasks: Sequence[str]) -> Difference | None:
+def compare_on_tasks(a: Entry, b: Entry, tasks: Sequence[str]) -> Difference | None:
     """Mean accuracy of a minus b over the same items; None where one lacks a task or its items."""
-    ours, theirs = {}, {}
+    ours: dict[str, list[str]] = {}
+    theirs: dict[str, list[str]] = {}
     for task in tasks:
-        matched = pairs(a.at(task), b.at(task))
-        ours[task], theirs[task] = (
-            ([row.get("correct", "") for row in side] for side in zip(*matched, strict=True))
-            if matched
-            else ([], [])
-        )
+        matched = pairs(a.on_task(task), b.on_task(task))
+        ours[task] = [line.get("correct", "") for line, _ in matched]
+        theirs[task] = [line.get("correct", "") for _, line in matched]
         lengths = {len(correct) for correct in (*ours[task], *theirs[task])}
         if len(lengths) != 1 or 0 in lengths:
             return None
@@ -58,16 +69,16 @@ def on_tasks(a: Entry, b: Entry, tasks: Sequence[str]) -> Difference | None:
 
 
 def _matrix(
-    what: str,
+    subject: str,
     accuracy: bool,
     entries: Sequence[Entry],
     compare: Callable[[Entry, Entry], Compared | None],
 ) -> Matrix:
-    found: dict[tuple[int, int], Compared] = {}
+    compared: dict[tuple[int, int], Compared] = {}
     for i, a in enumerate(entries):
         for j, b in enumerate(entries[:i]):
-            if (compared := compare(a, b)) is not None:
-                found[i, j], found[j, i] = compared, compared.inverse
-    known = sorted({i for pair in found for i in pair})
-    cells = tuple(tuple(found.get((i, j)) for j in known) for i in known)
-    return Matrix(what, accuracy, tuple(entries[i] for i in known), cells)
+            if (result := compare(a, b)) is not None:
+                compared[i, j], compared[j, i] = result, result.inverse
+    shown = sorted({i for pair in compared for i in pair})
+    cells = tuple(tuple(compared.get((i, j)) for j in shown) for i in shown)
+    return Matrix(subject, accuracy, tuple(entries[i] for i in shown), cells)

@@ -1,10 +1,9 @@
-"""What was run, on what text and machine, as headings and short sentences."""
+"""The setup of a run, its models, texts, tasks and machine, as headings and short phrases."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
-from probeprune.report.grouping import metric, protocol
-from probeprune.report.reading import Row
+from probeprune.report.grouping import of_metric, unique
+from probeprune.result_lines import Line
 
 _TEXT = ("{task}", "{windows} windows", "{length} tokens each", "batches of {batch_size}")
 _COST = ("prefill of {batch_size} x {length}", "{new_tokens} tokens decoded", "{rounds} interleaved rounds")
@@ -12,46 +11,46 @@ _TRAINING = ("{steps} steps of {batch_size} x {length} tokens of {corpus}", "lea
 _MACHINE = ("{dtype}", "{device}", "{threads} threads")
 
 
-def facts(results: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """Headings and what there is to say under each; what no line says is left out."""
-    texts, tasks, costs = ([r for r in results if metric(r) == m] for m in ("perplexity", "accuracy", "cost"))
-    found = [
-        ("Model", _different(r.get("model") for r in results)),
-        ("Text", _different(_sentence(r, _TEXT) for r in texts)),
-        *(
-            (
-                f"Tasks, {name} protocol",
-                _different(
-                    f"{r['task']}: {_sentence(r, ('{items} items', '{main}'))}"
-                    for r in tasks
-                    if protocol(r) == name
-                ),
-            )
-            for name in dict.fromkeys(map(protocol, tasks))
-        ),
-        ("Cost", _different(_sentence(r, _COST) for r in costs)),
-        ("Training", _different(_sentence(r["training"], _TRAINING) for r in results if r.get("training"))),
-        ("Seeds", [", ".join(_different(sorted(r["seed"] for r in results if "seed" in r)))]),
-        ("Machine", _different(_sentence(r, _MACHINE) for r in results)),
+def facts(results: Sequence[Line]) -> list[tuple[str, list[str]]]:
+    """Headings and the phrases under each; headings without phrases are left out."""
+    texts, tasks, costs = (of_metric(results, m) for m in ("perplexity", "accuracy", "cost"))
+    protocols = [
         (
-            "Versions",
-            _different(", ".join(f"{k} {v}" for k, v in r.get("versions", {}).items()) for r in results),
-        ),
+            f"Tasks, {protocol} protocol",
+            _distinct(
+                f"{line['task']}: {_phrase(line, ('{items} items', '{main}'))}"
+                for line in tasks
+                if line["protocol"] == protocol
+            ),
+        )
+        for protocol in unique(line["protocol"] for line in tasks)
     ]
-    return [(head, said) for head, said in found if any(said)]
+    trainings = [training for line in results if (training := line.get("training"))]
+    versions = (line.get("versions", {}) for line in results)
+    sections = [
+        ("Model", _distinct(line.get("model") for line in results)),
+        ("Text", _distinct(_phrase(line, _TEXT) for line in texts)),
+        *protocols,
+        ("Cost", _distinct(_phrase(line, _COST) for line in costs)),
+        ("Training", _distinct(_phrase(training, _TRAINING) for training in trainings)),
+        ("Seeds", [", ".join(_distinct(sorted(line["seed"] for line in results if "seed" in line)))]),
+        ("Machine", _distinct(_phrase(line, _MACHINE) for line in results)),
+        ("Versions", _distinct(", ".join(f"{k} {v}" for k, v in own.items()) for own in versions)),
+    ]
+    return [(heading, phrases) for heading, phrases in sections if any(phrases)]
 
 
-def _different(said: Iterable[Any]) -> list[str]:
-    return [str(s) for s in dict.fromkeys(said) if s not in (None, "")]
+def _distinct(values: Iterable[object]) -> list[str]:
+    return [str(value) for value in unique(values) if value not in (None, "")]
 
 
-def _sentence(row: Row, parts: Sequence[str]) -> str:
-    """Those parts whose figures the line has."""
-    known = {k: v for k, v in row.items() if v is not None}
-    said = []
+def _phrase(record: Mapping[str, object], parts: Sequence[str]) -> str:
+    """The parts whose values the record has, separated by commas."""
+    values = {key: value for key, value in record.items() if value is not None}
+    filled = []
     for part in parts:
         try:
-            said.append(part.format_map(known))
+            filled.append(part.format_map(values))
         except KeyError:
-            continue  # an optional part of a line
-    return ", ".join(said)
+            continue  # the record lacks an optional value
+    return ", ".join(filled)

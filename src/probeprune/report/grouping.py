@@ -1,40 +1,43 @@
-"""Which result lines belong together, and what they are called.
+"""Which result lines belong together, and their labels.
 
 A study is one model in one number type on one device; a group in it is one method, ratio and training; a
-column is one text or task under one protocol. What lines say to be different gets different names, so that
-nothing is averaged but seeds. Knows nothing of figures.
+column is one text or task under one protocol. Lines that differ in any setting get different labels, so only
+seeds are averaged. Knows nothing of plots.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-from probeprune.report.reading import Row
+from probeprune.report.settings import Settings, differences, is_dense, without_seed
+from probeprune.result_lines import Line
 
-_BUDGET = ("corpus", "steps", "batch_size", "length", "learning_rate")
-"""What of a training record is a setting; the rest of it was measured."""
+T = TypeVar("T")
 
-_MEASURED_ON = {
+TRAINING_SETTINGS = ("corpus", "steps", "batch_size", "length", "learning_rate")
+"""The keys of a training record that are settings; the others are measurements."""
+
+MEASUREMENT_SETTINGS: Mapping[str, tuple[str, ...]] = {
     "perplexity": ("windows", "length", "batch_size", "sampling", "averaging"),
     "accuracy": ("items", "batch_size", "order"),
     "cost": ("batch_size", "length", "new_tokens"),
 }
-"""Settings of a measurement, by metric."""
+"""The keys of a line that are settings of its measurement, by metric."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """The lines of one method, ratio and training, results and failures."""
+class LineGroup:
+    """The lines of one method, ratio and training: results and failures."""
 
     label: str
-    rows: tuple[Row, ...]
-    failures: tuple[Row, ...]
+    results: tuple[Line, ...]
+    failures: tuple[Line, ...]
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared with one dense model.
+    """Everything that is compared with one dense model.
 
     Attributes:
         label: the model, with number type and device where the lines have several.
@@ -43,136 +46,145 @@ class Study:
     """
 
     label: str
-    groups: tuple[Group, ...]
+    groups: tuple[LineGroup, ...]
     notes: tuple[str, ...]
 
 
-def is_dense(row: Row) -> bool:
+def is_dense_line(line: Line) -> bool:
     """Whether the line is of the unpruned, untrained model."""
-    method = row["method"]
-    return method["when"] == "never" and method.get("training", "none") == "none"
+    return is_dense(line["method"])
 
 
-def metric(row: Row) -> str:
-    """The line's metric; older lines are all of perplexity."""
-    return str(row.get("metric", "perplexity"))
+def task_key(line: Line) -> str:
+    """The column of a line; results under the published protocol never share one with the harness's."""
+    protocol = line.get("protocol", "harness")  # texts and cost have none
+    return line["task"] if protocol == "harness" else f"{line['task']} ({protocol})"
 
 
-def protocol(row: Row) -> str:
-    """The protocol of a task's line."""
-    return str(row.get("protocol", "harness"))
+def of_metric(lines: Iterable[Line], metric: str) -> list[Line]:
+    """The lines of one metric."""
+    return [line for line in lines if line["metric"] == metric]
 
 
-def task_key(row: Row) -> str:
-    """A task's name; figures of the published protocol never share a column with the harness's."""
-    return str(row["task"]) if protocol(row) == "harness" else f"{row['task']} ({protocol(row)})"
-
-
-def unique(values: Iterable[Any]) -> list[Any]:
+def unique(values: Iterable[T]) -> list[T]:
     """Each value once, in order."""
     return list(dict.fromkeys(values))
 
 
-def studies(rows: Sequence[Row]) -> list[Study]:
-    """The lines by study; those that are neither results nor failures are ignored."""
-    results = [r for r in rows if r.get("kind", "result") == "result"]
-    failures = [r for r in rows if r.get("kind") == "failure"]
-    kinds = unique((r.get("model", ""), r.get("dtype"), r.get("device")) for r in results)
-    # A failure does not say on what device: it goes with the first study of its model.
-    known = {model for model, _, _ in kinds}
-    kinds += [(m, None, None) for m in unique(r.get("model", "") for r in failures) if m not in known]
-    told = differences([(model, {"dtype": dtype, "device": device}) for model, dtype, device in kinds])
-    found, seen = [], set()
-    for kind, said in zip(kinds, told, strict=True):
-        own = [r for r in results if (r.get("model", ""), r.get("dtype"), r.get("device")) == kind]
-        failed = [r for r in failures if r.get("model", "") == kind[0] and kind[0] not in seen]
-        seen.add(kind[0])
-        found.append(_study(f"{kind[0]}{said}", own, failed))
-    return found
+def studies(lines: Sequence[Line]) -> list[Study]:
+    """Group results and failures by study."""
+    results = [line for line in lines if line["kind"] == "result"]
+    failures = [line for line in lines if line["kind"] == "failure"]
+    setups = unique(map(_setup, results))
+    # A failure does not name its device: it goes with the first study of its model.
+    measured = {model for model, _, _ in setups}
+    failed_models = unique(line.get("model", "") for line in failures)
+    setups += [(model, None, None) for model in failed_models if model not in measured]
+    labels = differences([(model, {"dtype": dtype, "device": device}) for model, dtype, device in setups])
+    made, seen = [], set()
+    for setup, label in zip(setups, labels, strict=True):
+        model = setup[0]
+        failed = [line for line in failures if line.get("model", "") == model and model not in seen]
+        seen.add(model)
+        made.append(_study(f"{model}{label}", [r for r in results if _setup(r) == setup], failed))
+    return made
 
 
-def differences(named: Sequence[tuple[str, Row]]) -> list[str]:
-    """What tells each from others of its name: `" (length=512)"`, or nothing where its name does."""
-    found = []
-    for name, own in named:
-        others = [other for namesake, other in named if namesake == name]
-        different = [k for k in own if any(other.get(k, own[k]) != own[k] for other in others)]
-        found.append(f" ({', '.join(f'{k}={own[k]}' for k in different)})" if different else "")
-    return found
+def _setup(line: Line) -> tuple[str, str | None, str | None]:
+    """Model, number type and device."""
+    return line.get("model", ""), line.get("dtype"), line.get("device")
 
 
-def _study(label: str, results: Sequence[Row], failures: Sequence[Row]) -> Study:
-    notes = []
-    shown = _one_shape(results)
-    if len(shown) < len(results):
-        last = next(r for r in reversed(shown) if metric(r) == "cost")
-        notes.append(
-            "Speed was measured on several shapes; the latest is shown, prefill of "
-            f"{last.get('batch_size')} x {last.get('length')} and {last.get('new_tokens')} new tokens."
-        )
-    newest: dict[tuple[str, ...], Row] = {}
-    for row in _named(shown):
-        newest[(*_identity(row), _budget(row), metric(row), task_key(row), str(row.get("seed", 0)))] = row
-    if len(newest) < len(shown):
-        notes.append(
-            f"{len(shown) - len(newest)} lines measure what a later line measures too, the same or with "
-            "settings that lines do not tell; the later ones are shown."
-        )
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in newest.values():
-        groups.setdefault((*_identity(row), _budget(row)), []).append(row)
-    failed: dict[tuple[str, ...], list[Row]] = {}
-    for row in failures:
-        # A failure does not say how it was to be trained: it joins what is there of its method and ratio.
-        own = _identity(row)
-        failed.setdefault(next((key for key in groups if key[:-1] == own), (*own, "")), []).append(row)
+def _study(label: str, results: Sequence[Line], failures: Sequence[Line]) -> Study:
+    shown, notes = _shown(results)
+    groups: dict[tuple[str, ...], list[Line]] = {}
+    for line in shown:
+        groups.setdefault((*_identity(line), _training_key(line)), []).append(line)
+    failed: dict[tuple[str, ...], list[Line]] = {}
+    for line in failures:
+        # A failure does not record its training: it joins the first group of its method and ratio.
+        identity = _identity(line)
+        key = next((key for key in groups if key[:-1] == identity), (*identity, ""))
+        failed.setdefault(key, []).append(line)
     keys = unique([*groups, *failed])
     first = [(groups.get(key) or failed[key])[0] for key in keys]
-    told = differences(list(map(_parameters, first)))
+    labels = differences([(line["name"], _label_settings(line)) for line in first])
     return Study(
         label,
         tuple(
-            Group(f"{row['name']}{said}", tuple(groups.get(key, ())), tuple(failed.get(key, ())))
-            for key, row, said in zip(keys, first, told, strict=True)
+            LineGroup(f"{line['name']}{label}", tuple(groups.get(key, ())), tuple(failed.get(key, ())))
+            for key, line, label in zip(keys, first, labels, strict=True)
         ),
         tuple(notes),
     )
 
 
-def _one_shape(rows: Sequence[Row]) -> list[Row]:
-    """The lines without those of cost that have another shape than the last of them."""
-    shapes = [_measured_on(r) for r in rows if metric(r) == "cost"]
-    return [r for r in rows if metric(r) != "cost" or _measured_on(r) == shapes[-1]]
+def _shown(results: Sequence[Line]) -> tuple[list[Line], list[str]]:
+    """The results to show, the newest of each measurement, and sentences on those left out."""
+    notes = []
+    same_shape = _one_shape(results)
+    if len(same_shape) < len(results):
+        last = of_metric(same_shape, "cost")[-1]
+        notes.append(
+            "Speed was measured on several shapes; the latest is shown: prefill of "
+            f"{last.get('batch_size')} x {last.get('length')} and {last.get('new_tokens')} new tokens."
+        )
+    newest: dict[tuple[str, ...], Line] = {}
+    for line in _with_labelled_tasks(same_shape):
+        measurement = (line["metric"], task_key(line), str(line.get("seed", 0)))
+        newest[(*_identity(line), _training_key(line), *measurement)] = line
+    if len(newest) < len(same_shape):
+        notes.append(
+            f"{len(same_shape) - len(newest)} lines were left out: later lines repeat their measurements, or "
+            "differ only in settings that are not recorded."
+        )
+    return list(newest.values()), notes
 
 
-def _named(rows: Sequence[Row]) -> list[Row]:
-    """The lines, their task named with what tells it from the same one measured otherwise."""
-    kinds = {(metric(r), task_key(r), json.dumps(_measured_on(r))): r for r in rows}
-    named = [(f"{kind} {task}", _measured_on(r)) for (kind, task, _), r in kinds.items()]
-    told = dict(zip(kinds, differences(named), strict=True))
-    return [
-        r | {"task": f"{r['task']}{told[metric(r), task_key(r), json.dumps(_measured_on(r))]}"} for r in rows
-    ]
+def _one_shape(lines: Sequence[Line]) -> list[Line]:
+    """All lines, except those of cost whose shape differs from that of the last one."""
+    costs = of_metric(lines, "cost")
+    return [line for line in lines if line["metric"] != "cost" or _measured(line) == _measured(costs[-1])]
 
 
-def _measured_on(row: Row) -> Row:
-    return {k: row.get(k) for k in _MEASURED_ON.get(metric(row), ())}
+def _with_labelled_tasks(lines: Sequence[Line]) -> list[Line]:
+    """The lines, with tasks labelled where the same one was measured with different settings."""
+
+    def key(line: Line) -> tuple[str, str, str]:
+        return line["metric"], task_key(line), json.dumps(_measured(line))
+
+    kinds = {key(line): _measured(line) for line in lines}
+    labels = differences([(f"{metric} {task}", settings) for (metric, task, _), settings in kinds.items()])
+    label_of = dict(zip(kinds, labels, strict=True))
+    return [{**line, "task": f"{line['task']}{label_of[key(line)]}"} for line in lines]
 
 
-def _identity(row: Row) -> tuple[str, ...]:
-    """What lines that differ in nothing but seed, measurement and training have in common."""
-    method = {k: v for k, v in row["method"].items() if k != "seed"}
-    calibration = json.dumps(row.get("calibration"), sort_keys=True)
-    return row["name"], json.dumps(method, sort_keys=True), repr(float(row["ratio"])), calibration
+def _measured(line: Line) -> Settings:
+    """Settings of the line's measurement."""
+    known: Settings = line
+    return {key: known.get(key) for key in MEASUREMENT_SETTINGS[line["metric"]]}
 
 
-def _budget(row: Row) -> str:
-    training = row.get("training")
-    return json.dumps({k: training.get(k) for k in _BUDGET}) if training else ""
+def _identity(line: Line) -> tuple[str, ...]:
+    """Everything but seed, measurement and training."""
+    method = json.dumps(without_seed(line["method"]), sort_keys=True)
+    calibration = json.dumps(line.get("calibration"), sort_keys=True)
+    return line["name"], method, repr(float(line["ratio"])), calibration
 
 
-def _parameters(row: Row) -> tuple[str, Row]:
-    method = {k: v for k, v in row["method"].items() if k != "seed"}
-    training = {k: v for k, v in (row.get("training") or {}).items() if k in _BUDGET}
-    calibration = {f"calibration {k}": v for k, v in (row.get("calibration") or {}).items()}
-    return row["name"], method | training | calibration
+def _training(line: Line) -> Settings | None:
+    """The settings of the line's training; None without training."""
+    training: Settings | None = line.get("training")
+    return {key: training.get(key) for key in TRAINING_SETTINGS} if training else None
+
+
+def _training_key(line: Line) -> str:
+    training = _training(line)
+    return json.dumps(training) if training else ""
+
+
+def _label_settings(line: Line) -> Settings:
+    """The settings that may appear in the label of the line's group."""
+    settings = {key: value for key, value in without_seed(line["method"]).items() if key != "training"}
+    records = {"training": _training(line), "calibration": line.get("calibration")}
+    return {**settings, **{key: record for key, record in records.items() if record}}

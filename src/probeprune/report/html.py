@@ -1,7 +1,7 @@
-"""One self-contained HTML page: the table, what it says as charts, and who is better than whom.
+"""One self-contained HTML page: the table of results, charts of them, and paired comparisons.
 
-It loads nothing from anywhere and runs one small script, for sorting and the colour scheme. Knows nothing of
-how figures are computed (`summary.py`) or drawn (`pictures.py`).
+It loads nothing from elsewhere and runs one small script, for sorting and the colour scheme. Knows nothing of
+how figures are computed (`summary.py`) or drawn (`page_plots.py`).
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from probeprune.errors import UsageError
-from probeprune.report import charts, pictures
+from probeprune.report import page_plots, svg_charts
 from probeprune.report.columns import Column, Published, best, columns, meanings
 from probeprune.report.comparing import matrices
+from probeprune.report.estimates import prr
 from probeprune.report.facts import facts
-from probeprune.report.palette import COLOURS
-from probeprune.report.reading import Row
-from probeprune.report.summary import Entry, Summary, prr, summarise
+from probeprune.report.palette import COLOURS, style
+from probeprune.report.plot_data import FLOPS, TIME, ratio_label
+from probeprune.report.summary import Entry, Summary, summarise
+from probeprune.result_lines import Line
+from probeprune.stages import MODEL, STAGES
 
 _PAGE = Path(__file__).parent / "page"
 
 
 def write_html(
-    rows: Sequence[Row],
+    lines: Sequence[Line],
     path: Path,
     title: str,
     *,
@@ -34,16 +37,16 @@ def write_html(
     """Write the page.
 
     Args:
-        rows: result lines, from `read_rows` say.
+        lines: result lines, for example from `read_results`.
         path: the file; its folder is made.
-        title: its head.
-        published: figures to show beside ours.
+        title: the page's heading.
+        published: figures to show beside the measured ones.
         problems: sentences about lines that could not be used, shown at the end.
 
     Raises:
-        UsageError: no result among the rows.
+        UsageError: no result among the lines.
     """
-    results = [r for r in rows if r.get("kind", "result") == "result"]
+    results = [line for line in lines if line["kind"] == "result"]
     if not results:
         raise UsageError("there is no result to make a page of; run `probeprune compare` first.")
     environment = Environment(
@@ -56,21 +59,39 @@ def write_html(
     page = environment.get_template("page.html.j2").render(
         title=title,
         facts=facts(results),
-        studies=[_study(s, published) for s in summarise(rows)],
-        settings=[{k: v for k, v in r.items() if k != "kind"} for r in rows if r.get("kind") == "settings"],
+        studies=[_study(summary, published) for summary in summarise(lines)],
         problems=problems,
-        colours=COLOURS,
-        style=Markup((_PAGE / "page.css").read_text(encoding="utf-8")),
+        heat_levels=svg_charts.LEVELS,
+        style=Markup(style_sheet()),
         script=Markup((_PAGE / "page.js").read_text(encoding="utf-8")),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 
 
+def style_sheet() -> str:
+    """The page's CSS: `page.css`, and the colours of methods, stages and heat maps from their one source."""
+    rules = [(_PAGE / "page.css").read_text(encoding="utf-8")]
+    for series in range(len(COLOURS)):
+        drawn = style(series)
+        dashes = " ".join(map(str, drawn.dashes)) or "none"
+        rules.append(f".s{series} {{ --c: light-dark({drawn.light}, {drawn.dark}); --dashes: {dashes}; }}")
+    for stage in (MODEL, *STAGES):
+        colour = f"light-dark({stage.light}, {stage.dark})"
+        rules.append(f".{stage.name} {{ fill: {colour}; background: {colour}; }}")
+    for level in range(1, svg_charts.LEVELS + 1):
+        rules.append(f".f{level} {{ fill: var(--heat); fill-opacity: {level / svg_charts.LEVELS:g}; }}")
+    return "\n".join(rules)
+
+
 def _study(summary: Summary, published: Published | None) -> dict[str, Any]:
-    """What the page shows of one model, by the template's names."""
-    ratios = {f"{r:.0%}" if r else "": own for r, own in summary.ratios.items()}
+    """The part of the page about one model, by the names that the template uses."""
+    pruned = {f"{ratio:.0%}": entries for ratio, entries in summary.ratios.items() if ratio}
     shown = columns([summary], published)
+    quality = {
+        axis: [page_plots.quality_plot(summary, t, axis) for t in summary.texts] for axis in (FLOPS, TIME)
+    }
+    units = [(r, [page_plots.units_map(e) for e in entries]) for r, entries in pruned.items()]
     return {
         "model": summary.model,
         "notes": summary.notes,
@@ -78,67 +99,65 @@ def _study(summary: Summary, published: Published | None) -> dict[str, Any]:
         "columns": shown,
         "meanings": meanings(shown),
         "groups": _groups(summary, shown),
-        "legend": pictures.legend(summary),
-        "by_flops": [f for t in summary.texts if (f := pictures.by_flops(summary, t))],
-        "by_time": [f for t in summary.texts if (f := pictures.by_time(summary, t))],
-        "tasks": [pictures.task(summary, t) for t in summary.tasks],
-        "comparisons": [(r, found) for r, own in ratios.items() if r and (found := matrices(summary, own))],
+        "legend": page_plots.series_legend(summary),
+        "by_flops": list(filter(None, quality[FLOPS])),
+        "by_time": list(filter(None, quality[TIME])),
+        "tasks": [page_plots.task_plot(summary, task) for task in summary.tasks],
+        "comparisons": [(r, made) for r, entries in pruned.items() if (made := matrices(summary, entries))],
         "prr": _prr_table(summary),
-        "kept": [
-            (r, maps)
-            for r, own in ratios.items()
-            if (maps := [f for e in own if (f := pictures.kept_units(e))])
-        ],
-        "stages": pictures.stages(summary),
-        "stage_names": [("rest", "the model itself"), *pictures.STAGES],
+        "units": [(ratio, maps) for ratio, all_maps in units if (maps := list(filter(None, all_maps)))],
+        "stages": page_plots.stages_plot(summary),
+        "stage_names": [(stage.name, stage.label) for stage in (MODEL, *STAGES)],
     }
 
 
 def _groups(summary: Summary, shown: Sequence[Column]) -> list[dict[str, Any]]:
-    """The table's rows by ratio: (column, cell, whether it is the ratio's best), and what failed."""
+    """The table's rows by ratio, cells as (column, cell, whether it is the ratio's best), and failures."""
     groups = []
     for ratio, entries in summary.ratios.items():
-        numbers = [summary.entries.index(e) for e in entries if e.rows]
-        tops = {c.key: best(c, numbers) if ratio else set() for c in shown}
+        indices = [summary.entries.index(e) for e in entries if e.lines]
+        winners = {c.key: best(c, indices) if ratio else set() for c in shown}
         groups.append(
             {
-                "head": f"{ratio:.0%} pruned" if ratio else "not pruned",
-                "rows": [[(c, c.cells[i], i in tops[c.key]) for c in shown] for i in numbers],
-                "failures": [(e, f) for e in entries for f in e.failures],
+                "heading": ratio_label(ratio),
+                "rows": [[(c, c.cells[i], i in winners[c.key]) for c in shown] for i in indices],
+                "failures": [(e, failure) for e in entries for failure in e.failures],
             }
         )
     return groups
 
 
 def _highlights(summary: Summary) -> list[dict[str, Any]]:
-    """Dense, and at each ratio the best entry that needs fewer FLOPs than dense, on the first text."""
-    found = []
+    """On the first text: dense, and at each ratio the best entry that needs fewer FLOPs than dense."""
+    highlights = []
     for text in summary.texts[:1]:
         for ratio, entries in summary.ratios.items():
-            known = [e for e in entries if text in e.perplexity and (e.dense if ratio == 0 else _cheaper(e))]
-            if known:
-                entry = min(known, key=lambda e: e.perplexity[text].value)
-                found.append(
+            measured = [e for e in entries if text in e.quality.perplexity]
+            candidates = [e for e in measured if (_is_cheaper(e) if ratio else e.dense)]
+            if candidates:
+                entry = min(candidates, key=lambda e: e.quality.perplexity[text].value)
+                highlights.append(
                     {
                         "label": entry.label,
                         "ratio": f"{ratio:.0%}" if ratio else "",
-                        "glyph": charts.glyph(pictures.series(summary, entry)),
-                        "value": f"{entry.perplexity[text].value:.1f}",
-                        "said": f"perplexity on {text}" if entry.dense else _said(entry, text),
+                        "glyph": svg_charts.glyph(summary.series(entry)),
+                        "value": f"{entry.quality.perplexity[text].value:.1f}",
+                        "words": f"perplexity on {text}" if entry.dense else _beside_dense(entry, text),
                     }
                 )
-    return found
+    return highlights
 
 
-def _cheaper(entry: Entry) -> bool:
-    return entry.flops_share is not None and entry.flops_share < 1
+def _is_cheaper(entry: Entry) -> bool:
+    return entry.cost.flops_share is not None and entry.cost.flops_share < 1
 
 
-def _said(entry: Entry, text: str) -> str:
-    factor, speed = entry.over_dense.get(text), entry.prefill
+def _beside_dense(entry: Entry, text: str) -> str:
+    """Quality and cost of an entry in a few words."""
+    factor, share, speed = entry.quality.over_dense.get(text), entry.cost.flops_share, entry.cost.prefill
     parts = [
         "" if factor is None else f"{factor.value:.2f} times dense",
-        "" if entry.flops_share is None else f"{100 * entry.flops_share:.1f}% of the FLOPs",
+        "" if share is None else f"{100 * share:.1f}% of the FLOPs",
         "" if speed is None else f"{speed.value:.2f}x as fast",
     ]
     return ", ".join(filter(None, parts))
@@ -147,17 +166,17 @@ def _said(entry: Entry, text: str) -> str:
 def _prr_table(summary: Summary) -> dict[str, Any] | None:
     """PRR of every entry whose time was measured: by text, and by protocol for accuracy."""
     dense = summary.dense
-    timed = [e for e in summary.entries if e.prefill and not e.dense]
+    timed = [e for e in summary.entries if e.cost.prefill and not e.dense]
     if not timed or dense is None:
         return None
     rows = []
     for entry in timed:
-        lost = [summary.lost(entry, t) for t in summary.texts]
+        lost = [summary.perplexity_lost(entry, text) for text in summary.texts]
         for protocol in summary.protocols:
-            ours, theirs = entry.mean_accuracy.get(protocol), dense.mean_accuracy.get(protocol)
+            ours, theirs = (e.quality.mean_accuracy.get(protocol) for e in (entry, dense))
             lost.append(100 * (theirs.value - ours.value) if ours and theirs else None)
-        found = [None if x is None else prr(x, entry.prefill) for x in lost]
-        saved = 100 * (1 - 1 / entry.prefill.value) if entry.prefill else 0.0
-        rows.append((entry, f"{saved:.1f}%", ["-" if f is None else f"{f:.1f}" for f in found]))
-    heads = [f"perplexity, {t}" for t in summary.texts]
-    return {"heads": [*heads, *(f"mean accuracy, points, {p}" for p in summary.protocols)], "rows": rows}
+        ratios = [None if value is None else prr(value, entry.cost.prefill) for value in lost]
+        saved = 100 * (1 - 1 / entry.cost.prefill.value) if entry.cost.prefill else 0.0
+        rows.append((entry, f"{saved:.1f}%", ["-" if r is None else f"{r:.1f}" for r in ratios]))
+    texts = [f"perplexity, {text}" for text in summary.texts]
+    return {"headers": [*texts, *(f"mean accuracy, points, {p}" for p in summary.protocols)], "rows": rows}

@@ -1,8 +1,8 @@
 """Is one method better than another on the same windows or items? Bootstrap intervals of paired differences.
 
 Windows differ far more from each other than methods do on one window, so both methods are resampled together.
-What is drawn again is the text, not the seed: an interval says what other text of the kind would have given.
-Knows nothing of models.
+The bootstrap resamples text, not seeds: an interval covers other text of the same kind. Knows nothing of
+models.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ class Comparison:
 
     @property
     def inverse(self) -> "Comparison":
-        """The other way round."""
+        """The second compared with the first."""
         return Comparison(1 / self.factor, 1 / self.high, 1 / self.low)
 
     @property
     def verdict(self) -> int:
-        """1: the first is better, -1: the second is, 0: the interval does not say."""
+        """1: the first is better; -1: the second is better; 0: the interval includes no difference."""
         return (self.high < 1) - (self.low > 1)
 
 
@@ -45,12 +45,12 @@ class Difference:
 
     @property
     def inverse(self) -> "Difference":
-        """The other way round."""
+        """The second compared with the first."""
         return Difference(-self.points, -self.high, -self.low)
 
     @property
     def verdict(self) -> int:
-        """1: the first is better, -1: the second is, 0: the interval does not say."""
+        """1: the first is better; -1: the second is better; 0: the interval includes no difference."""
         return (self.low > 0) - (self.high < 0)
 
 
@@ -63,11 +63,11 @@ def paired_bootstrap(
         a_losses, b_losses: mean loss of each window in nats, (windows,), or (seeds, windows) where the two
             were run with several seeds; each window is then paired within its seed, a window is drawn for all
             seeds at once, and the factor is the geometric mean over seeds.
-        samples: bootstrap samples.
-        seed: draws them.
+        samples: number of bootstrap samples.
+        seed: of the bootstrap.
 
     Raises:
-        UsageError: losses that are not of the same windows, or fewer than two.
+        UsageError: the two sides have different windows, or fewer than two.
     """
     a, b = np.atleast_2d(np.asarray(a_losses, float)), np.atleast_2d(np.asarray(b_losses, float))
     if a.shape != b.shape or a.shape[1] < 2:
@@ -93,11 +93,11 @@ def paired_accuracy(
     Args:
         a_correct, b_correct: by task, a string of 0 and 1 for each seed, one character an item. Items are
             drawn within their task, and every task weighs alike.
-        samples: bootstrap samples.
-        seed: draws them.
+        samples: number of bootstrap samples.
+        seed: of the bootstrap.
 
     Raises:
-        UsageError: tasks, seeds or items that differ, or no task.
+        UsageError: the two sides have different tasks, seeds or items, or no task.
     """
     if not a_correct or a_correct.keys() != b_correct.keys():
         raise UsageError("a paired comparison of accuracies needs the same one or more tasks on both sides.")
@@ -107,8 +107,8 @@ def paired_accuracy(
         a, b = (_bits(task, side[task]) for side in (a_correct, b_correct))
         if a.shape != b.shape:
             raise UsageError(f"task {task!r} was not run on the same items and seeds by both methods.")
-        # An item's difference takes few values, so how often each is drawn is all that a sample needs: the
-        # same distribution as drawing thousands of items one by one.
+        # An item's difference takes few values, so a sample only needs how often each is drawn: the same
+        # distribution as drawing thousands of items one by one.
         values, counts = np.unique((a - b).mean(0), return_counts=True)
         items = counts.sum()
         mean += float(values @ counts) / items
@@ -118,7 +118,7 @@ def paired_accuracy(
 
 
 def _bits(task: str, seeds: Sequence[str]) -> NDArray[np.float64]:
-    """(seeds, items), 0 or 1."""
+    """Array (seeds, items) of 0 and 1."""
     lengths = {len(s) for s in seeds}
     if len(lengths) != 1 or 0 in lengths or set("".join(seeds)) - {"0", "1"}:
         raise UsageError(f"task {task!r} needs one 0 or 1 an item, for the same items with every seed.")

@@ -1,41 +1,43 @@
-"""Result lines from a file, whatever has happened to it. Knows nothing of what the lines mean to a reader."""
+"""Read result lines from a file, and refuse those that could not be shown."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from probeprune.errors import UsageError
-from probeprune.files import RESULTS, Row, read_lines
+from probeprune.files import RESULTS, read_lines
+from probeprune.result_lines import Line
 
 _NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
-_PARTS: dict[str, type | tuple[type, ...]] = {
-    "model": str,
-    "seed": int,
-    "removed_share": (int, float),
-    "training": (dict, type(None)),
-    "losses": list,
-    "units": list,
-    "correct": str,
-    "prefill": dict,
-    "decode": dict,
-    "stages": dict,
-    "versions": dict,
+TYPES: Mapping[str, tuple[type | tuple[type, ...], str]] = {
+    "model": (str, "a string"),
+    "seed": (int, "a whole number"),
+    "removed_share": ((int, float), "a number"),
+    "training": ((dict, type(None)), "a record or null"),
+    "losses": (list, "a list"),
+    "units": (list, "a list"),
+    "correct": (str, "a string"),
+    "prefill": (dict, "a record"),
+    "decode": (dict, "a record"),
+    "stages": (dict, "a record"),
+    "versions": (dict, "a record"),
 }
-"""What optional parts are, where they are there."""
+"""Types of optional keys, and their names in messages."""
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """The lines of a run, and one sentence for every line that could not be used.
+def read_results(path: Path) -> tuple[list[Line], list[str]]:
+    """Read the lines of a run; returns them, and a sentence for every line that could not be used.
 
-    Of lines with the same key the last counts: a failure that was mended is gone.
+    Of lines with the same key the last counts, so a later result replaces a failure.
 
     Args:
         path: a folder that holds `results.jsonl`, or such a file.
 
     Raises:
-        UsageError: no such file, one that cannot be read, or no result in it.
+        UsageError: the file does not exist, cannot be read, or holds no result.
     """
     file = path / RESULTS if path.is_dir() else path
     try:
@@ -44,43 +46,51 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         raise UsageError(f"{file} does not exist; give the folder of a run, or its {RESULTS}.") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror}).") from error
-    lines, wrong = read_lines(raw, _check)
+    numbered, refused = read_lines(raw, _check)
     problems = [
-        f"{file}, line {n} was left out: {'not JSON' if isinstance(e, _NOT_JSON) else e}." for n, e in wrong
+        f"{file}, line {n} was left out: {'not JSON' if isinstance(e, _NOT_JSON) else e}." for n, e in refused
     ]
-    rows: dict[object, Row] = {}
-    for number, row in lines:
-        key = row.get("key", number)
-        rows.pop(key, None)  # so that it moves to where the newer line is
-        rows[key] = row
-    if not any(r["kind"] == "result" for r in rows.values()):
-        failed = f" ({len(rows)} lines of other kinds)" if rows else ""
+    lines: dict[object, Line] = {}
+    for position, line in numbered:
+        key = line.get("key", position)
+        lines.pop(key, None)  # so that it takes the place of the newer line
+        lines[key] = line
+    if not any(line["kind"] == "result" for line in lines.values()):
+        failed = f" (only {len(lines)} failures)" if lines else ""
         raise UsageError(f"{file} holds no results{failed}; run `probeprune compare` to make some.")
-    return list(rows.values()), problems
+    return list(lines.values()), problems
 
 
-def _check(row: Any) -> None:
-    """Raise `ValueError` for what cannot be shown."""
-    kind = row.get("kind") if isinstance(row, dict) else None
-    if kind == "settings":
-        return
+def _check(line: Any) -> None:
+    """Raise `ValueError` for a line that cannot be shown."""
+    kind = line.get("kind") if isinstance(line, dict) else None
     if kind not in ("result", "failure"):
-        raise ValueError(f"neither a result nor a failure but {kind!r}")
-    for part in ("name", "method", "ratio", *(("task", "metric") if kind == "result" else ("error",))):
-        if part not in row:
-            raise ValueError(f"{part!r} is missing")
-    if not isinstance(row["method"], dict) or "when" not in row["method"]:
-        raise ValueError("'method' does not say when it prunes")
-    if not _finite(row["ratio"]):
+        raise ValueError(f"its kind is {kind!r}, neither 'result' nor 'failure'")
+    for key in ("name", "method", "ratio", *(("task", "metric") if kind == "result" else ("error",))):
+        if key not in line:
+            raise ValueError(f"{key!r} is missing")
+    if not isinstance(line["method"], dict) or "when" not in line["method"]:
+        raise ValueError("'method' has no 'when'")
+    if not _is_finite(line["ratio"]):
         raise ValueError("'ratio' is not a number")
-    if kind == "result" and row["metric"] != "cost" and not _finite(row.get("value")):
+    if kind == "result":
+        _check_value(line)
+    for key, (types, words) in TYPES.items():
+        if key in line and not isinstance(line[key], types):
+            raise ValueError(f"{key!r} is not {words}")
+
+
+def _check_value(line: Mapping[str, Any]) -> None:
+    metric, value = line["metric"], line.get("value")
+    if metric not in ("perplexity", "accuracy", "cost"):
+        raise ValueError(f"unknown metric {metric!r}")
+    if metric != "cost" and not _is_finite(value):
         raise ValueError("'value' is not a finite number")
-    if kind == "result" and row["metric"] == "perplexity" and row["value"] <= 0:
-        raise ValueError("a perplexity is above 0")
-    for part, kinds in _PARTS.items():
-        if part in row and not isinstance(row[part], kinds):
-            raise ValueError(f"{part!r} is not what it should be")
+    if metric == "perplexity" and line["value"] <= 0:
+        raise ValueError("a perplexity must be above 0")
+    if metric == "accuracy" and "protocol" not in line:
+        raise ValueError("'protocol' is missing")
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

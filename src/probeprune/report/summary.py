@@ -4,103 +4,124 @@ Knows nothing of how entries are shown.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
-from probeprune.report.grouping import Group, Study, is_dense, metric, protocol, studies, task_key, unique
-from probeprune.report.reading import Row
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and how sure it is.
-
-    Attributes:
-        value: mean over seeds.
-        spread: with several seeds the standard deviation over them; with one, the standard error over windows
-            or items, which is another thing. None where it is unknown.
-        seeds: how many.
-    """
-
-    value: float
-    spread: float | None = None
-    seeds: int = 1
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Measured speed over dense: the median of interleaved rounds, and the range of the rounds."""
-
-    value: float
-    low: float
-    high: float
+from probeprune.report.estimates import (
+    Estimate,
+    Speed,
+    estimate,
+    factor_over,
+    mean,
+    mean_accuracy,
+    prr,
+    with_any,
+)
+from probeprune.report.grouping import (
+    LineGroup,
+    Study,
+    is_dense_line,
+    of_metric,
+    studies,
+    task_key,
+    unique,
+)
+from probeprune.result_lines import Line, MethodRecord, TrainingRecord
 
 
 @dataclass(frozen=True)
-class Failure:
-    """What could not be measured, and the sentence that says why."""
+class FailedMeasurement:
+    """The text or task, empty where unknown, and the sentence that says why it failed."""
 
     task: str
     error: str
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of the table. Shares are of the dense model's; None or a missing key is not measured.
+class Quality:
+    """How good a model is. A missing key was not measured.
 
     Attributes:
-        model, name, ratio: as in the result lines; `label` also tells methods of one name apart.
-        method, training: all parameters of the first of its lines.
+        perplexity: by text.
+        over_dense: by text, the factor over dense on the same windows.
+        accuracy: by task, a share of 1; tasks under the published protocol have keys of their own.
+        mean_accuracy: by protocol, over all tasks that any entry was measured on under it.
+    """
+
+    perplexity: dict[str, Estimate]
+    over_dense: dict[str, Estimate]
+    accuracy: dict[str, Estimate]
+    mean_accuracy: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a model. Shares are of the dense model's; None was not measured.
+
+    Attributes:
+        removed_share: of all blocks' parameters.
+        flops_share: of the decoder, the probe included.
+        probe_flops_share: of the probe, over all dense blocks.
+        prefill, decode: speed, from interleaved rounds.
+        throughput_ratio: tokens per second over dense while perplexity was measured, one after the other.
+        memory: peak in bytes.
+        memory_over_dense: peak over dense.
+        kv_cache_share: of its bytes.
+        stages: shares of the prefill time by stage of a dynamic method.
+    """
+
+    removed_share: float | None
+    flops_share: float | None
+    probe_flops_share: float | None
+    prefill: Speed | None
+    decode: Speed | None
+    throughput_ratio: float | None
+    memory: float | None
+    memory_over_dense: float | None
+    kv_cache_share: float | None
+    stages: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table.
+
+    Attributes:
+        model, name, ratio: as in the result lines.
+        label: the name, with settings where several methods share it.
+        method, training: all settings of the first of its lines.
         dense: whether it is the unpruned, untrained model.
         seeds: the seeds it was run with.
-        perplexity, over_dense: by text; the second is the factor over dense on the same windows.
-        accuracy: by task, a share of 1; tasks under the published protocol are keyed apart.
-        mean_accuracy: by protocol, over all tasks that anything here was measured on under it.
-        prefill, decode: from interleaved rounds.
-        speed_in_passing: tokens per second over dense while perplexity was measured, one after the other.
-        memory: peak in bytes.
-        rows: its lines.
+        lines: its result lines.
     """
 
     model: str
     name: str
     label: str
     ratio: float
-    method: Row
-    training: Row | None
+    method: MethodRecord
+    training: TrainingRecord | None
     dense: bool
     seeds: tuple[int, ...]
-    removed_share: float | None
-    perplexity: dict[str, Estimate]
-    over_dense: dict[str, Estimate]
-    accuracy: dict[str, Estimate]
-    mean_accuracy: dict[str, Estimate]
-    flops_share: float | None
-    probe_flops_share: float | None
-    prefill: Speed | None
-    decode: Speed | None
-    speed_in_passing: float | None
-    memory: float | None
-    memory_over_dense: float | None
-    kv_cache_share: float | None
-    stages: dict[str, float]
-    failures: tuple[Failure, ...]
-    rows: tuple[Row, ...]
+    quality: Quality
+    cost: Cost
+    failures: tuple[FailedMeasurement, ...]
+    lines: tuple[Line, ...]
 
     @property
-    def name_and_ratio(self) -> str:
-        """For people: `probe 40%`."""
+    def title(self) -> str:
+        """Label and ratio: `probe 40%`."""
         return f"{self.label} {self.ratio:.0%}" if self.ratio else self.label
 
-    def on(self, text: str) -> list[Row]:
-        """Its lines of perplexity on that text."""
-        return [r for r in self.rows if metric(r) == "perplexity" and r["task"] == text]
+    def on_text(self, text: str) -> list[Line]:
+        """Its perplexity lines on that text."""
+        return [line for line in of_metric(self.lines, "perplexity") if line["task"] == text]
 
-    def at(self, task: str) -> list[Row]:
-        """Its lines of accuracy under that key."""
-        return [r for r in self.rows if metric(r) == "accuracy" and task_key(r) == task]
+    def on_task(self, task: str) -> list[Line]:
+        """Its accuracy lines with that key."""
+        return [line for line in of_metric(self.lines, "accuracy") if task_key(line) == task]
 
 
 @dataclass(frozen=True)
@@ -108,9 +129,10 @@ class Summary:
     """All entries of one model: dense first, then by ratio, each ratio best last.
 
     Attributes:
-        labels: of the methods, dense left out, in order of measuring.
-        texts: what perplexity was measured on, likewise.
-        protocols: keys of `Entry.accuracy` by the protocol they were run under, likewise.
+        model: its label.
+        labels: of the methods, without dense, in order of measuring.
+        texts: the texts of perplexity, in order of measuring.
+        protocols: keys of `Quality.accuracy` by protocol, in order of measuring.
         notes: sentences on lines that are not shown.
     """
 
@@ -123,8 +145,8 @@ class Summary:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """All keys of `Entry.accuracy`."""
-        return tuple(t for own in self.protocols.values() for t in own)
+        """All keys of `Quality.accuracy`."""
+        return tuple(task for tasks in self.protocols.values() for task in tasks)
 
     @property
     def dense(self) -> Entry | None:
@@ -133,135 +155,81 @@ class Summary:
 
     @property
     def ratios(self) -> dict[float, list[Entry]]:
-        """Entries by ratio; 0 holds the dense model, also trained."""
+        """Entries by ratio; 0 holds the dense model, trained or not."""
         return {r: [e for e in self.entries if e.ratio == r] for r in unique(e.ratio for e in self.entries)}
 
+    def series(self, entry: Entry) -> int | None:
+        """The index of the entry's method, which decides its style; None is dense."""
+        return None if entry.dense else self.labels.index(entry.label)
+
     def records(self) -> list[dict[str, Any]]:
-        """All entries as JSON has them, without their lines and with their PRR by text."""
-        return [
-            {k: v for k, v in asdict(e).items() if k != "rows"}
-            | {"prr": {t: prr(lost, e.prefill) for t in self.texts if (lost := self.lost(e, t)) is not None}}
-            for e in self.entries
-        ]
+        """All entries as flat JSON objects, without their lines and with their PRR by text."""
+        return [self._record(entry) for entry in self.entries]
 
-    def lost(self, entry: Entry, text: str) -> float | None:
-        """Perplexity of the entry above dense."""
-        if (
-            self.dense is None
-            or entry.dense
-            or not {text} <= entry.perplexity.keys() & self.dense.perplexity.keys()
-        ):
+    def _record(self, entry: Entry) -> dict[str, Any]:
+        record = asdict(entry)
+        del record["lines"]
+        quality, cost = record.pop("quality"), record.pop("cost")
+        lost = {text: self.perplexity_lost(entry, text) for text in self.texts}
+        ratios = {text: prr(value, entry.cost.prefill) for text, value in lost.items() if value is not None}
+        return {**record, **quality, **cost, "prr": ratios}
+
+    def perplexity_lost(self, entry: Entry, text: str) -> float | None:
+        """Perplexity of the entry above dense; None for dense, and where one of them was not measured."""
+        if self.dense is None or entry.dense:
             return None
-        return entry.perplexity[text].value - self.dense.perplexity[text].value
+        ours, theirs = entry.quality.perplexity.get(text), self.dense.quality.perplexity.get(text)
+        return None if ours is None or theirs is None else ours.value - theirs.value
 
 
-def summarise(rows: Sequence[Row]) -> list[Summary]:
+def summarise(lines: Sequence[Line]) -> list[Summary]:
     """One summary for each model in the lines, and number type and device where there are several."""
-    return [_summary(study) for study in studies(rows)]
-
-
-def paired_factor(row: Row, other: Row) -> tuple[float, float]:
-    """Perplexity over another's on the same windows, and its standard error.
-
-    Windows differ far more from each other than methods do on one window, so the error is that of the mean
-    difference of losses, window by window (delta method). NaN where that cannot be known.
-    """
-    factor = row["value"] / other["value"]
-    a, b = row.get("losses", []), other.get("losses", [])
-    if len(a) != len(b) or len(a) < 2:
-        return factor, math.nan
-    return factor, factor * stdev(x - y for x, y in zip(a, b, strict=True)) / math.sqrt(len(a))
-
-
-def pairs(rows: Sequence[Row], others: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Lines of one task matched by seed; what was run once, having nothing to draw, goes with every seed."""
-    a, b = ({r.get("seed", 0): r for r in side} for side in (rows, others))
-    if len(a) == 1 and len(b) > 1:
-        return [(rows[0], other) for other in others]
-    if len(b) == 1 and len(a) > 1:
-        return [(row, others[0]) for row in rows]
-    return [(a[seed], b[seed]) for seed in a if seed in b]
-
-
-def prr(lost: float, speed: Speed | None) -> float | None:
-    """PRR, Probe Pruning's measure of cost: performance lost per share of run time saved; lower is better.
-
-    None where no time was saved or none was measured.
-
-    Args:
-        lost: perplexity above dense, or points of accuracy below it.
-        speed: measured prefill speed over dense; 1.25 saves a fifth of the time.
-    """
-    return None if speed is None or speed.value <= 1 else lost / (1 - 1 / speed.value)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points no other beats: at most as much in both coordinates, and less in one."""
-    front: list[int] = []
-    best = math.inf
-    for i in sorted(range(len(points)), key=lambda i: points[i]):
-        if points[i][1] < best or (front and points[front[-1]] == points[i]):
-            front.append(i)
-            best = points[i][1]
-    return sorted(front)
+    return [_summary(study) for study in studies(lines)]
 
 
 def _summary(study: Study) -> Summary:
-    results = [r for group in study.groups for r in group.rows]
-    accuracies = [r for r in results if metric(r) == "accuracy"]
-    shared = _Shared(
-        texts=tuple(unique(r["task"] for r in results if metric(r) == "perplexity")),
-        tasks={
-            name: tuple(unique(task_key(r) for r in accuracies if protocol(r) == name))
-            for name in unique(map(protocol, accuracies))
+    results = [line for group in study.groups for line in group.results]
+    accuracies = of_metric(results, "accuracy")
+    context = _Context(
+        texts=tuple(unique(line["task"] for line in of_metric(results, "perplexity"))),
+        protocols={
+            name: tuple(unique(task_key(line) for line in accuracies if line["protocol"] == name))
+            for name in unique(line["protocol"] for line in accuracies)
         },
-        dense=tuple(r for r in results if is_dense(r)),
-        interleaved=any(metric(r) == "cost" for r in results),
+        dense=tuple(line for line in results if is_dense_line(line)),
+        interleaved=bool(of_metric(results, "cost")),
     )
-    entries = [_entry(group, shared) for group in study.groups]
+    entries = [_entry(group, context) for group in study.groups]
     labels = unique(e.label for e in entries if not e.dense)
-    for text in shared.texts[:1]:
-        entries.sort(key=lambda e: -e.perplexity[text].value if text in e.perplexity else -math.inf)
+    for text in context.texts[:1]:
+        entries.sort(key=lambda e: _worst_first(e, text))
     entries.sort(key=lambda e: (not e.dense, e.ratio))
-    return Summary(study.label, tuple(entries), tuple(labels), shared.texts, shared.tasks, study.notes)
+    return Summary(study.label, tuple(entries), tuple(labels), context.texts, context.protocols, study.notes)
+
+
+def _worst_first(entry: Entry, text: str) -> float:
+    found = entry.quality.perplexity.get(text)
+    return -math.inf if found is None else -found.value
 
 
 @dataclass(frozen=True)
-class _Shared:
-    """What an entry needs to know of the others."""
+class _Context:
+    """Facts about the whole study that every entry needs.
+
+    Attributes:
+        texts, protocols: as in `Summary`.
+        dense: lines of the dense model.
+        interleaved: whether cost was measured in rounds interleaved with dense.
+    """
 
     texts: tuple[str, ...]
-    tasks: dict[str, tuple[str, ...]]
-    dense: tuple[Row, ...]
+    protocols: dict[str, tuple[str, ...]]
+    dense: tuple[Line, ...]
     interleaved: bool
 
 
-def _entry(group: Group, shared: _Shared) -> Entry:
-    rows = group.rows
-    first = (*rows, *group.failures)[0]
-    on = {text: [r for r in rows if metric(r) == "perplexity" and r["task"] == text] for text in shared.texts}
-    dense_on = {
-        text: [r for r in shared.dense if metric(r) == "perplexity" and r["task"] == text] for text in on
-    }
-    texts = [r for own in on.values() for r in own]
-    costs = [r for r in rows if metric(r) == "cost"]
-    by_task: dict[str, list[Row]] = {}
-    for row in rows:
-        if metric(row) == "accuracy":
-            by_task.setdefault(task_key(row), []).append(row)
-    flops = [
-        row["flops_per_token"] / other["flops_per_token"]
-        for text, own in on.items()
-        for row, other in _with_any(own, dense_on[text])
-        if "flops_per_token" in row and "flops_per_token" in other
-    ]
-    passing = [
-        row["tokens_per_second"] / other["tokens_per_second"]
-        for text, own in on.items()
-        for row, other in _with_any(own, dense_on[text])
-        if "tokens_per_second" in row and "tokens_per_second" in other
-    ]
-    memory = _known(costs if shared.interleaved else texts, "peak_memory")
+def _entry(group: LineGroup, context: _Context) -> Entry:
+    first = (*group.results, *group.failures)[0]
     return Entry(
         model=first.get("model", ""),
         name=first["name"],
@@ -269,81 +237,89 @@ def _entry(group: Group, shared: _Shared) -> Entry:
         ratio=first["ratio"],
         method=first["method"],
         training=first.get("training"),
-        dense=is_dense(first),
-        seeds=tuple(sorted({r.get("seed", 0) for r in [*rows, *group.failures]})),
-        removed_share=_mean(_known(rows, "removed_share")),
-        perplexity={t: _estimate(own) for t, own in on.items() if own},
-        over_dense={
-            t: factor
-            for t, own in on.items()
-            if not is_dense(first) and (factor := _factor(own, dense_on[t]))
-        },
-        accuracy={t: _estimate(own) for t, own in by_task.items()},
-        mean_accuracy={p: mean for p, names in shared.tasks.items() if (mean := _mean_accuracy(rows, names))},
-        flops_share=_mean(flops) if flops else _mean(_known(costs, "flops_share")),
-        probe_flops_share=_mean(_known(texts, "probe_flops_share")),
-        prefill=_speed(costs, "prefill"),
-        decode=_speed(costs, "decode"),
-        speed_in_passing=_mean(passing),
-        memory=max(memory, default=None),
-        memory_over_dense=_mean(_known(costs, "memory_over_dense")),
-        kv_cache_share=_mean(_known(costs, "kv_cache_share")),
-        stages=next((r["stages"] for r in costs if r.get("stages")), {}),
-        failures=tuple(unique(Failure(r.get("task") or "", str(r["error"])) for r in group.failures)),
-        rows=rows,
+        dense=is_dense_line(first),
+        seeds=tuple(sorted({line.get("seed", 0) for line in [*group.results, *group.failures]})),
+        quality=_quality(group.results, context),
+        cost=_cost(group.results, context),
+        failures=tuple(unique(FailedMeasurement(f.get("task", ""), str(f["error"])) for f in group.failures)),
+        lines=group.results,
     )
 
 
-def _estimate(rows: Sequence[Row]) -> Estimate:
-    return _over_seeds([r["value"] for r in rows], rows[0].get("standard_error"))
+def _by_text(lines: Sequence[Line], texts: Sequence[str]) -> dict[str, list[Line]]:
+    """Perplexity lines by text."""
+    perplexities = of_metric(lines, "perplexity")
+    return {text: [line for line in perplexities if line["task"] == text] for text in texts}
 
 
-def _over_seeds(values: Sequence[float], error: float | None) -> Estimate:
-    """The estimate from one value a seed; `error` is that of the only one."""
-    if len(values) > 1:
-        return Estimate(fmean(values), stdev(values), len(values))
-    return Estimate(values[0], None if error is None or not math.isfinite(error) else error)
+def _quality(lines: Sequence[Line], context: _Context) -> Quality:
+    by_text, dense = _by_text(lines, context.texts), _by_text(context.dense, context.texts)
+    by_task: dict[str, list[Line]] = {}
+    for line in of_metric(lines, "accuracy"):
+        by_task.setdefault(task_key(line), []).append(line)
+    factors = {
+        text: factor_over(own, dense[text])
+        for text, own in by_text.items()
+        if not any(map(is_dense_line, own))
+    }
+    means = {p: mean_accuracy([by_task.get(t, []) for t in tasks]) for p, tasks in context.protocols.items()}
+    return Quality(
+        perplexity={text: estimate(own) for text, own in by_text.items() if own},
+        over_dense={text: factor for text, factor in factors.items() if factor is not None},
+        accuracy={task: estimate(own) for task, own in by_task.items()},
+        mean_accuracy={protocol: found for protocol, found in means.items() if found is not None},
+    )
 
 
-def _factor(rows: Sequence[Row], dense: Sequence[Row]) -> Estimate | None:
-    if matched := pairs(rows, dense):
-        factors = [paired_factor(row, other) for row, other in matched]
-        return _over_seeds([f for f, _ in factors], factors[0][1])
-    return None
+def _cost(lines: Sequence[Line], context: _Context) -> Cost:
+    by_text, dense = _by_text(lines, context.texts), _by_text(context.dense, context.texts)
+    texts = [line for own in by_text.values() for line in own]
+    costs = of_metric(lines, "cost")
+    matched = [pair for text, own in by_text.items() for pair in with_any(own, dense[text])]
+    flops = _ratios(matched, "flops_per_token")
+    memory = _values(costs if context.interleaved else texts, "peak_memory")
+    return Cost(
+        removed_share=mean(_values(lines, "removed_share")),
+        flops_share=mean(flops or _values(costs, "flops_share")),
+        probe_flops_share=mean(_values(texts, "probe_flops_share")),
+        prefill=_speed(costs, "prefill"),
+        decode=_speed(costs, "decode"),
+        throughput_ratio=mean(_ratios(matched, "tokens_per_second")),
+        memory=max(memory, default=None),
+        memory_over_dense=mean(_values(costs, "memory_over_dense")),
+        kv_cache_share=mean(_values(costs, "kv_cache_share")),
+        stages=next((line["stages"] for line in costs if line.get("stages")), {}),
+    )
 
 
-def _mean_accuracy(rows: Sequence[Row], tasks: Sequence[str]) -> Estimate | None:
-    """Over the seeds that have every task: a mean over some of the tasks could not be compared."""
-    by_seed: dict[int, dict[str, Row]] = {}
-    for row in rows:
-        if metric(row) == "accuracy" and task_key(row) in tasks:
-            by_seed.setdefault(row.get("seed", 0), {})[task_key(row)] = row
-    complete = [own for own in by_seed.values() if len(own) == len(tasks)]
-    if not complete:
-        return None
-    errors = _known(list(complete[0].values()), "standard_error")
-    error = math.hypot(*errors) / len(tasks) if len(errors) == len(tasks) else None
-    return _over_seeds([fmean(r["value"] for r in own.values()) for own in complete], error)
+def _speed(costs: Sequence[Line], phase: Literal["prefill", "decode"]) -> Speed | None:
+    records = [line[phase] for line in costs if line.get(phase)]
+    records = [record for record in records if record.get("speedup") is not None]
+    if not records:
+        # Dense is as fast as itself, whatever was measured.
+        return Speed(1.0, 1.0, 1.0) if costs and is_dense_line(costs[0]) else None
+    ranges = [record.get("speedup_range") or [record["speedup"]] for record in records]
+    speed = fmean(record["speedup"] for record in records)
+    return Speed(speed, min(map(min, ranges)), max(map(max, ranges)))
 
 
-def _speed(costs: Sequence[Row], phase: str) -> Speed | None:
-    found = [r[phase] for r in costs if r.get(phase) and r[phase].get("speedup") is not None]
-    if not found:
-        # Whatever it took, dense is as fast as itself.
-        return Speed(1.0, 1.0, 1.0) if costs and is_dense(costs[0]) else None
-    ranges = [f.get("speedup_range") or [f["speedup"]] for f in found]
-    return Speed(fmean(f["speedup"] for f in found), min(map(min, ranges)), max(map(max, ranges)))
+_Number = Literal[
+    "removed_share",
+    "flops_share",
+    "flops_per_token",
+    "probe_flops_share",
+    "tokens_per_second",
+    "peak_memory",
+    "memory_over_dense",
+    "kv_cache_share",
+]
 
 
-def _with_any(rows: Sequence[Row], others: Sequence[Row]) -> Iterable[tuple[Row, Row]]:
-    """Each line with the other one of its seed, or else the first: for what hardly depends on the seed."""
-    by_seed = {r.get("seed", 0): r for r in others}
-    return [(r, by_seed.get(r.get("seed", 0), others[0])) for r in rows] if others else []
+def _values(lines: Sequence[Line], key: _Number) -> list[float]:
+    """The values of that key, from the lines that have one."""
+    return [value for line in lines if (value := line.get(key)) is not None]
 
 
-def _known(rows: Sequence[Row], part: str) -> list[float]:
-    return [r[part] for r in rows if r.get(part) is not None]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
+def _ratios(matched: Sequence[tuple[Line, Line]], key: _Number) -> list[float]:
+    """The values of that key over those of dense, from the pairs that have both."""
+    return [line[key] / dense[key] for line, dense in matched if key in line and key in dense]

@@ -1,4 +1,4 @@
-"""The table for a terminal and as Markdown."""
+"""The table of results for a terminal, and as Markdown."""
 
 from collections.abc import Sequence
 
@@ -6,35 +6,23 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from probeprune.report.columns import Column, columns, legend
-from probeprune.report.grouping import is_dense
-from probeprune.report.reading import Row
+from probeprune.report.columns import Column, column_notes, columns
 from probeprune.report.summary import Entry, summarise
+from probeprune.result_lines import Line
 
 
-def dense_row(rows: Sequence[Row]) -> Row | None:
-    """The unpruned model's line, if there is one; the first of several."""
-    return next((r for r in rows if is_dense(r)), None)
-
-
-def cells(row: Row, dense: Row | None) -> list[str]:
-    """One line as text, in the order of its columns."""
-    rows = [row] if dense is None or dense is row else [dense, row]
-    return [c.cells[-1].plain for c in columns(summarise(rows))]
-
-
-def table(rows: Sequence[Row], title: str, width: int = 126) -> Group:
-    """The results for a terminal: one table, or one for each part where they are wider than `width`."""
-    summaries = summarise(rows)
+def table(lines: Sequence[Line], title: str, width: int = 126) -> Group:
+    """The results for a terminal: one table, or one for each section where it would be wider than `width`."""
+    summaries = summarise(lines)
     shown, entries = columns(summaries), [e for s in summaries for e in s.entries]
-    parts = [shown]
+    sections = [shown]
     if _width(shown) > width:
-        first = [c for c in shown if c.part == "entry"]
-        others = [[c for c in shown if c.part == part] for part in ("perplexity", "accuracy", "cost")]
-        parts = [[*first, *own] for own in others if own]
-    said = [*failures(entries), legend(shown)]
-    tables = [_table(part, entries, notes=_width(part) <= width) for part in parts]
-    return Group(escape(title), *tables, *(f"[dim]{escape(s)}[/dim]" for s in said))
+        first = [c for c in shown if c.section == "entry"]
+        others = [[c for c in shown if c.section == name] for name in ("perplexity", "accuracy", "cost")]
+        sections = [[*first, *other] for other in others if other]
+    tables = [_table(section, entries, notes=_width(section) <= width) for section in sections]
+    sentences = [*failures(entries), column_notes(shown)]
+    return Group(escape(title), *tables, *(f"[dim]{escape(s)}[/dim]" for s in sentences))
 
 
 def _width(shown: Sequence[Column]) -> int:
@@ -42,37 +30,35 @@ def _width(shown: Sequence[Column]) -> int:
 
 
 def _table(shown: Sequence[Column], entries: Sequence[Entry], notes: bool) -> Table:
-    """`notes` are how sure a figure is: left out where there is no room for it."""
-    result = Table()
+    """One table; `notes` are the spreads of figures, left out where there is no room."""
+    made = Table()
     for column in shown:
         justify = "left" if column.key in ("model", "method") else "right"
-        result.add_column(column.label, justify=justify)  # type: ignore[arg-type]
+        made.add_column(column.label, justify=justify)  # type: ignore[arg-type]
     last = None
     for i, entry in enumerate(entries):
         if last is not None and (entry.model, entry.ratio) != last:
-            result.add_section()
+            made.add_section()
         last = entry.model, entry.ratio
         cells = [column.cells[i] for column in shown]
-        result.add_row(*(escape(cell.plain if notes else cell.text) for cell in cells))
-    return result
+        made.add_row(*(escape(cell.plain if notes else cell.text) for cell in cells))
+    return made
 
 
-def markdown(rows: Sequence[Row], title: str) -> str:
-    """The results as a Markdown table, with what the columns mean."""
-    summaries = summarise(rows)
+def markdown(lines: Sequence[Line], title: str) -> str:
+    """The results as a Markdown table, with the meaning of its columns."""
+    summaries = summarise(lines)
     shown = columns(summaries)
-    lines = [f"**{title}**", "", "| " + " | ".join(c.label for c in shown) + " |"]
-    lines.append("|" + "|".join(" --- " if c.key == "method" else " ---: " for c in shown) + "|")
+    written = [f"**{title}**", "", "| " + " | ".join(c.label for c in shown) + " |"]
+    written.append("|" + "|".join(" --- " if c.key == "method" else " ---: " for c in shown) + "|")
     for row in zip(*(c.cells for c in shown), strict=True):
-        lines.append("| " + " | ".join(cell.plain.replace("|", "\\|") for cell in row) + " |")
-    said = failures([e for s in summaries for e in s.entries]) + [n for s in summaries for n in s.notes]
-    return "\n".join([*lines, "", *(f"{sentence}\n" for sentence in said), legend(shown), ""])
+        written.append("| " + " | ".join(cell.plain.replace("|", "\\|") for cell in row) + " |")
+    sentences = failures([e for s in summaries for e in s.entries]) + [n for s in summaries for n in s.notes]
+    return "\n".join([*written, "", *(f"{s}\n" for s in sentences), column_notes(shown), ""])
 
 
 def failures(entries: Sequence[Entry]) -> list[str]:
-    """What could not be measured, a sentence each."""
+    """One sentence for each failed measurement."""
     return [
-        f"{e.name_and_ratio} failed{' on ' + f.task if f.task else ''}: {f.error}"
-        for e in entries
-        for f in e.failures
+        f"{e.title} failed{' on ' + f.task if f.task else ''}: {f.error}" for e in entries for f in e.failures
     ]

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from probeprune.model.blocks import Block
+from probeprune.model.shadow import Shadow
 from probeprune.runtime.current_pass import CurrentPass
 from probeprune.runtime.side_stream import SideStream
 from probeprune.strategies.probe import choose, run_ahead
@@ -31,6 +32,7 @@ class BlockRuntime:
         current: the pass under way.
         beside: the block before this one, where the probe runs beside it.
         side_stream: where it then runs.
+        passed: whether the pass under way has gone through the consumer.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class BlockRuntime:
         self.current, self.beside = current, beside
         self.block = pruned.block
         self.side_stream = SideStream(pruned.partition.order.device)
+        self._shadow = Shadow(pruned.block, pruned.partition)
+        self.passed = False
         self._residual: torch.Tensor | None = None
         self._refreshes = when.refresh > 0 and self.block.kind == "mlp"  # heads: the cache holds the prompt's
 
@@ -64,13 +68,8 @@ class BlockRuntime:
                 hooks.append(self.beside.norm.register_forward_pre_hook(self._before_norm))
         return hooks
 
-    @property
-    def _probed_now(self) -> bool:
-        """Whether the model's own pass has come to a block that is to be probed."""
-        return self.current.stage == "choose" and not self.current.probing
-
     def _before_norm(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if self._probed_now:
+        if self.current.stage == "choose":
             self._residual = args[0]
 
     @torch.no_grad()
@@ -79,7 +78,7 @@ class BlockRuntime:
     ) -> None:
         if self.current.stage == "refresh" and self._refreshes:
             self.pruned.partition.widen()
-        if not self._probed_now:
+        if self.current.stage != "choose":
             return
         x, residual, kwargs = self._read_call(args, kwargs)
         if self.block.kind == "attention":
@@ -94,7 +93,7 @@ class BlockRuntime:
         self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
     ) -> None:
         """Probe this block beside the one before it, from that one's residual, if all arguments are known."""
-        if not self._probed_now:
+        if self.current.stage != "choose":
             return
         assert self.beside is not None
         _, residual, given = self._read_call(args, kwargs)
@@ -125,19 +124,15 @@ class BlockRuntime:
         tokens = self.current.tokens
         with record_function("probeprune::choose"):
             selection = choose(residual, tokens, self.when.probe)
-        self.pruned.partition.widen()
-        self.current.probing = True
-        try:
-            with record_function("probeprune::run_ahead"):
-                z = run_ahead(self.block, x, selection, kwargs, norm)
-        finally:
-            self.current.probing = False
+        with record_function("probeprune::run_ahead"):
+            z = run_ahead(self._shadow, x, selection, kwargs, norm)
         self.follower.on_probe(z, selection, tokens)
 
     @torch.no_grad()
     def _after_consumer(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
-        if self.current.probing or self.current.stage is None:
+        if self.current.stage is None:
             return
+        self.passed = True
         # A block that does not refresh runs a refresh as any other step.
         stage = "keep" if self.current.stage == "refresh" and not self._refreshes else self.current.stage
         self.follower.on_pass(self._shaped(args[0]), self.current.tokens, stage)

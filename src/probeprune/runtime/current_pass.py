@@ -18,8 +18,6 @@ class CurrentPass:
     stage: Stage | None = None
     """See `Stage`; None between passes."""
     tokens: Tokens = NO_TOKENS
-    probing: bool = False
-    """Whether a block is running on its probe, which is no part of the model's own pass."""
     ahead: str = ""
     """Name of the block whose probe ran beside the block before it, until its turn comes."""
     layer_types: Sequence[str] = ()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,15 +27,17 @@ from probeprune.model.passes import Pass, check_eval, on_pass
 from probeprune.plan import Kept
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.progress import Progress, silent
+from probeprune.runtime import ownership
 from probeprune.runtime.block import BlockRuntime
 from probeprune.runtime.current_pass import CurrentPass
 from probeprune.strategies import allocation
 from probeprune.strategies.schedule import EveryBatch
 
-_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _CHOICES = itertools.count(1)
 _CHOICE = "_probeprune_choice"
 """Attribute of a KV cache: under which choice of heads it was filled. A copy of the cache has it too."""
+_HANDLE = "_probeprune_handle"
+"""Attribute of an attached model: its handle."""
 
 
 def attach(
@@ -74,8 +75,10 @@ def attach(
     check_untrained(method)
     allocation.check_ratio(ratio)
     check_eval(model)
-    if model in _ATTACHED:
-        raise UsageError("this model already has a method attached; detach it first.")
+    if _HANDLE in model.__dict__:
+        raise UsageError(
+            "this model already has a method attached; detach it first: probeprune.detach(model)."
+        )
     blocks = find_blocks(model, method.unit_kind)
     if method.when.every_batch and _attention(model) not in ("sdpa", "eager"):
         raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
@@ -84,6 +87,13 @@ def attach(
     )
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
         return Handle(model, method, ratio, blocks, statistics)
+
+
+def detach(model: nn.Module) -> None:
+    """Detach the method attached to `model`, if there is one, when its handle is out of reach."""
+    handle = model.__dict__.get(_HANDLE)
+    if handle is not None:
+        handle.detach()
 
 
 def _attention(model: nn.Module) -> str:
@@ -123,22 +133,27 @@ class Handle:
         cuts = plan.first_cuts(method, blocks, scores, self.widths)
         self.pruned = plan.pruned_blocks(method, blocks, cuts, statistics)
         self.runtimes: list[BlockRuntime] = []
-        _ATTACHED.add(model)
+        model.__dict__[_HANDLE] = self
         try:
+            weights = [w for b in blocks for m in b.members for w in m.linear._parameters.values()]
+            ownership.claim(self, [w for w in weights if w is not None])
+            self._places = _places(model, [p.block for p in self.pruned])
             self._start()
         except BaseException:
             self.detach()
             raise
 
     def _start(self) -> None:
-        """Make the first cuts and, for a dynamic method, hook the model."""
+        """Make the first cuts and hook the model."""
         when = self.method.when
         if not isinstance(when, EveryBatch):
             for pruned in self.pruned:
                 pruned.first_cut()
+            self._choice = next(_CHOICES)  # for good
+            self._undo.append(on_pass(self.model, self._run_static))
             return
         for pruned in self.pruned:
-            follower = when.follower(pruned, self.method.importance, self.method.seed)
+            follower = when.follower(pruned)
             if follower is None:
                 pruned.first_cut()
                 continue
@@ -188,7 +203,8 @@ class Handle:
             for pruned in self.pruned:
                 pruned.partition.restore()
             self.pruned, self.runtimes = [], []
-            _ATTACHED.discard(self.model)
+            ownership.release(self)
+            self.model.__dict__.pop(_HANDLE, None)
 
     def __enter__(self) -> Handle:
         return self
@@ -198,25 +214,73 @@ class Handle:
     ) -> None:
         self.detach()
 
+    def _run_static(self, started: Pass, forward: Callable[[], Any]) -> Any:
+        """One pass of the decoder under a static method."""
+        self._check_model()
+        self._check_cache(started)
+        output = forward()
+        self._mark_cache(started, output)
+        return output
+
     def _run(self, started: Pass, forward: Callable[[], Any]) -> Any:
         """One pass of the decoder under a dynamic method."""
         with self._lock:
-            check_eval(self.model)
             if self.current.stage is not None:
                 raise UsageError("a pass was started from inside another one of the same model.")
+            self._check_model()
             self._enter(started)
             try:
                 output = forward()
                 self._check_finite()
+                self._check_passed()
             except BaseException:
                 self._choice = None  # blocks and cache may stand half way between two choices
                 raise
             finally:
                 self.current.end()
-            cache = getattr(output, "past_key_values", None)
-            if cache is not None:
-                setattr(cache, _CHOICE, self._choice)
+            self._mark_cache(started, output)
             return output
+
+    def _check_model(self) -> None:
+        """Raise `UsageError` where the model is no longer the one that was attached to."""
+        check_eval(self.model)
+        for modules, key, linear, name in self._places:
+            if modules[key] is not linear:
+                raise UsageError(
+                    f"{name} was replaced by a {type(modules[key]).__name__} while a method is attached; "
+                    "detach the method first."
+                )
+        for pruned in self.pruned:
+            pruned.partition.check()
+
+    def _check_passed(self) -> None:
+        """Raise `UsageError` where a block's consumer was not called: its follower has seen nothing."""
+        for runtime in self.runtimes:
+            if not runtime.passed:
+                raise UsageError(
+                    f"{runtime.block.name} does not call the module {runtime.block.members[-1].name}; switch "
+                    "off the fused kernel or compiled block that takes its place."
+                )
+
+    def _check_cache(self, started: Pass) -> None:
+        """Raise `UsageError` for a cache that other heads filled, or that is laid out for others."""
+        if not started.continues:
+            _check_layout(started.cache, self.blocks, self.widths)
+            return
+        fits = self._choice is not None and getattr(started.cache, _CHOICE, None) == self._choice
+        heads_matter = any(p.block.kind == "attention" for p in self.pruned) or self.runtimes
+        if heads_matter and not fits:
+            raise UsageError(
+                "this KV cache was not filled under the heads kept now: another prompt or method ran since, "
+                "or a pass failed; run its prompt again, and only one generation at a time."
+            )
+
+    def _mark_cache(self, started: Pass, output: Any) -> None:
+        """Note on a pass's cache which choice of heads filled it."""
+        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        for cache in (started.cache, *parts):
+            if hasattr(cache, "get_seq_length"):
+                setattr(cache, _CHOICE, self._choice)
 
     def _enter(self, started: Pass) -> None:
         """Decide the stage of a pass. Raises `UsageError` for a cache that the present heads did not fill."""
@@ -224,29 +288,37 @@ class Handle:
         assert isinstance(when, EveryBatch)
         self.current.tokens = tokens
         self._since_choice += tokens.batch * tokens.length
+        self._check_cache(started)
         if not started.continues:
-            _check_layout(started.cache, self.blocks, self.widths)
             serves = started.cache is None and self._since_choice < when.probe.reuse
             self.current.stage = "reuse" if serves and self._choice is not None else "choose"
             if self.current.stage == "choose":
                 self._choice, self._since_choice = next(_CHOICES), 0
             self._since_refresh = 0
-        elif self._choice is None or getattr(started.cache, _CHOICE, None) != self._choice:
-            raise UsageError(
-                "this KV cache was not filled under the heads kept now: another prompt ran since, or a pass "
-                "failed; run its prompt again, and only one generation at a time."
-            )
         else:
             self._since_refresh += tokens.length
             due = 0 < when.refresh <= self._since_refresh
             self.current.stage = "refresh" if due else "keep"
             self._since_refresh = 0 if due else self._since_refresh
+        for runtime in self.runtimes:
+            runtime.passed = False
 
     def _check_finite(self) -> None:
         """Raise `FloatingPointError` where scores or refits are not finite: one look at the device."""
         flags = [p.finite for p in self.pruned if not p.finite.is_meta]
         if flags and not bool(torch.stack([f.to(flags[0].device) for f in flags]).all()):
             raise plan.overflow(next(p.block for p in self.pruned if not p.finite))
+
+
+def _places(
+    model: nn.Module, blocks: Sequence[Block]
+) -> list[tuple[dict[str, nn.Module | None], str, nn.Linear, str]]:
+    """For each linear map of the blocks: its parent's children, its name among them, the map, its path."""
+    places = []
+    for m in (m for b in blocks for m in b.members):
+        parent, _, key = m.name.rpartition(".")
+        places.append((model.get_submodule(parent)._modules, key, m.linear, m.name))
+    return places
 
 
 def _check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int]) -> None:

@@ -1,9 +1,9 @@
-"""Allocation: how many units each block keeps, so that the whole model loses what was asked for.
+"""Allocation: how many units each block keeps, so that the whole model loses the requested share.
 
 Budgets are counted in parameters of the model's blocks, which for linear maps is the same share of the FLOPs
-per token. The ratio is over all blocks, those in skipped first layers included. An allocation is a function
-from a `Request` to the widths of all blocks; to add one, give it a row in `ALLOCATIONS`. Nothing here looks
-at a batch.
+per token. The ratio is a share of all blocks, including those in skipped first layers. An allocation is a
+function from a `Request` to the widths of all blocks; to add one, give it a row in `ALLOCATIONS`. Nothing here
+reads a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,19 +22,19 @@ KINDS = ("attention", "mlp")
 
 @dataclass(frozen=True, eq=False)
 class Damage:
-    """The cost of cutting a block to any width, and what a cut saves: parameters, FLOPs or nanoseconds."""
+    """The damage of cutting a block to any width, and the saving: parameters, FLOPs or nanoseconds."""
 
     curve: torch.Tensor
-    """(units + 1,), nats per token by the number of units that leave (`calibration/damage.py`)."""
+    """Nats per token, (units + 1,), by the number of units removed (`calibration/damage.py`)."""
     saving: int
-    """Saved by one unit."""
+    """Saving of removing one unit."""
     whole: int
-    """Taken by the whole block."""
+    """Cost of the whole block, in the same quantity."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A question to an allocation: how many units does each of these blocks keep at this ratio?"""
+    """The input of an allocation."""
 
     blocks: Sequence[Block]
     """All blocks of the model, in order."""
@@ -47,9 +47,9 @@ class Request:
     kinds: Sequence[str] = KINDS
     """Which kinds of blocks are pruned."""
     scores: Sequence[torch.Tensor] = ()
-    """(units,) per block, for an allocation that needs scores."""
+    """Scores of the units of every block, (units,) each; only for an allocation that needs scores."""
     damages: Sequence[Damage] = ()
-    """One per block, for an allocation that needs damages."""
+    """Damages of every block; only for an allocation that needs damages."""
 
 
 def check_ratio(ratio: float) -> None:
@@ -59,7 +59,7 @@ def check_ratio(ratio: float) -> None:
 
 
 def candidates(request: Request) -> tuple[list[int], float]:
-    """Indices of the blocks that may lose units, and the share of their parameters that must go.
+    """Indices of the blocks that may lose units, and the share of their parameters to remove.
 
     For equal layers the share is `r' = r L / (L - skipped)` (Probe Pruning, section 5). Raises `UsageError`
     where nothing would be left.
@@ -85,10 +85,10 @@ def candidates(request: Request) -> tuple[list[int], float]:
 
 
 def uniform(request: Request) -> list[int]:
-    """Every pruned block loses the same share, and the whole adds up.
+    """The same share from every pruned block, exact in total.
 
-    Attention loses `int(r' * units)` units; MLPs lose whatever makes the whole add up to the ratio, since few
-    heads make coarse steps. Widths of MLPs are the nearest multiples of `round_to`.
+    Attention loses `int(r' * units)` units. The steps of a few heads are coarse, so MLPs lose as many channels as
+    it takes for the total to reach the ratio. Widths of MLPs are the nearest multiples of `round_to`.
     """
     blocks = request.blocks
     pruned, share = candidates(request)
@@ -99,17 +99,17 @@ def uniform(request: Request) -> list[int]:
     to_come = sum(blocks[i].parameters for i in mlps)
     for i in mlps:
         # The rest is spread over the blocks still to come, so that rounding errors do not add up.
-        kept[i] = _nearest(blocks[i], left * blocks[i].parameters / to_come, request.round_to)
+        kept[i] = nearest_width(blocks[i], left * blocks[i].parameters / to_come, request.round_to)
         left -= (blocks[i].units - kept[i]) * blocks[i].unit_parameters
         to_come -= blocks[i].parameters
     return kept
 
 
 def even(request: Request) -> list[int]:
-    """As `uniform`, but one width for all layers, as a plain config needs: as near to the budget as one
-    common MLP width (a multiple of `round_to`) can come.
+    """As `uniform`, but with one width for all layers, as a plain config needs: the common MLP width (a multiple
+    of `round_to`) that comes closest to the budget.
 
-    Raises `UsageError` where layers are skipped or differ already.
+    Raises `UsageError` where layers are skipped or already differ.
     """
     blocks = request.blocks
     _check_even(request)
@@ -119,12 +119,12 @@ def even(request: Request) -> list[int]:
     left = request.ratio * sum(b.parameters for b in blocks)
     left -= _cut_heads(blocks, [i for i in pruned if i not in mlps], share, kept)
     for i in mlps:
-        kept[i] = _nearest(blocks[i], left / len(mlps), request.round_to)
+        kept[i] = nearest_width(blocks[i], left / len(mlps), request.round_to)
     return kept
 
 
 def _check_even(request: Request) -> None:
-    """Raise `UsageError` where layers cannot have one width."""
+    """Raise `UsageError` where layers cannot all have the same width."""
     blocks = request.blocks
     if request.ratio and request.skip_layers:
         raise UsageError("allocations 'even' and 'damage-even' give all layers one width: skip_layers=0.")
@@ -133,10 +133,10 @@ def _check_even(request: Request) -> None:
 
 
 def nominal(request: Request) -> list[int]:
-    """The research code's rounding, each block on its own.
+    """The research code's rounding, block by block.
 
-    `r'` is rounded to two decimals, `int(r' * units)` units go, MLP widths are rounded up to a multiple of
-    `round_to`.
+    `r'` is rounded to two decimals, `int(r' * units)` units are removed, and MLP widths are rounded up to a
+    multiple of `round_to`.
     """
 
     def keep(block: Block, share: float) -> int:
@@ -147,9 +147,9 @@ def nominal(request: Request) -> list[int]:
 
 
 def nominal_kept(request: Request) -> list[int]:
-    """LLM-Pruner's rounding: as `nominal`, but the number that stays is rounded down.
+    """LLM-Pruner's rounding: as `nominal`, but the number of kept channels is rounded down.
 
-    Of C channels `C - int(C (1 - r'))` go, in whole heads rounded down again.
+    Of C channels, `C - int(C (1 - r'))` are removed; for attention, this is rounded down again to whole heads.
     """
 
     def keep(block: Block, share: float) -> int:
@@ -162,7 +162,7 @@ def nominal_kept(request: Request) -> list[int]:
 
 
 def _each_alone(request: Request, keep: Callable[[Block, float], int]) -> list[int]:
-    """Widths by a rule for each block alone, given the share to remove."""
+    """Widths by a rule that looks at one block at a time, given the share to remove."""
     pruned, share = candidates(request)
     kept = [b.units for b in request.blocks]
     for i in pruned:
@@ -175,7 +175,7 @@ def _each_alone(request: Request, keep: Callable[[Block, float], int]) -> list[i
 
 
 def _cut_heads(blocks: Sequence[Block], which: Sequence[int], share: float, kept: list[int]) -> int:
-    """Take the share of these attention blocks off `kept`; return the number of parameters removed."""
+    """Subtract the share of these attention blocks from `kept`; return the number of parameters removed."""
     gone = 0
     for i in which:
         heads = _heads(blocks[i], share)
@@ -185,13 +185,16 @@ def _cut_heads(blocks: Sequence[Block], which: Sequence[int], share: float, kept
 
 
 def _heads(block: Block, share: float) -> int:
-    """Number of attention units that go: the share rounded down, for `balanced` units in each group alike."""
+    """Number of attention units to remove: the share rounded down, within each group for `balanced` units."""
     parts = block.kv_heads if block.unit_kind == "balanced" else 1
     return parts * _floor(share * block.units / parts)
 
 
-def _nearest(block: Block, parameters: float, round_to: int) -> int:
-    """Number of units a block keeps so that about `parameters` go."""
+def nearest_width(block: Block, parameters: float, round_to: int) -> int:
+    """The number of units a block keeps so that about `parameters` go, in the steps that its widths come in.
+
+    Raises `UsageError` where no unit would stay.
+    """
     step = round_to if block.kind == "mlp" else block.kv_heads if block.unit_kind == "balanced" else 1
     keep = block.units - max(parameters, 0) / block.unit_parameters
     kept = min(max(round(keep / step), keep >= 1) * step, block.units)
@@ -210,9 +213,9 @@ def _check_alive(block: Block, keep: int) -> None:
 def global_threshold(request: Request) -> list[int]:
     """FLAP's allocation: one threshold over the scores of all blocks.
 
-    Scores must be comparable between blocks (FLAP standardises them within each). From the least important
-    unit on, units go until their parameters, which weigh a head against MLP channels, add up to the ratio. A
-    block always keeps its best unit; `balanced` units go in steps of one from every group.
+    Scores must be comparable between blocks (FLAP standardises them within each). Units are removed from the
+    least important one on, until their parameters add up to the ratio; a head and an MLP channel thus count by
+    their size. A block always keeps its best unit; `balanced` units are removed in steps of one per group.
     """
     blocks, scores = request.blocks, request.scores
     pruned, _ = candidates(request)
@@ -238,11 +241,11 @@ def global_threshold(request: Request) -> list[int]:
 
 
 def least_damage(request: Request) -> list[int]:
-    """The widths that save at least the ratio of the budget at the least damage in all, a knapsack solved
-    exactly; every block keeps at least one unit.
+    """The widths that save at least the ratio of the budget with the least total damage, a knapsack problem
+    solved exactly. Every block keeps at least one unit.
 
-    The ratio is a share of the sum of `Damage.whole`. Widths of MLPs are multiples of `round_to`, and of 1/48
-    of the block. Raises `UsageError` where the ratio is out of reach.
+    The ratio is a share of the sum of `Damage.whole`. Widths of MLPs are multiples of `round_to`, and of about
+    1/48 of the block. Raises `UsageError` where the ratio is out of reach.
     """
     each = [[i] for i in range(len(request.blocks))]
     free = [b.layer >= request.skip_layers and b.kind in request.kinds for b in request.blocks]
@@ -250,9 +253,10 @@ def least_damage(request: Request) -> list[int]:
 
 
 def least_damage_even(request: Request) -> list[int]:
-    """As `least_damage`, but one width for all attention blocks and one for all MLPs: a plain config's.
+    """As `least_damage`, but with one width for all attention blocks and one for all MLPs, as a plain config
+    needs.
 
-    Raises `UsageError` where the ratio is out of reach, layers are to be skipped or differ already.
+    Raises `UsageError` where the ratio is out of reach, layers are skipped or already differ.
     """
     _check_even(request)
     alike = [[i for i, b in enumerate(request.blocks) if b.kind == kind] for kind in KINDS]
@@ -260,7 +264,8 @@ def least_damage_even(request: Request) -> list[int]:
 
 
 def _solve_grouped(request: Request, groups: Sequence[Sequence[int]], free: Sequence[bool]) -> list[int]:
-    """Widths where the blocks of a group, by index, have one width; whole unless the group is free."""
+    """Widths such that all blocks of a group, given by index, have the same width; a group that is not free
+    stays whole."""
     blocks, damages = request.blocks, request.damages
 
     def choice(group: Sequence[int], keep: int) -> Choice:
@@ -282,33 +287,33 @@ def _solve_grouped(request: Request, groups: Sequence[Sequence[int]], free: Sequ
 
 @dataclass(frozen=True)
 class Allocation:
-    """A rule for the widths of all blocks, and what it needs."""
+    """A rule for the widths of all blocks, and its needs."""
 
     widths: Callable[[Request], list[int]]
-    """Units that each block keeps. Raises `UsageError` for an impossible ratio."""
+    """Number of units that each block keeps. Raises `UsageError` for an impossible ratio."""
     description: str
     needs: frozenset[Part] = frozenset()
     """Parts of `Statistics` that it needs."""
     needs_scores: bool = False
     """Whether it compares the scores of all blocks."""
     equal_widths: str = "even"
-    """Name of the allocation that does the same with one width for all layers."""
+    """Name of the same allocation with one width for all layers."""
     unmeasured: str | None = None
-    """Name of an allocation with the same layers to cut that needs no measurement, to try a cut out first;
-    None where this one needs none."""
+    """Name of an allocation for the same layers that needs no measurement, to try out a cut first; None where this
+    one needs none."""
 
 
 ALLOCATIONS: dict[str, Allocation] = {
-    "uniform": Allocation(uniform, "the same share from every block, MLPs filling up"),
+    "uniform": Allocation(uniform, "the same share from every block, exact in total"),
     "even": Allocation(even, "the same, with one width for all layers"),
-    "nominal": Allocation(nominal, "the research code's rounding of each block on its own"),
+    "nominal": Allocation(nominal, "the research code's rounding, block by block"),
     "nominal-kept": Allocation(nominal_kept, "LLM-Pruner's rounding"),
     "global": Allocation(
         global_threshold, "one threshold over the scores of all blocks (FLAP)", needs_scores=True
     ),
     "damage": Allocation(
         least_damage,
-        "the widths of least measured damage",
+        "the widths with the least measured damage",
         frozenset({"damages"}),
         equal_widths="damage-even",
         unmeasured="uniform",
@@ -321,7 +326,7 @@ ALLOCATIONS: dict[str, Allocation] = {
         unmeasured="even",
     ),
 }
-"""By name."""
+"""Allocations by name."""
 
 
 def _widths(block: Block, round_to: int) -> list[int]:

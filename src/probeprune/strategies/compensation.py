@@ -1,9 +1,9 @@
-"""Compensation: what makes up for the units that a cut removed.
+"""Compensation: how the loss of units is made up for.
 
-Nothing, FLAP's bias, or a least-squares refit of the consumer. A compensation is a small frozen record; it
-says what it needs and gives a function to call after every cut. How a refit is computed is in
-`algebra/least_squares.py`, on which activations in `calibration/refit.py`. To add a compensation, write a
-record and give it a row in `COMPENSATIONS`.
+Nothing, FLAP's bias, or a least-squares refit of the consumer. A compensation is a small frozen record that
+names its needs and returns a function to call after every cut. `algebra/least_squares.py` computes a refit;
+`calibration/refit.py` provides its activations. To add a compensation, write a record and give it a row in
+`COMPENSATIONS`.
 """
 
 from collections.abc import Callable
@@ -44,15 +44,15 @@ class Compensation:
 
         Args:
             partition: the block's, showing all units in their original order.
-            moments: of the block, if there are any.
-            consumer: refitted to the units that stay, if there is one.
+            moments: moments of the block, if there are any.
+            consumer: consumer refitted to the kept units, if there is one.
         """
         return lambda: None
 
 
 @dataclass(frozen=True)
 class Bias(Compensation):
-    """FLAP's bias: add the mean output of the lost channels (An et al., AAAI 2024, equation 5)."""
+    """FLAP's bias: add the mean output of the removed channels (An et al., AAAI 2024, equation 5)."""
 
     kind: ClassVar[str] = "bias"
     needs: ClassVar[frozenset[Part]] = frozenset({"moments"})
@@ -79,33 +79,33 @@ class Bias(Compensation):
 class Refit(Compensation):
     """Refit the consumer by least squares.
 
-    Raises `UsageError` for values that make no refit.
+    Raises `UsageError` for values out of range.
     """
 
     kind: ClassVar[str] = "least-squares"
     needs: ClassVar[frozenset[Part]] = frozenset({"consumers"})
 
     windows: int = 128
-    """Calibration windows to use at most, the first ones. Their hidden states are kept, twice if
-    sequential."""
+    """Maximum number of calibration windows to use, from the first on. Their hidden states stay in memory, twice
+    if sequential."""
     damping: tuple[float, ...] = (0.3,)
-    """Candidates for the damping, as a share of every channel's own second moment. Of several, each block
-    takes the one with the smallest error on the windows held out, and keeps its weight where none lowers that
-    error. One for all blocks makes the better model (docs/best.md)."""
+    """Candidates for the damping, as a share of every channel's own second moment. With several, each block takes
+    the one with the smallest error on the held-out windows, and keeps its weight where none lowers that error.
+    A single value for all blocks gives a better model (docs/best.md)."""
     held_out: float = 0.125
-    """Share of the calibration windows (the last ones) that the damping is chosen on. The weights are then
-    fitted to all windows. No effect with one candidate."""
+    """Share of the calibration windows (the last ones) on which the damping is chosen. The weights are then fitted
+    to all windows. No effect with one candidate."""
     sequential: bool = True
     """Fit a block to the activations of the model pruned and refitted so far; otherwise to those of the dense
     model."""
     share: float = 0.85
-    """How much of the error that the residual stream has gathered in front of a block its refit makes up for,
-    in [0, 1]; sequential only. No effect where a norm follows the consumer (Gemma)."""
+    """Share, in [0, 1], of the error accumulated in the residual stream before a block that its refit makes up
+    for; sequential only. No effect where a norm follows the consumer (Gemma)."""
     sensitivity: int = 8
-    """Calibration windows to measure on how an error of a block's output changes the model's prediction. The
-    choice of units (importance `obs`) weighs errors by it; 0 weighs all alike."""
+    """Number of calibration windows on which to measure how an error in a block's output changes the model's
+    prediction. The choice of units (importance `obs`) weights errors by it; 0 weights all errors equally."""
     bias: bool = False
-    """Give a consumer without a bias one, which few plain configs can hold. An existing bias is always
+    """Add a bias to a consumer without one; few plain configs can hold it. An existing bias is always
     refitted."""
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class Refit(Compensation):
         if not 0 <= self.share <= 1:
             raise UsageError(f"a refit's share={self.share} must be in [0, 1].")
         if self.share and not self.sequential:
-            raise UsageError("only a sequential refit knows an error to make up for: give share=0.")
+            raise UsageError("only a sequential refit has an accumulated error to make up for: give share=0.")
 
     @property
     def adds_bias(self) -> bool:
@@ -135,7 +135,7 @@ class Refit(Compensation):
 
 
 COMPENSATIONS: dict[str, Compensation] = {c.kind: c for c in (Compensation(), Bias(), Refit())}
-"""By name, with their default settings."""
+"""Compensations by name, with default settings."""
 
 
 def lost_bias(weight: torch.Tensor, mean: torch.Tensor, kept_channels: int) -> torch.Tensor:
@@ -144,33 +144,34 @@ def lost_bias(weight: torch.Tensor, mean: torch.Tensor, kept_channels: int) -> t
     Args:
         weight: the consumer's full weight (d, n), kept channels first.
         mean: mean of `z` over calibration tokens (n,), float32, in the same order.
-        kept_channels: number of channels that stay.
+        kept_channels: number of channels kept.
     """
     return weight[:, kept_channels:].float() @ mean[kept_channels:]
 
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
-    """A block's consumer, refitted to the units that stay."""
+    """A block's consumer, refitted to the kept units."""
 
     units: torch.Tensor
     """Ids of these units, ascending: LongTensor (kept,)."""
     weight: torch.Tensor
-    """(d, kept channels), in the order of `units`."""
+    """Weight (d, kept channels), in the order of `units`."""
     bias: torch.Tensor | None
-    """(d,); None where there is none."""
+    """Bias (d,), or None."""
     damping: float | None
-    """The candidate chosen; None where none was better than the weight before, which then stays."""
+    """The chosen candidate; None where none beat the original weight, which then stays."""
     error: float
-    """Squared error of the block's output over the output's own variance, on the windows held out, fitted to
-    the others; on all windows where none were held out."""
+    """Squared error of the block's output over the variance of that output: on the held-out windows, after a fit
+    to the others; on all windows where none were held out."""
     error_before: float
     """The same for the weight before the refit."""
     inverse: torch.Tensor | None = None
-    """Inverse of the damped second moment of the kept channels (kept, kept), float32, where the refit is to
-    follow batches (`algebra/batch_refit.py`)."""
+    """Inverse of the damped second moment of the kept channels (kept, kept), float32, for refits at every batch
+    (`algebra/batch_refit.py`)."""
     mean: torch.Tensor | None = None
-    """Mean of the kept channels (kept,), float32: moments are around it. None without a bias to refit."""
+    """Mean of the kept channels (kept,), float32, around which moments are taken. None without a bias to
+    refit."""
 
     def to(self, device: torch.device | str) -> "Consumer":
         """The same consumer on a device."""
@@ -182,5 +183,5 @@ class Consumer:
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def record(self) -> dict[str, Any]:
-        """Its figures as JSON values."""
+        """The figures of the refit as JSON values."""
         return {"damping": self.damping, "error": self.error, "error_before": self.error_before}

@@ -1,7 +1,7 @@
-"""Gradient criteria: what one row or column of a linear map counts for, given the gradient of its weight.
+"""Gradient criteria: the salience of one row or column of a linear map, given the gradient of its weight.
 
 Notation: a weight `w` with the gradient `g` of the mean language-model loss; sums run over the row
-(producers) or column (consumers). To add a criterion, write its two functions and a row in `CRITERIA`.
+(producers) or column (consumers). To add a criterion, write its two functions and give it a row in `CRITERIA`.
 """
 
 import hashlib
@@ -23,18 +23,18 @@ REDUCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyT
         "prod": lambda parts: parts.prod(0),
     }
 )
-"""Ways to put the saliences of a unit's linear maps (maps, units) together: (units,)."""
+"""Ways to combine the saliences of the linear maps that a unit has a part in: (maps, units) to (units,)."""
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Which gradients are taken, and how the parts of a unit are put together.
+    """Which gradients are taken, and how the parts of a unit are combined.
 
     Raises `UsageError` for sizes below one or an unknown reduction.
     """
 
     windows: int = 10
-    """Windows of calibration text (both published codes take 10)."""
+    """Number of calibration windows (10 in both published codes)."""
     length: int = 64
     """Tokens per window (LLM-Pruner 64, LoRAPrune 512)."""
     reduction: str = "sum"
@@ -42,7 +42,7 @@ class Gradients:
     rank: int = 8
     """Rank of the random matrix A (`lora-guided`)."""
     draws: int = 8
-    """Number of matrices A to draw and average over (`lora-guided`; the published code draws one)."""
+    """Number of random matrices A to average over (`lora-guided`; the published code draws one)."""
 
     def __post_init__(self) -> None:
         if self.windows < 1 or self.length < 2 or self.rank < 1 or self.draws < 1:
@@ -53,14 +53,14 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Settled:
-    """Everything a criterion may read of one linear map after the last sample.
+    """The inputs of a criterion for one linear map, after the last sample.
 
     Attributes:
         means: the tensors of `Criterion.observe`, averaged over the samples.
         member: the linear map's part of a block.
         weight: its weight, float32.
-        gradients: settings, for the matrices that `lora-guided` draws.
-        seed: for them too.
+        gradients: settings of the random matrices of `lora-guided`.
+        seed: seed of these matrices.
     """
 
     means: Sequence[torch.Tensor]
@@ -74,8 +74,8 @@ class Settled:
 class Criterion:
     """How gradients become saliences.
 
-    `observe(g, member)` gives, for the gradient of one sample (float32, shaped like the weight), the tensors
-    that are averaged over samples. `salience(settled)` makes a float32 tensor of them: (out_features,) for a
+    `observe(g, member)` returns the tensors to average over samples, from the gradient of one sample (float32,
+    shaped like the weight). `salience(settled)` turns the averages into a float32 tensor: (out_features,) for a
     producer, (in_features,) for a consumer.
     """
 
@@ -83,7 +83,7 @@ class Criterion:
     observe: Callable[[torch.Tensor, Member], tuple[torch.Tensor, ...]]
     salience: Callable[[Settled], torch.Tensor]
     gradients: Gradients = Gradients()
-    """The published settings: a method's own unless it says otherwise."""
+    """The published settings, which a method uses by default."""
     draws: bool = False
     """Whether the seed matters."""
 
@@ -134,7 +134,7 @@ def _lora_guided(settled: Settled) -> torch.Tensor:
 
 
 def lora_matrices(settled: Settled) -> Iterator[torch.Tensor]:
-    """LoRA's A (rank, in_features) as PEFT draws it: Kaiming-uniform with a = sqrt(5)."""
+    """LoRA's matrices A (rank, in_features), drawn as PEFT does: Kaiming-uniform with a = sqrt(5)."""
     text = f"{settled.seed} {settled.member.name}".encode()
     seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
     generator = torch.Generator().manual_seed(seed)
@@ -147,18 +147,18 @@ def lora_matrices(settled: Settled) -> Iterator[torch.Tensor]:
 
 CRITERIA: dict[str, Criterion] = {
     "param_first": Criterion("sum |w g|", _gradient, _first_order),
-    "vectorize": Criterion("|sum w g| a row or column", _gradient, _vectorized),
+    "vectorize": Criterion("|sum w g|", _gradient, _vectorized),
     "param_second": Criterion("sum |w A w|, A = mean g_n^2", _squared_products, _second_order),
     "param_mix": Criterion("sum |w g - w A w / 2|", _gradient_and_square, _mixed),
     "lora-guided": Criterion(
-        "sum |(dB A) w|, over its norm in each map",
+        "sum |(dB A) w|, divided by its norm in each map",
         _gradient,
         _lora_guided,
         Gradients(length=512),
         draws=True,
     ),
 }
-"""By name. `param_first` and `vectorize`: LLM-Pruner, equation 3 and its vector-wise form. `param_second` and
+"""Criteria by name. `param_first` and `vectorize`: LLM-Pruner, equation 3 and its vector-wise form. `param_second` and
 `param_mix`: LLM-Pruner, equation 5, A the diagonal of its Hessian, estimated by the mean of squared
 per-sample gradients. `lora-guided`: LoRAPrune, equation 8 at its first step, where B is zero: `dB = g
 A^T`."""

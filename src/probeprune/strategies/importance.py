@@ -1,7 +1,7 @@
 """Importance: statistics and weights in, one score per unit out. One function each.
 
-Scores are float32, and a larger one is more important. Channels come in original order. To add an importance,
-write a function and give it a row in `IMPORTANCES`. Nothing here decides how many units go.
+Scores are float32; larger is more important. Channels are in their original order. To add an importance, write
+a function and give it a row in `IMPORTANCES`. Nothing here decides how many units are removed.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class ColumnNorms:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything known about one block's channels when its units are scored; absent parts are None."""
+    """The inputs of an importance for one block; parts that are not available are None."""
 
     block: Block
     norms: ColumnNorms
@@ -45,11 +45,11 @@ class Evidence:
     variance: torch.Tensor | None = None
     """Var(z_j) (n,) over calibration tokens."""
     saliences: tuple[torch.Tensor, ...] = ()
-    """One per member of the block, summed to units: (units,)."""
+    """One tensor per member of the block, summed over each unit: (units,)."""
     reduction: str = "sum"
     """A key of `criteria.REDUCTIONS`."""
     seed: int = 0
-    """For importances that draw numbers."""
+    """Seed for importances that draw random numbers."""
 
 
 def _units(scores: torch.Tensor, block: Block) -> torch.Tensor:
@@ -78,12 +78,12 @@ def flap(evidence: Evidence) -> torch.Tensor:
 
 
 def taylor(evidence: Evidence) -> torch.Tensor:
-    """LLM-Pruner (Ma et al. 2023): saliences of a unit's rows and columns, put together over its members."""
+    """LLM-Pruner (Ma et al. 2023): saliences of a unit's rows and columns, combined over the members."""
     return REDUCTIONS[evidence.reduction](torch.stack(evidence.saliences))
 
 
 def lora_guided(evidence: Evidence) -> torch.Tensor:
-    """LoRAPrune (Zhang et al. 2023): the saliences of each member over their 2-norm, summed over members."""
+    """LoRAPrune (Zhang et al. 2023): saliences of each member, divided by their 2-norm, summed over members."""
     return sum_of_shares(evidence.saliences)
 
 
@@ -112,15 +112,15 @@ def random(evidence: Evidence) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Importance:
-    """An importance function and what it needs."""
+    """An importance function and its needs."""
 
     score: Callable[[Evidence], torch.Tensor] | None
-    """None where the order is made while the block is refitted (`calibration/refit.py`)."""
+    """The function; None where the refit of the block orders its units (`calibration/refit.py`)."""
     formula: str
     needs: frozenset[Part] = frozenset()
     """Parts of `Statistics` that the scores read."""
     from_batch: bool = False
-    """Whether the energy of a batch is enough to score by, so that a probe can decide."""
+    """Whether the energy of a batch suffices for the scores, so that a probe can choose units."""
     criterion: str | None = None
     """A key of `CRITERIA`, for an importance that reads saliences."""
     draws: bool = False
@@ -132,7 +132,8 @@ class Importance:
         return self.score is None
 
 
-def _by_gradients(score: Callable[[Evidence], torch.Tensor], criterion: str) -> Importance:
+def by_gradients(score: Callable[[Evidence], torch.Tensor], criterion: str) -> Importance:
+    """The record of an importance that scores units by saliences; `criterion` is a key of `CRITERIA`."""
     record = CRITERIA[criterion]
     return Importance(
         score, record.formula, frozenset({"saliences"}), criterion=criterion, draws=record.draws
@@ -145,11 +146,11 @@ IMPORTANCES: dict[str, Importance] = {
     "ppsp": Importance(ppsp, "e_j sqrt(sum_i W_ij^4)", _MOMENTS, from_batch=True),
     "wanda-sp": Importance(wanda_sp, "sqrt(e_j) sum_i |W_ij|", _MOMENTS, from_batch=True),
     "flap": Importance(flap, "Var(z_j) sum_i W_ij^2, standardised", _MOMENTS),
-    "param_first": _by_gradients(taylor, "param_first"),
-    "vectorize": _by_gradients(taylor, "vectorize"),
-    "param_second": _by_gradients(taylor, "param_second"),
-    "param_mix": _by_gradients(taylor, "param_mix"),
-    "lora-guided": _by_gradients(lora_guided, "lora-guided"),
+    "param_first": by_gradients(taylor, "param_first"),
+    "vectorize": by_gradients(taylor, "vectorize"),
+    "param_second": by_gradients(taylor, "param_second"),
+    "param_mix": by_gradients(taylor, "param_mix"),
+    "lora-guided": by_gradients(lora_guided, "lora-guided"),
     "obs": Importance(None, "damage of leaving, all others refitted, one by one", frozenset({"consumers"})),
     "magnitude": Importance(magnitude, "norm2 of the unit's weights"),
     "random": Importance(random, "uniform random numbers", draws=True),

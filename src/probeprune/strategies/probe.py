@@ -6,7 +6,7 @@ and the loop over a model's blocks in `runtime/`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,8 @@ from torch import nn
 from probeprune.algebra.moments import History, Tokens
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import Block
+from probeprune.model.cost import block_flops
+from probeprune.model.shadow import Shadow
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ def probe_size(probe: Probe, batch: int, length: int) -> tuple[int, int]:
     samples = max(_ceil(probe.samples * batch), 1)
     least = max(probe.min_tokens, _ceil(probe.min_size / samples))
     return samples, min(max(_ceil(probe.tokens * length), least), length)
+
+
+def probe_flops(blocks: Sequence[Block], kept: Sequence[int], probe: Probe, batch: int, length: int) -> float:
+    """FLOPs of probing on a batch of (batch, length) tokens.
+
+    Blocks that keep all their units are not probed. Where several batches share a choice (`Probe.reuse`),
+    the cost of one probe is spread evenly over them.
+    """
+    samples, tokens = probe_size(probe, batch, length)
+    batches_per_choice = max(math.ceil(probe.reuse / (batch * length)), 1)
+    flops = sum(
+        block_flops(b, b.units, samples, tokens, consumer=False)
+        for b, k in zip(blocks, kept, strict=True)
+        if k < b.units
+    )
+    return flops / batches_per_choice
 
 
 def _ceil(x: float) -> int:
@@ -142,18 +160,16 @@ def everything(tokens: Tokens, device: torch.device) -> Selection:
 
 
 def run_ahead(
-    block: Block,
+    shadow: Shadow,
     x: torch.Tensor,
     selection: Selection,
     kwargs: dict[str, Any],
     norm: nn.Module | None = None,
 ) -> torch.Tensor:
-    """The coupled activation `z^p` (samples, tokens, n) of the probe, through the block's own forward.
-
-    The consumer, in tap mode, hands back its input instead of multiplying.
+    """The coupled activation `z^p` (samples, tokens, n) of the probe, through the block's own computation.
 
     Args:
-        block: a block showing all its units.
+        shadow: of the block.
         x: the block's normalised input (batch, sequence, hidden).
         selection: which part of it to run.
         kwargs: the block's other arguments; masks and positions are cut to the probe's own.
@@ -161,24 +177,8 @@ def run_ahead(
     """
     part = x.index_select(0, selection.samples).index_select(1, selection.tokens)
     if norm is not None:
-        part = norm(part)
-    tapped: list[torch.Tensor] = []
-
-    def tap(z: torch.Tensor) -> torch.Tensor:
-        tapped.append(z)
-        return z
-
-    consumer: Any = block.consumer
-    own_forward = consumer.__dict__.get("forward")  # accelerate's hooks put one there
-    consumer.forward = tap
-    try:
-        block.run(part, **restrict(kwargs, selection, x.shape[0]))
-    finally:
-        if own_forward is None:
-            del consumer.forward
-        else:
-            consumer.forward = own_forward
-    return tapped[0]
+        part = type(norm).forward(norm, part)  # hooks on it are for the model's own pass
+    return shadow.run(part, restrict(kwargs, selection, x.shape[0]))
 
 
 def restrict(kwargs: dict[str, Any], selection: Selection, batch: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Probe Pruning: choose the units of every block anew at every batch (Le et al., ICLR 2025)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,9 +9,8 @@ from torch.profiler import record_function
 from probeprune.algebra.moments import OWN_POSITIONS, History, Tokens
 from probeprune.errors import UsageError, unknown
 from probeprune.strategies import Part
-from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe import FUSIONS, Probe, Selection, everything, fused_energy
-from probeprune.strategies.pruned_block import BatchScorer, PrunedBlock
+from probeprune.strategies.pruned_block import PrunedBlock
 from probeprune.strategies.schedule import EveryBatch, Stage
 
 
@@ -24,7 +22,6 @@ class ProbeEveryBatch(EveryBatch):
     """
 
     kind: ClassVar[str] = "probe"
-    scores_batch: ClassVar[bool] = True
 
     probe: Probe = field(default_factory=Probe)
     """Which part of a batch is run ahead."""
@@ -59,8 +56,8 @@ class ProbeEveryBatch(EveryBatch):
     def needs(self) -> frozenset[Part]:  # type: ignore[override]
         return frozenset() if FUSIONS[self.fusion] is None else frozenset({"moments"})
 
-    def follower(self, block: PrunedBlock, importance: str, seed: int) -> "ProbePruning":
-        return ProbePruning(self, block, importance, seed)
+    def follower(self, block: PrunedBlock) -> "ProbePruning":
+        return ProbePruning(self, block)
 
 
 class ProbePruning:
@@ -70,14 +67,12 @@ class ProbePruning:
         history: running energies of the coupled activation; None without fusion.
     """
 
-    def __init__(self, settings: ProbeEveryBatch, block: PrunedBlock, importance: str, seed: int) -> None:
+    def __init__(self, settings: ProbeEveryBatch, block: PrunedBlock) -> None:
         self.settings, self.block = settings, block
-        score = IMPORTANCES[importance].score
-        assert score is not None
-        self._scores: Callable[..., torch.Tensor] = BatchScorer(block.block, score, seed)
         self.history: History | None = None
 
     def start(self) -> None:
+        """Set up the state and make the first cut."""
         if FUSIONS[self.settings.fusion] is not None:
             assert self.block.moments is not None
             self.history = History(self.block.moments, self.settings.decay)
@@ -85,9 +80,11 @@ class ProbePruning:
         self.block.first_cut()
 
     def on_probe(self, z: torch.Tensor, selection: Selection, tokens: Tokens) -> None:
+        """Answer a probe; see `Follower`."""
         self.block.cut(self._score(z, selection, tokens))
 
     def on_pass(self, z: torch.Tensor, tokens: Tokens, stage: Stage) -> None:
+        """Take note of a pass; see `Follower`."""
         if stage == "refresh":
             scores = self._score(z, everything(tokens, z.device), tokens)
             self._remember(z, tokens)  # while its channels still stand where `z` has them
@@ -104,7 +101,7 @@ class ProbePruning:
         settings = self.settings
         with record_function("probeprune::score"):
             energy = fused_energy(z, selection, tokens, self.history, settings.fusion, settings.history_share)
-            return self._scores(energy, self.block.partition)
+        return self.block.score(energy)
 
     def _remember(self, z: torch.Tensor, tokens: Tokens) -> None:
         if self.history is not None:

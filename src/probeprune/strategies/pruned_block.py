@@ -27,6 +27,7 @@ class PrunedBlock:
         first_units: ids of the first cut, LongTensor (width,); None where only a batch can choose.
         moments: of its coupled activation, if there are any.
         consumer: refitted to `first_units`, if there is one.
+        scorer: scores its units from energies, under a method that chooses units at every batch.
         swapped: LongTensor (), units brought into view so far.
         finite: BoolTensor (), whether the last scores or refitted weight were finite.
     """
@@ -39,8 +40,9 @@ class PrunedBlock:
         compensation: Compensation,
         moments: Moments | None = None,
         consumer: Consumer | None = None,
+        scorer: "BatchScorer | None" = None,
     ) -> None:
-        self.block, self.width = block, width
+        self.block, self.width, self.scorer = block, width, scorer
         self.partition = Partition(block)
         device = self.partition.order.device
         self.first_units = None if first_units is None else first_units.to(device)
@@ -54,6 +56,16 @@ class PrunedBlock:
         """Show the units of the first cut, if they are known."""
         if self.first_units is not None:
             self._show(self.first_units)
+
+    def score(self, energy: torch.Tensor) -> torch.Tensor:
+        """Scores of the units (units,), by original ids, under the method's importance.
+
+        Args:
+            energy: of the channels (n,), float32, in the partition's present order.
+        """
+        assert self.scorer is not None
+        with record_function("probeprune::score"):
+            return self.scorer(energy, self.partition)
 
     def cut(self, scores: torch.Tensor) -> None:
         """Show the best units by these scores (units,), float32."""

@@ -30,6 +30,7 @@ class RefitEveryBatch(EveryBatch):
     """
 
     kind: ClassVar[str] = "refit"
+    chooses: ClassVar[bool] = False
 
     probe: Probe = field(default_factory=lambda: Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even"))
     """Which tokens of a batch the consumers are refitted to."""
@@ -41,7 +42,7 @@ class RefitEveryBatch(EveryBatch):
         if not 0 < self.share < 1:
             raise UsageError(f"a refit's share={self.share} of the batch must be between 0 and 1.")
 
-    def follower(self, block: PrunedBlock, importance: str, seed: int) -> "BatchRefit | None":
+    def follower(self, block: PrunedBlock) -> "BatchRefit | None":
         return BatchRefit(self, block) if block.block.kind == "mlp" else None
 
 
@@ -52,6 +53,7 @@ class BatchRefit:
         self.settings, self.block = settings, block
 
     def start(self) -> None:
+        """Set up the state and make the first cut."""
         if self.block.consumer is None or self.block.consumer.inverse is None:
             raise UsageError(
                 f"the refit of {self.block.block.name} was made for a method that prunes once; "
@@ -60,6 +62,7 @@ class BatchRefit:
         self.block.first_cut()
 
     def on_probe(self, z: torch.Tensor, selection: Selection, tokens: Tokens) -> None:
+        """Answer a probe; see `Follower`."""
         start = self.block.consumer
         assert start is not None and start.inverse is not None
         with record_function("probeprune::refit"):
@@ -68,9 +71,8 @@ class BatchRefit:
             rows = torch.arange(count, device=z.device) * len(z) // count
             if tokens.valid is not None:
                 real = tokens.valid[selection.samples][:, selection.tokens].flatten()[rows]
-            z, consumer = z[rows], self.block.block.consumer
-            # Not through the module: its hooks are for the model's own pass.
-            target = linear(z, consumer.weight, consumer.bias).float()
+            z, partition = z[rows], self.block.partition
+            target = linear(z, partition.consumer_weight, partition.consumer_bias).float()
             kept = z[:, : len(start.inverse)].float()  # the kept channels stand in front
             sample = Sample(kept, target, real, SAMPLE * (1 / self.settings.share - 1))
             self.block.show_consumer(
@@ -78,4 +80,5 @@ class BatchRefit:
             )
 
     def on_pass(self, z: torch.Tensor, tokens: Tokens, stage: Stage) -> None:
+        """Take note of a pass; see `Follower`."""
         pass

@@ -1,9 +1,8 @@
 """Schedule: when a method prunes. Never, once, while LoRA trains, or again at every batch.
 
 One record per way, so that settings of one way cannot be given to another. The two dynamic ways lie in files
-of
-their own: `probe_every_batch.py` and `refit_every_batch.py`. A dynamic method with state of its own is a
-record like theirs and a `Follower`.
+of their own: `probe_every_batch.py` and `refit_every_batch.py`. A dynamic method with state of its own is a
+record like theirs and a `Follower` (CONTRIBUTING.md has an example).
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +29,8 @@ class When:
         kind: its key in `methods.SCHEDULES`.
         prunes: False for the dense model.
         every_batch: whether the method is dynamic.
-        scores_batch: whether units are scored from every batch, so that no order is made before.
+        chooses: whether it chooses units anew, by scores from the energies of a batch. If not, the units of
+            the first cut stay.
         trains: whether the method includes training.
         needs: parts of `Statistics` that it needs.
     """
@@ -38,11 +38,12 @@ class When:
     kind: ClassVar[str]
     prunes: ClassVar[bool] = True
     every_batch: ClassVar[bool] = False
-    scores_batch: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
     needs: ClassVar[frozenset[Part]] = frozenset()
 
     @property
     def trains(self) -> bool:
+        """Whether the method includes training."""
         return False
 
 
@@ -57,6 +58,7 @@ class Never(When):
 
     @property
     def trains(self) -> bool:
+        """Whether recovery follows."""
         return self.recovery
 
 
@@ -70,6 +72,7 @@ class Once(When):
 
     @property
     def trains(self) -> bool:
+        """Whether recovery follows."""
         return self.recovery
 
 
@@ -81,6 +84,7 @@ class DuringTraining(When):
 
     @property
     def trains(self) -> bool:
+        """Always: the training prunes."""
         return True
 
 
@@ -89,13 +93,14 @@ class EveryBatch(When):
     """The interface of dynamic schedules: a probe is run ahead of every batch."""
 
     every_batch: ClassVar[bool] = True
+    chooses: ClassVar[bool] = True
     probe: Probe = field(default_factory=Probe)
     refresh: ClassVar[int] = 0
     """Tokens between two refreshes while decoding; 0 for none."""
 
-    def follower(self, block: PrunedBlock, importance: str, seed: int) -> "Follower | None":
+    def follower(self, block: PrunedBlock) -> "Follower | None":
         """The state of one block under this schedule, before its first cut; None for a block that does not
-        follow the batch. `importance` and `seed` are the method's."""
+        follow the batch."""
         raise NotImplementedError
 
 

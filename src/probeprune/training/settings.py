@@ -15,6 +15,16 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class TrainingText:
+    """The text to train on, and how sequences are made of it."""
+
+    corpus: str = "c4"
+    """An embedded name, a file or a hub id."""
+    packing: bool = False
+    """Join documents and cut the result into sequences, instead of one sequence from each document."""
+
+
+@dataclass(frozen=True)
 class Training:
     """How long and how a model is trained. Raises `UsageError` for sizes that make no sense.
 

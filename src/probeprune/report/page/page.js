@@ -1,8 +1,8 @@
 "use strict";
 // Sorts the tables and switches the colour scheme; the page is complete without it.
 
-// Within each ratio; what has no figure stays at the end. The fragment says what is sorted by, so that a
-// sorted page can be linked to: #sort=KEY:DIRECTION, the column's key and 1 (up) or -1 (down).
+// Sorts within each ratio; rows without a value stay at the end. The fragment holds the order, so that a
+// sorted page can be linked to: #sort=KEY:DIRECTION, with the column's key and 1 (up) or -1 (down).
 function sort(table, key, direction) {
   const heads = [...table.tHead.rows[0].cells];
   const column = heads.findIndex((head) => head.dataset.key === key);
@@ -14,12 +14,12 @@ function sort(table, key, direction) {
     const cell = row.cells[column];
     return cell.tagName === "TH" ? cell.textContent : parseFloat(cell.dataset.v);
   };
-  const known = (v) => typeof v === "string" || !Number.isNaN(v);
+  const hasValue = (v) => typeof v === "string" || !Number.isNaN(v);
   for (const body of table.tBodies) {
     const [group, ...rows] = body.rows;
     rows.sort((a, b) => {
       const [x, y] = [value(a), value(b)];
-      if (!known(x) || !known(y)) return known(y) - known(x);
+      if (!hasValue(x) || !hasValue(y)) return hasValue(y) - hasValue(x);
       return direction * (typeof x === "string" ? x.localeCompare(String(y)) : x - y);
     });
     body.append(group, ...rows);
@@ -28,24 +28,24 @@ function sort(table, key, direction) {
 
 const tables = document.querySelectorAll("table.results");
 
-function sortAsTheFragmentSays() {
-  const found = /^#sort=(.+):(-?1)$/.exec(decodeURIComponent(location.hash));
-  if (found) tables.forEach((table) => sort(table, found[1], Number(found[2])));
+function sortByFragment() {
+  const match = /^#sort=(.+):(-?1)$/.exec(decodeURIComponent(location.hash));
+  if (match) tables.forEach((table) => sort(table, match[1], Number(match[2])));
 }
 
 for (const table of tables) {
   for (const head of table.tHead.rows[0].cells) {
     head.querySelector("button").addEventListener("click", () => {
-      const up = head.getAttribute("aria-sort");
-      // Best first; a second click turns it round.
+      const order = head.getAttribute("aria-sort");
+      // Best first; a second click reverses the order.
       const first = head.dataset.better === "1" ? -1 : 1;
-      const direction = up === null ? first : up === "ascending" ? -1 : 1;
+      const direction = order === null ? first : order === "ascending" ? -1 : 1;
       location.replace(`#sort=${encodeURIComponent(head.dataset.key)}:${direction}`);
     });
   }
 }
-addEventListener("hashchange", sortAsTheFragmentSays);
-sortAsTheFragmentSays();
+addEventListener("hashchange", sortByFragment);
+sortByFragment();
 
 const button = document.getElementById("scheme");
 button.hidden = false;

@@ -1,4 +1,7 @@
-"""The page's charts: numbers and words in, SVG out. Knows nothing of result lines."""
+"""Charts as SVG: scatter plots, bars, stacks and heat maps from numbers and words.
+
+Knows nothing of result lines.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +9,6 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from probeprune.report.summary import pareto_front
 from probeprune.report.svg import (
     drawing,
     line,
@@ -24,21 +26,31 @@ Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Point:
-    """A point of a scatter plot: cost, quality (less is better), words, and its method (None: dense)."""
+class ScatterPoint:
+    """A point of a scatter plot.
+
+    Attributes:
+        x: cost, less is better.
+        y: quality, less is better.
+        tooltip: words shown when it is pointed at.
+        series: index of its method; None is dense.
+        x_range, y_range: ends of the error bars.
+    """
 
     x: float
     y: float
-    says: str
+    tooltip: str
     series: int | None
     x_range: Range | None = None
     y_range: Range | None = None
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str, title: str, description: str) -> Markup:
-    """Perplexity, logarithmic, against cost in percent of dense, cheaper to the right.
+def scatter(
+    points: Sequence[ScatterPoint], x_label: str, y_label: str, title: str, description: str
+) -> Markup:
+    """Quality on a logarithmic axis against cost, with less cost to the right.
 
-    A line a method starts at the dense point; rings and a broken line show the Pareto front.
+    A line for each method starts at the dense point; rings and a dashed line show the Pareto front.
     """
     width, height, left, right, top, bottom = 520, 372, 52, 18, 14, 46
     xs = [x for p in points for x in (p.x, *(p.x_range or ()))]
@@ -75,8 +87,8 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, title: str, des
     parts.append(path([(x_of(x), y_of(y)) for x, y in ends], "front"))
     dense = [p for p in points if p.series is None]
     for series in dict.fromkeys(p.series for p in points if p.series is not None):
-        own = sorted((p for p in points if p.series == series), key=lambda p: p.y)
-        along = [(x_of(p.x), y_of(p.y)) for p in [*dense[:1], *own]]
+        course = sorted((p for p in points if p.series == series), key=lambda p: p.y)
+        along = [(x_of(p.x), y_of(p.y)) for p in [*dense[:1], *course]]
         parts.append(path(along, f"course {series_class(series)}"))
     for i, point in enumerate(points):
         x, y, colour = x_of(point.x), y_of(point.y), series_class(point.series)
@@ -87,17 +99,17 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, title: str, des
             inside.append(line(x_of(point.x_range[0]), y, x_of(point.x_range[1]), y, f"error {colour}"))
         if i in front:
             inside.append(tag("circle", cx=x, cy=y, r=9.5, class_="ring"))
-        parts.append(tag("g", tag("title", point.says), *inside, mark(x, y, point.series)))
+        parts.append(tag("g", tag("title", point.tooltip), *inside, mark(x, y, point.series)))
     return drawing(width, height, title, description, *parts)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar: its height, how sure that is, what it says, and its method."""
+    """A bar: its height, half the length of its error bar, its tooltip, and the index of its method."""
 
     value: float
     spread: float | None
-    says: str
+    tooltip: str
     series: int
 
 
@@ -107,10 +119,10 @@ def bars(
     title: str,
     description: str,
 ) -> Markup:
-    """Groups of bars from zero, with error bars; the reference is a broken line with its words."""
+    """Groups of bars from zero, with error bars; the reference is a labelled dashed line."""
     width, height, left, right, top, bottom = 340, 222, 30, 6, 16, 36
     highest = max(
-        [b.value + (b.spread or 0) for _, own in groups for b in own] + [reference[0] if reference else 0]
+        [b.value + (b.spread or 0) for _, group in groups for b in group] + [reference[0] if reference else 0]
     )
     y_high = max(highest * 1.12, 1e-9)
 
@@ -123,14 +135,14 @@ def bars(
             line(left, y_of(tick), width - right, y_of(tick), "grid"),
             text(left - 6, y_of(tick) + 4, plain(tick), "end"),
         ]
-    slots = sum(len(own) + 1 for _, own in groups)
+    slots = sum(len(group) + 1 for _, group in groups)
     slot = (width - left - right) / slots
     x = left + slot / 2
-    for name, own in groups:
-        parts.append(text(x + slot * len(own) / 2, height - 6, name, "middle"))
-        for bar in own:
+    for name, group in groups:
+        parts.append(text(x + slot * len(group) / 2, height - 6, name, "middle"))
+        for bar in group:
             body = [
-                tag("title", bar.says),
+                tag("title", bar.tooltip),
                 tag("rect", x=x + 0.1 * slot, y=y_of(bar.value), width=0.8 * slot,
                     height=height - bottom - y_of(bar.value), class_=f"bar {series_class(bar.series)}"),
             ]  # fmt: skip
@@ -151,7 +163,7 @@ def bars(
 
 @dataclass(frozen=True)
 class Stack:
-    """A bar of parts laid end to end: (class, length, what it says), and the words after it."""
+    """A bar of parts laid end to end, (CSS class, length, tooltip) each, and the words after it."""
 
     label: str
     parts: Sequence[tuple[str, float, str]]
@@ -159,18 +171,18 @@ class Stack:
 
 
 def stacks(rows: Sequence[Stack], title: str, description: str) -> Markup:
-    """Horizontal bars of parts, on one scale from zero; 100 is marked."""
-    step, left, right, top = 26, 128, 96, 22
-    width, height = 680, top + step * len(rows) + 6
+    """Horizontal bars of parts on one scale from zero; a line marks 100."""
+    step, left, right, top = 26, 128, 150, 22
+    width, height = 730, top + step * len(rows) + 6
     longest = max([sum(length for _, length, _ in row.parts) for row in rows] + [100.0])
     scale = (width - left - right) / longest
     parts = []
     for i, row in enumerate(rows):
         y, x = top + step * i, float(left)
         parts.append(text(left - 10, y + 15, row.label, "end"))
-        for class_, length, says in row.parts:
+        for class_, length, tooltip in row.parts:
             body = tag("rect", x=x, y=y + 3, width=max(length * scale, 0), height=step - 8, class_=class_)
-            parts.append(tag("g", tag("title", says), body))
+            parts.append(tag("g", tag("title", tooltip), body))
             x += length * scale
         parts.append(text(x + 8, y + 15, row.after, class_="label"))
     at = left + 100 * scale
@@ -181,24 +193,34 @@ def stacks(rows: Sequence[Stack], title: str, description: str) -> Markup:
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of a heat map: frequencies in [0, 1] or None, the share that changed, and what the row says."""
+    """One row of a heat map.
+
+    Attributes:
+        label: at its left.
+        heads, channels: frequencies in [0, 1]; None for a kind of block that was not pruned.
+        heads_changed, channels_changed: share of the kept units that changed from batch to batch.
+        tooltip: words shown when it is pointed at.
+    """
 
     label: str
     heads: Sequence[float] | None
     channels: Sequence[float] | None
     heads_changed: float
     channels_changed: float
-    says: str
+    tooltip: str
 
 
 LEVELS = 10
-"""Shades of a heat map: a frequency is shown to a tenth."""
+"""Shades of a heat map above zero; classes `f1` to `f10`."""
 
 
 def heat_map(layers: Sequence[Layer], title: str, description: str) -> Markup:
-    """How often each unit was kept, layer by layer: heads, then channels; what changed is beside each."""
+    """How often each unit was kept, a row a layer: heads, then channels, each with the share that changed."""
     step, left, top = 7.0, 26.0, 30.0
-    columns = ((left, 96.0, 30.0), (left + 148.0, 206.0, 30.0))  # where, how wide, room for what changed
+    columns = (
+        (left, 96.0, 30.0),
+        (left + 148.0, 206.0, 30.0),
+    )  # left edge, width, room for the share that changed
     width, height = 440.0, top + step * len(layers) + 4
     parts = [
         text(columns[0][0], 12, "heads"),
@@ -209,7 +231,7 @@ def heat_map(layers: Sequence[Layer], title: str, description: str) -> Markup:
         y = top + step * i
         if i % 5 == 0:
             parts.append(text(left - 6, y + 6.5, layer.label, "end", "small"))
-        body = [tag("title", layer.says)]
+        body = [tag("title", layer.tooltip)]
         both = ((layer.heads, layer.heads_changed), (layer.channels, layer.channels_changed))
         for (x, wide, room), (frequencies, changed) in zip(columns, both, strict=True):
             body.append(tag("rect", x=x, y=y, width=wide, height=step - 1, class_="never"))
@@ -231,23 +253,34 @@ def heat_map(layers: Sequence[Layer], title: str, description: str) -> Markup:
 
 
 def _runs(frequencies: Sequence[float], x: float, y: float, width: float, height: float) -> list[Markup]:
-    """Neighbours of one shade as one rectangle each, so that a page of heat maps stays small."""
+    """One rectangle for each run of equal shades, so that a page of heat maps stays small."""
     cell = width / len(frequencies)
     shades = [round(LEVELS * min(max(f, 0.0), 1.0)) for f in frequencies]
-    found, start = [], 0
+    runs, start = [], 0
     for i in range(1, len(shades) + 1):
         if i == len(shades) or shades[i] != shades[start]:
             if shades[start]:
-                found.append((f"f{shades[start]}", x + start * cell, (i - start) * cell))
+                runs.append((f"f{shades[start]}", x + start * cell, (i - start) * cell))
             start = i
-    return [tag("rect", x=at, y=y, width=wide, height=height, class_=c) for c, at, wide in found]
+    return [tag("rect", x=at, y=y, width=wide, height=height, class_=c) for c, at, wide in runs]
 
 
 def glyph(series: int | None) -> Markup:
-    """A method's mark by itself, for a legend."""
+    """The mark of a method on its own, for a legend."""
     return tag("svg", mark(8, 8, series), viewBox="0 0 16 16", aria_hidden="true", class_="glyph")
 
 
 def _widened(low: float, high: float, by: float) -> Range:
     room = by * (high - low) or by * max(abs(high), 1.0)
     return low - room, high + room
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats: none is as low in both coordinates and lower in one."""
+    front: list[int] = []
+    best = math.inf
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if points[i][1] < best or (front and points[front[-1]] == points[i]):
+            front.append(i)
+            best = points[i][1]
+    return sorted(front)

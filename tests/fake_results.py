@@ -1,15 +1,18 @@
-"""Result lines of a run that never was: all methods, ratios, seeds, texts and tasks, cost, units, a failure.
+"""Result lines of a run that never took place: methods, ratios, seeds, texts, tasks, cost, units, a failure.
 
-Figures are drawn, so no two are alike and one in the wrong place shows.
+Figures are random, so no two are equal and one in the wrong place is noticed.
 """
 
 import json
 import math
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from probeprune import report
 from probeprune.methods import METHODS
+from probeprune.stages import STAGES
 
 MODEL = "smollm2-135m"
 STATIC = ("wanda-sp", "flap", "llm-pruner", "loraprune", "llm-pruner+lora")
@@ -82,7 +85,6 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def _head(model: str, name: str, ratio: float, seed: int) -> dict[str, Any]:
-    base = METHODS[name.removesuffix("+lora")].record()
     trains = name.endswith("+lora")
     training = {
         "corpus": "c4", "steps": 120, "best_step": 120, "tokens": 120 * 8 * 256, "seconds": 801.5,
@@ -92,9 +94,10 @@ def _head(model: str, name: str, ratio: float, seed: int) -> dict[str, Any]:
         "kind": "result",
         "model": model,
         "name": name,
-        "method": base | {"name": name, "seed": seed, "training": "after" if trains else "none"},
+        "method": METHODS[name].record() | {"seed": seed},
         "ratio": ratio,
         "seed": seed,
+        "calibration": None if name == "dense" else {"corpus": "c4", "windows": 128, "length": 512},
         "training": training if trains else None,
         "removed_share": ratio,
     }
@@ -154,11 +157,10 @@ def _subject(
 
 def _cost(draw: random.Random, name: str, ratio: float, probing: float) -> dict[str, Any]:
     speedup = 1.0 if name == "dense" else 1 / (1 - 0.75 * ratio + 1.4 * probing + draw.uniform(0, 0.03))
-    stages = (
-        {k: share * (probing + 0.02) for k, share in
-         {"run_ahead": 0.6, "choose": 0.1, "score": 0.15, "swap": 0.1, "history": 0.05}.items()}
-        if probing else {}
-    )  # fmt: skip
+    # Every stage takes another share, and all of them the probe's work and 2 %.
+    parts = {stage.name: 2.0**-i for i, stage in enumerate(STAGES)}
+    whole = sum(parts.values())
+    stages = {name: part / whole * (probing + 0.02) for name, part in parts.items()} if probing else {}
 
     def phase(value: float) -> dict[str, Any]:
         return {
@@ -198,4 +200,31 @@ def _units(draw: random.Random, name: str, ratio: float, layers: int) -> list[di
                     "changed": round(draw.uniform(0.02, 0.3), 4) if dynamic and gone else 0.0,
                 }
             )  # fmt: skip
+    return found
+
+
+ROWS = rows(items=120, layers=6)
+
+
+def lines(**wanted: Any) -> list[dict[str, Any]]:
+    """Those of `ROWS` that have these values."""
+    return [r for r in ROWS if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def only(**wanted: Any) -> dict[str, Any]:
+    """The one of `ROWS` that has these values."""
+    (row,) = lines(**wanted)
+    return row
+
+
+@cache
+def summary() -> Any:
+    """The summary of `ROWS`."""
+    (made,) = report.summarise(ROWS)
+    return made
+
+
+def entry(summary: Any, name: str, ratio: float) -> Any:
+    """The summary's entry of that method and ratio."""
+    (found,) = (e for e in summary.entries if e.name == name and e.ratio == ratio)
     return found

@@ -7,7 +7,7 @@ import torch
 from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from probeprune import Probe, UsageError, attach, calibrate, compose
+from probeprune import Probe, UsageError, attach, compose
 from probeprune.model.passes import find_decoder
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
@@ -228,14 +228,14 @@ def test_a_refresh_against_a_slow_version(llama):
         (runtime,) = handle.runtimes
         block = runtime.block
         cache = model(prompt, use_cache=True).past_key_values
-        units = runtime.partition.kept_units
+        units = runtime.pruned.partition.kept_units
         history = torch.empty(block.width, dtype=torch.float64)
-        history[runtime.partition.channels] = runtime.history.energy[0].double()
+        history[runtime.pruned.partition.channels] = runtime.follower.history.energy[0].double()
         for step in steps:
             model(step, past_key_values=cache)
-        chosen = runtime.partition.kept_units
+        chosen = runtime.pruned.partition.kept_units
         after = torch.empty(block.width, dtype=torch.float64)
-        after[runtime.partition.channels] = runtime.history.energy[0].double()
+        after[runtime.pruned.partition.channels] = runtime.follower.history.energy[0].double()
     z = []
     hook = block.consumer.register_forward_pre_hook(lambda _, a: z.append(a[0].double()))
     with torch.no_grad():  # the last MLP: what it leaves out changes no other activation
@@ -276,7 +276,7 @@ def test_history_moves_with_every_prompt_but_not_while_decoding(llama):
     model, calibration = llama
     ids = token_ids(2, 10)
     with attach(model, PROBING, 0.3, calibration=calibration) as handle, torch.no_grad():
-        history = handle.runtimes[-1].history.energy
+        history = handle.runtimes[-1].follower.history.energy
         first = history.clone()
         cache = DynamicCache(config=model.config)
         model(ids, past_key_values=cache)
@@ -289,15 +289,11 @@ def test_history_moves_with_every_prompt_but_not_while_decoding(llama):
         assert not history.equal(second)
 
 
-def test_refresh_that_cannot_be_is_refused(llama):
-    model, _ = llama
-    with pytest.raises(UsageError, match="number of tokens"):
-        Probe(refresh=-1)
-    apart = calibrate(model, token_ids(4, 16), own_positions=4)
+def test_refresh_that_cannot_be_is_refused():
+    with pytest.raises(UsageError, match="refresh=-1 must be 0 or more"):
+        ProbeEveryBatch(refresh=-1)
     with pytest.raises(UsageError, match="own_positions=0"):
-        attach(
-            model, compose("probe", when=ProbeEveryBatch(Probe(reuse=0), refresh=4)), 0.3, statistics=apart
-        )
+        ProbeEveryBatch(refresh=4, own_positions=4)
 
 
 # -- caches --------------------------------------------------------------------------------------

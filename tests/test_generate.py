@@ -49,7 +49,7 @@ def test_a_text_ends_at_its_end_token_unless_told_to_go_on(loaded):
     where = free.index(free[2])
     ended = generate(loaded, inputs, max_new_tokens=6)
     assert ended.texts[0].split() == free[: where + 1] and ended.new_tokens == where + 1
-    on = generate(loaded, inputs, max_new_tokens=6, to_the_end=True)
+    on = generate(loaded, inputs, max_new_tokens=6, ignore_end=True)
     assert on.new_tokens == 6 and free[2] not in on.texts[0].split()
 
 
@@ -57,7 +57,7 @@ def test_drawing_follows_the_seed_and_greedy_does_not(loaded):
     inputs = encode(loaded, ["7 8 9"])
 
     def text(**how) -> str:
-        return generate(loaded, inputs, max_new_tokens=8, sampling=Decoding(**how)).texts[0]
+        return generate(loaded, inputs, max_new_tokens=8, decoding=Decoding(**how)).texts[0]
 
     assert text(temperature=1.0, seed=1) == text(temperature=1.0, seed=1)
     assert len({text(temperature=2.0, seed=s) for s in range(4)}) > 1

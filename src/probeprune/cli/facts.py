@@ -1,0 +1,44 @@
+"""What the commands must know of a method beyond its name: asked here and nowhere else in this folder."""
+
+from dataclasses import replace
+
+from probeprune.errors import UsageError
+from probeprune.methods import Method, compose
+from probeprune.plan import needs
+from probeprune.strategies.compensation import Refit
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
+from probeprune.strategies.schedule import Never
+
+
+def is_dense(method: Method) -> bool:
+    """Whether the method prunes nothing."""
+    return isinstance(method.when, Never)
+
+
+def moment(method: Method) -> str:
+    """When the method prunes: never, once, during training, or at every batch."""
+    return "every batch" if method.when.every_batch else method.when.kind
+
+
+def takes_gradients(method: Method) -> bool:
+    """Whether the method must be calibrated with gradients."""
+    return "saliences" in needs(method)
+
+
+def with_compensation(method: Method, compensation: str) -> Method:
+    """The method with another compensation; least squares keeps the method's own refit where it has one."""
+    if compensation == Refit.kind and method.refit is not None:
+        return method
+    return compose(method, name=method.name, compensation=compensation)
+
+
+def with_refresh(method: Method, tokens: int) -> Method:
+    """A probing method that chooses MLP channels again after every `tokens` new tokens; 0 changes nothing.
+
+    Raises `UsageError` for a method that does not choose units by a probe.
+    """
+    if not tokens:
+        return method
+    if not isinstance(method.when, ProbeEveryBatch):
+        raise UsageError(f"--refresh is for methods that probe; {method.name!r} chooses its units once.")
+    return compose(method, name=method.name, when=replace(method.when, refresh=tokens))

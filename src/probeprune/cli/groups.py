@@ -1,0 +1,186 @@
+"""Option groups that several commands share, each declared once.
+
+A group whose options become a record of the library has a method that makes it. What such a method refuses
+is refused with a `UsageError` that names the option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
+
+import typer
+
+from probeprune.cli.terminal import err
+from probeprune.cli.values import at_least, one_of
+from probeprune.data.windows import CALIBRATION, Text
+from probeprune.errors import UsageError
+from probeprune.experiment.cells import TextMeasure
+from probeprune.model.checkpoint import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+    from probeprune.model.loading import LoadedModel
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Model: smollm2-135m (embedded), a local directory, a GGUF file or a Hugging Face hub id."
+    ),
+]
+Ratio = Annotated[
+    float,
+    typer.Option(help="Pruning ratio: share of all attention and MLP parameters to prune."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text and tables.")]
+Device = Annotated[
+    str,
+    typer.Option(help="Device to run on: cpu, cuda, mps or auto (CUDA if available, else CPU)."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the code that comes with the model; only for sources you trust."
+    ),
+]
+KeepTrained = Annotated[
+    bool, typer.Option(help="Keep the checkpoints of trained models, in trained/ inside the --out folder.")
+]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is opened."""
+
+    panel: ClassVar[str] = "Model loading"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Data type to compute in: bfloat16, float16, float32 or auto (the fastest on the device)."
+        ),
+    ] = "auto"
+    device: Device = "auto"
+    trust_remote_code: TrustRemoteCode = False
+
+    def open(self, model: str) -> LoadedModel:
+        """The model, opened while the terminal shows that it is loading. Raises as `load_model` does."""
+        from probeprune.model.loading import load_model
+
+        with err.status("loading the model"):
+            return load_model(
+                model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
+            )
+
+    def dtype_to_save(self, loaded: LoadedModel) -> torch.dtype:
+        """The dtype of weights on disk: as they were where `auto` chose one to compute in, else as given."""
+        return loaded.stored_dtype if self.dtype == "auto" else loaded.dtype
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The text that statistics are collected on, and the seed of what is random."""
+
+    panel: ClassVar[str] = "Calibration"
+    calibration: Annotated[
+        str, typer.Option(help="Calibration text: an embedded name, a file or a hub id.")
+    ] = CALIBRATION.corpus
+    calibration_windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = (
+        CALIBRATION.windows
+    )
+    length: Annotated[
+        int, typer.Option(help="Tokens per window, for calibration and for any evaluation.")
+    ] = CALIBRATION.length
+    seed: Annotated[
+        int, typer.Option(help="Random seed for calibration windows and everything else that is random.")
+    ] = 0
+
+    def text(self) -> Text:
+        """The windows to calibrate on. Raises `UsageError` for counts below 1."""
+        at_least(1, calibration_windows=self.calibration_windows, length=self.length)
+        return Text(self.calibration, self.calibration_windows, self.length)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The text that perplexity is measured on, before and after a command changes the model."""
+
+    panel: ClassVar[str] = "Evaluation"
+    corpus: Annotated[
+        str,
+        typer.Option(
+            help="Text to measure perplexity on, before and after: an embedded name, a file or a hub id."
+        ),
+    ] = TextMeasure.corpus
+    windows: Annotated[
+        int,
+        typer.Option(
+            help="Number of evaluation windows, taken from the start of the text; 0 skips the evaluation."
+        ),
+    ] = 16
+
+    def text(self, length: int = Text.length) -> Text:
+        """The windows to measure on, each of `length` tokens. Raises `UsageError` for a negative number."""
+        at_least(0, windows=self.windows)
+        return Text(self.corpus, self.windows, length)
+
+
+@dataclass(frozen=True)
+class WidthOptions:
+    """How the widths of the layers relate to each other."""
+
+    panel: ClassVar[str] = "Widths"
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="Layout of the checkpoint: uniform (one width for all layers; opens with plain "
+            "transformers) or per-layer (a width for each layer; needs probeprune imported or "
+            "trust_remote_code=True)."
+        ),
+    ] = "uniform"
+    round_to: Annotated[
+        int, typer.Option(help="Make MLP widths multiples of this number of channels, for speed.")
+    ] = 64
+    skip_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of leading layers to leave dense; needs --layout per-layer.",
+            show_default="the method's own",
+        ),
+    ] = None
+
+    def checked_layout(self, per_layer: Mapping[str, object] | None = None) -> Layout:
+        """The layout. Raises `UsageError` for an unknown one, and for options it cannot honour.
+
+        Args:
+            per_layer: values of more options, by name, that need layout `per-layer`; None where not given.
+        """
+        one_of("layout", self.layout, get_args(Layout))
+        options = {"skip-layers": self.skip_layers, **(per_layer or {})}
+        given = [f"--{name}" for name, value in options.items() if value]
+        if self.layout == "uniform" and given:
+            raise UsageError(
+                f"--layout uniform gives all layers one width: leave {' and '.join(given)} out, or use "
+                "--layout per-layer."
+            )
+        return cast(Layout, self.layout)
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """Where a command that measures puts its results."""
+
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="Folder for the results: JSON lines, tables and plots.")
+    ]
+    as_json: Json = False
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Where a command that makes a model puts it."""
+
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the result; it must be new or empty.")]
+    as_json: Json = False

@@ -1,0 +1,53 @@
+"""Change how a module runs for a while, and put it back exactly as it was.
+
+Knows nothing of models or of why a module is changed.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Replace `module.forward` and return a function that undoes it.
+
+    A module may already have a `forward` in its instance dictionary: accelerate puts one there. Undoing
+    restores that one; without one it removes ours, so that the class's own method shows again.
+    """
+    had_one, previous = "forward" in module.__dict__, module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+
+    def undo() -> None:
+        if had_one:
+            module.__dict__["forward"] = previous
+        else:
+            del module.__dict__["forward"]
+
+    return undo
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace `module.forward` inside the context; see `replace_forward`."""
+    undo = replace_forward(module, forward)
+    try:
+        yield
+    finally:
+        undo()
+
+
+@contextmanager
+def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks when the context ends.
+
+    Args:
+        handles: what torch returned on registration. From a generator that registers as it goes, the first
+            hooks are removed even if a later one cannot be registered.
+    """
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield

@@ -1,0 +1,164 @@
+"""Linear maps that show a part of their weight while a method is attached.
+
+`_parameters` of such a map always hold the whole weight, so whatever walks over parameters (`.to()`,
+optimizers, state dicts, checks for shared storage) sees the model as it is. Only `weight` and `bias`, which a
+forward reads, show the part in view. A map becomes a `NarrowLinear` in place and a plain one again, so it
+stays the same object in everybody's hands.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear as multiply
+
+from probeprune.errors import UsageError
+
+_STATE = "_view"
+
+
+class View:
+    """The part of a linear map in view.
+
+    Attributes:
+        narrow: whether the part is shown; the whole otherwise.
+        axis: 0 for rows (a producer), 1 for columns (the consumer).
+        ranges: (start, length) of the rows or columns that are shown; several for a fused map.
+        replacement: a weight of the same shape to show instead of the part; None for the part itself.
+        added_bias: a bias (out_features,) to show instead of the map's own; None for its own.
+        original: gives a parameter, by name, as it was before its units were permuted.
+    """
+
+    def __init__(self, linear: nn.Linear, axis: int, original: Callable[[str], torch.Tensor]) -> None:
+        self.linear, self.axis, self.original = linear, axis, original
+        self.narrow = False
+        self.ranges: list[tuple[int, int]] = []
+        self.replacement: torch.Tensor | None = None
+        self.added_bias: torch.Tensor | None = None
+        self._weights: list[torch.Tensor] = []
+        self._biases: list[torch.Tensor] = []
+        self._stamp: list[tuple[object, ...]] = []
+        self.stamp()
+
+    def show(self, ranges: list[tuple[int, int]]) -> None:
+        """Show these ranges, and no replacement."""
+        self.ranges, self.replacement, self.added_bias = ranges, None, None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Make the views anew, after the parameters have changed place or type."""
+        weight, bias = self.linear._parameters["weight"], self.linear._parameters["bias"]
+        assert weight is not None
+        with torch.inference_mode(False), torch.no_grad():
+            if self.replacement is not None:
+                self.replacement = self.replacement.to(weight)
+            if self.added_bias is not None:
+                self.added_bias = self.added_bias.to(weight)
+            self._weights = self._parts(weight.detach(), self.axis)
+            # A consumer's bias belongs to no unit.
+            self._biases = self._parts(bias.detach(), 0) if bias is not None and self.axis == 0 else []
+        self.stamp()
+
+    def stamp(self) -> None:
+        """Take the parameters for unchanged as they are now."""
+        self._stamp = self._state()
+
+    @property
+    def changed(self) -> bool:
+        """Whether somebody else has written to the parameters, or put others in their place, since
+        `stamp`."""
+        return self._state() != self._stamp
+
+    def _state(self) -> list[tuple[object, ...]]:
+        return [
+            (p.data_ptr(), p._version, p.dtype) if not p.is_meta else (p.dtype,)
+            for p in self.linear._parameters.values()
+            if p is not None
+        ]
+
+    def _parts(self, whole: torch.Tensor, axis: int) -> list[torch.Tensor]:
+        return [whole.narrow(axis, *r) for r in self.ranges]
+
+    def weights(self) -> list[torch.Tensor]:
+        """The weight's parts in view, one per range."""
+        if self.replacement is not None:
+            return [self.replacement]
+        whole = self.linear._parameters["weight"]
+        assert whole is not None
+        if torch.is_grad_enabled() and whole.requires_grad:  # views that lead gradients to the parameter
+            return self._parts(whole, self.axis)
+        return self._weights
+
+    def biases(self) -> list[torch.Tensor | None]:
+        """The bias' parts in view, one per range."""
+        own = self.linear._parameters["bias"]
+        if self.added_bias is not None:
+            return [self.added_bias]
+        if own is None or self.axis == 1:
+            return [own] * len(self.ranges)
+        if torch.is_grad_enabled() and own.requires_grad:
+            return [*self._parts(own, 0)]
+        return [*self._biases]
+
+
+class NarrowLinear(nn.Linear):
+    """A linear map with a `View`. Made and unmade by `open_view` and `close_view`."""
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        view: View = self.__dict__[_STATE]
+        if not view.narrow:
+            return self._parameters["weight"]  # type: ignore[return-value]
+        weights = view.weights()
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        view: View = self.__dict__[_STATE]
+        if not view.narrow:
+            return self._parameters["bias"]
+        biases = view.biases()
+        if len(biases) == 1 or biases[0] is None:
+            return biases[0]
+        return torch.cat([b for b in biases if b is not None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        view: View = self.__dict__[_STATE]
+        if view.narrow and len(view.ranges) > 1:
+            # The rows in view do not lie together: each range multiplies alone, without a copy of the weight.
+            parts = zip(view.weights(), view.biases(), strict=True)
+            return torch.cat([multiply(x, weight, bias) for weight, bias in parts], dim=-1)
+        return multiply(x, self.weight, self.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "NarrowLinear":
+        super()._apply(fn, recurse)
+        view: View = self.__dict__[_STATE]
+        view.refresh()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                destination[prefix + name] = self.__dict__[_STATE].original(name)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise UsageError("a method is attached to this model; detach it before loading weights into it.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError("a method is attached to this model; detach it before copying or pickling it.")
+
+
+def open_view(linear: nn.Linear, axis: int, original: Callable[[str], torch.Tensor]) -> View:
+    """Turn a plain linear map into one with a view, showing the whole."""
+    view = View(linear, axis, original)
+    linear.__dict__[_STATE] = view
+    linear.__class__ = NarrowLinear
+    return view
+
+
+def close_view(linear: nn.Linear) -> None:
+    """Turn a linear map with a view into a plain one again."""
+    if isinstance(linear, NarrowLinear):
+        linear.__class__ = nn.Linear  # type: ignore[assignment]
+        del linear.__dict__[_STATE]

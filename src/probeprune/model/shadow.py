@@ -1,0 +1,97 @@
+"""A block's shadow: the same computation on the same weights, run without anybody noticing.
+
+Shadow modules share parameters and buffers with the model's own, and nothing else: hooks, recorders and
+replaced forwards that others have hung on the model stay out of a run ahead. Weights are always whole,
+whatever the block itself shows.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+from probeprune.errors import UsageError
+from probeprune.model.blocks import Block
+from probeprune.model.config_view import ConfigView
+from probeprune.model.narrow_linear import NarrowLinear
+from probeprune.model.partition import Partition
+
+_HOOKS = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+class _Tap(nn.Module):
+    """Stands in for the consumer: hands back its input instead of multiplying."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: torch.Tensor | None = None
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        self.seen = z
+        return z
+
+
+class Shadow:
+    """The part of a block in front of its consumer, on whole weights.
+
+    Args:
+        block: the block.
+        partition: of the block, if it has one.
+    """
+
+    def __init__(self, block: Block, partition: Partition | None = None) -> None:
+        self._block, self._partition = block, partition
+        self._tap = _Tap()
+        if partition is not None:
+            partition.widen()  # attributes that say how many heads there are
+        if block.activation is None:
+            self._entry = _shadow(block.entry, {block.consumer: self._tap})
+        else:
+            self._entry = nn.Sequential(
+                *(_shadow(m, {}) for m in (*block.producers, block.activation)), self._tap
+            )
+
+    def run(self, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """The coupled activation `z` for the normalised input `x`, units in the partition's present order.
+
+        Raises `UsageError` for a block whose forward does not call its consumer.
+        """
+        self._tap.seen = None
+        if self._partition is not None:
+            for name, value in self._partition.wide_attributes().items():
+                setattr(self._entry, name, value)
+        self._entry(x, **arguments)
+        z, self._tap.seen = self._tap.seen, None
+        if z is None:
+            raise UsageError(
+                f"{self._block.name} does not call the module {self._block.members[-1].name}; switch off the "
+                "fused kernel or compiled block that takes its place."
+            )
+        return z
+
+
+def _shadow(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module that shares parameters, buffers and plain attributes with `module`, some children replaced."""
+    if module in replaced:
+        return replaced[module]
+    kind = nn.Linear if isinstance(module, NarrowLinear) else type(module)
+    twin: nn.Module = object.__new__(kind)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.pop("forward", None)
+    if isinstance(config := module.__dict__.get("config"), ConfigView):
+        twin.__dict__["config"] = config.copy()  # with all heads, whatever the block shows later
+    for name in _HOOKS:
+        twin.__dict__[name] = OrderedDict()
+    twin.__dict__["_modules"] = {
+        n: None if m is None else _shadow(m, replaced) for n, m in module._modules.items()
+    }
+    return twin

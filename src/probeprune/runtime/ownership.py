@@ -1,0 +1,34 @@
+"""Which weights are held by an attached method, known by storage: two objects on one storage are one
+owner."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from probeprune.errors import UsageError
+
+_HELD: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+"""By the address of a storage, the handle that holds it."""
+
+
+def claim(handle: object, weights: Iterable[torch.Tensor]) -> None:
+    """Take these weights for `handle`. Raises `UsageError`, and takes none, where another one holds some."""
+    addresses = {_address(w) for w in weights if not w.is_meta and w.numel()}
+    if any(_HELD.get(a) not in (None, handle) for a in addresses):
+        raise UsageError(
+            "these weights are shared with another model that has a method attached; detach that one first."
+        )
+    for address in addresses:
+        _HELD[address] = handle
+
+
+def release(handle: object) -> None:
+    """Give up everything that `handle` holds."""
+    for address in [a for a, holder in _HELD.items() if holder is handle]:
+        del _HELD[address]
+
+
+def _address(weight: torch.Tensor) -> int:
+    return weight.untyped_storage().data_ptr()

@@ -1,0 +1,136 @@
+"""The Python in README.md and docs/python.md runs, the tables there are complete, and links resolve."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SHAPE, token_ids
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import probeprune
+from probeprune.data import windows
+from probeprune.methods import METHODS, SCHEDULES
+from probeprune.model.loading import LoadedModel
+from probeprune.strategies.allocation import ALLOCATIONS
+from probeprune.strategies.compensation import COMPENSATIONS
+from probeprune.strategies.importance import IMPORTANCES
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def run_snippets(page: Path) -> dict[str, object]:
+    """Run the Python snippets of a page one after the other, in one namespace; a failure names the line."""
+    text = page.read_text(encoding="utf-8")
+    snippets = list(FENCE.finditer(text))
+    assert len(snippets) == text.count("```python") > 0
+    namespace: dict[str, object] = {}
+    for snippet in snippets:
+        line = text.count("\n", 0, snippet.start(1))
+        exec(compile("\n" * line + snippet[1], str(page), "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture
+def few_windows(monkeypatch):
+    """Calibration on 4 windows of 32 tokens, whatever a snippet asks for."""
+    draw = windows.calibration_windows
+    monkeypatch.setattr(
+        windows,
+        "calibration_windows",
+        lambda documents, tokenizer, *, count, length, seed: draw(
+            documents, tokenizer, count=4, length=32, seed=seed
+        ),
+    )
+
+
+@pytest.fixture
+def few_layers(monkeypatch):
+    """Loaded models lose all layers but the first six, to save time."""
+    load = probeprune.load_model
+
+    def load_shorter(name: str) -> LoadedModel:
+        loaded = load(name, dtype="float32")
+        loaded.model.model.layers = loaded.model.model.layers[:6]
+        loaded.model.config.num_hidden_layers = 6
+        return loaded
+
+    monkeypatch.setattr(probeprune, "load_model", load_shorter)
+
+
+@pytest.mark.real
+def test_the_readme_runs_on_the_real_model(few_layers, few_windows, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = probeprune.load_model("smollm2-135m").model.state_dict()
+    namespace = run_snippets(ROOT / "README.md")
+    assert capsys.readouterr().out.count("The capital of France is") == 3
+    after = namespace["model"].state_dict()
+    assert all(after[name].equal(weight) for name, weight in before.items())
+
+
+def tiny_model(name: str) -> LoadedModel:
+    """A random model, narrow but with layers enough for three dense ones, and a tokenizer that knows one
+    word."""
+    assert name == "smollm2-135m"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 8})).eval()
+    backend = Tokenizer(models.WordLevel({"<unk>": 3, "France": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    cpu, dtype = torch.device("cpu"), torch.float32
+    return LoadedModel(name, model, tokenizer, dtype, cpu, dtype)
+
+
+def test_the_python_guide_runs_on_a_tiny_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probeprune, "load_model", tiny_model)
+    asked = []
+
+    def draw(documents, tokenizer, *, count, length, seed):
+        asked.append((count, length))
+        return token_ids(min(count, 16), min(length, 24), seed=seed)
+
+    monkeypatch.setattr(windows, "calibration_windows", draw)
+    namespace = run_snippets(ROOT / "docs" / "python.md")
+    published = METHODS["llm-pruner"].gradient_settings
+    assert asked[0] == (128, 512) and (published.windows, published.length) in asked
+    printed = capsys.readouterr().out
+    assert "unknown method 'prob'; did you mean 'probe'?" in printed
+    assert "not prepared for ratio 0.3 of 'best-static' (only for 0.4)" in printed
+    dense = tiny_model("smollm2-135m").model.state_dict()
+    assert all(namespace["model"].state_dict()[name].equal(weight) for name, weight in dense.items())
+    pruned = sum(p.numel() for p in namespace["reopened"].parameters())
+    assert pruned < sum(weight.numel() for weight in dense.values())
+
+
+@pytest.mark.parametrize(
+    "heading, table",
+    [
+        ("`importance`", IMPORTANCES),
+        ("`allocation`", ALLOCATIONS),
+        ("`compensation`", COMPENSATIONS),
+        ("`when`", SCHEDULES),
+    ],
+)
+def test_the_python_guide_lists_every_key_of_a_table(heading, table):
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    section = text.split(f"### {heading}")[1].split("\n## ")[0].split("\n### ")[0]
+    assert re.findall(r"^\| `([^`]+)`", section, re.MULTILINE) == list(table)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if link.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, link
