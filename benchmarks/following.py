@@ -1,16 +1,17 @@
-"""Where following the batch pays, and where not: `best-dynamic` over `best-static`, by what is in a batch.
+"""Where following the batch pays, and where not: `best-dynamic` over `best-static`, by content of the batch.
 
 Run: .venv/bin/python benchmarks/following.py [--ratio 0.4] [--out runs/following]
-About 20 minutes on 2 cores, where a refit of that ratio is at hand; else 8 more.
+About 20 minutes on 2 cores with a cached refit for the ratio; 8 more without.
 
-Three texts, nearer to and farther from the calibration text: C4 that it does not hold, WikiText-2, and the
-standard library's Python source. Of each, 6 topics (documents, or stretches of the text) of 4 windows of
-256 tokens. The same windows come alone, with those of their own topic, or mixed with other topics', so only
-the choice differs; and the heads of the topics come at 128 to 1024 tokens, one in a batch. "All known" probes
-with the whole batch: more than the dense model costs, and about what following can do.
-In the last rows the first 512 tokens of a topic are a prompt that is chosen on, or refitted to, and the next
-512 are scored: text that the method has not seen. SmolLM2-135M-Instruct, float32, 128 windows of C4 to
-calibrate, seed 0. Goes on after a kill.
+Three texts, at increasing distance from the calibration text: other documents of C4, WikiText-2, and the
+Python source of the standard library. Each has 6 topics (documents, or segments of the text) of 4 windows of
+256 tokens. The same windows are run alone, with those of their own topic, or mixed with other topics, so only
+the choice differs; and the beginnings of the topics are run at 128 to 1024 tokens, one per batch. "All known"
+probes
+with the whole batch: it costs more than the dense model and shows about how much following can gain. In the
+last rows, the first 512 tokens of a topic are a prompt to choose on, or to refit to, and the next 512, which
+the method has not seen, are scored. SmolLM2-135M-Instruct, float32, calibrated on 128 windows of C4, seed 0.
+Continues after a kill.
 """
 
 import argparse
@@ -52,7 +53,7 @@ OVER = {
     "best-dynamic": "best-static",
     "all known": "best-static",
 }
-"""What each dynamic method is compared with: the same without following."""
+"""The baseline of each dynamic method: the same without following."""
 
 
 def topics(text: str, loaded: LoadedModel) -> torch.Tensor:
@@ -77,7 +78,7 @@ def topics(text: str, loaded: LoadedModel) -> torch.Tensor:
 
 
 def arrangements(ids: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, int, list[int]]]:
-    """Name, windows in order, batch size, and where each window stands in the first arrangement."""
+    """Name, windows in order, batch size, and the index of each window in the first arrangement."""
     windows = ids.reshape(TOPICS * WINDOWS, LENGTH)
     own = list(range(len(windows)))
     yield "alone", windows, 1, own
@@ -90,7 +91,7 @@ def arrangements(ids: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, int, li
 
 
 def measure(results: Path, ratio: float) -> None:
-    """Append what is not in `results` yet."""
+    """Append the lines that are missing in `results`."""
     loaded = probeprune.load_model("smollm2-135m", dtype="float32")
     model, cache = loaded.model, cache_dir() / "statistics"
     windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=128, length=512, seed=0)
@@ -120,7 +121,7 @@ def measure(results: Path, ratio: float) -> None:
 
 
 def continuation(model: Any, ids: torch.Tensor) -> tuple[float, ...]:
-    """Loss of each topic's second half behind its first, which is the prompt that a method chooses on."""
+    """Loss of the second half of each topic, after the first half as the prompt that a method chooses on."""
     half, losses = ids.shape[1] // 2, []
     with torch.inference_mode():
         for row in ids.split(1):
@@ -132,8 +133,8 @@ def continuation(model: Any, ids: torch.Tensor) -> tuple[float, ...]:
 
 
 def distance_of(windows: torch.Tensor, model: Any, known: probeprune.Statistics) -> float:
-    """How far a text's channels are from calibration's: median over MLP channels of how many times more, or
-    less, energy each has."""
+    """Distance of a text from the calibration text: the median, over MLP channels, of the factor (up or down)
+    between their energies."""
     here = probeprune.calibrate(model, windows, cache=cache_dir() / "statistics")
     ratios = [
         (energy(here, name) / energy(known, name)).log().abs() for name in known.moments if "mlp" in name
@@ -142,7 +143,7 @@ def distance_of(windows: torch.Tensor, model: Any, known: probeprune.Statistics)
 
 
 def energy(of: probeprune.Statistics, name: str) -> torch.Tensor:
-    """Mean of `z^2` a token, by channel."""
+    """Mean of `z^2` per token, by channel."""
     moments = of.moments[name]
     return moments.m2 / moments.count + moments.mean.square()
 
@@ -153,13 +154,13 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: perplexity of following over that of the same without, with its 95 % interval; and FLOPs."""
+    """Markdown: perplexity with following over that without, with its 95 % interval; and FLOPs."""
     heads = ["text", "batch", *OVER, "FLOPs: probe", "best-static", "best-dynamic"]
     lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
     for text, name in dict.fromkeys((row["text"], row["name"]) for row in rows):
         here = {row["method"]: row for row in rows if (row["text"], row["name"]) == (text, name)}
         if here.keys() != METHODS_BY_NAME.keys():
-            continue  # not measured to the end
+            continue  # incomplete
         found = [paired_bootstrap(here[m]["losses"], here[over]["losses"]) for m, over in OVER.items()]
         cells = [f"{c.factor:.3f} ({c.low:.3f} to {c.high:.3f})" for c in found]
         for m in ("probe", "best-static", "best-dynamic"):

@@ -1,10 +1,10 @@
-"""Memory of taking LLM-Pruner's gradients: measured on the embedded model, counted for LLaMA-2-7B.
+"""Memory of LLM-Pruner's gradients: measured on the embedded model, calculated for LLaMA-2-7B.
 
 Run: .venv/bin/python benchmarks/gradient_memory.py   (about 30 seconds)
 
-Measured: peak of the process over what it held before, while 10 windows of 64 tokens go through one by one.
-Counted: weights in bfloat16, one float32 gradient of the blocks' weights (adding up), one of the largest map
-(on its way); activations of a single sample come on top.
+Measured: peak memory of the process over its memory before, while 10 windows of 64 tokens run one by one.
+Calculated: weights in bfloat16, one float32 gradient of the blocks' weights (the average), and one of the
+largest map (in flight); the activations of a single sample are not included.
 """
 
 import psutil
@@ -24,7 +24,7 @@ def main() -> None:
     blocks = probeprune.find_blocks(loaded.model)
     windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=10, length=64, seed=0)
     with torch.no_grad():
-        loaded.model(windows[:1])  # torch sets up what it needs once
+        loaded.model(windows[:1])  # torch initialises on the first pass
     before = psutil.Process().memory_info().rss
     for criterion in ("param_first", "param_mix"):
         with PeakMemory(loaded.device) as memory:

@@ -2,7 +2,7 @@
 
 Run: .venv/bin/python benchmarks/history_positions.py   (about 6 minutes on 2 cores)
 
-Calibrates once with an energy for every position, then pools all but the first `own` of them and measures
+Calibrates once with an energy for every position, then pools all but the first `own` positions and measures
 perplexity on the first 32 WikiText-2 windows of 512.
 """
 
@@ -20,7 +20,7 @@ LENGTH = 512
 
 
 def pooled(moments: Moments, own: int) -> Moments:
-    """The same moments with only `own` first positions kept apart."""
+    """The same moments, with an energy of their own for the first `own` positions only."""
     state = {name: tensor.clone() for name, tensor in moments.state().items()}
     for name in ("energy", "tokens"):
         rows = state[name]

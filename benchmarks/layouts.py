@@ -1,4 +1,4 @@
-"""What one width for all layers costs in quality: the `uniform` layout against `per-layer`, by method.
+"""The quality cost of one width for all layers: the `uniform` layout against `per-layer`, by method.
 
 Run: .venv/bin/python benchmarks/layouts.py   (about 15 minutes on 2 cores)
 

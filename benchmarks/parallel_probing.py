@@ -1,9 +1,9 @@
-"""What parallel probing costs in quality: perplexity of `probe` with and without `Probe.parallel`.
+"""The quality cost of parallel probing: perplexity of `probe` with and without `Probe.parallel`.
 
 Run: .venv/bin/python benchmarks/parallel_probing.py   (about 5 minutes on 2 cores)
 
 The first 24 windows of 512 tokens of WikiText-2, batches of 16. SmolLM2-135M-Instruct, float32, calibrated on
-48 windows of C4. Seconds are medians over rounds in which both take turns; without a GPU nothing overlaps.
+48 windows of C4. Seconds are medians over interleaved rounds; without a GPU nothing overlaps.
 """
 
 import statistics

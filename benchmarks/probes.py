@@ -1,13 +1,14 @@
 """What makes a good probe: perplexity of `probe` at 40 % by signal, budget, fusion and decay.
 
-Run: .venv/bin/python benchmarks/probes.py   (--show only draws what is there)
+Run: .venv/bin/python benchmarks/probes.py   (--show only draws existing results)
 
-Windows of C4 documents that calibration never sees, to choose by, and of WikiText-2, to check on; both from
-all over the text, so that the windows of a batch are of different documents. Every configuration is one line
-in runs/probes/results.jsonl for each text; those already there are not run again. Prints a Markdown table of
-paired differences and draws docs/probes.png. SmolLM2-135M-Instruct, float32, calibrated on 48 windows of C4.
+Windows are from C4 documents that calibration never sees, for choosing, and from WikiText-2, for checking;
+both from all over the text, so that the windows of a batch come from different documents. Every configuration
+is one line per text in runs/probes/results.jsonl; existing lines are not run again. Prints a Markdown table
+of paired differences and draws docs/probes.png. SmolLM2-135M-Instruct, float32, calibrated on 48 windows of
+C4.
 
-Signals other than the residual norm are put in place of `runtime.choose` from here; the product knows none.
+Signals other than the residual norm replace `choose` from here; the package itself has none.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from probeprune.strategies.probe import Selection, choose, probe_size
 RATIO = 0.4
 LENGTH = 256
 WINDOWS = 32
-"""Two batches of 16: two choices of a probe a text, each of 1 sample at the published 5 %."""
+"""Two batches of 16: two choices of a probe per text, each of 1 sample at the published 5 %."""
 BATCH, SMALL_BATCH = 16, 2
 TEXTS = {"c4-held-out": "C4, held out", "wikitext2": "WikiText-2"}
 FIGURE = Path(__file__).parents[1] / "docs" / "probes.png"
@@ -49,7 +50,7 @@ Choose = Callable[[torch.Tensor, Tokens, Probe], Selection]
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to probe, named by what differs from the published one."""
+    """One way to probe, named after its difference from the published one."""
 
     group: str
     name: str
@@ -57,7 +58,7 @@ class Configuration:
     signal: str = "residual"
     batch: int = BATCH
     over: str = "published"
-    """Name of the configuration it is compared with."""
+    """Name of the configuration to compare with."""
 
 
 def probing(**changes: Any) -> Method:
@@ -66,7 +67,7 @@ def probing(**changes: Any) -> Method:
 
 
 def configurations() -> list[Configuration]:
-    """All of them, the most telling first."""
+    """All configurations, the most informative first."""
     same = METHODS["probe"]
     signals = [f"random {seed}" for seed in range(2)] + ["attention", "surprisal", "diversity"]
     fusions: dict[str, dict[str, Any]] = {"no fusion": {"fusion": "none"}}
@@ -89,7 +90,7 @@ def configurations() -> list[Configuration]:
 
 
 def budget(samples: int, tokens: float) -> str:
-    """How a budget is called in table and results."""
+    """Name of a probe size in table and results."""
     return f"{samples} of {BATCH} samples, {tokens:.0%} of the positions"
 
 
@@ -111,7 +112,8 @@ def diverse(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
 
 
 def farthest(points: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows of `points`, ascending: the most central one, then always the one farthest from those taken."""
+    """Indices of rows of `points`, ascending: the most central one, then repeatedly the one farthest from
+    those taken."""
     distances = torch.cdist(points, points)
     taken = [int(distances.sum(1).argmin())]
     while len(taken) < count:
@@ -121,8 +123,9 @@ def farthest(points: torch.Tensor, count: int) -> torch.Tensor:
 
 @contextmanager
 def attention_received() -> Iterator[dict[tuple[int, int], torch.Tensor]]:
-    """By (batch, length) of a pass: what each token received in the last attention block of that size, as a
-    sum over queries, mean over heads. At a block's entry the whole batch's is the block before's."""
+    """Attention that each token received in the last attention block, summed over queries, averaged over
+    heads, by the (batch, length) of the pass. At the entry of a block, the entry for the whole batch is that
+    of the previous block."""
     received: dict[tuple[int, int], torch.Tensor] = {}
     own = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -141,7 +144,7 @@ def attention_received() -> Iterator[dict[tuple[int, int], torch.Tensor]]:
 
 
 def surprisals(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """Loss of the dense model on each token (windows, length); the first, which nothing predicts, has 0."""
+    """Loss of the dense model on each token (windows, length); 0 for the first, which nothing predicts."""
     losses = []
     with torch.inference_mode():
         for window in windows.split(1):
@@ -152,7 +155,7 @@ def surprisals(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def choosing(signal: str, model: nn.Module, windows: torch.Tensor) -> Iterator[None]:
-    """Inside, probes are chosen by that signal. To be entered before a method is attached."""
+    """Choose probes by `signal` inside the context. Enter it before attaching a method."""
     with ExitStack() as stack:
         stack.callback(setattr, runtime, "choose", choose)
         if signal == "diversity":
@@ -178,7 +181,7 @@ def choosing(signal: str, model: nn.Module, windows: torch.Tensor) -> Iterator[N
 
 
 def measure(results: Path, count: int, texts: list[str], only: list[str]) -> None:
-    """Append what is not in `results` yet: text by text, in the order of `only` where that is given."""
+    """Append the lines that are missing in `results`: text by text, in the order of `only` if given."""
     done = {(line["name"], line["text"]) for line in read(results)}
     known = {c.name: c for c in configurations()}
     todo = [(known[name], text) for text in texts for name in only or known if (name, text) not in done]
@@ -222,12 +225,12 @@ class Row:
 
     perplexity: float
     difference: float
-    """Perplexity over that of what it is compared with, in per cent more."""
+    """Increase of perplexity over the baseline, in per cent."""
     error: float
-    """Standard error of `difference`, over windows (delta method); which sample a probe happened to take is
-    not in it, for that see `random`."""
+    """Standard error of `difference` over windows (delta method). It does not include the choice of sample,
+    for which see `random`."""
     flops: float
-    """Of the decoder, over those of what it is compared with."""
+    """FLOPs of the decoder over those of the baseline."""
 
 
 def rows(results: Path) -> dict[tuple[str, str], Row]:
@@ -262,7 +265,7 @@ def table(found: dict[tuple[str, str], Row]) -> str:
             same = c.name == c.over
             change = "" if row is None or same else f"{row.difference:+.1f} ± {row.error:.1f} %"
             cells += ["", ""] if row is None else [f"{row.perplexity:.1f}", change]
-        # What a signal costs to compute here says nothing of what it would in the product.
+        # The cost of computing a signal here does not show its cost in the package.
         flops = "" if c.group == "signal" else f"{next(r for r in here if r).flops:.2f} x"
         lines.append(f"| {c.name} | " + " | ".join(cells) + f" | {flops} |")
     return "\n".join(lines)

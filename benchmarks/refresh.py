@@ -1,9 +1,9 @@
-"""What choosing MLP channels anew while decoding gains: perplexity of `probe` at 40 %, by `Probe.refresh`.
+"""The gain of choosing MLP channels anew while decoding: perplexity of `probe` at 40 %, by `refresh`.
 
 Run: .venv/bin/python benchmarks/refresh.py   (about 3 minutes on 2 cores)
 
 16 windows of WikiText-2 from all over the text, one batch: a prompt of 128 tokens, then 128 tokens fed
-one by one behind its cache; perplexity and time are those of these 128. SmolLM2-135M-Instruct, float32,
+one by one after it; perplexity and time are those of these 128. SmolLM2-135M-Instruct, float32,
 calibrated on 48 windows of C4.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def decode(model: Any, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Mean loss of the tokens behind the prompt, fed one by one, and the seconds that took."""
+    """Mean loss of the tokens after the prompt, fed one by one, and the seconds taken."""
     output = model(batch[:, :PROMPT], use_cache=True)
     losses, start = [], time.perf_counter()
     for i in range(PROMPT, PROMPT + BEHIND):

@@ -1,10 +1,10 @@
-"""What small batches cost and gain: perplexity and speed of `probe` at 40 %, by `Probe.reuse`.
+"""Cost and gain in small batches: perplexity and speed of `probe` at 40 %, by `Probe.reuse`.
 
 Run: .venv/bin/python benchmarks/small_batches.py   (about 6 minutes on 2 cores)
 
-Windows of WikiText-2 from all over the text, so that neighbours in order are of different articles, in
-batches of 1 x 128, 1 x 512 and 16 x 512. Speeds are medians over rounds in which all ways take turns, over
-the dense model's of the same round. SmolLM2-135M-Instruct, float32, calibrated on 48 windows of C4.
+Windows of WikiText-2 from all over the text, so that neighbours come from different articles, in batches
+of 1 x 128, 1 x 512 and 16 x 512. Speeds are medians over interleaved rounds, over the dense model's of the
+same round. SmolLM2-135M-Instruct, float32, calibrated on 48 windows of C4.
 """
 
 import statistics
@@ -30,7 +30,7 @@ WAYS: dict[str, Method] = {
     "probe of 5 % of the positions": compose("probe", when=ProbeEveryBatch(Probe(tokens=0.05, reuse=0))),
 }
 SHAPES = {(1, 128): 32, (1, 512): 8, (16, 512): 16}
-"""Batch and length, and how many windows."""
+"""Batch size, length, and number of windows."""
 ROUNDS = 2
 
 

@@ -1,11 +1,11 @@
-"""How near speed comes to its limit: measured speed-up times work left, by case, with goals and profiles.
+"""How close speed comes to its limit: measured speed-up times work left, by case, with goals and profiles.
 
 Run: MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296 \\
      .venv/bin/python benchmarks/speed.py --dtypes bfloat16,float32 --threads 2
 
-Some 20 minutes a dtype on 2 cores; `--cases` takes some of the cases alone. Work is FLOPs (probe included)
-in prefill and bytes of weights and cache in decoding, over the dense model's; all ratios are medians over
-rounds in which dense and pruned take turns. The profile is of one pass, in milliseconds.
+About 20 minutes per dtype on 2 cores; `--cases` selects cases. Work is FLOPs (probe included) in prefill and
+bytes of weights and cache in decoding, over the dense model's; all ratios are medians over rounds in which
+dense and pruned take turns. The profile is of one pass, in milliseconds.
 """
 
 import argparse
@@ -25,7 +25,7 @@ RATIO = 0.4
 
 @dataclass(frozen=True)
 class Case:
-    """One line to be shown: what is run, and the least efficiency it should have."""
+    """One line of the table: the measurement, and the minimum efficiency as its goal."""
 
     method: str
     phase: str
@@ -43,7 +43,7 @@ CASES = {
     "decode": Case("probe", "decode", GridPoint(1, 512), 0.85, new_tokens=128),
 }
 OVERHEAD, MEMORY = 0.02, 1.02
-"""At most: share of choosing, scoring, swapping and history; peak memory over dense."""
+"""Maximum share of choosing, scoring, swapping and history; maximum peak memory over dense."""
 
 
 def main() -> None:

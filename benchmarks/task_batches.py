@@ -1,16 +1,16 @@
-"""How much the grouping of requests changes a dynamic method's accuracy, and that it changes no static one's.
+"""How much the grouping of requests changes the accuracy of a dynamic method, and that of no static one.
 
     python benchmarks/task_batches.py        (three minutes on two cores)
 
-Probe Pruning chooses anew for every batch, so its answers depend on what shares one. The same items run with
-several batch sizes and both orders. Printed are accuracy and the share of items whose answer differs from
-that of the first line.
+Probe Pruning chooses units anew for every batch, so each answer depends on the other requests in its batch.
+The same items run with several batch sizes and both orders. Prints the accuracy and the share of items whose
+answer differs from that of the first line.
 """
 
 import probeprune
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows
-from probeprune.evaluation.tasks import evaluate_task
+from probeprune.evaluation.tasks import TaskSettings, evaluate_task
 from probeprune.model.loading import cache_dir
 
 TASK, ITEMS, RATIO = "arc_easy", 60, 0.2
@@ -29,9 +29,7 @@ def main() -> None:
                     loaded.model,
                     loaded.tokenizer,
                     TASK,
-                    limit=ITEMS,
-                    batch_size=batch_size,
-                    order=order,
+                    TaskSettings(limit=ITEMS, batch_size=batch_size, order=order),
                 )
             hits = found.correct_norm or found.correct
             first = first or hits

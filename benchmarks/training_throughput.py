@@ -1,11 +1,10 @@
-"""What our training costs beside plain PEFT + Trainer: the same model, text and steps, interleaved.
+"""Cost of training beside plain PEFT + Trainer: the same model, text and steps, interleaved.
 
     python benchmarks/training_throughput.py
 
-Every round trains a few steps in each of three ways: PEFT and the Trainer as their documentation has it,
-`recover`, and `loraprune`. Printed are the medians of the time from one step's begin to the next, and the
-median over rounds of the ratio to plain training. The first step of each run, which sets things up, is left
-out.
+Every round trains a few steps in each of three ways: PEFT and the Trainer as in their documentation,
+`recover`, and `loraprune`. Prints the median time from the start of one step to the next, and the median over
+rounds of the ratio to plain training. The first step of each run is left out, because it includes set-up.
 """
 
 import statistics
@@ -30,7 +29,7 @@ ROUNDS, STEPS, BATCH, LENGTH = 3, 4, 4, 256
 
 
 class Steps(TrainerCallback):
-    """When every step began."""
+    """Start time of every step."""
 
     def __init__(self) -> None:
         self.begun: list[float] = []
@@ -39,7 +38,7 @@ class Steps(TrainerCallback):
         self.begun.append(time.perf_counter())
 
     def seconds(self) -> float:
-        """Median seconds a step."""
+        """Median seconds per step."""
         return statistics.median(b - a for a, b in zip(self.begun[1:], self.begun[2:], strict=False))
 
 
@@ -75,7 +74,7 @@ def ours(model, windows, held_out, work: Path, *, prune: bool) -> float:
     steps, more = Steps(), []
     if prune:
         blocks = find_blocks(model)
-        # Masks change at every step here, so that their cost is seen in a run of a few steps.
+        # Masks change at every step here, so that a run of a few steps includes their cost.
         more = [LoraPrune(blocks, [max(1, int(0.8 * b.units)) for b in blocks], every=1)]
     recover(model, windows, held_out, training, work, callbacks=[steps, *more])
     return steps.seconds()

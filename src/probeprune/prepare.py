@@ -1,4 +1,5 @@
-"""Prepare: collect everything that methods need to know about a model, in one call; share, save and load it."""
+"""Prepare: collect everything that methods need to know about a model, in one call; share, save and load
+it."""
 
 import hashlib
 import json

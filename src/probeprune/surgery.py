@@ -26,6 +26,7 @@ from probeprune.prepare import Calibration, Prepared, statistics_for
 from probeprune.progress import Progress, silent
 from probeprune.strategies.allocation import ALLOCATIONS, check_ratio
 from probeprune.strategies.compensation import Consumer
+from probeprune.strategies.pruned_block import Cut
 from probeprune.strategies.schedule import Once
 
 
@@ -91,8 +92,8 @@ def prune(
         progress: called with (name of the work, parts done, parts in total).
 
     Raises:
-        UsageError: unsupported model, method or ratio, a ratio too small to remove a unit, calibration that is
-            missing or does not fit; the model is unchanged.
+        UsageError: unsupported model, method or ratio, a ratio too small to remove a unit, calibration that
+            is missing or does not fit; the model is unchanged.
         FloatingPointError: NaN or infinite statistics, losses or gradients, or a refit that failed; the model
             is unchanged.
     """
@@ -164,9 +165,10 @@ def _planned_widths(
 
 
 def _cut_all(
-    method: Method, blocks: Sequence[Block], cuts: Sequence[plan.Cut], statistics: Statistics
+    method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], statistics: Statistics
 ) -> tuple[dict[str, torch.Tensor], dict[str, Consumer]]:
-    """Make the cuts permanent. Returns the ids of the kept units and the refitted consumers, by block name."""
+    """Make the cuts permanent. Returns the ids of the kept units and the refitted consumers, by block
+    name."""
     pruned = plan.pruned_blocks(method, blocks, cuts, statistics)
     units = {}
     for p in pruned:

@@ -1,7 +1,7 @@
-"""Collecting: run windows of text through the dense model and gather the moments of every block.
+"""Collecting: run windows of text through the dense model and collect the moments of every block.
 
-Cached by content (the model's weights, the windows, the settings) and resumable: a run that is killed goes on
-from its last part. Knows nothing of methods: one calibration serves them all.
+Results are cached by content (the model's weights, the windows, the settings), and a run that was killed
+continues from its last part. Knows nothing of methods: one calibration serves them all.
 """
 
 import time
@@ -24,15 +24,15 @@ from probeprune.provenance import content_key
 
 _FORMAT = 2
 _SAVE_EVERY = 30.0
-"""Seconds between two parts written to disk."""
+"""Minimum number of seconds between two writes to disk."""
 
 
 @contextmanager
 def collecting(model: nn.Module, own_positions: int = OWN_POSITIONS) -> Iterator[dict[str, Moments]]:
     """Collect moments, by block name, from every forward pass of the dense model inside the context.
 
-    Padding is read off the attention mask that a pass is given. Raises `UsageError` for a pass that continues
-    a KV cache.
+    Padding is read from the attention mask of the pass. Raises `UsageError` for a pass that continues a KV
+    cache.
     """
     blocks = find_blocks(model)
     moments = {b.name: Moments(b.width, own_positions, b.consumer.weight.device) for b in blocks}
@@ -76,10 +76,9 @@ def calibrate(
         model: a supported causal LM, in eval mode, nothing attached.
         windows: LongTensor, for instance from `data.windows.calibration_windows`.
         batch_size: windows per forward pass.
-        own_positions: first positions of a sequence whose energy is kept apart (the paper keeps all).
-        cache: a folder to keep results in; the same model and windows are then read back, and a broken run
-            goes on. None keeps nothing.
-        progress: called with ("calibration", windows done, windows in all).
+        own_positions: number of first positions with an energy of their own (the paper: all).
+        cache: folder for results, stored by content; a run that was killed continues. None stores nothing.
+        progress: called with ("calibration", windows done, windows in total).
 
     Raises `UsageError` for windows longer than the model's positions or a model in training mode.
     """
@@ -106,11 +105,11 @@ def calibrate(
             if path is not None and (done == len(windows) or time.monotonic() - saved > _SAVE_EVERY):
                 stored.store(path, "moments", moments, done=done)
                 saved = time.monotonic()
-    # Collected under inference mode; clones are ordinary tensors again.
+    # Collected under inference mode; clones are ordinary tensors.
     return {n: Moments.from_state({k: t.clone() for k, t in m.state().items()}) for n, m in moments.items()}
 
 
 def merge(moments: dict[str, Moments], others: dict[str, Moments]) -> None:
-    """Take in moments of other text on the same model, from another process for example."""
+    """Add to `moments` those of other text on the same model, for example from another process."""
     for name, other in others.items():
         moments[name].merge(other)

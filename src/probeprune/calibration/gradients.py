@@ -1,6 +1,6 @@
 """Saliences: scores of every row and column of the blocks' linear maps, from the gradient of the loss.
 
-Samples go through one by one and their gradients are averaged in float32, so memory is the model, one
+Samples are processed one by one and their gradients averaged in float32, so memory holds the model, one
 gradient of its blocks, and the activations of one sample. Knows nothing of units or ratios.
 """
 
@@ -42,12 +42,12 @@ def saliences(
         criterion: a key of `CRITERIA`.
         gradients: rank and number of the random matrices that `lora-guided` averages over; None for the
             published settings.
-        seed: for these matrices.
-        cache: a folder to keep results in, by content; None keeps nothing.
-        progress: called with ("gradients", windows done, windows in all).
+        seed: seed of these matrices.
+        cache: folder for results, stored by content; None stores nothing.
+        progress: called with ("gradients", windows done, windows in total).
 
     Returns:
-        By the linear map's name a float32 tensor: (out_features,) for a producer, (in_features,) for a
+        Float32 tensors by the name of the linear map: (out_features,) for a producer, (in_features,) for a
         consumer.
 
     Raises:
@@ -96,7 +96,7 @@ def _backward_passes(
 
 
 class _GradientMeans:
-    """What a criterion observes of the members' gradients, averaged as samples come."""
+    """Running averages, over samples, of the tensors that a criterion observes of the members' gradients."""
 
     def __init__(self, members: dict[str, Member], criterion: Criterion, samples: int) -> None:
         self.members, self.criterion, self.samples = members, criterion, samples
@@ -118,7 +118,7 @@ class _GradientMeans:
 
     @torch.no_grad()
     def saliences(self, gradients: Gradients, seed: int) -> dict[str, torch.Tensor]:
-        """Of every member; its means are freed as it comes."""
+        """Saliences of every member. Frees the averages of each member once it is done."""
         return {
             name: self.criterion.salience(
                 Settled(self._means.pop(name), m, m.linear.weight.detach().float(), gradients, seed)
@@ -131,8 +131,7 @@ class _GradientMeans:
 def _differentiable(
     model: nn.Module, members: dict[str, Member], take: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Only the members' weights require gradients inside; each gradient is handed to `take` and freed at
-    once."""
+    """Require gradients of the members' weights only; pass each gradient to `take` and free it at once."""
     parameters, hooks = list(model.parameters()), []
 
     def taker(name: str) -> Callable[[torch.Tensor], None]:
@@ -160,7 +159,7 @@ def _differentiable(
 
 @contextmanager
 def weights_at_rest(model: nn.Module) -> Iterator[None]:
-    """No weight requires a gradient inside, unless it is set there."""
+    """Switch off gradients of all weights inside the context, and restore the settings afterwards."""
     asked = {p: p.requires_grad for p in model.parameters()}
     try:
         for p in asked:

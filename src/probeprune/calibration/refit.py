@@ -1,13 +1,14 @@
-"""The refit of the consumers that a cut made narrower, layer by layer, on calibration text.
+"""Refit the consumers that a cut made narrower, layer by layer, on calibration text.
 
-Which units stay is given, or chosen here by elimination: then the order is made for what the refit can do.
-Two streams of hidden states go through the model's own layers: the dense model's, and that of the model
-pruned and refitted so far. A block is fitted so that what it makes of the second comes nearest to what the
-dense block makes of the first, plus a share of the error that the second has gathered. The model is left as
-it was.
+The kept units are given, or chosen here by elimination, an order that takes the refit into account. Two
+streams of hidden states run through the model's own layers: one of the dense model, and one of the model
+pruned and refitted so far. A block is fitted so that its output on the second stream comes as close as
+possible to the dense block's output on the first, plus a share of the error accumulated in the second. The
+model itself is left unchanged.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from probeprune.algebra.least_squares import (
     squared_error,
     target_variance,
 )
-from probeprune.data.windows import batches
+from probeprune.data.windows import BATCH_SIZE, batches
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block, UnitKind, find_blocks
 from probeprune.model.families import find_family
@@ -31,44 +32,53 @@ from probeprune.model.passes import check_eval, check_windows
 from probeprune.progress import Progress, silent
 from probeprune.strategies import allocation
 from probeprune.strategies.compensation import Consumer, Refit
+from probeprune.strategies.pruned_block import Cut
+
+
+@dataclass(frozen=True, eq=False)
+class RefitRequest:
+    """The consumers to refit."""
+
+    cuts: Mapping[str, Cut]
+    """By block name the units that stay, or how many elimination is to leave, at least one; other blocks
+    stay whole."""
+    unit_kind: UnitKind = "group"
+    """What one attention unit is."""
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """By block name the weighting (d, d) of errors of its output in the choice of units
+    (`sensitivity.sensitivities`); a block that is missing weighs all directions alike."""
+    following: bool = False
+    """Whether to give the moments too that refits of MLPs at every batch need (`Consumer.inverse`)."""
 
 
 def refit(
     model: nn.Module,
-    kept: Mapping[str, torch.Tensor | int],
+    request: RefitRequest,
     windows: torch.Tensor,
     how: Refit | None = None,
     *,
-    units: UnitKind = "group",
-    metrics: Mapping[str, torch.Tensor] | None = None,
-    following: bool = False,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     progress: Progress = silent,
 ) -> dict[str, Consumer]:
     """Fit the consumers of blocks that keep only some units to the dense model's outputs.
 
-    One block is in memory at a time (two in a layer if not sequential): 8 (k^2 + d k) bytes of moments for k
-    channels (those kept; all where units are chosen here) and a hidden size of d, and 8 (2 k^2 + d k) while
-    it is solved, 8 (3 k^2 + 2 d k) while units are chosen. An MLP of 11008 channels at d = 4096 that keeps
-    60 % takes 0.6 GB and 0.9 GB; with the choice 1.3 GB and 3.6 GB. The streams are the windows' hidden
-    states in the model's dtype, two of them if sequential: windows x length x d numbers each.
+    One block is in memory at a time (both blocks of a layer if not sequential). Moments of k channels (the
+    kept ones, or all where units are chosen here) at hidden size d take 8 (k^2 + d k) bytes; solving takes
+    8 (2 k^2 + d k) and choosing units 8 (3 k^2 + 2 d k). An MLP of 11008 channels at d = 4096 that keeps 60 %
+    takes 0.6 GB and 0.9 GB; with the choice of units, 1.3 GB and 3.6 GB. The streams are the hidden states of
+    all windows in the model's dtype, two of them if sequential: windows x length x d numbers each.
 
     Args:
         model: a supported causal LM in eval mode, nothing attached. Put back bit for bit at the end.
-        kept: by block name the ids that stay, LongTensor (k,), or k, how many elimination is to leave,
-            k >= 1; other blocks stay whole.
+        request: which consumers to refit, to which units.
         windows: LongTensor (count, length) of token ids, the last ones held out to choose the damping.
         how: see `Refit`; None for its defaults.
-        units: what an attention unit is.
-        metrics: by block name what an error of its output counts (d, d) in the choice of units
-            (`sensitivity.sensitivities`); None: all directions alike.
-        following: also give what it takes for the refits of MLPs to follow batches (`Consumer.inverse`).
-        batch_size: windows a forward pass.
-        progress: called with (what, layers done, layers in all).
+        batch_size: windows per forward pass.
+        progress: called with ("refit", layers done, layers in all).
 
     Returns:
-        By block name, for the blocks in `kept`; weights in the model's dtype; with `following` 4 k^2 bytes
-        more an MLP.
+        By block name, for the blocks in `request.cuts`; weights in the model's dtype; with `following` 4 k^2
+        bytes more per MLP.
 
     Raises:
         UsageError: unsupported model, names that are no blocks, too few or too long windows.
@@ -83,22 +93,19 @@ def refit(
     if len(held):
         parts += batches(held, batch_size)
     with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be written outside
-        blocks = find_blocks(model, units)
-        strange = kept.keys() - {b.name for b in blocks}
+        blocks = find_blocks(model, request.unit_kind)
+        strange = request.cuts.keys() - {b.name for b in blocks}
         if strange:
-            raise UsageError(f"{min(strange)} is no block of this model; find_blocks lists them.")
+            raise UsageError(f"{min(strange)} is not a block of this model; find_blocks lists them.")
         layers = LayerRunner(model, parts)
-        partitions = {b.name: Partition(b) for b in blocks if b.name in kept}
+        partitions = {b.name: Partition(b) for b in blocks if b.name in request.cuts}
         try:
-            counts: dict[str, int] = {}
             for name, partition in partitions.items():
-                units_kept = kept[name]
-                if isinstance(units_kept, int):
-                    counts[name] = units_kept
-                else:
-                    partition.keep(units_kept.to(partition.order.device))
+                units = request.cuts[name].units
+                if units is not None:
+                    partition.keep(units.to(partition.order.device))
             added = not find_family(model).norm_last
-            fitting = _Fitting(layers, partitions, counts, metrics or {}, how, first_held, added, following)
+            fitting = _LayerwiseRefit(layers, partitions, request, how, first_held, added)
             return fitting.run(blocks, progress)
         finally:
             for partition in partitions.values():
@@ -118,12 +125,11 @@ def _split(windows: torch.Tensor, how: Refit) -> tuple[torch.Tensor, torch.Tenso
     return windows[:-held], windows[-held:]
 
 
-class _Fitting:
+class _LayerwiseRefit:
     """One pass over the layers.
 
     Attributes:
-        counts: by block name how many units elimination is to leave; such a block is whole until its turn.
-        metrics: as in `refit`.
+        request, how: as in `refit`. A block whose units elimination chooses is whole until its turn.
         first_held: index of the first batch that is held out.
         added: whether consumers' outputs are added to the residual stream as they are.
         dense, pruned: hidden states in front of the present layer, by batch; one list while they are the
@@ -134,16 +140,13 @@ class _Fitting:
         self,
         layers: LayerRunner,
         partitions: Mapping[str, Partition],
-        counts: Mapping[str, int],
-        metrics: Mapping[str, torch.Tensor],
+        request: RefitRequest,
         how: Refit,
         first_held: int,
         added: bool,
-        following: bool,
     ) -> None:
-        self.layers, self.partitions, self.how = layers, partitions, how
-        self.counts, self.metrics = counts, metrics
-        self.first_held, self.added, self.following = first_held, added, following
+        self.layers, self.partitions, self.request, self.how = layers, partitions, request, how
+        self.first_held, self.added = first_held, added
         self.dense = self.pruned = layers.hidden
 
     def run(self, blocks: Sequence[Block], progress: Progress) -> dict[str, Consumer]:
@@ -156,7 +159,7 @@ class _Fitting:
             cut = [b for b in here if b.name in self.partitions]
             if cut and self.how.sequential and self.pruned is self.dense:
                 self.pruned = list(self.dense)
-            # In sequence, an MLP sees what its layer's attention has become.
+            # In sequence, an MLP is fitted behind the pruned attention of its layer.
             together = [[b] for b in cut] if self.how.sequential else [cut] if cut else []
             for group in together:
                 moments = self._moments(here, group, leave=group is together[-1])
@@ -171,7 +174,7 @@ class _Fitting:
         return fitted
 
     def _leave(self, layer: int, stream: list[torch.Tensor]) -> None:
-        """Take a stream behind a layer."""
+        """Advance a stream through a layer."""
         for i, hidden in enumerate(stream):
             stream[i] = self.layers.run(layer, i, hidden)
 
@@ -180,7 +183,7 @@ class _Fitting:
     ) -> dict[str, tuple[Gram, Gram]]:
         """Moments of the group's inputs and targets: on the batches to fit, on those held out.
 
-        With `leave` the dense stream is behind the layer afterwards: it has run through it anyway.
+        With `leave`, the dense stream is advanced through the layer, as it runs through it anyway.
         """
         moments = {b.name: (self._empty(b), self._empty(b)) for b in group}
         for i in range(len(self.dense)):
@@ -208,23 +211,23 @@ class _Fitting:
         return Gram(k, d, block.consumer.weight.device)
 
     def _error(self, block: Block, dense: dict[str, Captured], pruned: dict[str, Captured]) -> torch.Tensor:
-        """What the residual stream of the pruned model lacks in front of this block's output."""
+        """The error of the pruned model's residual stream in front of this block's output."""
         if not self.added:
             return torch.zeros_like(dense[block.kind].output)
         error = dense[block.kind].residual.float() - pruned[block.kind].residual
         attention = dense.get("attention")
         if block.kind == "mlp" and attention is not None and attention.residual is dense["mlp"].residual:
-            # Blocks in parallel read one residual; the attention has made up for its share of the error.
+            # Parallel blocks read one residual; the attention has already made up for its share of the error.
             error = error + attention.output - pruned["attention"].output
         return error
 
     def _fit(self, block: Block, fit: Gram, held: Gram) -> Consumer:
-        """Choose the units if they are to be chosen here, then the damping; fit to all windows, and show the
-        result from now on."""
+        """Choose the units, if they are not given, then the damping; fit to all windows; show the result from
+        here on."""
         partition = self.partitions[block.name]
         own_bias = block.consumer.bias
         try:
-            if block.name in self.counts:
+            if self.request.cuts[block.name].units is None:
                 fit, held = self._eliminate(block, fit, held)
             own = partition.consumer_weight
             weight = own[:, : len(fit.zz)]
@@ -238,7 +241,7 @@ class _Fitting:
                 fit.merge(held)
             best = solve(fit, weight, bias, damping) if error < before else (weight.clone(), own_bias)
             inverse, mean = None, None
-            if self.following and block.kind == "mlp":
+            if self.request.following and block.kind == "mlp":
                 inverse = inverse_moment(fit, bias is not None, damping).cpu()
                 mean = None if bias is None else fit.z_mean.cpu()
         except FloatingPointError as problem:
@@ -262,23 +265,23 @@ class _Fitting:
     def _best_damping(
         self, fit: Gram, judge: Gram, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[float, float]:
-        """The smallest error on the moments that judge, and the damping that gives it."""
+        """The smallest error on the moments `judge`, and its damping."""
         return min((squared_error(judge, *solve(fit, weight, bias, d)), d) for d in self.how.damping)
 
     def _eliminate(self, block: Block, fit: Gram, held: Gram) -> tuple[Gram, Gram]:
-        """Keep the units that elimination leaves last; returns the moments of their channels."""
+        """Keep the units that elimination would remove last; return the moments of their channels."""
         partition = self.partitions[block.name]
         weight, bias = partition.consumer_weight, block.consumer.bias
         damping = self.how.damping[0]
-        if held.count:  # there is something to choose
+        if held.count:  # several candidates
             _, damping = self._best_damping(fit, held, weight, bias)
         found = eliminate(
             normal_equations(fit, weight, bias is not None, damping)[0],
             solve(fit, weight, bias, damping)[0],
             block.unit_width,
-            metric=self.metrics.get(block.name),
+            metric=self.request.metrics.get(block.name),
         )
-        keep = self.counts[block.name]
+        keep = self.request.cuts[block.name].width
         partition.keep(allocation.choose_units(found.scores.to(partition.order.device), keep, block))
         channels = partition.channels[: keep * block.unit_width]
         return fit.part(channels), held.part(channels)

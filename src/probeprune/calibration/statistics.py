@@ -1,4 +1,4 @@
-"""Statistics: everything one method must know of a model at one ratio, by block name."""
+"""Statistics: everything that one method needs to know about a model at one ratio, by block name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,18 +20,18 @@ class Statistics:
     moments: Mapping[str, Moments] = field(default_factory=dict)
     """Moments of every block's coupled activation, by block name (`calibration/collecting.py`)."""
     saliences: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Saliences of every row or column of the blocks' linear maps, by their name
+    """Saliences of every row or column of the blocks' linear maps, by the name of the map
     (`calibration/gradients.py`)."""
     damages: Mapping[str, Damage] = field(default_factory=dict)
-    """Damage curves of every block, by its name (`calibration/damage.py`)."""
+    """Damage of every block, by block name (`calibration/damage.py`)."""
     consumers: Mapping[str, Consumer] = field(default_factory=dict)
     """Consumers refitted to the units that one method keeps at one ratio, by block name
     (`calibration/refit.py`)."""
 
     def check(self, parts: frozenset[Part], blocks: Sequence[Block]) -> None:
-        """Raise `UsageError` unless these parts are there and fit such blocks, `FloatingPointError` for NaN.
+        """Raise `UsageError` unless these parts are present and fit the blocks; `FloatingPointError` for NaN.
 
-        Consumers are checked one by one, against the units they are made for (`check_consumer`).
+        Consumers are checked one by one, against the units that each was made for (`check_consumer`).
         """
         if "moments" in parts:
             self._check_moments(blocks)
@@ -69,7 +69,7 @@ class Statistics:
     def check_consumer(self, block: Block, width: int, units: torch.Tensor | None) -> Consumer:
         """The refitted consumer of a block.
 
-        Raises `UsageError` unless it is made for these units, or for `width` units where the refit chooses.
+        Raises `UsageError` unless it was made for these units, or for `width` units that the refit chose.
         """
         consumer = self.consumers.get(block.name)
         fits = consumer is not None and len(consumer.units) == width

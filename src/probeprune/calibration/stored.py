@@ -1,4 +1,4 @@
-"""Parts of `Statistics` as tensors and JSON values, to be kept in safetensors files."""
+"""Convert parts of `Statistics` to tensors and JSON values, and back, for safetensors files."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ _FIGURES = ("damping", "error", "error_before")
 
 @dataclass(frozen=True)
 class Codec:
-    """How one part becomes tensors and JSON values, and back."""
+    """Conversion of one part to tensors and JSON values, and back."""
 
     pack: Callable[[Mapping[str, Any]], tuple[Tensors, Values]]
     unpack: Callable[[Tensors, Values], dict[str, Any]]
@@ -31,7 +31,7 @@ class Codec:
 
 
 def _by_name(tensors: Tensors) -> dict[str, Tensors]:
-    """Tensors called `name/field`, sorted into one mapping per name."""
+    """Group tensors named `name/field` into one mapping per name."""
     sorted_: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")
@@ -76,17 +76,17 @@ CODECS: Mapping[Part, Codec] = {
     "damages": Codec(_pack_damages, _unpack_damages),
     "consumers": Codec(_pack_consumers, _unpack_consumers),
 }
-"""By part."""
+"""Codecs by part."""
 
 
 def store(path: Path, part: Part, value: Mapping[str, Any], **more: object) -> None:
-    """Write a part, and JSON values beside it; the file appears under its name only when complete."""
+    """Write a part and additional JSON values; the file appears under its name only when complete."""
     tensors, values = CODECS[part].pack(value)
     save_tensors(path, tensors, {"values": json.dumps(values), "more": json.dumps(more)})
 
 
 def read(path: Path | None, part: Part) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The part and the values that `store` wrote; None where there is no such file, or a damaged one."""
+    """Read the part and the values written by `store`; None if the file is missing or damaged."""
     stored = None if path is None else load_tensors(path)
     if stored is None:
         return None

@@ -1,9 +1,9 @@
 """Order and cut: a block's weights permuted in place, seen through narrower views.
 
-A block computes the same function when its units are permuted consistently. A `Partition` keeps the units
-that stay in front, so a cut is a view (`weight[:k]`, `weight[:, :k]`), never a copy, and a new choice swaps
-only the units that enter with those that leave. It remembers original unit ids: `restore` puts every
-parameter back bit for bit, `cut` drops the rest for good. It does not decide which units stay.
+A block computes the same function when its units are permuted consistently. A `Partition` puts the kept units
+first, so a cut is a view (`weight[:k]`, `weight[:, :k]`), never a copy, and a new choice swaps only the units
+that enter with those that leave. It tracks original unit ids: `restore` puts every parameter back bit for
+bit; `cut` removes the other units for good. It does not decide which units are kept.
 """
 
 from typing import Any
@@ -56,7 +56,7 @@ class Partition:
 
     @torch.no_grad()
     def keep(self, units: torch.Tensor) -> torch.Tensor:
-        """Bring `units` to the front and show only them. On an accelerator nothing here waits for it.
+        """Bring `units` to the front and show only them. Nothing here waits for an accelerator.
 
         Args:
             units: LongTensor (k,) of original ids, k >= 1; for `balanced` units the same number from
@@ -122,9 +122,9 @@ class Partition:
             view.stamp()
 
     def check(self) -> None:
-        """Raise `UsageError` where somebody else has changed the block's weights.
+        """Raise `UsageError` where other code has changed the block's weights.
 
-        Looks at addresses and version counters, not at weights: nothing waits for a device.
+        Compares addresses and version counters, not weights: nothing waits for a device.
         """
         for linear, view in self._views.items():
             if view.changed:
@@ -135,12 +135,12 @@ class Partition:
                 )
 
     def _tensors(self) -> list[tuple[torch.Tensor, int, int]]:
-        """Everything a permutation moves: (tensor, axis, entries per unit)."""
+        """All tensors that a permutation moves: (tensor, axis, entries per unit)."""
         tensors: list[tuple[torch.Tensor, int, int]] = []
         for m in self.block.members:
             weight, bias = m.linear._parameters["weight"], m.linear._parameters["bias"]
             assert weight is not None
-            # Not `.data`: autograd is to notice that a weight it has saved was moved.
+            # Not `.data`: autograd must notice that a weight it has saved was moved.
             tensors.append((m.part(weight.detach(), self.block.units), m.axis, m.width))
             if bias is not None and m.axis == 0:
                 tensors.append((m.part(bias.detach(), self.block.units), 0, m.width))
@@ -190,13 +190,13 @@ class Partition:
         self._tell_attention(self.block.units)
 
     def _tell_attention(self, units: int) -> None:
-        """Tell the module's forward how many heads there are, where it asks."""
+        """Set the head counts that the module's forward reads."""
         self._set_counts(units)
         if self._by_query_head:
             self._set_attribute("kv_index", self.order[:units] // self.block.group_size)
 
     def wide_attributes(self) -> dict[str, object]:
-        """Attributes of the attention module, all units in view, that change with the order."""
+        """Attributes of the attention module that depend on the order, for a view of all units."""
         return {"kv_index": self.order // self.block.group_size} if self._by_query_head else {}
 
     def _set_counts(self, units: int) -> None:
@@ -210,7 +210,7 @@ class Partition:
                 self._set_attribute(name, heads)
 
     def _take_config(self) -> None:
-        """Give the module a config of its own where its forward reads head counts there."""
+        """Give the module its own config if its forward reads head counts from the config."""
         if any(
             c is not None and c.startswith(_IN_CONFIG) for c in (self.block.query_count, self.block.kv_count)
         ):
@@ -218,9 +218,9 @@ class Partition:
 
     @torch.no_grad()
     def cut(self) -> None:
-        """Drop the units out of view for good. There is nothing left to restore.
+        """Remove the units out of view for good; `restore` no longer works.
 
-        The block must be found anew afterwards. Raises `UsageError` where groups of query heads would keep
+        Call `find_blocks` again afterwards. Raises `UsageError` where groups of query heads would keep
         different numbers of them, which no model code can run.
         """
         block = self.block
@@ -250,7 +250,7 @@ class Partition:
     # -- the rest ------------------------------------------------------------------------------
 
     def add_bias(self, bias: torch.Tensor) -> None:
-        """Add a vector (hidden size,) to the consumer's own bias while the block is narrow, in place of any
+        """Add a vector (hidden size,) to the consumer's own bias while the block is narrow, replacing any
         added before."""
         own = self.consumer_bias
         total = bias if own is None else own.float() + bias
@@ -258,11 +258,10 @@ class Partition:
         self.narrow()
 
     def replace_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Show another weight (hidden size, kept channels) and bias of the consumer while the block is
-        narrow.
+        """Replace the consumer's weight (hidden size, kept channels) and bias while the block is narrow.
 
         Columns are those of the kept units, in their present order. The replacement lasts until the number
-        of units changes; the dense block keeps its own. Without a bias the consumer's own stays.
+        of units changes; the dense block keeps the original. With bias None the consumer's own bias stays.
         """
         view = self._views[self.block.consumer]
         if view.replacement is not None:
@@ -339,16 +338,16 @@ def check_can_cut(block: Block) -> None:
 
 
 def _places(moved: torch.Tensor, most: int) -> int:
-    """How many places a swap writes on either side of the cut, where `moved` units change sides.
+    """Number of places that a swap writes on either side of the cut, when `moved` units change sides.
 
-    That number is known on the device alone. A CPU may ask for it; elsewhere asking would stall the queue, so
-    `most` places are written, those that do not change with what they hold.
+    `moved` is a tensor on the device. On a CPU its value can be read; elsewhere reading it would stall the
+    queue, so `most` places are written, unchanged ones with their own content.
     """
     return int(moved) if moved.device.type == "cpu" else most
 
 
 def _spread(units: torch.Tensor, width: int) -> torch.Tensor:
-    """Entries of these units where each has `width` consecutive ones."""
+    """Indices of the entries of these units, `width` consecutive ones each."""
     if width == 1:
         return units
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()

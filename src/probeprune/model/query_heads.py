@@ -1,9 +1,8 @@
-"""Attention in which every query head names the key-value head it reads.
+"""Attention with an explicit key-value head for every query head.
 
-Where query heads are permuted or cut one by one, head `h` no longer reads key-value head
-`h // group_size`. transformers' public attention registry lets us say which one it reads without
-touching any modelling code: the functions registered here expand keys and values by the module's
-`kv_index`, then hand over to the implementation the model already used.
+When query heads are permuted or cut one by one, head `h` no longer reads key-value head `h // group_size`.
+The functions here, registered in transformers' public attention registry, expand keys and values by the
+module's `kv_index` and then call the implementation that the model already used. No modelling code changes.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""One block that follows the batch while its model runs: when it is probed, and what its follower is given.
+"""One block that follows the batch while its model runs: when it is probed, and the inputs of its follower.
 
-A batch is probed in front of the block; small batches reuse the choice before. A pass that continues a cache
-keeps the prompt's choice, and a refresh runs an MLP dense as its own probe. The handle decides which of these
-a pass is (`handle.py`), the follower what to make of a probe (`strategies/`). Nothing here waits for an
-accelerator: numbers stay on the device, sizes come from shapes.
+A batch is probed in front of the block; small batches reuse the previous choice. A pass that continues a
+cache keeps the prompt's choice, and a refresh runs an MLP dense as its own probe. The handle decides which of
+these a pass is (`handle.py`); the follower decides how to use a probe (`strategies/`). Nothing here waits for
+the device: numbers stay on it, and sizes come from shapes.
 """
 
 from typing import Any
@@ -29,10 +29,10 @@ class BlockRuntime:
         pruned: the block under its cut.
         follower: the method's state for it.
         when: how batches are probed.
-        current: the pass under way.
-        beside: the block before this one, where the probe runs beside it.
-        side_stream: where it then runs.
-        passed: whether the pass under way has gone through the consumer.
+        current: the current pass.
+        beside: the previous block, if the probe runs in parallel with it.
+        side_stream: the stream on which the probe then runs.
+        passed: whether the current pass has gone through the consumer.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class BlockRuntime:
         self._shadow = Shadow(pruned.block, pruned.partition)
         self.passed = False
         self._residual: torch.Tensor | None = None
-        self._refreshes = when.refresh > 0 and self.block.kind == "mlp"  # heads: the cache holds the prompt's
+        # Heads never refresh: the cache holds those of the prompt.
+        self._refreshes = when.refresh > 0 and self.block.kind == "mlp"
 
     def hooks(self) -> list[RemovableHandle]:
-        """Let the stages run whenever the model does."""
+        """Register hooks that run the stages in every pass of the model, and return them."""
         block = self.block
         hooks = [
             block.entry.register_forward_pre_hook(self._before_block, with_kwargs=True),
@@ -62,7 +63,7 @@ class BlockRuntime:
         if block.norm is not None:
             hooks.append(block.norm.register_forward_pre_hook(self._before_norm))
         if self.beside is not None:
-            # Behind that block's own hooks: its turn begins before this one's probe does.
+            # After that block's own hooks, so that its turn begins before this one's probe.
             hooks.append(self.beside.entry.register_forward_pre_hook(self._before_beside, with_kwargs=True))
             if self.beside.norm is not None:
                 hooks.append(self.beside.norm.register_forward_pre_hook(self._before_norm))
@@ -92,7 +93,8 @@ class BlockRuntime:
     def _before_beside(
         self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Probe this block beside the one before it, from that one's residual, if all arguments are known."""
+        """Probe this block in parallel with the previous one, from that one's residual, if all arguments are
+        known."""
         if self.current.stage != "choose":
             return
         assert self.beside is not None
@@ -133,10 +135,10 @@ class BlockRuntime:
         if self.current.stage is None:
             return
         self.passed = True
-        # A block that does not refresh runs a refresh as any other step.
+        # A block that does not refresh treats a refresh like any other step.
         stage = "keep" if self.current.stage == "refresh" and not self._refreshes else self.current.stage
         self.follower.on_pass(self._shaped(args[0]), self.current.tokens, stage)
 
     def _shaped(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, sequence, width); some layers flatten the first two in front of their MLP."""
+        """Reshape to (batch, sequence, width); some layers flatten the first two before their MLP."""
         return x.view(self.current.tokens.batch, self.current.tokens.length, x.shape[-1])

@@ -1,4 +1,4 @@
-"""The pass of the model that is under way, as all blocks of an attached model share it."""
+"""The current forward pass, shared by all blocks of an attached model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,22 +13,22 @@ NO_TOKENS = Tokens(0, 0)
 
 @dataclass
 class CurrentPass:
-    """What all blocks of a model share of one forward pass."""
+    """State of one forward pass that all blocks of a model share."""
 
     stage: Stage | None = None
     """See `Stage`; None between passes."""
     tokens: Tokens = NO_TOKENS
     ahead: str = ""
-    """Name of the block whose probe ran beside the block before it, until its turn comes."""
+    """Name of the block whose probe ran in parallel with the previous block, until its turn comes."""
     layer_types: Sequence[str] = ()
-    """Type of every layer, where a model has several types (windowed attention, for example)."""
+    """Type of every layer, for a model with several types (sliding attention, for example)."""
     attention: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Arguments that this pass gives to attention besides hidden states, by type of layer, as far as seen."""
+    """Arguments of attention in this pass besides hidden states, by layer type, for the types seen so far."""
 
     def layer_type(self, block: Block) -> str:
         """The type of the block's layer."""
         return self.layer_types[block.layer] if self.layer_types else ""
 
     def end(self) -> None:
-        """Forget the pass."""
+        """Reset after the pass."""
         self.stage, self.ahead, self.attention = None, "", {}

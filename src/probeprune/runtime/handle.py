@@ -1,8 +1,8 @@
-"""The handle: `attach` a method to a model, run the model's own forward on the units it keeps, `detach`.
+"""The handle: `attach` a method to a model, run the model's own forward on the kept units, `detach`.
 
-Static methods order and cut once, then cost nothing. Dynamic ones probe every batch block by block
-(`block.py`); a pass that continues a KV cache keeps the units that its prompt chose. This file has what
-concerns the whole model: which stage a pass is, whose cache it continues, one pass at a time.
+Static methods order and cut once and then cost nothing. Dynamic methods probe every batch, block by block
+(`block.py`); a pass that continues a KV cache keeps the units that its prompt chose. This file handles the
+whole model: the stage of a pass, the cache that it continues, one pass at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from probeprune.strategies.schedule import EveryBatch
 
 _CHOICES = itertools.count(1)
 _CHOICE = "_probeprune_choice"
-"""Attribute of a KV cache: under which choice of heads it was filled. A copy of the cache has it too."""
+"""Attribute of a KV cache: the number of the choice of heads that filled it. Copies of the cache have it
+too."""
 _HANDLE = "_probeprune_handle"
 """Attribute of an attached model: its handle."""
 
@@ -58,17 +59,17 @@ def attach(
 
     Args:
         model: a transformers causal LM of a supported family, in eval mode, with sdpa or eager attention
-            for dynamic methods. Its weights are permuted in place and put back by `detach`. Under a dynamic
+            for dynamic methods. Its weights are permuted in place; `detach` restores them. Under a dynamic
             method, passes from several threads run one after the other.
         method: a name from `METHODS`, or a `Method`.
-        ratio: share of the method's budget (parameters of all blocks, mostly) to prune, in [0, 1).
+        ratio: share of the method's budget (by default the parameters of all blocks) to prune, in [0, 1).
         calibration: windows of token ids (count, length) or a `WindowSource`, where the method needs
             calibration; or the result of `prepare` for this model, method and ratio.
-        batch_size, cache, progress: as in `prepare`, where `calibration` is text.
+        batch_size, cache, progress: as in `prepare`, for calibration from text.
 
     Raises:
-        UsageError: unsupported model, method, ratio or calibration; a model in training mode or one that
-            is attached already.
+        UsageError: unsupported model, method, ratio or calibration; a model in training mode, or one that
+            already has a method attached.
         FloatingPointError: NaN or infinite statistics.
     """
     method = get_method(method)
@@ -90,7 +91,7 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Detach the method attached to `model`, if there is one, when its handle is out of reach."""
+    """Detach the method that is attached to `model`, if any; for use without its handle."""
     handle = model.__dict__.get(_HANDLE)
     if handle is not None:
         handle.detach()
@@ -106,11 +107,11 @@ class Handle:
 
     Attributes:
         model, method, ratio: as given to `attach`.
-        blocks: every prunable block of the model.
-        widths: number of units each block keeps; the same at every batch.
+        blocks: all blocks of the model.
+        widths: number of units that each block keeps; the same at every batch.
         pruned: the blocks that lose units, under their cut.
         runtimes: the blocks that follow the batch; none for a static method.
-        current: the pass under way.
+        current: the current pass.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Handle:
         self.blocks = blocks
         self.current = CurrentPass(layer_types=getattr(model.config, "layer_types", None) or ())
         self._lock = threading.RLock()
-        self._choice: int | None = None  # the one whose heads are in view
+        self._choice: int | None = None  # the one now in view
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
         scores = [plan.static_scores(method, b, statistics) for b in blocks]
@@ -149,7 +150,7 @@ class Handle:
         if not isinstance(when, EveryBatch):
             for pruned in self.pruned:
                 pruned.first_cut()
-            self._choice = next(_CHOICES)  # for good
+            self._choice = next(_CHOICES)  # stays until detached
             self._undo.append(on_pass(self.model, self._run_static))
             return
         for pruned in self.pruned:
@@ -167,21 +168,21 @@ class Handle:
 
     @property
     def probed(self) -> tuple[list[Block], list[int]]:
-        """Blocks that follow the batch, and the number of units each keeps."""
+        """Blocks that follow the batch, and the number of units that each keeps."""
         return [r.block for r in self.runtimes], [r.pruned.width for r in self.runtimes]
 
     @property
     def removed_share(self) -> float:
-        """Share of all blocks' parameters that the cut leaves out."""
+        """Share of all blocks' parameters that the cut removes."""
         return allocation.removed_share(self.blocks, self.widths)
 
     @property
     def swapped(self) -> int:
-        """Units brought into view so far, by all blocks together. Waits for an accelerator."""
+        """Number of units brought into view so far, over all blocks. Waits for the device."""
         return sum(int(p.swapped) for p in self.pruned)
 
     def kept_units(self) -> list[Kept]:
-        """The units that every block keeps at present."""
+        """The units that every block keeps now."""
         partitions = {p.block.name: p.partition for p in self.pruned}
         report = []
         for b in self.blocks:
@@ -190,9 +191,9 @@ class Handle:
         return report
 
     def detach(self) -> None:
-        """Give the model back as it was, bit for bit. Harmless when called twice.
+        """Restore the model, bit for bit. Harmless when called twice.
 
-        Waits for a dynamic method's pass in another thread; raises `UsageError` from inside a pass.
+        Waits for a dynamic method's pass in another thread; raises `UsageError` when called inside a pass.
         """
         with self._lock:
             if self.current.stage is not None:
@@ -234,7 +235,7 @@ class Handle:
                 self._check_finite()
                 self._check_passed()
             except BaseException:
-                self._choice = None  # blocks and cache may stand half way between two choices
+                self._choice = None  # blocks and cache may be half way between two choices
                 raise
             finally:
                 self.current.end()
@@ -242,7 +243,7 @@ class Handle:
             return output
 
     def _check_model(self) -> None:
-        """Raise `UsageError` where the model is no longer the one that was attached to."""
+        """Raise `UsageError` where the model has changed since `attach`."""
         check_eval(self.model)
         for modules, key, linear, name in self._places:
             if modules[key] is not linear:
@@ -254,7 +255,8 @@ class Handle:
             pruned.partition.check()
 
     def _check_passed(self) -> None:
-        """Raise `UsageError` where a block's consumer was not called: its follower has seen nothing."""
+        """Raise `UsageError` where a block's consumer was not called, so that its follower received
+        nothing."""
         for runtime in self.runtimes:
             if not runtime.passed:
                 raise UsageError(
@@ -263,7 +265,7 @@ class Handle:
                 )
 
     def _check_cache(self, started: Pass) -> None:
-        """Raise `UsageError` for a cache that other heads filled, or that is laid out for others."""
+        """Raise `UsageError` for a cache that other heads filled, or that was allocated for other heads."""
         if not started.continues:
             _check_layout(started.cache, self.blocks, self.widths)
             return
@@ -276,14 +278,14 @@ class Handle:
             )
 
     def _mark_cache(self, started: Pass, output: Any) -> None:
-        """Note on a pass's cache which choice of heads filled it."""
+        """Record on the cache of a pass which choice of heads filled it."""
         parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for cache in (started.cache, *parts):
             if hasattr(cache, "get_seq_length"):
                 setattr(cache, _CHOICE, self._choice)
 
     def _enter(self, started: Pass) -> None:
-        """Decide the stage of a pass. Raises `UsageError` for a cache that the present heads did not fill."""
+        """Decide the stage of a pass. Raises `UsageError` for a cache that other heads filled."""
         when, tokens = self.method.when, started.tokens
         assert isinstance(when, EveryBatch)
         self.current.tokens = tokens
@@ -304,7 +306,7 @@ class Handle:
             runtime.passed = False
 
     def _check_finite(self) -> None:
-        """Raise `FloatingPointError` where scores or refits are not finite: one look at the device."""
+        """Raise `FloatingPointError` where scores or refits are not finite. Waits for the device once."""
         flags = [p.finite for p in self.pruned if not p.finite.is_meta]
         if flags and not bool(torch.stack([f.to(flags[0].device) for f in flags]).all()):
             raise plan.overflow(next(p.block for p in self.pruned if not p.finite))
@@ -313,7 +315,7 @@ class Handle:
 def _places(
     model: nn.Module, blocks: Sequence[Block]
 ) -> list[tuple[dict[str, nn.Module | None], str, nn.Linear, str]]:
-    """For each linear map of the blocks: its parent's children, its name among them, the map, its path."""
+    """For each linear map of the blocks: the children of its parent, its name there, the map, its path."""
     places = []
     for m in (m for b in blocks for m in b.members):
         parent, _, key = m.name.rpartition(".")
@@ -322,7 +324,7 @@ def _places(
 
 
 def _check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int]) -> None:
-    """Raise `UsageError` for an empty cache that was laid out in advance for heads that are not kept."""
+    """Raise `UsageError` for an empty cache that was allocated for a different number of heads."""
     layers = getattr(cache, "layers", ())
     for block, keep in zip(blocks, widths, strict=True):
         if block.kind == "mlp" or block.layer >= len(layers):

@@ -1,5 +1,4 @@
-"""Which weights are held by an attached method, known by storage: two objects on one storage are one
-owner."""
+"""Which weights an attached method holds, by storage, so that two models on the same storage are noticed."""
 
 import weakref
 from collections.abc import Iterable
@@ -10,11 +9,12 @@ import torch
 from probeprune.errors import UsageError
 
 _HELD: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
-"""By the address of a storage, the handle that holds it."""
+"""Handles by the address of the storage that each holds."""
 
 
 def claim(handle: object, weights: Iterable[torch.Tensor]) -> None:
-    """Take these weights for `handle`. Raises `UsageError`, and takes none, where another one holds some."""
+    """Record that `handle` holds these weights. Raises `UsageError`, and records none, where another handle
+    holds some of them."""
     addresses = {_address(w) for w in weights if not w.is_meta and w.numel()}
     if any(_HELD.get(a) not in (None, handle) for a in addresses):
         raise UsageError(
@@ -25,7 +25,7 @@ def claim(handle: object, weights: Iterable[torch.Tensor]) -> None:
 
 
 def release(handle: object) -> None:
-    """Give up everything that `handle` holds."""
+    """Release everything that `handle` holds."""
     for address in [a for a, holder in _HELD.items() if holder is handle]:
         del _HELD[address]
 

@@ -1,6 +1,6 @@
-"""Work that may run beside the model's own: on CUDA on a second stream, elsewhere in order.
+"""Work in parallel with the model's own: on CUDA on a second stream, elsewhere in order.
 
-Python runs in order either way, so whatever is decided on the host needs no lock.
+Python runs in order either way, so decisions on the host need no lock.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 
 class SideStream:
-    """A second queue of a device, where it has one."""
+    """A second stream of a device, if it has streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -18,9 +18,9 @@ class SideStream:
 
     @contextmanager
     def run(self, read: torch.Tensor) -> Iterator[None]:
-        """What is queued inside starts when all that was queued before is done, and holds nothing up.
+        """Work queued inside waits for everything queued so far, without blocking the main stream.
 
-        `read` is what it reads of the model's own, so that its memory is not used again too early.
+        `read` is the tensor of the main stream that this work reads; its memory is not reused before.
         """
         if self._stream is None:
             yield
@@ -31,6 +31,6 @@ class SideStream:
             yield
 
     def join(self) -> None:
-        """What is queued from here on starts when all that ran beside is done."""
+        """Make work queued from here on wait for all work on the second stream."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)

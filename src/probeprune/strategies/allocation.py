@@ -2,8 +2,8 @@
 
 Budgets are counted in parameters of the model's blocks, which for linear maps is the same share of the FLOPs
 per token. The ratio is a share of all blocks, including those in skipped first layers. An allocation is a
-function from a `Request` to the widths of all blocks; to add one, give it a row in `ALLOCATIONS`. Nothing here
-reads a batch.
+function from a `Request` to the widths of all blocks; to add one, give it a row in `ALLOCATIONS`. Nothing
+here reads a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,8 +87,9 @@ def candidates(request: Request) -> tuple[list[int], float]:
 def uniform(request: Request) -> list[int]:
     """The same share from every pruned block, exact in total.
 
-    Attention loses `int(r' * units)` units. The steps of a few heads are coarse, so MLPs lose as many channels as
-    it takes for the total to reach the ratio. Widths of MLPs are the nearest multiples of `round_to`.
+    Attention loses `int(r' * units)` units. The steps of a few heads are coarse, so MLPs lose as many
+    channels as it takes for the total to reach the ratio. Widths of MLPs are the nearest multiples of
+    `round_to`.
     """
     blocks = request.blocks
     pruned, share = candidates(request)
@@ -106,8 +107,8 @@ def uniform(request: Request) -> list[int]:
 
 
 def even(request: Request) -> list[int]:
-    """As `uniform`, but with one width for all layers, as a plain config needs: the common MLP width (a multiple
-    of `round_to`) that comes closest to the budget.
+    """As `uniform`, but with one width for all layers, as a plain config needs: the common MLP width (a
+    multiple of `round_to`) that comes closest to the budget.
 
     Raises `UsageError` where layers are skipped or already differ.
     """
@@ -149,7 +150,8 @@ def nominal(request: Request) -> list[int]:
 def nominal_kept(request: Request) -> list[int]:
     """LLM-Pruner's rounding: as `nominal`, but the number of kept channels is rounded down.
 
-    Of C channels, `C - int(C (1 - r'))` are removed; for attention, this is rounded down again to whole heads.
+    Of C channels, `C - int(C (1 - r'))` are removed; for attention, this is rounded down again to whole
+    heads.
     """
 
     def keep(block: Block, share: float) -> int:
@@ -214,8 +216,8 @@ def global_threshold(request: Request) -> list[int]:
     """FLAP's allocation: one threshold over the scores of all blocks.
 
     Scores must be comparable between blocks (FLAP standardises them within each). Units are removed from the
-    least important one on, until their parameters add up to the ratio; a head and an MLP channel thus count by
-    their size. A block always keeps its best unit; `balanced` units are removed in steps of one per group.
+    least important one on, until their parameters add up to the ratio; a head and an MLP channel thus count
+    by their size. A block always keeps its best unit; `balanced` units are removed in steps of one per group.
     """
     blocks, scores = request.blocks, request.scores
     pruned, _ = candidates(request)
@@ -244,8 +246,8 @@ def least_damage(request: Request) -> list[int]:
     """The widths that save at least the ratio of the budget with the least total damage, a knapsack problem
     solved exactly. Every block keeps at least one unit.
 
-    The ratio is a share of the sum of `Damage.whole`. Widths of MLPs are multiples of `round_to`, and of about
-    1/48 of the block. Raises `UsageError` where the ratio is out of reach.
+    The ratio is a share of the sum of `Damage.whole`. Widths of MLPs are multiples of `round_to`, and of
+    about 1/48 of the block. Raises `UsageError` where the ratio is out of reach.
     """
     each = [[i] for i in range(len(request.blocks))]
     free = [b.layer >= request.skip_layers and b.kind in request.kinds for b in request.blocks]
@@ -299,8 +301,8 @@ class Allocation:
     equal_widths: str = "even"
     """Name of the same allocation with one width for all layers."""
     unmeasured: str | None = None
-    """Name of an allocation for the same layers that needs no measurement, to try out a cut first; None where this
-    one needs none."""
+    """Name of an allocation for the same layers that needs no measurement, to try out a cut first; None where
+    this one needs none."""
 
 
 ALLOCATIONS: dict[str, Allocation] = {

@@ -86,21 +86,21 @@ class Refit(Compensation):
     needs: ClassVar[frozenset[Part]] = frozenset({"consumers"})
 
     windows: int = 128
-    """Maximum number of calibration windows to use, from the first on. Their hidden states stay in memory, twice
-    if sequential."""
+    """Maximum number of calibration windows to use, from the first on. Their hidden states stay in memory,
+    twice if sequential."""
     damping: tuple[float, ...] = (0.3,)
-    """Candidates for the damping, as a share of every channel's own second moment. With several, each block takes
-    the one with the smallest error on the held-out windows, and keeps its weight where none lowers that error.
-    A single value for all blocks gives a better model (docs/best.md)."""
+    """Candidates for the damping, as a share of every channel's own second moment. With several, each block
+    takes the one with the smallest error on the held-out windows, and keeps its weight where none lowers that
+    error. A single value for all blocks gives a better model (docs/best.md)."""
     held_out: float = 0.125
-    """Share of the calibration windows (the last ones) on which the damping is chosen. The weights are then fitted
-    to all windows. No effect with one candidate."""
+    """Share of the calibration windows (the last ones) on which the damping is chosen. The weights are then
+    fitted to all windows. No effect with one candidate."""
     sequential: bool = True
     """Fit a block to the activations of the model pruned and refitted so far; otherwise to those of the dense
     model."""
     share: float = 0.85
-    """Share, in [0, 1], of the error accumulated in the residual stream before a block that its refit makes up
-    for; sequential only. No effect where a norm follows the consumer (Gemma)."""
+    """Share, in [0, 1], of the error accumulated in the residual stream before a block that its refit makes
+    up for; sequential only. No effect where a norm follows the consumer (Gemma)."""
     sensitivity: int = 8
     """Number of calibration windows on which to measure how an error in a block's output changes the model's
     prediction. The choice of units (importance `obs`) weights errors by it; 0 weights all errors equally."""
@@ -162,13 +162,13 @@ class Consumer:
     damping: float | None
     """The chosen candidate; None where none beat the original weight, which then stays."""
     error: float
-    """Squared error of the block's output over the variance of that output: on the held-out windows, after a fit
-    to the others; on all windows where none were held out."""
+    """Squared error of the block's output over the variance of that output: on the held-out windows, after a
+    fit to the others; on all windows where none were held out."""
     error_before: float
     """The same for the weight before the refit."""
     inverse: torch.Tensor | None = None
-    """Inverse of the damped second moment of the kept channels (kept, kept), float32, for refits at every batch
-    (`algebra/batch_refit.py`)."""
+    """Inverse of the damped second moment of the kept channels (kept, kept), float32, for refits at every
+    batch (`algebra/batch_refit.py`)."""
     mean: torch.Tensor | None = None
     """Mean of the kept channels (kept,), float32, around which moments are taken. None without a bias to
     refit."""

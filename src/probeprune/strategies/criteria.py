@@ -1,7 +1,8 @@
 """Gradient criteria: the salience of one row or column of a linear map, given the gradient of its weight.
 
 Notation: a weight `w` with the gradient `g` of the mean language-model loss; sums run over the row
-(producers) or column (consumers). To add a criterion, write its two functions and give it a row in `CRITERIA`.
+(producers) or column (consumers). To add a criterion, write its two functions and give it a row in
+`CRITERIA`.
 """
 
 import hashlib
@@ -74,9 +75,9 @@ class Settled:
 class Criterion:
     """How gradients become saliences.
 
-    `observe(g, member)` returns the tensors to average over samples, from the gradient of one sample (float32,
-    shaped like the weight). `salience(settled)` turns the averages into a float32 tensor: (out_features,) for a
-    producer, (in_features,) for a consumer.
+    `observe(g, member)` returns the tensors to average over samples, from the gradient of one sample
+    (float32, shaped like the weight). `salience(settled)` turns the averages into a float32 tensor:
+    (out_features,) for a producer, (in_features,) for a consumer.
     """
 
     formula: str
@@ -158,7 +159,7 @@ CRITERIA: dict[str, Criterion] = {
         draws=True,
     ),
 }
-"""Criteria by name. `param_first` and `vectorize`: LLM-Pruner, equation 3 and its vector-wise form. `param_second` and
-`param_mix`: LLM-Pruner, equation 5, A the diagonal of its Hessian, estimated by the mean of squared
-per-sample gradients. `lora-guided`: LoRAPrune, equation 8 at its first step, where B is zero: `dB = g
-A^T`."""
+"""Criteria by name. `param_first` and `vectorize`: LLM-Pruner, equation 3 and its vector-wise form.
+`param_second` and `param_mix`: LLM-Pruner, equation 5, A the diagonal of its Hessian, estimated by the mean
+of squared per-sample gradients. `lora-guided`: LoRAPrune, equation 8 at its first step, where B is zero: `dB
+= g A^T`."""

@@ -1,7 +1,7 @@
 """Importance: statistics and weights in, one score per unit out. One function each.
 
-Scores are float32; larger is more important. Channels are in their original order. To add an importance, write
-a function and give it a row in `IMPORTANCES`. Nothing here decides how many units are removed.
+Scores are float32; larger is more important. Channels are in their original order. To add an importance,
+write a function and give it a row in `IMPORTANCES`. Nothing here decides how many units are removed.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,7 +83,8 @@ def taylor(evidence: Evidence) -> torch.Tensor:
 
 
 def lora_guided(evidence: Evidence) -> torch.Tensor:
-    """LoRAPrune (Zhang et al. 2023): saliences of each member, divided by their 2-norm, summed over members."""
+    """LoRAPrune (Zhang et al. 2023): saliences of each member, divided by their 2-norm, summed over
+    members."""
     return sum_of_shares(evidence.saliences)
 
 

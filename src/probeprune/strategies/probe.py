@@ -1,8 +1,8 @@
 """The probe: choose a small part of a batch, run it ahead through a block, fuse its energy with history.
 
-The stages of Probe Pruning (ICLR 2025) by name: `choose` (residual importance), `run_ahead` (probing), `fuse`
-(importance-scaled fusion with history). Scores are made in `importance.py`, the cut in `model/partition.py`,
-and the loop over a model's blocks in `runtime/`.
+The stages of Probe Pruning (ICLR 2025) by name: `choose` (residual importance), `run_ahead` (probing),
+`fused_energy` (importance-scaled fusion with history). `importance.py` scores units, `model/partition.py`
+makes the cut, and `runtime/` loops over a model's blocks.
 """
 
 import math
@@ -23,37 +23,37 @@ from probeprune.model.shadow import Shadow
 
 @dataclass(frozen=True)
 class Probe:
-    """Which part of a batch is run ahead. Defaults are Probe Pruning's (ICLR 2025, section 5 and appendix).
+    """The part of a batch that is run ahead. Defaults are Probe Pruning's (ICLR 2025, section 5 and
+    appendix).
 
-    Raises `UsageError` for shares outside (0, 1].
+    Raises `UsageError` for values out of range.
     """
 
     tokens: float = 0.5
-    """Share of the batch's positions in the probe; the width of the batch counts, padding included."""
+    """Share of the batch's positions in the probe, padding included."""
     samples: float = 0.05
     """Share of the batch's samples in the probe (at least one)."""
     min_tokens: int = 2
     """Minimum number of positions, or the whole length if the batch is shorter."""
     min_size: int = 0
-    """Minimum number of tokens in all, reached by taking more positions, or the whole batch if it is
-    smaller."""
+    """Minimum number of tokens in total, reached by taking more positions; fewer only if all positions are
+    taken."""
     pick: str = "residual"
     """A key of `PICKS`. `residual`: the positions and samples with the greatest residual importance, as
-    published; `even`: evenly spaced ones, which represent the batch better, for a refit to it
-    (docs/best.md)."""
+    published. `even`: evenly spaced ones, which represent the batch better, for refits (docs/best.md)."""
     keep_first_below: int = 10
-    """A probe picked by residual importance with at most this many positions always includes the first one,
+    """A probe by residual importance with this number of positions or fewer always includes the first one,
     the attention sink."""
     reuse: int = 0
-    """Minimum number of tokens that one choice serves: smaller batches share it, since alone they would not
-    earn the cost of probing (docs/choices.md; the method `probe-reuse` takes 1024). 0 probes every batch, as
-    published. A prompt that fills a cache handed in, as in `generate`, is always probed: its choice serves
-    the text to come."""
+    """Minimum number of tokens that one choice serves. Smaller batches share a choice, because probing each
+    would cost more than pruning saves (docs/choices.md; the method `probe-reuse` uses 1024). 0 probes every
+    batch, as published. A prompt that fills a given cache, as in `generate`, is always probed: its choice
+    serves the text that follows."""
     parallel: bool = False
-    """Probe a block beside the one before it, from the residual in front of that one: the published
-    asynchronous variant. On CUDA the two overlap, on a second stream (never run so far: no GPU was at hand);
-    elsewhere one runs after the other, at no gain. The model's first block, and the first attention block of
-    each type of layer, are probed in their turn."""
+    """Probe a block in parallel with the one before it, from the residual in front of that one: the published
+    asynchronous variant. On CUDA the two overlap, on a second stream (not yet run on a GPU); elsewhere they
+    run one after the other, without gain. The model's first block, and the first attention block of each
+    layer type, are probed in their turn."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "samples"):
@@ -68,14 +68,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Selection:
-    """The probe of one block and batch: which samples and columns, ascending LongTensors."""
+    """The probe of one block and batch: indices of its samples and of its columns, ascending LongTensors."""
 
     samples: torch.Tensor
     tokens: torch.Tensor
 
 
 def probe_size(probe: Probe, batch: int, length: int) -> tuple[int, int]:
-    """How many samples and positions of a (batch, length) batch the probe takes."""
+    """Number of samples and of positions that the probe takes from a batch of shape (batch, length)."""
     samples = max(_ceil(probe.samples * batch), 1)
     least = max(probe.min_tokens, _ceil(probe.min_size / samples))
     return samples, min(max(_ceil(probe.tokens * length), least), length)
@@ -107,7 +107,7 @@ def choose(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
     Args:
         residual: `R` (batch, sequence, hidden), the input of the norm in front of the block.
         tokens: which tokens are real.
-        probe: how many samples and positions to take, and by which rule.
+        probe: the number of samples and positions, and the rule to pick them.
     """
     return PICKS[probe.pick](residual, tokens, probe)
 
@@ -119,7 +119,7 @@ def by_residual(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selecti
     2-norm over the chosen positions. Padding scores zero.
     """
     samples_wanted, positions_wanted = probe_size(probe, tokens.batch, tokens.length)
-    # Naming the dtype that a tensor already has is slower than naming none.
+    # Passing the dtype that a tensor already has is slower than passing None.
     wider = None if residual.dtype == torch.float32 else torch.float32
     u = torch.linalg.vector_norm(residual, dim=-1, dtype=wider)
     if tokens.valid is not None:
@@ -135,7 +135,7 @@ def by_residual(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selecti
 
 
 def evenly_spaced(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
-    """Pick evenly spaced samples and positions, whatever they hold."""
+    """Pick evenly spaced samples and positions, regardless of the residual."""
     samples, positions = probe_size(probe, tokens.batch, tokens.length)
     return Selection(
         _midpoints(samples, tokens.batch, residual.device),
@@ -146,7 +146,7 @@ def evenly_spaced(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selec
 PICKS: Mapping[str, Callable[[torch.Tensor, Tokens, Probe], Selection]] = MappingProxyType(
     {"residual": by_residual, "even": evenly_spaced}
 )
-"""Rules to pick a probe by, with the arguments of `choose`."""
+"""Rules to pick a probe, with the arguments of `choose`."""
 
 
 def _midpoints(count: int, length: int, device: torch.device) -> torch.Tensor:
@@ -223,7 +223,7 @@ def probe_energy(z: torch.Tensor, selection: Selection, tokens: Tokens) -> torch
 
 
 def by_importance(energy: torch.Tensor, history: torch.Tensor, share: float) -> torch.Tensor:
-    """`(E^p^2 + E^h^2) / (E^p + E^h)`: each part weighted by its own share of the sum."""
+    """`(E^p^2 + E^h^2) / (E^p + E^h)`: each part weighted by its share of the sum."""
     # No squares: energies of 1e20 would overflow float32.
     both = (energy + history).clamp_min_(torch.finfo(energy.dtype).tiny)
     own_share = torch.div(energy, both, out=both)
@@ -231,15 +231,15 @@ def by_importance(energy: torch.Tensor, history: torch.Tensor, share: float) -> 
 
 
 def by_fixed_share(energy: torch.Tensor, history: torch.Tensor, share: float) -> torch.Tensor:
-    """History weighted by `share`, the probe by the rest (the paper's ablation)."""
+    """History weighted by `share`, the probe by `1 - share` (the paper's ablation)."""
     return torch.lerp(energy, history, share)
 
 
 FUSIONS: Mapping[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None] = MappingProxyType(
     {"importance": by_importance, "fixed": by_fixed_share, "none": None}
 )
-"""Ways to fuse the probe's energy `E^p` with history `E^h`, both (tokens, n) (Probe Pruning, section 4.3);
-None leaves history out."""
+"""Ways to fuse the probe's energy `E^p` with history `E^h`, both (tokens, n) (Probe Pruning, section 4.3).
+None ignores history."""
 
 
 def fused_energy(
@@ -254,8 +254,9 @@ def fused_energy(
 
     Args:
         z: the probe's coupled activation (samples, tokens, n).
-        selection, tokens: which part of which batch it is.
-        history: running energies; None where there are none.
+        selection: the part of the batch in the probe.
+        tokens: tokens of the batch.
+        history: running energies, or None.
         fusion: a key of `FUSIONS`.
         history_share: weight of history under `fixed` fusion.
     """

@@ -24,21 +24,21 @@ class ProbeEveryBatch(EveryBatch):
     kind: ClassVar[str] = "probe"
 
     probe: Probe = field(default_factory=Probe)
-    """Which part of a batch is run ahead."""
+    """The part of a batch that is run ahead."""
     fusion: str = "importance"
-    """A key of `probe.FUSIONS`. `importance`: the probe and history each weighted by their own share;
-    `fixed`: by `history_share`; `none`: the probe alone."""
+    """A key of `probe.FUSIONS`. `importance`: the probe and history, each weighted by its share of the sum;
+    `fixed`: weighted by `history_share`; `none`: the probe alone."""
     history_share: float = 0.5
     """Weight of history under `fixed` fusion."""
     decay: float = 0.99
-    """Share of itself that history keeps at every batch."""
+    """Factor by which history decays at every batch."""
     own_positions: int = OWN_POSITIONS
-    """Number of first positions whose history is kept apart (the paper keeps all; docs/choices.md)."""
+    """Number of first positions with a history of their own (the paper: all; docs/choices.md)."""
     refresh: int = 0  # type: ignore[misc]
-    """Tokens between two new choices of MLP channels while decoding; 0 keeps those of the prompt. A refresh
-    runs MLPs dense and is its own probe; the steps between move history. Heads stay: the cache holds those of
-    the prompt. A finished sequence keeps counting: the padding that `generate` feeds it looks like any
-    token."""
+    """Number of tokens between two choices of MLP channels while decoding; 0 keeps those of the prompt. A
+    refresh runs MLPs dense and is its own probe; the steps in between update history. Heads do not change,
+    because the cache holds those of the prompt. A finished sequence still counts: the padding that `generate`
+    feeds it cannot be told from text."""
 
     def __post_init__(self) -> None:
         for name in ("history_share", "decay"):
@@ -61,7 +61,7 @@ class ProbeEveryBatch(EveryBatch):
 
 
 class ProbePruning:
-    """One block under Probe Pruning.
+    """State of one block under Probe Pruning.
 
     Attributes:
         history: running energies of the coupled activation; None without fusion.
@@ -87,14 +87,14 @@ class ProbePruning:
         """Take note of a pass; see `Follower`."""
         if stage == "refresh":
             scores = self._score(z, everything(tokens, z.device), tokens)
-            self._remember(z, tokens)  # while its channels still stand where `z` has them
+            self._remember(z, tokens)  # before the cut moves its channels
             self.block.cut(scores)
         elif stage != "keep" or self._refreshes:
             self._remember(z, tokens)
 
     @property
     def _refreshes(self) -> bool:
-        """Heads never do: the cache holds those that the prompt chose."""
+        """Whether the block refreshes. Heads never do: the cache holds those that the prompt chose."""
         return self.settings.refresh > 0 and self.block.block.kind == "mlp"
 
     def _score(self, z: torch.Tensor, selection: Selection, tokens: Tokens) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Refit to the batch: the units stay, the consumers of MLPs are refitted to every batch (this project).
+"""Refit at every batch: keep the units, and refit the consumers of MLPs to each batch (this project).
 
-A few evenly spaced tokens of the batch run through the dense block. What it gives for them joins the moments
-of the calibration text, and the narrower consumer is solved anew, as a correction of low rank.
+A few evenly spaced tokens of the batch run through the dense block. Their outputs join the moments of the
+calibration text, and the narrower consumer is solved anew, as a low-rank correction.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from probeprune.strategies.pruned_block import PrunedBlock
 from probeprune.strategies.schedule import EveryBatch, Stage
 
 SAMPLE = 256
-"""Tokens of a probe that a refit is made to, at most."""
+"""Maximum number of probe tokens in a refit."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RefitEveryBatch(EveryBatch):
     chooses: ClassVar[bool] = False
 
     probe: Probe = field(default_factory=lambda: Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even"))
-    """Which tokens of a batch the consumers are refitted to."""
+    """The tokens of a batch that consumers are refitted to."""
     share: float = 0.35
     """Weight of the batch's probe tokens against calibration text. Reached at `SAMPLE` tokens; fewer weigh
     proportionally less."""
@@ -47,7 +47,7 @@ class RefitEveryBatch(EveryBatch):
 
 
 class BatchRefit:
-    """One MLP whose consumer follows the batch."""
+    """State of one MLP whose consumer is refitted at every batch."""
 
     def __init__(self, settings: RefitEveryBatch, block: PrunedBlock) -> None:
         self.settings, self.block = settings, block

@@ -1,8 +1,8 @@
 """Schedule: when a method prunes. Never, once, while LoRA trains, or again at every batch.
 
-One record per way, so that settings of one way cannot be given to another. The two dynamic ways lie in files
-of their own: `probe_every_batch.py` and `refit_every_batch.py`. A dynamic method with state of its own is a
-record like theirs and a `Follower` (CONTRIBUTING.md has an example).
+There is one record per schedule, so that settings of one cannot be given to another. The two dynamic
+schedules have files of their own: `probe_every_batch.py` and `refit_every_batch.py`. To add a dynamic method
+with state, write a record like theirs and a `Follower` (CONTRIBUTING.md has an example).
 """
 
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ from probeprune.strategies.probe import Probe, Selection
 from probeprune.strategies.pruned_block import PrunedBlock
 
 Stage = Literal["choose", "reuse", "keep", "refresh"]
-"""What a pass of the model is to a dynamic method: a batch that is probed (`choose`) or runs under the choice
-before (`reuse`); a pass that continues a cache under the prompt's choice (`keep`), or one that runs MLPs
-dense and is its own probe (`refresh`)."""
+"""The role of a forward pass in a dynamic method: a new batch that is probed (`choose`) or uses the previous
+choice (`reuse`); a pass that continues a cache under the prompt's choice (`keep`), or that also runs MLPs
+dense as its own probe (`refresh`)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class When:
         chooses: whether it chooses units anew, by scores from the energies of a batch. If not, the units of
             the first cut stay.
         trains: whether the method includes training.
-        needs: parts of `Statistics` that it needs.
+        needs: the parts of `Statistics` that it needs.
     """
 
     kind: ClassVar[str]
@@ -54,7 +54,7 @@ class Never(When):
     kind: ClassVar[str] = "never"
     prunes: ClassVar[bool] = False
     recovery: bool = False
-    """Train it all the same, as the control of methods with recovery."""
+    """Whether it is trained, as the control for methods with recovery."""
 
     @property
     def trains(self) -> bool:
@@ -68,7 +68,7 @@ class Once(When):
 
     kind: ClassVar[str] = "once"
     recovery: bool = False
-    """Train the pruned model (LoRA)."""
+    """Whether the pruned model is trained afterwards (LoRA)."""
 
     @property
     def trains(self) -> bool:
@@ -90,40 +90,39 @@ class DuringTraining(When):
 
 @dataclass(frozen=True)
 class EveryBatch(When):
-    """The interface of dynamic schedules: a probe is run ahead of every batch."""
+    """The interface of dynamic schedules: a probe runs ahead of every batch."""
 
     every_batch: ClassVar[bool] = True
     chooses: ClassVar[bool] = True
     probe: Probe = field(default_factory=Probe)
     refresh: ClassVar[int] = 0
-    """Tokens between two refreshes while decoding; 0 for none."""
+    """Number of tokens between two refreshes while decoding; 0 for none."""
 
     def follower(self, block: PrunedBlock) -> "Follower | None":
-        """The state of one block under this schedule, before its first cut; None for a block that does not
-        follow the batch."""
+        """New state for one block, before its first cut; None for a block that does not follow the batch."""
         raise NotImplementedError
 
 
 class Follower(Protocol):
-    """The state that a dynamic method keeps for one block, and its answer to a probe and to a pass."""
+    """The state of a dynamic method for one block, and its reactions to a probe and to a pass."""
 
     def start(self) -> None:
         """Set up the state and make the first cut, before any batch."""
 
     def on_probe(self, z: torch.Tensor, selection: Selection, tokens: Tokens) -> None:
-        """A probe has run ahead through the dense block.
+        """React to a probe that has run ahead through the dense block.
 
         Args:
             z: its coupled activation (samples, tokens, n), channels in the partition's present order.
-            selection: which samples and columns of the batch it is.
-            tokens: of the whole batch.
+            selection: the samples and columns of the batch in the probe.
+            tokens: tokens of the whole batch.
         """
 
     def on_pass(self, z: torch.Tensor, tokens: Tokens, stage: Stage) -> None:
-        """The model's own pass has gone through the consumer.
+        """React to the model's own pass, after it has gone through the consumer.
 
         Args:
-            z: its input (batch, sequence, k): the channels in view, all of them in a refresh.
+            z: input of the consumer (batch, sequence, k): the channels in view, all of them in a refresh.
             tokens: which tokens are real.
             stage: see `Stage`.
         """
