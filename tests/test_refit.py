@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from refitting import WINDOWS, explicit, refitting, some, watched
-from tiny import FAMILIES
+from tiny import FAMILIES, cuts
 
 from probeprune import Refit, find_blocks, prune
 from probeprune.algebra.elimination import LOOKS, eliminate
 from probeprune.algebra.least_squares import FLOOR
-from probeprune.calibration.refit import refit
+from probeprune.calibration.refit import RefitRequest, refit
 from probeprune.calibration.sensitivity import sensitivities
 
 
@@ -43,7 +43,7 @@ def test_a_refit_is_what_whole_models_give_block_by_block(family, share):
     how = Refit(damping=(1e-2,), share=share or 0.0, sequential=share is not None)
     model = FAMILIES[family]()
     kept = some(model)
-    got = refit(model, kept, WINDOWS, how, batch_size=5)
+    got = refit(model, RefitRequest(cuts(kept)), WINDOWS, how, batch_size=5)
     want = slow(model, FAMILIES[family](), kept, WINDOWS, how)
     assert got.keys() == want.keys() == kept.keys()
     for name, consumer in got.items():
@@ -60,8 +60,10 @@ def test_elimination_leaves_what_it_would_on_whole_models_and_refits_to_that(fam
     model = FAMILIES[family]()
     counts = {name: len(units) for name, units in some(model).items()}
     metrics = sensitivities(model, WINDOWS[:4])
-    got = refit(model, counts, WINDOWS, how, metrics=metrics, batch_size=5)
-    again = refit(model, {name: c.units for name, c in got.items()}, WINDOWS, how, batch_size=5)
+    got = refit(model, RefitRequest(cuts(counts), metrics=metrics), WINDOWS, how, batch_size=5)
+    again = refit(
+        model, RefitRequest(cuts({name: c.units for name, c in got.items()})), WINDOWS, how, batch_size=5
+    )
     assert {name: len(c.units) for name, c in got.items()} == counts
     for name, consumer in got.items():
         torch.testing.assert_close(consumer.weight, again[name].weight, rtol=1e-3, atol=1e-4)
@@ -89,8 +91,8 @@ def test_the_order_by_elimination_beats_others_on_what_it_is_made_for():
     model = FAMILIES["llama"]()
     kept = {name: u for name, u in some(model).items() if ".mlp" in name}
     how = Refit(sequential=False, share=0.0, damping=(1e-2, 1e-1, 1.0), sensitivity=0)
-    chosen = refit(model, {name: len(u) for name, u in kept.items()}, WINDOWS, how)
-    drawn = refit(model, kept, WINDOWS, how)
+    chosen = refit(model, RefitRequest(cuts({name: len(u) for name, u in kept.items()})), WINDOWS, how)
+    drawn = refit(model, RefitRequest(cuts(kept)), WINDOWS, how)
     assert all(chosen[name].error < drawn[name].error for name in kept)
 
 
@@ -98,7 +100,7 @@ def test_damping_is_chosen_on_the_windows_held_out_and_may_be_none():
     model = FAMILIES["opt"]()
     kept = some(model)
     how = Refit(damping=(1e-3, 1e-1, 10.0), sequential=False, share=0.0, held_out=0.25)
-    got = refit(model, kept, WINDOWS, how)
+    got = refit(model, RefitRequest(cuts(kept)), WINDOWS, how)
     block = next(b for b in find_blocks(model) if b.name in kept and b.kind == "mlp")
     seen = watched(model, block, WINDOWS)
     z, t = seen["z"].view(24, 24, -1)[..., kept[block.name]], seen["output"].view(24, 24, -1)
@@ -119,15 +121,15 @@ def test_damping_is_chosen_on_the_windows_held_out_and_may_be_none():
     )
     # Four windows are too few for a hundred channels: whatever is fitted to them is worse elsewhere.
     llama = FAMILIES["llama"]()
-    few = refit(llama, some(llama), WINDOWS[:4], replace(how, damping=(1e-3,) * 2))
+    few = refit(llama, RefitRequest(cuts(some(llama))), WINDOWS[:4], replace(how, damping=(1e-3,) * 2))
     stays = [c for c in few.values() if c.damping is None]
     assert stays and all(c.error == c.error_before for c in stays)
 
 
 def test_a_new_bias_only_where_asked_for():
     model = FAMILIES["llama"]()
-    assert all(c.bias is None for c in refit(model, some(model), WINDOWS).values())
-    added = refit(model, some(model), WINDOWS, Refit(bias=True, damping=(1.0,)))
+    assert all(c.bias is None for c in refit(model, RefitRequest(cuts(some(model))), WINDOWS).values())
+    added = refit(model, RefitRequest(cuts(some(model))), WINDOWS, Refit(bias=True, damping=(1.0,)))
     assert all(c.bias is not None for c in added.values())
 
 

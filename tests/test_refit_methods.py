@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from refitting import WINDOWS, consumers_of, following, logits, refitting
-from tiny import FAMILIES, Given, token_ids
+from tiny import FAMILIES, Given, cuts, token_ids
 from transformers import AutoModelForCausalLM
 
 from probeprune import Compensation, Refit, UsageError, attach, compose, prune, save, with_equal_widths
 from probeprune.calibration.collecting import calibrate
-from probeprune.calibration.refit import refit
+from probeprune.calibration.refit import RefitRequest, refit
 from probeprune.calibration.statistics import Statistics
 from probeprune.preparation import Preparation
 
@@ -110,7 +110,7 @@ def test_consumers_that_are_missing_or_made_for_other_units_are_refused(made_for
 
 def test_a_name_that_is_no_block_is_refused():
     with pytest.raises(UsageError, match="is no block"):
-        refit(FAMILIES["llama"](), {"lm_head": torch.arange(3)}, WINDOWS)
+        refit(FAMILIES["llama"](), RefitRequest(cuts({"lm_head": torch.arange(3)})), WINDOWS)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.preparation import Piece, Preparation
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
+from probeprune.strategies.pruned_block import Cut
 
 SHAPE = {
     "hidden_size": 48,
@@ -151,6 +152,11 @@ class masked:
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def cuts(units) -> dict[str, Cut]:
+    """By block name the cut to these units, or to this number of units."""
+    return {n: Cut(u) if isinstance(u, int) else Cut(len(u), u) for n, u in units.items()}
 
 
 class Given(Preparation):

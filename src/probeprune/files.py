@@ -17,7 +17,6 @@ RESULTS = "results.jsonl"
 """Name of the file with result lines in an experiment's folder."""
 
 
-
 # -- directories and JSON --------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from probeprune.model.blocks import Block
 from probeprune.strategies import Part, allocation
 from probeprune.strategies.allocation import ALLOCATIONS, Request
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
-from probeprune.strategies.pruned_block import BatchScorer, PrunedBlock
+from probeprune.strategies.pruned_block import BatchScorer, Cut, PrunedBlock
 from probeprune.strategies.schedule import DuringTraining
 
 Scores = torch.Tensor
@@ -33,16 +33,6 @@ class Kept:
     """Their ids in the model as given, ascending."""
     of: int
     """Number of units of the whole block."""
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """The first cut of one block."""
-
-    width: int
-    """Number of units that the block keeps."""
-    units: torch.Tensor | None = None
-    """Their ids, ascending: LongTensor (width,). None where a refit or each batch chooses them."""
 
 
 def needs(method: Method) -> frozenset[Part]:
@@ -158,7 +148,7 @@ def pruned_blocks(
             moments = statistics.moments.get(block.name)
             scorer = _batch_scorer(method, block)
             pruned.append(
-                PrunedBlock(block, cut.width, units, method.compensation, moments, consumer, scorer)
+                PrunedBlock(block, Cut(cut.width, units), method.compensation, moments, consumer, scorer)
             )
     except BaseException:
         for p in pruned:

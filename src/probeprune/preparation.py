@@ -19,7 +19,7 @@ from probeprune.calibration import stored
 from probeprune.calibration.collecting import calibrate
 from probeprune.calibration.damage import damages, unit_flops, unit_nanoseconds
 from probeprune.calibration.gradients import saliences
-from probeprune.calibration.refit import refit
+from probeprune.calibration.refit import RefitRequest, refit
 from probeprune.calibration.sensitivity import sensitivities
 from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import BATCH_SIZE, WindowSource
@@ -34,6 +34,7 @@ from probeprune.strategies.allocation import Damage
 from probeprune.strategies.compensation import Consumer, Refit
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
+from probeprune.strategies.pruned_block import Cut
 from probeprune.strategies.refit_every_batch import RefitEveryBatch
 
 _FORMAT = 4
@@ -50,7 +51,7 @@ class Piece:
     """All settings that determine it besides model and text, as JSON values."""
     method: Method
     """A method that needs it."""
-    cuts: Sequence[plan.Cut] = ()
+    cuts: Sequence[Cut] = ()
     """The first cut of every block, for consumers."""
     following: bool = False
     """Whether some consumers are to follow batches, which takes their moments."""
@@ -301,24 +302,13 @@ class Preparation:
             if entry is not None:
                 return entry[0]
         blocks = find_blocks(self.model, method.unit_kind)
-        chosen: dict[str, torch.Tensor | int] = {
-            b.name: c.width if c.units is None else c.units
-            for b, c in zip(blocks, piece.cuts, strict=True)
-            if c.width < b.units
-        }
-        metrics = None
+        metrics: dict[str, torch.Tensor] = {}
         if how.sensitivity and method.ordered_by_refit:
             metrics = self._sensitivities(min(how.sensitivity, len(windows)), method.seed)
+        cuts = {b.name: c for b, c in zip(blocks, piece.cuts, strict=True) if c.width < b.units}
+        request = RefitRequest(cuts, method.unit_kind, metrics, following)
         consumers: dict[str, Consumer] = refit(
-            self.model,
-            chosen,
-            windows,
-            how,
-            units=method.unit_kind,
-            metrics=metrics,
-            following=following,
-            batch_size=self.batch_size,
-            progress=self.progress,
+            self.model, request, windows, how, batch_size=self.batch_size, progress=self.progress
         )
         if path is not None:
             stored.store(path, "consumers", consumers)

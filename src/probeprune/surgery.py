@@ -26,6 +26,7 @@ from probeprune.prepare import Calibration, Prepared, statistics_for
 from probeprune.progress import Progress, silent
 from probeprune.strategies.allocation import ALLOCATIONS, check_ratio
 from probeprune.strategies.compensation import Consumer
+from probeprune.strategies.pruned_block import Cut
 from probeprune.strategies.schedule import Once
 
 
@@ -164,7 +165,7 @@ def _planned_widths(
 
 
 def _cut_all(
-    method: Method, blocks: Sequence[Block], cuts: Sequence[plan.Cut], statistics: Statistics
+    method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], statistics: Statistics
 ) -> tuple[dict[str, torch.Tensor], dict[str, Consumer]]:
     """Make the cuts permanent. Returns the ids of the kept units and the refitted consumers, by block
     name."""

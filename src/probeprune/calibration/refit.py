@@ -8,6 +8,7 @@ model itself is left unchanged.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from probeprune.algebra.least_squares import (
     squared_error,
     target_variance,
 )
-from probeprune.data.windows import batches
+from probeprune.data.windows import BATCH_SIZE, batches
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block, UnitKind, find_blocks
 from probeprune.model.families import find_family
@@ -31,18 +32,32 @@ from probeprune.model.passes import check_eval, check_windows
 from probeprune.progress import Progress, silent
 from probeprune.strategies import allocation
 from probeprune.strategies.compensation import Consumer, Refit
+from probeprune.strategies.pruned_block import Cut
+
+
+@dataclass(frozen=True, eq=False)
+class RefitRequest:
+    """The consumers to refit."""
+
+    cuts: Mapping[str, Cut]
+    """By block name the units that stay, or how many elimination is to leave, at least one; other blocks
+    stay whole."""
+    unit_kind: UnitKind = "group"
+    """What one attention unit is."""
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """By block name the weighting (d, d) of errors of its output in the choice of units
+    (`sensitivity.sensitivities`); a block that is missing weighs all directions alike."""
+    following: bool = False
+    """Whether to give the moments too that refits of MLPs at every batch need (`Consumer.inverse`)."""
 
 
 def refit(
     model: nn.Module,
-    kept: Mapping[str, torch.Tensor | int],
+    request: RefitRequest,
     windows: torch.Tensor,
     how: Refit | None = None,
     *,
-    units: UnitKind = "group",
-    metrics: Mapping[str, torch.Tensor] | None = None,
-    following: bool = False,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     progress: Progress = silent,
 ) -> dict[str, Consumer]:
     """Fit the consumers of blocks that keep only some units to the dense model's outputs.
@@ -55,20 +70,15 @@ def refit(
 
     Args:
         model: a supported causal LM in eval mode, nothing attached. Restored bit for bit at the end.
-        kept: by block name, the ids of the kept units, LongTensor (k,), or their number k, for elimination to
-            choose; k >= 1. Other blocks stay whole.
+        request: which consumers to refit, to which units.
         windows: LongTensor (count, length) of token ids, the last ones held out to choose the damping.
         how: see `Refit`; None for its defaults.
-        units: kind of attention units.
-        metrics: by block name, the weighting (d, d) of output errors in the choice of units
-            (`sensitivity.sensitivities`); None for equal weights.
-        following: also compute `Consumer.inverse` for MLPs, which `RefitEveryBatch` needs.
         batch_size: windows per forward pass.
         progress: called with ("refit", layers done, layers in total).
 
     Returns:
-        Consumers by block name, for the blocks in `kept`; weights in the model's dtype. `following` takes
-        4 k^2 bytes more per MLP.
+        Consumers by block name, for the blocks in `request.cuts`; weights in the model's dtype. With
+        `following`, they take 4 k^2 bytes more per MLP.
 
     Raises:
         UsageError: unsupported model, names that are no blocks, too few or too long windows.
@@ -83,22 +93,19 @@ def refit(
     if len(held):
         parts += batches(held, batch_size)
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
-        blocks = find_blocks(model, units)
-        strange = kept.keys() - {b.name for b in blocks}
+        blocks = find_blocks(model, request.unit_kind)
+        strange = request.cuts.keys() - {b.name for b in blocks}
         if strange:
             raise UsageError(f"{min(strange)} is not a block of this model; find_blocks lists them.")
         layers = LayerRunner(model, parts)
-        partitions = {b.name: Partition(b) for b in blocks if b.name in kept}
+        partitions = {b.name: Partition(b) for b in blocks if b.name in request.cuts}
         try:
-            counts: dict[str, int] = {}
             for name, partition in partitions.items():
-                units_kept = kept[name]
-                if isinstance(units_kept, int):
-                    counts[name] = units_kept
-                else:
-                    partition.keep(units_kept.to(partition.order.device))
+                units = request.cuts[name].units
+                if units is not None:
+                    partition.keep(units.to(partition.order.device))
             added = not find_family(model).norm_last
-            fitting = _Fitting(layers, partitions, counts, metrics or {}, how, first_held, added, following)
+            fitting = _LayerwiseRefit(layers, partitions, request, how, first_held, added)
             return fitting.run(blocks, progress)
         finally:
             for partition in partitions.values():
@@ -118,13 +125,11 @@ def _split(windows: torch.Tensor, how: Refit) -> tuple[torch.Tensor, torch.Tenso
     return windows[:-held], windows[-held:]
 
 
-class _Fitting:
+class _LayerwiseRefit:
     """One pass over the layers.
 
     Attributes:
-        counts: by block name, the number of units for elimination to keep; such a block is whole until its
-            turn.
-        metrics: as in `refit`.
+        request, how: as in `refit`. A block whose units elimination chooses is whole until its turn.
         first_held: index of the first held-out batch.
         added: whether consumers' outputs are added to the residual stream without a norm.
         dense, pruned: hidden states in front of the current layer, by batch; the same list until the first
@@ -135,16 +140,13 @@ class _Fitting:
         self,
         layers: LayerRunner,
         partitions: Mapping[str, Partition],
-        counts: Mapping[str, int],
-        metrics: Mapping[str, torch.Tensor],
+        request: RefitRequest,
         how: Refit,
         first_held: int,
         added: bool,
-        following: bool,
     ) -> None:
-        self.layers, self.partitions, self.how = layers, partitions, how
-        self.counts, self.metrics = counts, metrics
-        self.first_held, self.added, self.following = first_held, added, following
+        self.layers, self.partitions, self.request, self.how = layers, partitions, request, how
+        self.first_held, self.added = first_held, added
         self.dense = self.pruned = layers.hidden
 
     def run(self, blocks: Sequence[Block], progress: Progress) -> dict[str, Consumer]:
@@ -225,7 +227,7 @@ class _Fitting:
         partition = self.partitions[block.name]
         own_bias = block.consumer.bias
         try:
-            if block.name in self.counts:
+            if self.request.cuts[block.name].units is None:
                 fit, held = self._eliminate(block, fit, held)
             own = partition.consumer_weight
             weight = own[:, : len(fit.zz)]
@@ -239,7 +241,7 @@ class _Fitting:
                 fit.merge(held)
             best = solve(fit, weight, bias, damping) if error < before else (weight.clone(), own_bias)
             inverse, mean = None, None
-            if self.following and block.kind == "mlp":
+            if self.request.following and block.kind == "mlp":
                 inverse = inverse_moment(fit, bias is not None, damping).cpu()
                 mean = None if bias is None else fit.z_mean.cpu()
         except FloatingPointError as problem:
@@ -277,9 +279,9 @@ class _Fitting:
             normal_equations(fit, weight, bias is not None, damping)[0],
             solve(fit, weight, bias, damping)[0],
             block.unit_width,
-            metric=self.metrics.get(block.name),
+            metric=self.request.metrics.get(block.name),
         )
-        keep = self.counts[block.name]
+        keep = self.request.cuts[block.name].width
         partition.keep(allocation.choose_units(found.scores.to(partition.order.device), keep, block))
         channels = partition.channels[: keep * block.unit_width]
         return fit.part(channels), held.part(channels)

@@ -5,6 +5,7 @@ every batch. Nothing here waits for the device: counts stay on it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.profiler import record_function
@@ -15,6 +16,16 @@ from probeprune.model.partition import Partition
 from probeprune.strategies import allocation
 from probeprune.strategies.compensation import Compensation, Consumer
 from probeprune.strategies.importance import ColumnNorms, Evidence
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """The first cut of one block."""
+
+    width: int
+    """Number of units that the block keeps."""
+    units: torch.Tensor | None = None
+    """Their ids, ascending: LongTensor (width,). None where a refit or each batch chooses them."""
 
 
 class PrunedBlock:
@@ -35,17 +46,16 @@ class PrunedBlock:
     def __init__(
         self,
         block: Block,
-        width: int,
-        first_units: torch.Tensor | None,
+        cut: Cut,
         compensation: Compensation,
         moments: Moments | None = None,
         consumer: Consumer | None = None,
         scorer: "BatchScorer | None" = None,
     ) -> None:
-        self.block, self.width, self.scorer = block, width, scorer
+        self.block, self.width, self.scorer = block, cut.width, scorer
         self.partition = Partition(block)
         device = self.partition.order.device
-        self.first_units = None if first_units is None else first_units.to(device)
+        self.first_units = None if cut.units is None else cut.units.to(device)
         self.moments = None if moments is None else moments.to(device)
         self.consumer = None if consumer is None else consumer.to(device)
         self.swapped = torch.zeros((), dtype=torch.long, device=device)
