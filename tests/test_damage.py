@@ -1,20 +1,19 @@
 """Damages against a slow version on whole models, and the widths that follow from them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from tiny import FAMILIES, token_ids
+from tiny import FAMILIES, Given, token_ids
 
-from probeprune import Refit, attach, calibrate, compose, find_blocks, prune, with_equal_widths
+from probeprune import Refit, attach, compose, find_blocks, prune, with_equal_widths
+from probeprune.calibration.collecting import calibrate
 from probeprune.calibration.damage import damages, unit_flops, unit_nanoseconds
 from probeprune.calibration.sensitivity import sensitivities
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.model.cost import block_flops, blocks_flops
+from probeprune.preparation import Preparation
 from probeprune.strategies import allocation
-from probeprune.strategies.allocation import Damage
-from probeprune.surgery import method_consumers, method_damages
+from probeprune.strategies.allocation import Damage, Request
 
 WINDOWS = token_ids(12, 24, seed=3)
 
@@ -73,16 +72,17 @@ def judged():
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
 def test_the_budget_is_met_closely_and_at_less_damage_than_uniformly(judged, ratio):
     _, blocks, costs = judged
-    kept = allocation.least_damage(blocks, ratio, costs)
+    request = Request(blocks, ratio, damages=costs)
+    kept = allocation.least_damage(request)
     assert ratio <= allocation.removed_share(blocks, kept) < ratio + 0.02
     assert all(k >= 1 for k in kept)
 
     def damage(widths):
         return sum(float(d.curve[b.units - k]) for b, k, d in zip(blocks, widths, costs, strict=True))
 
-    one = allocation.uniform(blocks, ratio, skip_layers=0)
+    one = allocation.uniform(request)
     assert damage(kept) < damage(one) * 1.02
-    even = allocation.least_damage_even(blocks, ratio, costs)
+    even = allocation.least_damage_even(request)
     assert len({k for b, k in zip(blocks, even, strict=True) if b.kind == "mlp"}) == 1
     assert len({k for b, k in zip(blocks, even, strict=True) if b.kind == "attention"}) == 1
     assert allocation.removed_share(blocks, even) >= ratio and damage(kept) <= damage(even) + 1e-9
@@ -95,20 +95,20 @@ def test_a_budget_of_flops_or_time_is_a_share_of_them():
     by = {"importance": "wanda-sp", "allocation": "damage", "skip_layers": 0}
     flops = compose("ppsp", budget="flops", **by)
     whole = blocks_flops(blocks, [b.units for b in blocks], 1, WINDOWS.shape[1])
-    known = replace(calibrate(model, WINDOWS), damages=method_damages(model, flops, WINDOWS))
-    with attach(model, flops, 0.3, statistics=known) as handle, torch.no_grad():
+    calibration = Preparation(model, WINDOWS)
+    with attach(model, flops, 0.3, calibration=calibration) as handle, torch.no_grad():
         kept = [len(k.units) for k in handle.kept_units()]
         saved = whole - blocks_flops(blocks, kept, 1, WINDOWS.shape[1])
         assert 0.3 * whole <= saved < 0.33 * whole
         model(input_ids=ids)
     time = compose("ppsp", budget="time", **by)
-    measured = method_damages(model, time, WINDOWS)
+    measured = calibration.statistics(time, 0.25).damages
     assert all(
         d.saving >= 1 and d.whole == d.saving * b.units
         for b, d in zip(blocks, measured.values(), strict=True)
     )
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
-    with attach(model, time, 0.25, statistics=replace(known, damages=measured)) as handle:
+    with attach(model, time, 0.25, calibration=calibration) as handle:
         kept = [len(k.units) for k in handle.kept_units()]
     costs = measured.values()
     saved = sum((b.units - k) * d.saving for b, k, d in zip(blocks, kept, costs, strict=True))
@@ -131,11 +131,12 @@ def test_the_time_of_a_unit_is_measured_on_the_model_as_it_stays():
 
 def test_what_is_not_to_be_pruned_stays_whole(judged):
     _, blocks, found = judged
-    kept = allocation.least_damage(blocks, 0.2, found, skip_layers=1, round_to=8, kinds=("mlp",))
+    request = Request(blocks, 0.2, damages=found, skip_layers=1, round_to=8, kinds=("mlp",))
+    kept = allocation.least_damage(request)
     for b, k in zip(blocks, kept, strict=True):
         assert k == b.units if b.layer < 1 or b.kind == "attention" else k % 8 == 0
     with pytest.raises(UsageError, match="cannot be met"):
-        allocation.least_damage(blocks, 0.9, found, kinds=("mlp",), skip_layers=4)
+        allocation.least_damage(Request(blocks, 0.9, damages=found, kinds=("mlp",), skip_layers=4))
 
 
 @pytest.mark.parametrize("allocating", ["damage", "damage-even"])
@@ -146,16 +147,10 @@ def test_a_method_that_allocates_by_damage_prunes_what_it_shows(family, allocati
         "ppsp",
         importance="obs",
         allocation=allocating,
-        compensation="least-squares",
-        refit=Refit(damping=(0.1,), sensitivity=2),
+        compensation=Refit(damping=(0.1,), sensitivity=2),
         skip_layers=0,
     )
-    known = Statistics(damages=method_damages(model, method, WINDOWS))
-    consumers = method_consumers(model, method, 0.3, WINDOWS, statistics=known)
-    with (
-        attach(model, method, 0.3, statistics=replace(known, consumers=consumers)) as handle,
-        torch.no_grad(),
-    ):
+    with attach(model, method, 0.3, calibration=WINDOWS) as handle, torch.no_grad():
         shown, kept = model(input_ids=ids).logits, handle.kept_units()
         assert 0.3 <= handle.removed_share < 0.33
     done = prune(model, method, 0.3, calibration=WINDOWS)
@@ -168,9 +163,12 @@ def test_damages_that_are_missing_are_asked_for():
     model = FAMILIES["llama"]()
     method = compose("ppsp", allocation="damage", name="by-damage")
     assert with_equal_widths(method).allocation == "damage-even"
-    with pytest.raises(UsageError, match="method_damages"):
-        attach(model, method, 0.3, statistics=calibrate(model, WINDOWS))
+    with pytest.raises(UsageError, match="no damage curve that fits"):
+        attach(model, method, 0.3, calibration=Given(model, Statistics(calibrate(model, WINDOWS))))
+
+
+def test_one_width_for_all_layers_needs_all_layers():
     with pytest.raises(UsageError, match="one width"):
         compose("ppsp", allocation="damage-even")
     with pytest.raises(UsageError, match="one width"):
-        allocation.least_damage_even(find_blocks(model), 0.3, [], skip_layers=1)
+        allocation.least_damage_even(Request(find_blocks(FAMILIES["llama"]()), 0.3, skip_layers=1))

@@ -1,15 +1,19 @@
 """Saliences against gradients written out in float64; an overflow is an error, not an arbitrary cut."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import FAMILIES, OPT_SHAPE, SHAPE, token_ids
+from tiny import FAMILIES, OPT_SHAPE, SHAPE, Given, token_ids
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from probeprune import Gradients, Statistics, attach, compose, find_blocks, prune, saliences
-from probeprune.calibration.gradients import _lora_a
+from probeprune import Gradients, attach, compose, find_blocks, prune
+from probeprune.calibration.gradients import saliences
+from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.plan import static_scores
+from probeprune.strategies.criteria import Settled, lora_matrices
 
 WINDOWS = token_ids(3, 12, seed=5)
 CRITERIA = ["param_first", "vectorize", "param_second", "param_mix"]
@@ -145,9 +149,10 @@ def test_a_fused_model_scores_as_the_same_model_in_parts(criterion):
 def test_lora_guided_is_the_first_steps_criterion(family):
     # LoRA written out: W + B A with B = 0, B's gradient by autograd, |(dB A) W| summed to rows or columns.
     model = two_layers(family)
-    got = saliences(model, WINDOWS, "lora-guided", rank=4, draws=2, seed=7)
+    settings = Gradients(3, 12, rank=4, draws=2)
+    got = saliences(model, WINDOWS, "lora-guided", gradients=settings, seed=7)
     members = {m.name: m for b in find_blocks(model) for m in b.members}
-    draws = {n: list(_lora_a(n, m.linear.weight, 4, 2, 7)) for n, m in members.items()}
+    draws = {n: list(lora_matrices(Settled((), m, m.linear.weight, settings, 7))) for n, m in members.items()}
     expected = {}
     for draw in range(2):
         adapters = {}
@@ -169,7 +174,7 @@ def test_lora_guided_is_the_first_steps_criterion(family):
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-8)
     # A block's scores: each map's sums over their own norm; q, k and v go together.
-    method = compose("loraprune", gradients=Gradients(3, 12, rank=4, draws=2), skip_layers=0, seed=7)
+    method = compose("loraprune", gradients=settings, skip_layers=0, seed=7)
     block = find_blocks(model)[0]
     total = torch.zeros(block.units)
     for m in block.members:
@@ -188,8 +193,11 @@ def test_draws_differ_by_seed_and_map_and_are_reproducible():
     one, again = saliences(model, WINDOWS, "lora-guided"), saliences(model, WINDOWS, "lora-guided")
     other = saliences(model, WINDOWS, "lora-guided", seed=1)
     assert all(one[n].equal(again[n]) for n in one) and not any(one[n].equal(other[n]) for n in one)
-    w = torch.zeros(5, 9)
-    a, b = next(_lora_a("a", w, 3, 1, 0)), next(_lora_a("b", w, 3, 1, 0))
+    member = find_blocks(model)[0].members[0]
+    a, b = (
+        next(lora_matrices(Settled((), replace(member, name=name), torch.zeros(5, 9), Gradients(rank=3), 0)))
+        for name in ("a", "b")
+    )
     assert not a.equal(b) and a.shape == (3, 9) and a.abs().max() <= 1 / 3
 
 
@@ -242,20 +250,30 @@ def test_a_gradient_that_overflows_names_its_map():
         saliences(model, WINDOWS)
 
 
-def test_bad_input():
-    model = two_layers("llama")
-    with pytest.raises(UsageError, match="criterion"):
-        saliences(model, WINDOWS, "param_third")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="at least 2 tokens"):
-        saliences(model, WINDOWS[:, :1])
-    with pytest.raises(UsageError, match="positions"):
-        saliences(model, token_ids(1, 200))
+@pytest.mark.parametrize(
+    ("windows", "criterion", "says"),
+    [
+        (WINDOWS, "param_third", "unknown criterion 'param_third'; did you mean 'param_first'"),
+        (WINDOWS[:, :1], "param_first", "at least 2 tokens"),
+        (token_ids(1, 200), "param_first", "positions"),
+    ],
+)
+def test_gradients_that_cannot_be_taken_are_refused(windows, criterion, says):
+    with pytest.raises(UsageError, match=says):
+        saliences(two_layers("llama"), windows, criterion)
+
+
+def test_a_model_in_training_mode_is_refused():
     with pytest.raises(UsageError, match=r"model.eval\(\)"):
         saliences(two_layers("llama").train(), WINDOWS)
+
+
+def test_saliences_that_are_missing_or_nan_are_refused():
+    model = two_layers("llama")
     with pytest.raises(UsageError, match="no saliences"):
-        attach(model, "llm-pruner", 0.2, statistics=Statistics())
+        attach(model, "llm-pruner", 0.2, calibration=Given(model, Statistics()))
     broken = dict(saliences(model, WINDOWS))
     name = next(iter(broken))
     broken[name] = broken[name] * float("nan")
     with pytest.raises(FloatingPointError, match=name):
-        attach(model, "llm-pruner", 0.2, statistics=Statistics(saliences=broken))
+        attach(model, "llm-pruner", 0.2, calibration=Given(model, Statistics(saliences=broken)))

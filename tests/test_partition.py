@@ -186,7 +186,7 @@ def test_windows_that_change_width_end_where_one_cut_does(units, kind):
     partition = Partition(block)
     for choice, want in zip(choices, expected, strict=True):
         partition.keep(choice)
-        assert partition.kept == len(choice) and partition.kept_units.equal(choice)
+        assert partition.shown == len(choice) and partition.kept_units.equal(choice)
         assert_equal_to_rounding(logits(model, *inputs), want)
 
 
@@ -196,7 +196,7 @@ def test_swaps_keep_a_balanced_window_balanced():
     partition = Partition(block)
     for seed in range(30):
         partition.keep(some_units(block, seed))
-        groups = (partition.order // block.group_size)[: partition.kept]
+        groups = (partition.order // block.group_size)[: partition.shown]
         assert groups.bincount(minlength=2).tolist() == [2, 2]
         assert groups.tolist() == sorted(groups.tolist()), "the heads of a group are no longer together"
 
@@ -213,7 +213,7 @@ def test_followers_go_along_at_every_swap_and_come_back(units, kind):
     for seed in range(10):
         partition.keep(some_units(block, seed))
         assert one.equal(partition.channels.float()) and two.equal(torch.stack([one, -one]))
-        front = one[: partition.kept * block.unit_width].view(-1, block.unit_width)
+        front = one[: partition.shown * block.unit_width].view(-1, block.unit_width)
         assert (front[:, 0] / block.unit_width).sort().values.equal(some_units(block, seed).float())
     partition.restore()
     assert one.equal(torch.arange(block.width, dtype=torch.float32))
@@ -259,7 +259,7 @@ def test_windows_on_biases_are_views_too(family):
 def test_attention_that_cannot_be_told_its_heads_is_refused():
     model = FAMILIES["llama-gqa"]()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UsageError, match="units='group'"):
+    with pytest.raises(UsageError, match="unit_kind='group'"):
         Partition(find_blocks(model, "query")[0])
     Partition(find_blocks(model, "group")[0]).keep(torch.tensor([1]))
 

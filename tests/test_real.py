@@ -2,12 +2,13 @@
 
 import pytest
 
-from probeprune import attach, calibrate
+from probeprune import attach
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.blocks import find_blocks
 from probeprune.model.loading import cache_dir
+from probeprune.preparation import Preparation
 
 pytestmark = pytest.mark.real
 
@@ -24,7 +25,7 @@ def test_dense_perplexity_is_the_independent_figure(smollm2, text):
 def test_probe_beats_wanda_sp_at_40_percent(smollm2, text):
     windows = calibration_windows(load_corpus("c4"), smollm2.tokenizer, count=48, length=256, seed=0)
     before = {n: p.clone() for n, p in smollm2.model.named_parameters()}
-    statistics = calibrate(smollm2.model, windows, cache=cache_dir() / "statistics")
+    calibration = Preparation(smollm2.model, windows, cache=cache_dir() / "statistics")
     values = {}
     for name in ("wanda-sp", "probe"):
         with attach(smollm2.model, name, ratio=0.4, calibration=calibration) as handle:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, masked, padded, token_ids
+from tiny import FAMILIES, Given, masked, padded, token_ids
 
-from probeprune import Gradients, Probe, attach, calibrate, compose, find_blocks, prune, with_equal_widths
+from probeprune import METHODS, Gradients, attach, compose, find_blocks, prepare, prune, with_equal_widths
+from probeprune.calibration.collecting import calibrate
+from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 
 WINDOWS = token_ids(8, 24, seed=3)
@@ -15,7 +17,7 @@ def logits(model, ids, mask=None):
         return model(input_ids=ids, attention_mask=mask).logits
 
 
-def originals(model, pruning, unit_kind="group"):
+def originals(model, pruning, units="group"):
     """(block of the dense model, kept ids), for blocks that lost units."""
     kept = {k.name: k for k in pruning.kept}
     return [(b, kept[b.name].units) for b in find_blocks(model, units) if len(kept[b.name].units) < b.units]
@@ -42,19 +44,19 @@ def test_cut_is_the_window_and_the_masked_dense_model(family, units):
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "opt", "phi3-gqa"])
 def test_a_bias_is_folded_into_the_consumer(family):
     model, dense = FAMILIES[family](), FAMILIES[family]()
-    calibration = WINDOWS
+    moments = calibrate(dense, WINDOWS)
     method = compose("flap", skip_layers=1)
-    prune(model, method, 0.3, calibration=calibration)
+    prune(model, method, 0.3, calibration=WINDOWS)
     ids = token_ids()
-    with attach(dense, method, 0.3, calibration=calibration):
+    with attach(dense, method, 0.3, calibration=WINDOWS):
         torch.testing.assert_close(logits(model, ids), logits(dense, ids), rtol=1e-4, atol=1e-4)
     # By hand, for one block: what the mean of the lost channels adds.
     block, cut = find_blocks(dense)[-1], find_blocks(model)[-1]
     lost = set(range(block.units)) - set(
-        next(k for k in prune(FAMILIES[family](), method, 0.3, calibration=calibration).kept[::-1]).units
+        next(k for k in prune(FAMILIES[family](), method, 0.3, calibration=WINDOWS).kept[::-1]).units
     )
     own = 0 if block.consumer.bias is None else block.consumer.bias
-    mean = statistics.moments[block.name].mean
+    mean = moments[block.name].mean
     expected = own + sum(block.consumer.weight[:, j] * mean[j] for j in lost)
     torch.testing.assert_close(cut.consumer.bias, expected, rtol=1e-4, atol=1e-4)
 
@@ -88,8 +90,7 @@ def test_what_is_left_is_an_ordinary_model(family):
     kept = [(b, first[b.name][list(k.units)]) for b, k in zip(find_blocks(dense), again.kept, strict=True)]
     with masked(kept):
         torch.testing.assert_close(logits(model, ids), logits(dense, ids), rtol=1e-4, atol=1e-4)
-    calibration = WINDOWS
-    with attach(model, compose("probe", skip_layers=2), 0.1, calibration=calibration) as handle:
+    with attach(model, compose("probe", skip_layers=2), 0.1, calibration=WINDOWS) as handle:
         logits(model, ids)
         assert handle.removed_share == pytest.approx(0.1, abs=0.01)
         shares = [len(k.units) / k.of for k in handle.kept_units() if ".mlp" in k.name][2:]
@@ -136,7 +137,7 @@ def test_the_configs_of_other_modules_stay_as_they_were():
         ("magnitude", 1.0, {}, "outside"),
         ("magnitude", 1e-6, {}, "too small to remove a single unit"),
         ("magnitude", 0.0, {}, "too small to remove a single unit"),
-        (compose("random", unit_kind="query"), 0.2, {}, "units='group' or 'balanced'"),
+        (compose("random", unit_kind="query"), 0.2, {}, "unit_kind='group' or 'balanced'"),
         ("llm-pruner", 0.2, {"calibration": WINDOWS}, "10 windows of 64 tokens"),
         ("magnitude", 0.2, {"steps": 0}, "steps"),
         ("random", 0.95, {}, "at most"),
@@ -154,7 +155,9 @@ def test_what_cannot_be_done_changes_nothing(method, ratio, options, says):
 def test_statistics_of_another_model_and_training_mode_are_refused():
     model = FAMILIES["llama"]()
     with pytest.raises(UsageError, match="another model"):
-        prune(model, "flap", 0.2, statistics=calibrate(FAMILIES["opt"](), WINDOWS))
+        prune(model, "flap", 0.2, calibration=prepare(FAMILIES["opt"](), "flap", 0.2, WINDOWS))
+    with pytest.raises(UsageError, match="another model"):
+        prune(model, "flap", 0.2, calibration=Given(model, Statistics(calibrate(FAMILIES["opt"](), WINDOWS))))
     with pytest.raises(UsageError, match=r"model.eval\(\)"):
         prune(model.train(), "magnitude", 0.2)
     with attach(model.eval(), "magnitude", 0.2), pytest.raises(UsageError, match="detach it first"):
@@ -163,17 +166,37 @@ def test_statistics_of_another_model_and_training_mode_are_refused():
         calibrate(model, WINDOWS)
 
 
-def test_methods_that_cannot_be_composed_are_refused():
-    for changes in (
-        {"gradients": Gradients()},
-        {"importance": "param_first"},
-        {"blocks": ()},
-        {"blocks": ("mlps",)},
-        {"probe": Probe()},
-    ):
-        with pytest.raises(UsageError):
-            compose("magnitude", **changes)
-    with pytest.raises(UsageError):
-        Gradients(windows=0)
-    with pytest.raises(UsageError, match="reduction"):
-        Gradients(reduction="median")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gradients": Gradients()}, "takes no gradients"),
+        ({"blocks": ()}, "some of attention, mlp"),
+        ({"blocks": ("mlps",)}, "some of attention, mlp"),
+        ({"when": METHODS["probe"].when}, "cannot be scored from a probe"),
+        ({"when": METHODS["probe"].when.probe}, "a schedule is a record"),
+        ({"when": "onec"}, "did you mean 'once'"),
+    ],
+)
+def test_methods_that_cannot_be_composed_are_refused(changes, says):
+    with pytest.raises(UsageError, match=says):
+        compose("magnitude", **changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"windows": 0}, "at least 1 window"),
+        ({"length": 1}, "of 2 tokens"),
+        ({"draws": 0}, "1 draw"),
+        ({"rank": 0}, "rank 1"),
+        ({"reduction": "median"}, "unknown reduction 'median'"),
+    ],
+)
+def test_gradients_that_cannot_be_taken_are_refused(settings, says):
+    with pytest.raises(UsageError, match=says):
+        Gradients(**settings)
+
+
+def test_an_importance_by_gradients_takes_the_published_ones_unless_told_otherwise():
+    assert compose("magnitude", importance="param_first").gradient_settings == Gradients(10, 64)
+    assert METHODS["loraprune"].gradient_settings == Gradients(10, 512)

@@ -111,7 +111,7 @@ def load_prepared(path: str | Path) -> Prepared:
         return Prepared(header["model"], header["text"], methods, pieces)
     except UsageError:
         raise
-    except (AssertionError, KeyError, TypeError, ValueError):
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
         raise UsageError(f"{file} holds no prepared calibration, or is damaged; prepare it again.") from None
 
 

@@ -88,8 +88,8 @@ def calibrate(
     path = None if cache is None else cache / f"{key}.safetensors"
     before: dict[str, Moments] = {}
     done, entry = 0, stored.read(path, "moments")
-    if entry is not None:
-        before, done = entry[0], int(entry[1]["done"])
+    if entry is not None and isinstance(entry[1].get("done"), int):
+        before, done = entry[0], entry[1]["done"]
     progress("calibration", done, len(windows))
     if done == len(windows):
         return before

@@ -40,15 +40,15 @@ class RefitRequest:
     """The consumers to refit."""
 
     cuts: Mapping[str, Cut]
-    """By block name the units that stay, or how many elimination is to leave, at least one; other blocks
+    """By block name, the kept units, or their number for elimination to choose, at least one. Other blocks
     stay whole."""
     unit_kind: UnitKind = "group"
-    """What one attention unit is."""
+    """The kind of attention units."""
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """By block name the weighting (d, d) of errors of its output in the choice of units
-    (`sensitivity.sensitivities`); a block that is missing weighs all directions alike."""
+    """By block name, the weighting (d, d) of output errors in the choice of units
+    (`sensitivity.sensitivities`). A block that is missing weights all directions equally."""
     following: bool = False
-    """Whether to give the moments too that refits of MLPs at every batch need (`Consumer.inverse`)."""
+    """Whether to compute the moments of MLPs that refits at every batch need (`Consumer.inverse`)."""
 
 
 def refit(

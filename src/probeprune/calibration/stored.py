@@ -26,7 +26,8 @@ class Codec:
 
     pack: Callable[[Mapping[str, Any]], tuple[Tensors, Values]]
     unpack: Callable[[Tensors, Values], dict[str, Any]]
-    """Raises `KeyError`, `TypeError` or `ValueError` for anything that `pack` did not return."""
+    """Raises `AttributeError`, `KeyError`, `TypeError` or `ValueError` for anything that `pack` did not
+    return."""
 
 
 def _by_name(tensors: Tensors) -> dict[str, Tensors]:
@@ -92,5 +93,5 @@ def read(path: Path | None, part: Part) -> tuple[dict[str, Any], dict[str, Any]]
     tensors, metadata = stored
     try:
         return CODECS[part].unpack(tensors, json.loads(metadata["values"])), json.loads(metadata["more"])
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -128,7 +128,7 @@ def _mixed(settled: Settled) -> torch.Tensor:
 def _lora_guided(settled: Settled) -> torch.Tensor:
     g, w = settled.means[0], settled.weight
     total: torch.Tensor | float = 0.0
-    for a in _lora_matrices(settled):
+    for a in lora_matrices(settled):
         total = total + _summed(((g @ a.T) @ a * w).abs_(), settled.member)
     assert isinstance(total, torch.Tensor)
     return total / torch.tensor(float(settled.gradients.draws))
