@@ -134,7 +134,7 @@ def _lora_guided(settled: Settled) -> torch.Tensor:
     return total / torch.tensor(float(settled.gradients.draws))
 
 
-def _lora_matrices(settled: Settled) -> Iterator[torch.Tensor]:
+def lora_matrices(settled: Settled) -> Iterator[torch.Tensor]:
     """LoRA's matrices A (rank, in_features), drawn as PEFT does: Kaiming-uniform with a = sqrt(5)."""
     text = f"{settled.seed} {settled.member.name}".encode()
     seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
