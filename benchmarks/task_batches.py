@@ -10,7 +10,7 @@ answer differs from that of the first line.
 import probeprune
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows
-from probeprune.evaluation.tasks import evaluate_task
+from probeprune.evaluation.tasks import TaskSettings, evaluate_task
 from probeprune.model.loading import cache_dir
 
 TASK, ITEMS, RATIO = "arc_easy", 60, 0.2
@@ -29,9 +29,7 @@ def main() -> None:
                     loaded.model,
                     loaded.tokenizer,
                     TASK,
-                    limit=ITEMS,
-                    batch_size=batch_size,
-                    order=order,
+                    TaskSettings(limit=ITEMS, batch_size=batch_size, order=order),
                 )
             hits = found.correct_norm or found.correct
             first = first or hits

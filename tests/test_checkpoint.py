@@ -1,6 +1,7 @@
 """Checkpoints: same logits and bytes after a round trip, with and without this package, or nothing at all."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -107,7 +108,12 @@ def test_new_processes_open_it_with_and_without_the_package(package, tmp_path):
         input="\n".join(lines),
         capture_output=True,
         text=True,
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin"},
+        env={
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # the package under test
+        },
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

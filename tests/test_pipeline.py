@@ -53,7 +53,7 @@ def test_a_checkpoint_with_all_that_belongs_to_it(prune, tmp_path, capsys, layou
     assert all(n % 4 == 0 for name, n in units.items() if name.endswith("mlp"))
     assert record["removed_share"] == pytest.approx(0.2, abs=0.03)
     assert record["parameters"][1] == sum(p.numel() for p in model.parameters())
-    assert record["calibration"]["statistics"] == {"windows": 12, "length": 32}
+    assert record["calibration"]["moments"] == {"windows": 12, "length": 32}
     card = (out / "README.md").read_text()
     figures = record["evaluation"]["perplexity"]
     for said in (
@@ -89,11 +89,13 @@ def test_a_refit_is_recorded_and_stays_a_plain_checkpoint(prune, tmp_path):
     options = ["--compensation", "least-squares", "--windows", 0, "--round-to", 1, "--blocks", "mlp"]
     assert prune("--method", "magnitude", "--ratio", 0.2, *options) == 0
     record = json.loads((tmp_path / "out/pruning.json").read_text())
-    assert record["calibration"]["refit"] == {"windows": 12, "length": 32}
-    assert record["method"]["refit"]["held_out"] == 0.125
+    assert record["calibration"]["consumers"] == {"windows": 12, "length": 32}
+    compensation = record["method"]["compensation"]
+    assert compensation["kind"] == "least-squares" and compensation["held_out"] == 0.125
     lost = {name for name, k in record["kept"].items() if len(k["units"]) < k["of"]}
     assert record["refits"].keys() == lost and all(r["error_before"] > 0 for r in record["refits"].values())
-    assert "refit on 12 windows" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "refit on 12 windows" in card and "magnitude, even, least-squares" in card
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
 
 

@@ -15,8 +15,6 @@ from probeprune.strategies.probe import (
     FUSIONS,
     Probe,
     Selection,
-    by_fixed_share,
-    by_importance,
     choose,
     fused_energy,
     probe_energy,

@@ -17,7 +17,8 @@ from probeprune import UsageError, attach, compose
 from probeprune.evaluation import harness, published
 from probeprune.evaluation.likelihood import Request, make_batches, score
 from probeprune.evaluation.task_data import TASKS, load_rows
-from probeprune.evaluation.tasks import evaluate_task
+from probeprune.evaluation.tasks import TaskSettings, evaluate_task
+from probeprune.progress import silent
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 MOVING = compose("probe", when=ProbeEveryBatch(decay=0.1))
@@ -49,6 +50,10 @@ def calibration(llama):
     return token_ids(6, 16, seed=9)
 
 
+def evaluate(model, tokenizer, task, progress=silent, **settings):
+    return evaluate_task(model, tokenizer, task, TaskSettings(**settings), progress=progress)
+
+
 def assert_close(ours, theirs):
     """Log-likelihoods of the same options of the same items."""
     assert [len(o) for o in ours] == [len(t) for t in theirs]
@@ -57,7 +62,7 @@ def assert_close(ours, theirs):
 
 
 def test_the_first_items_are_taken(llama, tokenizer):
-    four, two = (evaluate_task(llama, tokenizer, "piqa", limit=n, order="given") for n in (4, 2))
+    four, two = (evaluate(llama, tokenizer, "piqa", limit=n, order="given") for n in (4, 2))
     assert (four.items, two.items) == (4, 2)
     assert_close(two.loglikelihoods, four.loglikelihoods[:2])
 
@@ -95,7 +100,7 @@ def assert_equals_peer(result, samples, figures):
 @pytest.mark.parametrize("name", TASKS)
 def test_results_are_the_harness_own(llama, tokenizer, name):
     # BoolQ's passages are longer than this model: they lose their front as there.
-    result = evaluate_task(llama, tokenizer, name, limit=12)
+    result = evaluate(llama, tokenizer, name, limit=12)
     assert_equals_peer(result, *peer(llama, tokenizer, name, 12, batch_size=4))
     assert (result.truncated > 0) == (name == "boolq")
 
@@ -103,7 +108,7 @@ def test_results_are_the_harness_own(llama, tokenizer, name):
 @pytest.mark.parametrize("family", ["gemma2", "opt", "opt-post-norm", "gpt-neox"])
 def test_results_are_the_harness_own_in_other_families(tokenizer, family):
     model = FAMILIES[family]()
-    result = evaluate_task(model, tokenizer, "openbookqa", limit=6)
+    result = evaluate(model, tokenizer, "openbookqa", limit=6)
     assert_equals_peer(result, *peer(model, tokenizer, "openbookqa", 6, batch_size=1))
 
 
@@ -111,7 +116,7 @@ def test_results_are_the_harness_own_in_other_families(tokenizer, family):
 def test_results_do_not_depend_on_batches(llama, calibration, tokenizer, method):
     with attach(llama, method, 0.3, calibration=calibration):
         results = [
-            evaluate_task(llama, tokenizer, "openbookqa", limit=10, batch_size=size, order=order)
+            evaluate(llama, tokenizer, "openbookqa", limit=10, batch_size=size, order=order)
             for size in (1, 4, 16)
             for order in ("length", "given")
         ]
@@ -123,7 +128,7 @@ def test_results_do_not_depend_on_batches(llama, calibration, tokenizer, method)
 
 
 def test_the_live_model_is_one_for_the_harness_itself(llama, tokenizer):
-    result = evaluate_task(llama, tokenizer, "openbookqa", limit=6)
+    result = evaluate(llama, tokenizer, "openbookqa", limit=6)
     results = lm_eval.simple_evaluate(
         model=harness.LiveModel(llama, tokenizer),
         tasks=[harness.load_task(TASKS["openbookqa"], limit=6)],
@@ -135,9 +140,7 @@ def test_the_live_model_is_one_for_the_harness_itself(llama, tokenizer):
 
 def test_counts(llama, tokenizer):
     seen = []
-    result = evaluate_task(
-        llama, tokenizer, "arc_easy", limit=5, batch_size=8, progress=lambda *p: seen.append(p)
-    )
+    result = evaluate(llama, tokenizer, "arc_easy", limit=5, batch_size=8, progress=lambda *p: seen.append(p))
     options = sum(map(len, result.loglikelihoods))
     assert seen == [("scoring", n, options) for n in [*range(8, options, 8), options]]
     assert result.batches == len(seen)
@@ -155,7 +158,7 @@ def test_the_harness_keeps_silent_and_leaves_things_as_they_were(llama, tokenize
     before = {n: p.clone() for n, p in llama.named_parameters()}
     logger = logging.getLogger("lm_eval")
     level = logger.level
-    evaluate_task(llama, tokenizer, "hellaswag", limit=2)
+    evaluate(llama, tokenizer, "hellaswag", limit=2)
     assert capfd.readouterr() == ("", "")
     assert logger.level == level
     assert all(p.equal(before[n]) for n, p in llama.named_parameters())
@@ -244,7 +247,7 @@ def test_a_likelihood_against_a_slow_version(llama):
 def test_dynamic_results_depend_on_batches_and_history(llama, calibration, tokenizer):
     # By design; whoever compares must say what the batches were.
     def run(**options):
-        return evaluate_task(llama, tokenizer, "openbookqa", limit=8, **options).loglikelihoods
+        return evaluate(llama, tokenizer, "openbookqa", limit=8, **options).loglikelihoods
 
     with attach(llama, MOVING, 0.3, calibration=calibration):
         first, second = run(), run()
@@ -260,7 +263,7 @@ def test_dynamic_results_depend_on_batches_and_history(llama, calibration, token
 
 @pytest.mark.parametrize("name", ["piqa", "winogrande", "arc_challenge"])
 def test_published_protocol_against_a_slow_version(llama, tokenizer, name):
-    result = evaluate_task(llama, tokenizer, name, limit=9, protocol="published")
+    result = evaluate(llama, tokenizer, name, limit=9, protocol="published")
     rows = load_rows(TASKS[name])[:9]
     for row, likelihoods, hit, hit_norm in zip(
         rows, result.loglikelihoods, result.correct, result.correct_norm, strict=True
@@ -297,7 +300,7 @@ def test_published_batches_hold_whole_questions():
 
 def test_protocols_are_told_apart(llama, tokenizer):
     ours, theirs = (
-        evaluate_task(llama, tokenizer, "winogrande", limit=4, protocol=p) for p in ("harness", "published")
+        evaluate(llama, tokenizer, "winogrande", limit=4, protocol=p) for p in ("harness", "published")
     )
     assert (ours.protocol, ours.metric, ours.acc_norm) == ("harness", "acc", None)
     assert (theirs.protocol, theirs.metric) == ("published", "acc_norm")
@@ -332,14 +335,14 @@ def test_the_value_of_a_task_is_the_metric_of_published_tables(llama, tokenizer)
 )
 def test_bad_settings_are_refused(llama, tokenizer, task, options, message):
     with pytest.raises(UsageError, match=message) as refused:
-        evaluate_task(llama, tokenizer, task, **{"limit": 2, **options})
+        evaluate(llama, tokenizer, task, **{"limit": 2, **options})
     assert str(refused.value).count("\n") == 0
 
 
 def test_a_model_in_training_mode_is_refused(tokenizer):
     model = FAMILIES["llama-gqa"]().train()
     with pytest.raises(UsageError, match=r"eval mode; call model.eval\(\) first"):
-        evaluate_task(model, tokenizer, "piqa", limit=1)
+        evaluate(model, tokenizer, "piqa", limit=1)
     assert model.training
 
 
@@ -353,7 +356,7 @@ def test_a_broken_model_is_an_error_not_a_number(tokenizer):
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="NaN"):
-        evaluate_task(model, tokenizer, "openbookqa", limit=1)
+        evaluate(model, tokenizer, "openbookqa", limit=1)
 
 
 # -- the real model --------------------------------------------------------------------------------
@@ -362,7 +365,7 @@ def test_a_broken_model_is_an_error_not_a_number(tokenizer):
 @pytest.mark.real
 @pytest.mark.parametrize(("name", "limit"), [("winogrande", 12), ("arc_easy", 10)])
 def test_real_results_are_the_harness_own(smollm2, name, limit):
-    result = evaluate_task(smollm2.model, smollm2.tokenizer, name, limit=limit)
+    result = evaluate(smollm2.model, smollm2.tokenizer, name, limit=limit)
     samples, figures = peer(smollm2.model, smollm2.tokenizer, name, limit, batch_size=8)
     assert_equals_peer(result, samples, figures)
     assert 0.4 < result.acc <= 1

@@ -71,19 +71,20 @@ def damages(
             for kind, gram in moments.items():
                 gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
         for b in here:
-            weight, centred = b.consumer.weight, b.consumer.bias is not None
-            try:
-                order = eliminate(
-                    normal_equations(moments.pop(b.kind), weight, centred, damping)[0],
-                    weight,
-                    b.unit_width,
-                    metric=metrics[b.name],
-                )
-            except FloatingPointError as error:
-                raise FloatingPointError(f"the damage of {b.name} cannot be computed: {error}.") from None
-            curves[b.name] = order.damage.cpu() / 2
+            curves[b.name] = _curve(b, moments.pop(b.kind), metrics[b.name], damping)
     progress("damage", len(layers), len(layers))
     return curves
+
+
+def _curve(block: Block, moments: Gram, metric: torch.Tensor, damping: float) -> torch.Tensor:
+    """Damage of one block by the number of units removed: (units + 1,)."""
+    weight, centred = block.consumer.weight, block.consumer.bias is not None
+    try:
+        moment, _ = normal_equations(moments, weight, centred, damping)
+        order = eliminate(moment, weight, block.unit_width, metric=metric)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"the damage of {block.name} cannot be computed: {error}.") from None
+    return order.damage.cpu() / 2
 
 
 def unit_flops(blocks: Sequence[Block], length: int) -> list[int]:

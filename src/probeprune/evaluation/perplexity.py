@@ -70,15 +70,7 @@ def perplexity(
         UsageError: windows too short or longer than the model's positions, or too few for `published`.
         FloatingPointError: a loss that is not finite.
     """
-    check_windows(model, windows)
-    if windows.shape[1] < 2:
-        raise UsageError("windows need at least 2 tokens: the first predicts the second; use longer windows.")
-    if averaging == "published":
-        windows = windows[: len(windows) // batch_size * batch_size]
-    elif averaging != "token":
-        raise UsageError(unknown("averaging", averaging, get_args(Averaging)))
-    if not len(windows):
-        raise UsageError(f"there is no full batch of {batch_size} windows; lower the batch size.")
+    windows = _scored_windows(model, windows, batch_size, averaging)
     decoder, device = find_decoder(model), next(model.parameters()).device
     losses: list[float] = []
     rates: list[float] = []
@@ -110,6 +102,22 @@ def perplexity(
         tokens_per_second=statistics.median(rates),
         flops_per_token=flops_per_token,
     )
+
+
+def _scored_windows(
+    model: nn.Module, windows: torch.Tensor, batch_size: int, averaging: Averaging
+) -> torch.Tensor:
+    """The windows that count under this averaging. Raises `UsageError` if there are none, or unfit ones."""
+    check_windows(model, windows)
+    if windows.shape[1] < 2:
+        raise UsageError("windows need at least 2 tokens: the first predicts the second; use longer windows.")
+    if averaging == "published":
+        windows = windows[: len(windows) // batch_size * batch_size]
+    elif averaging != "token":
+        raise UsageError(unknown("averaging", averaging, get_args(Averaging)))
+    if not len(windows):
+        raise UsageError(f"there is no full batch of {batch_size} windows; lower the batch size.")
+    return windows
 
 
 def window_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

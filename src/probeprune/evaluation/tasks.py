@@ -7,7 +7,7 @@ harness, `published` that of the research code behind Probe Pruning's table. Kno
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,35 @@ from probeprune.evaluation.task_data import TASKS, Metric, get_task
 from probeprune.model.passes import check_eval
 from probeprune.progress import Progress, silent
 
+if TYPE_CHECKING:
+    from probeprune.evaluation.harness import Answers
+
 Protocol = Literal["harness", "published"]
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """How a task is scored. Raises `UsageError` for an unknown protocol or order, or a limit below 1."""
+
+    limit: int | None = None
+    """Score only the first `limit` items; None for all."""
+    batch_size: int | None = None
+    """Options per forward pass; None for 16, or 20 under `published`."""
+    source: Literal["local", "hub"] = "local"
+    """`local` for the items that ship with the package, `hub` for the harness' own data set."""
+    protocol: Protocol = "harness"
+    """See the top of this file."""
+    order: Order | None = None
+    """Order of the options: `length` (the longest first; the default) or `given` (the only one of
+    `published`)."""
+
+    def __post_init__(self) -> None:
+        if self.protocol not in get_args(Protocol):
+            raise UsageError(unknown("protocol", self.protocol, get_args(Protocol)))
+        if self.protocol == "published" and self.order not in (None, "given"):
+            raise UsageError("the published protocol keeps the given order; leave order out.")
+        if self.limit is not None:
+            require_positive(limit=self.limit)
 
 
 @dataclass(frozen=True)
@@ -86,12 +114,8 @@ def evaluate_task(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: str,
+    settings: TaskSettings | None = None,
     *,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    source: Literal["local", "hub"] = "local",
-    protocol: Protocol = "harness",
-    order: Order | None = None,
     progress: Progress = silent,
 ) -> TaskResult:
     """Score one task.
@@ -109,12 +133,7 @@ def evaluate_task(
         model: a causal LM of a supported family, in eval mode, with or without a method attached.
         tokenizer: the model's tokenizer.
         task: a name from `TASKS`.
-        limit: score only the first `limit` items; None for all.
-        batch_size: options per forward pass; None for 16, or 20 under `published`.
-        source: `local` for the items that ship with the package, `hub` for the harness' own data set.
-        protocol: `harness` or `published`, see the top of this file.
-        order: order of the options: `length` (the longest first; the default) or `given` (the only one of
-            `published`).
+        settings: how to score; None for the defaults.
         progress: called with (`scoring`, options done, options in all).
 
     Raises:
@@ -122,31 +141,33 @@ def evaluate_task(
             damaged, a data set that cannot be read from the hub.
         FloatingPointError: a log-likelihood that is not finite.
     """
-    spec = get_task(task)
-    if protocol not in get_args(Protocol):
-        raise UsageError(unknown("protocol", protocol, get_args(Protocol)))
-    if protocol == "published" and order not in (None, "given"):
-        raise UsageError("the published protocol keeps the given order; leave order out.")
-    if limit is not None:
-        require_positive(limit=limit)
+    spec, settings = get_task(task), settings or TaskSettings()
     check_eval(model, "tasks are scored on")
 
     # Imported here: it takes two seconds, which other commands need not pay.
     from probeprune.evaluation import harness, published
 
-    if order is None:
-        order = "given" if protocol == "published" else "length"
+    as_published = settings.protocol == "published"
+    order = settings.order or ("given" if as_published else "length")
+    batch_size = settings.batch_size
     if batch_size is None:
-        batch_size = published.BATCH_SIZE if protocol == "published" else 16
+        batch_size = published.BATCH_SIZE if as_published else 16
     lm = harness.LiveModel(model, tokenizer, batch_size=batch_size, order=order, progress=progress)
-    loaded = harness.load_task(spec, limit=limit, source=source)
-    answers = published.ask(lm, loaded) if protocol == "published" else harness.ask(lm, loaded)
+    loaded = harness.load_task(spec, limit=settings.limit, source=settings.source)
+    answers = published.ask(lm, loaded) if as_published else harness.ask(lm, loaded)
+    return _result(task, settings, batch_size, order, answers)
+
+
+def _result(
+    task: str, settings: TaskSettings, batch_size: int, order: Order, answers: "Answers"
+) -> TaskResult:
+    """The result of a task with these answers."""
     acc, acc_error = _share(answers.correct)
     acc_norm, acc_norm_error = (None, None) if answers.correct_norm is None else _share(answers.correct_norm)
     return TaskResult(
         task=task,
-        protocol=protocol,
-        source=source,
+        protocol=settings.protocol,
+        source=settings.source,
         items=len(answers.correct),
         acc=acc,
         acc_error=acc_error,

@@ -6,6 +6,8 @@ from typing import Any, Literal
 from probeprune.surgery import Pruning
 
 _BUDGETS = {"parameters": "parameters", "flops": "FLOPs", "time": "time, measured where they were pruned"}
+_PARTS = {"moments": "statistics", "saliences": "gradients", "damages": "damages", "consumers": "refit"}
+"""Parts of `Statistics` in the words of a reader."""
 
 
 def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
@@ -62,7 +64,7 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
 def _pruning_rows(done: Pruning, record: dict[str, Any]) -> list[tuple[str, str]]:
     method = done.method
     before, after = done.parameters
-    strategies = f"{method.importance}, {method.allocation}, {method.compensation}"
+    strategies = f"{method.importance}, {method.allocation}, {method.compensation.kind}"
     rows = [
         ("method", f"{method.name} ({method.source})" if method.source else method.name),
         ("importance, allocation, compensation", strategies),
@@ -74,9 +76,9 @@ def _pruning_rows(done: Pruning, record: dict[str, Any]) -> list[tuple[str, str]
     ]
     if record["calibration"] is not None:
         parts = [
-            f"{what} on {part['windows']} windows of {part['length']} tokens"
-            for what, part in record["calibration"].items()
-            if what != "corpus"
+            f"{_PARTS[name]} on {part['windows']} windows of {part['length']} tokens"
+            for name, part in record["calibration"].items()
+            if name != "corpus"
         ]
         rows.append(("calibration", f"{record['calibration']['corpus']}: {'; '.join(parts)}"))
     if done.steps > 1:

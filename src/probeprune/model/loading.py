@@ -15,7 +15,8 @@ import platform
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,24 +101,16 @@ def load_model(
         )
     chosen = choose_dtype(dtype, target)
     stored = getattr(config, "dtype", None)
-    try:
-        with quiet_libraries(bars=isinstance(source, str)):
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model, missing = _open_weights(
-                source,
-                config=config,
-                dtype=chosen,
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-            )
-    except LOADING_ERRORS as error:
-        if "no file named model.safetensors" in str(error) or "with `safetensors`" in str(error):
-            raise UsageError(
-                f"model '{name}' has no safetensors weights, and pickled ones can run any code when opened; "
-                "convert it to safetensors first."
-            ) from error
-        raise UsageError(f"model '{name}' could not be loaded: {first_line(error)}.") from error
+    with _opening(name), quiet_libraries(bars=isinstance(source, str)):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model, missing = _open_weights(
+            source,
+            config=config,
+            dtype=chosen,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
     if missing:
         raise UsageError(
             f"the weights of model '{name}' are incomplete: {len(missing)} tensors are missing, such as "
@@ -285,6 +278,20 @@ def _load_config(name: str, source: Path | str, trust_remote_code: bool) -> Pret
                 f"unknown model '{name}'; it is no local directory or .gguf file, and no hub model of that "
                 "name could be reached: check name, network and access, or use the embedded "
                 f"'{EMBEDDED_MODEL}', which needs no hub."
+            ) from error
+        raise UsageError(f"model '{name}' could not be loaded: {first_line(error)}.") from error
+
+
+@contextmanager
+def _opening(name: str) -> Iterator[None]:
+    """Turn what transformers raises for files it cannot open into a `UsageError` about this model."""
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        if "no file named model.safetensors" in str(error) or "with `safetensors`" in str(error):
+            raise UsageError(
+                f"model '{name}' has no safetensors weights, and pickled ones can run any code when opened; "
+                "convert it to safetensors first."
             ) from error
         raise UsageError(f"model '{name}' could not be loaded: {first_line(error)}.") from error
 
