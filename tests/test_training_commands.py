@@ -139,7 +139,7 @@ def test_two_processes_give_what_one_gives(command, files, tmp_path, capsys):
         ("recover", ["--length", "50"], "no document of more than 50 tokens"),
         ("recover", ["--steps", "0"], "steps must be at least 1"),
         ("recover", ["--batch-size", "6"], "multiple of 4"),
-        ("recover", ["--rank", "0"], "rank of LoRA"),
+        ("recover", ["--rank", "0"], "--rank must be at least 1, not 0"),
         ("loraprune", ["--ratio", "1.2"], "outside [0, 1)"),
         ("loraprune", ["--ratio", "0.2", "--layout", "even"], "unknown layout"),
         ("loraprune", ["--ratio", "0.2", "--skip-layers", "2"], "leave --skip-layers out"),

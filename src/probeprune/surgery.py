@@ -99,12 +99,13 @@ def prune(
     """
     method = get_method(method)
     blocks = _checked_blocks(model, method, ratio, steps, calibration)
-    before, whole = _parameters(model), blocks
+    before, whole, total = _parameters(model), blocks, _total(blocks)  # a cut changes the blocks' sizes
     planned = _planned_widths(method, ratio, steps, blocks)
     ids = [torch.arange(b.units) for b in blocks]
     consumers: dict[str, Consumer] = {}
     for step in range(steps):
-        share, keep = _share(ratio, (step + 1) / steps, whole, blocks), planned[step] if planned else None
+        keep = planned[step] if planned else None
+        share = _share(ratio, (step + 1) / steps, total, blocks) if steps > 1 else ratio
         statistics = statistics_for(
             model,
             method,
@@ -125,7 +126,7 @@ def prune(
     return Pruning(
         method=method,
         ratio=ratio,
-        removed_share=1 - _total(blocks) / _total(whole),
+        removed_share=1 - _total(blocks) / total,
         parameters=(before, _parameters(model)),
         kept=tuple(
             Kept(b.name, b.kind, tuple(i.tolist()), w.units)
@@ -152,14 +153,13 @@ def _checked_blocks(
     return blocks
 
 
-def _share(ratio: float, progress: float, whole: Sequence[Block], blocks: Sequence[Block]) -> float:
-    """The share of what is left of the blocks to remove, to have removed `progress * ratio` of the whole."""
-    if blocks is whole and progress == 1:
-        return ratio
-    return max(1 - _total(whole) * (1 - ratio * progress) / _total(blocks), 0.0)
+def _share(ratio: float, progress: float, total: int, blocks: Sequence[Block]) -> float:
+    """The share of the blocks' parameters to remove, so that `progress * ratio` of `total` is gone."""
+    return max(1 - total * (1 - ratio * progress) / _total(blocks), 0.0)
 
 
 def _total(blocks: Sequence[Block]) -> int:
+    """Parameters of the blocks as they are now."""
     return sum(b.parameters for b in blocks)
 
 

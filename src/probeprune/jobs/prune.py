@@ -1,4 +1,4 @@
-"""From a model to a pruned checkpoint: calibrate, prune, measure before and after, save with a model card."""
+"""Prune a model and write the result: calibrate, prune, measure before and after, save with a model card."""
 
 import time
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def prune_to(
     """Prune a loaded model and write the checkpoint; returns its record, as in pruning.json.
 
     Args:
-        loaded: changed in place.
+        loaded: the model to prune, changed in place.
         method, ratio, steps: as in `surgery.prune`.
         output: the checkpoint to write.
         texts: what to calibrate on and to measure on.
@@ -126,9 +126,9 @@ def _write(loaded: LoadedModel, output: Output, card: str, record: dict[str, Any
 
 
 def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: int = 1) -> int:
-    """Dry run on a weightless copy, so that impossible requests fail before any work is done.
+    """Try a cut on a copy without weights, so that impossible requests fail before any work is done.
 
-    Returns the number of parameters that will be saved. Raises what `prune` and `export` raise.
+    Returns the number of parameters that will be saved. Raises the errors of `prune` and `export`.
     """
     check_static(method)
     check_steps(method, steps)
@@ -145,17 +145,17 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
 
 
 def _calibration(loaded: LoadedModel, method: Method, texts: Texts) -> WindowSource | None:
-    """The text that the method's statistics are collected on; None for a method that needs none."""
+    """The windows that the method's statistics are collected on; None if it needs no statistics."""
     text = texts.calibration
     if not needs(method):
         return None
     if text.windows < 1:
-        raise UsageError(f"method {method.name!r} needs calibration; give it at least one window.")
+        raise UsageError(f"method {method.name!r} needs calibration; give at least one calibration window.")
     return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, texts.seed)
 
 
 def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:
-    """For each part of the statistics, the number and length of the windows it was collected on."""
+    """The number and length of windows behind each part of the statistics; None if there are no parts."""
     parts = needs(method)
     if not parts:
         return None

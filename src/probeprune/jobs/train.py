@@ -50,16 +50,16 @@ def recover_to(
 ) -> dict[str, Any]:
     """Train a loaded model and write the result; returns its record, as in training.json.
 
-    Checkpoints lie in `<out>.training` until the result is written; the same call goes on from them. With
+    Checkpoints lie in `<out>.training` until the result is written; the same call resumes from them. With
     several processes, call this in each; the first one writes.
 
     Args:
-        loaded: changed in place.
+        loaded: the model to train, changed in place.
         out: a new or empty directory. It becomes a PEFT adapter; with `merge` a checkpoint that holds the
             adapter in `adapter/`; a checkpoint if all weights were trained.
         job: the training, its text and its evaluation.
-        merge: fold the adapter into the weights.
-        pruning: the record of the pruning before, as in pruning.json; copied into the record.
+        merge: merge the adapter into the weights.
+        pruning: the record of an earlier pruning, as in pruning.json; copied into the record.
         save_dtype: dtype of the weights on disk; None leaves them as they are.
 
     Raises:

@@ -73,7 +73,7 @@ class LoraPrune(TrainerCallback, ExportableState):
 
     Args:
         blocks: the blocks of the model before PEFT wraps it.
-        block_widths: units that each block keeps in the end.
+        block_widths: units that each block keeps at the end.
         every: steps between two updates of the masks.
         decay: decay of the moving average of saliences.
         ramp: share of the steps without pruning at the start, and at the full ratio at the end.
@@ -129,13 +129,13 @@ class LoraPrune(TrainerCallback, ExportableState):
         self.remove()
 
     def remove(self) -> None:
-        """Remove the hooks that mask; after a failed training call it yourself. May be called twice."""
+        """Remove the hooks that mask. Needed after a training run that failed; may be called twice."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def state(self) -> dict[str, Any]:
-        """The attributes that a checkpoint stores, as JSON has them."""
+        """The attributes that a checkpoint stores, as JSON values."""
         return {
             "args": {},
             "attributes": {
@@ -247,14 +247,14 @@ def loraprune(
     """Prune `model` while LoRA trains it; at the end cut the masked units and merge the adapters.
 
     Published: `Training(steps=300, batch_size=128, length=512, warmup_steps=0, keep_best=False)`. See
-    `recover` for the other arguments, for several processes, and for going on after a kill.
+    `recover` for the other arguments, for several processes, and for resuming.
 
     Returns:
-        The smaller model, the record of the training, and the ids of the units each pruned block kept.
+        The smaller model, the record of the training, and the ids of the units that each pruned block kept.
 
     Raises:
-        UsageError: training without LoRA, or with `keep_best` (an earlier checkpoint has other masks); and
-            the errors of `recover` and of the allocation.
+        UsageError: training without LoRA, or with `keep_best` (an earlier checkpoint has other masks); any
+            error of `recover` or of the allocation.
     """
     if training.lora is None or training.keep_best:
         raise UsageError(

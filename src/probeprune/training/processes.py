@@ -13,7 +13,7 @@ def join(device: str = "auto") -> None:
     """Connect to the other processes; call this before loading a model, as each takes a GPU of its own.
 
     Args:
-        device: where the models will be; `auto` means CUDA if available, else CPU.
+        device: device of the models; `auto` means CUDA if available, else CPU.
     """
     PartialState(cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()))
 
@@ -29,13 +29,13 @@ def is_first() -> bool:
 
 
 def wait() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have called this."""
     PartialState().wait_for_everyone()
 
 
 @contextmanager
 def one_writer() -> Iterator[bool]:
-    """Yields True in the process that writes; the others wait at the end until it is done."""
+    """Yield True in the process that writes; the others wait at the end until it is done."""
     try:
         yield is_first()
     finally:

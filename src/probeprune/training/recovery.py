@@ -1,7 +1,7 @@
-"""Recovery: train a pruned model again on text, with LoRA from PEFT and the loop of the transformers Trainer.
+"""Recovery: train a pruned model on text, with LoRA from PEFT and the loop of the transformers Trainer.
 
-The defaults are LLM-Pruner's published recovery. A run that is killed at any point goes on from its last
-complete checkpoint, with the same result as an uninterrupted one. Knows nothing of how the model was pruned.
+The defaults are LLM-Pruner's published recovery. A run that was killed resumes from its last complete
+checkpoint, with the same result as an uninterrupted one. Knows nothing of how the model was pruned.
 """
 
 import hashlib
@@ -51,13 +51,13 @@ class Trained:
 
     Attributes:
         model: the trained model; with LoRA, a `PeftModel` with the adapters beside the weights.
-        steps: optimiser steps done; fewer than asked for after early stopping.
+        steps: optimiser steps done; fewer than requested after early stopping.
         best_step: the step whose weights these are.
         epochs: passes over the training text.
-        held_out: loss on held-out text before and after training, in nats a token.
+        held_out: loss on held-out text before and after training, in nats per token.
         seconds: training time, without the interruptions of a resumed run.
         peak_memory: bytes.
-        history: the Trainer's log, one dictionary an entry.
+        history: the Trainer's log, one dictionary per entry.
     """
 
     model: PreTrainedModel | PeftModel
@@ -80,7 +80,7 @@ def recover(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = silent,
 ) -> Trained:
-    """Train `model` on windows of token ids, or go on with an interrupted run.
+    """Train `model` on windows of token ids, or resume an interrupted run.
 
     Under `torchrun` or `accelerate launch`, call this in every process: gradients are averaged over all of
     them, and the first one writes. A model in half precision computes in it, but the trained parameters
@@ -90,8 +90,8 @@ def recover(
         model: a supported causal LM without an attached method; trained in place.
         windows, held_out: LongTensor (count, length) to train on and to evaluate on.
         training: the settings.
-        work: directory for checkpoints and TensorBoard logs; a run of the same settings, model and text in it
-            goes on.
+        work: directory for checkpoints and TensorBoard logs; if it holds a run with the same settings, model
+            and text, that run is resumed.
         callbacks: further Trainer callbacks.
         progress: called with (label, steps done, steps in all).
 
@@ -159,7 +159,7 @@ def lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model with its adapters folded in. Raises `FloatingPointError` where that gives NaN."""
+    """The model with its adapters merged into the weights. Raises `FloatingPointError` if that gives NaN."""
     if not isinstance(model, PeftModel):
         return model
     try:
@@ -175,7 +175,7 @@ def base_model(model: Any) -> PreTrainedModel:
 
 @contextmanager
 def _trainable(model: PreTrainedModel, training: Training) -> Iterator[Any]:
-    """The model ready to train while the context lasts; then frozen, in its own dtype, adapters kept.
+    """The model ready to train while the context lasts; then frozen, in its own dtype, with its adapters.
 
     Yields the model itself in float32, or with LoRA the `PeftModel` around it.
     """
@@ -203,7 +203,7 @@ def _gradient_checkpointing(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _add_own_callbacks(trainer: CheckedTrainer, training: Training, work: Path) -> None:
-    """Replace the Trainer's printing by logs in the work directory, and add early stopping if asked for."""
+    """Log to TensorBoard instead of printing, and stop early if `training` has a patience."""
     trainer.remove_callback(PrinterCallback)
     if processes.is_first():
         # With a writer of our own: the Trainer's default writes beside the current directory.
@@ -235,9 +235,9 @@ def _text_hash(windows: torch.Tensor, held_out: torch.Tensor) -> str:
 
 
 def _open_work(work: Path, training: Training, model: str, text: str) -> Path | None:
-    """Begin a run in the directory, or find the checkpoint to go on from (None: from the start).
+    """Begin a run in the directory, or find the checkpoint to resume from; None to start at the beginning.
 
-    Raises `UsageError` where the directory holds another run, or files that are no run.
+    Raises `UsageError` if the directory holds another run, or files that belong to no run.
     """
     run = {"training": asdict(training), "model": model, "text": text}
     file = work / "run.json"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, require_positive
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class TrainingText:
-    """The text to train on, and how sequences are made of it."""
+    """The text to train on, and how it is cut into sequences."""
 
     corpus: str = "c4"
     """An embedded name, a file or a hub id."""
@@ -34,11 +34,11 @@ class Training:
 
     steps: int = 600
     batch_size: int = 64
-    """Sequences an optimiser step, over all processes."""
+    """Sequences per optimiser step, over all processes."""
     micro_batch: int = 4
-    """Sequences a forward pass of one process; gradients accumulate until `batch_size` is reached."""
+    """Sequences per forward pass of one process; gradients accumulate until `batch_size` is reached."""
     length: int = 256
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     learning_rate: float = 1e-4
     warmup_steps: int = 100
     """Steps in which the learning rate rises."""
@@ -56,14 +56,18 @@ class Training:
     keep_best: bool = True
     """Return the checkpoint with the lowest held-out loss instead of the last one."""
     gradient_checkpointing: bool = False
-    """Recompute activations instead of keeping them: less memory, a third more time."""
+    """Recompute activations instead of storing them: less memory, a third more time."""
     seed: int = 0
     """Draws data order, adapters and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "evaluate_every", "evaluate_windows"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        require_positive(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            evaluate_every=self.evaluate_every,
+            evaluate_windows=self.evaluate_windows,
+        )
         if self.length < 2 or not self.learning_rate > 0 or self.warmup_steps < 0:
             raise UsageError("training needs sequences of at least 2 tokens and a positive learning rate.")
         if self.lora is not None and self.lora.rank < 1:

@@ -1,4 +1,4 @@
-"""The transformers Trainer as used here: its arguments, its callbacks, its failures in one sentence each."""
+"""The transformers Trainer for a training run: its arguments, callbacks and error messages."""
 
 import errno
 import json
@@ -81,7 +81,7 @@ class ReportProgress(TrainerCallback):
 
 
 class FinalEvaluation(TrainerCallback):
-    """Evaluates and saves after the last step, whatever the interval."""
+    """Evaluates and saves after the last step, even between two intervals."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -89,7 +89,7 @@ class FinalEvaluation(TrainerCallback):
 
 
 class Patience(EarlyStoppingCallback):
-    """Early stopping that keeps its count when an interrupted run goes on."""
+    """Early stopping that keeps its count when an interrupted run is resumed."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if saved := saved_attributes(self, state):
@@ -97,7 +97,7 @@ class Patience(EarlyStoppingCallback):
 
 
 class TrainingTime(TrainerCallback, ExportableState):
-    """Counts seconds of training, over interruptions too: the count is saved in checkpoints."""
+    """Counts seconds of training. Checkpoints hold the count, so that a resumed run adds to it."""
 
     def __init__(self) -> None:
         self.total = 0.0
