@@ -23,7 +23,7 @@ from probeprune.quiet import quiet_libraries
 from probeprune.training.loraprune import LoraPrune
 from probeprune.training.recovery import lora_config, recover
 from probeprune.training.settings import Lora, Training
-from probeprune.training.trainer import Windows
+from probeprune.training.trainer import WindowDataset
 
 ROUNDS, STEPS, BATCH, LENGTH = 3, 4, 4, 256
 
@@ -59,7 +59,7 @@ def plain(model, windows, held_out, work: Path) -> float:
     trainer = Trainer(
         model=get_peft_model(model, lora_config(model, Lora())),
         args=arguments,
-        train_dataset=Windows(windows),
+        train_dataset=WindowDataset(windows),
         callbacks=[steps],
     )
     trainer.remove_callback(PrinterCallback)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from probeprune.data.windows import CALIBRATION
 from probeprune.errors import UsageError
 from probeprune.evaluation.task_data import TASKS
-from probeprune.experiment.cells import CostMeasure, TaskMeasure, TextMeasure
-from probeprune.experiment.presets import load_preset, preset_names, published
+from probeprune.experiment.cells import CostMeasure, TaskMeasure, TextMeasure, TrainingBudget
+from probeprune.experiment.presets import MeasureGroup, load_preset, preset_names, published
 from probeprune.methods import METHODS
 from probeprune.strategies.compensation import Bias, Compensation, Refit
 from probeprune.strategies.criteria import Gradients
@@ -16,6 +17,7 @@ from probeprune.strategies.probe import Probe
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.refit_every_batch import RefitEveryBatch
 from probeprune.strategies.schedule import DuringTraining, Never
+from probeprune.training.settings import Training
 
 GOOD = """\
 models: [smollm2-135m]
@@ -197,7 +199,19 @@ def test_names_that_are_no_preset():
         load_preset("none.yaml")
 
 
-def test_the_packages_own_hold_the_published_rows():
+def test_a_preset_of_few_words_has_the_defaults_of_its_records(tmp_path):
+    short = "models: [m]\nmethods: [flap+lora]\nratios: [0.2]\ntexts: [{}]\n"
+    loaded = preset(tmp_path, short + "training: {}\n")
+    assert loaded.calibration == CALIBRATION and loaded.seeds == (0,) and loaded.training_seeds is None
+    assert loaded.groups == (MeasureGroup((TextMeasure(),)),)
+    budget = loaded.budget
+    assert (budget.steps, budget.batch_size, budget.length) == (600, 64, 256) and budget.learning_rate == 1e-4
+    assert budget.training(seed=3) == Training(evaluate_every=150, seed=3), "LLM-Pruner's proportions"
+    loaded = preset(tmp_path, short + "training: {steps: 5}\ncalibration: {windows: 8}\n")
+    assert loaded.calibration == replace(CALIBRATION, windows=8) and loaded.budget == TrainingBudget(steps=5)
+
+
+def test_the_packages_presets_hold_the_published_rows():
     rows = {"dense", "full-batch", "wanda-sp", "flap", "loraprune", "loraprune+lora"}
     rows |= {"llm-pruner", "llm-pruner+lora", "probe"}
     assert {"paper", "laptop"} <= set(preset_names())

@@ -1,4 +1,4 @@
-"""probeprune: structured pruning of causal language models, dynamic and static, measured alike."""
+"""probeprune: structured pruning of causal language models, dynamic and static, compared on one engine."""
 
 from probeprune.data.windows import WindowSource
 from probeprune.errors import UsageError

@@ -43,7 +43,7 @@ def needs(method: Method) -> frozenset[Part]:
     if isinstance(method.when, DuringTraining):  # scores come from training, which starts without calibration
         return rule.needs
     parts = rule.needs | method.compensation.needs | method.when.needs
-    # A batch is scored without them; what is decided before any batch needs them.
+    # A batch is scored without them; decisions before any batch need them.
     if not method.when.chooses or rule.needs_scores:
         parts |= importance.needs
     return parts

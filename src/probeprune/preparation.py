@@ -54,7 +54,7 @@ class Piece:
     cuts: Sequence[Cut] = ()
     """The first cut of every block, for consumers."""
     following: bool = False
-    """Whether some consumers are to follow batches, which takes their moments."""
+    """Whether the consumers must serve refits at every batch, which takes their moments."""
 
     @property
     def key(self) -> str:
@@ -63,7 +63,7 @@ class Piece:
         return f"{self.part}-{hashlib.blake2b(text, digest_size=8).hexdigest()}"
 
     def served_by(self, value: Mapping[str, Any] | None) -> bool:
-        """Whether a value kept under its key will do: consumers that follow batches need their moments."""
+        """Whether a value stored under this key suffices: refits at every batch need moments of consumers."""
         if value is None or not self.following:
             return value is not None
         return any(consumer.inverse is not None for consumer in value.values())

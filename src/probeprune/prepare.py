@@ -1,5 +1,4 @@
-"""Prepare: collect everything that methods need to know about a model, in one call; share, save and load
-it."""
+"""Prepare: collect everything that methods need to know about a model, in one call; share, save, load it."""
 
 import hashlib
 import json

@@ -98,6 +98,48 @@ def prune(
             is unchanged.
     """
     method = get_method(method)
+    blocks = _checked_blocks(model, method, ratio, steps, calibration)
+    before, whole = _parameters(model), blocks
+    planned = _planned_widths(method, ratio, steps, blocks)
+    ids = [torch.arange(b.units) for b in blocks]
+    consumers: dict[str, Consumer] = {}
+    for step in range(steps):
+        share, keep = _share(ratio, (step + 1) / steps, whole, blocks), planned[step] if planned else None
+        statistics = statistics_for(
+            model,
+            method,
+            share,
+            calibration,
+            widths=keep,
+            batch_size=batch_size,
+            cache=cache,
+            progress=progress,
+        )
+        scores = [plan.static_scores(method, b, statistics) for b in blocks]
+        keep = keep or plan.widths(method, share, blocks, scores, statistics)
+        if step == steps - 1:
+            _check_removes(keep, blocks, whole, ratio)
+        units, consumers = _cut_all(method, blocks, plan.first_cuts(method, blocks, scores, keep), statistics)
+        ids = [i[units[b.name]] if b.name in units else i for i, b in zip(ids, blocks, strict=True)]
+        blocks = find_blocks(model, method.unit_kind)
+    return Pruning(
+        method=method,
+        ratio=ratio,
+        removed_share=1 - _total(blocks) / _total(whole),
+        parameters=(before, _parameters(model)),
+        kept=tuple(
+            Kept(b.name, b.kind, tuple(i.tolist()), w.units)
+            for b, i, w in zip(blocks, ids, whole, strict=True)
+        ),
+        steps=steps,
+        refits={name: consumer.record() for name, consumer in consumers.items()},
+    )
+
+
+def _checked_blocks(
+    model: nn.Module, method: Method, ratio: float, steps: int, calibration: Calibration | None
+) -> list[Block]:
+    """The blocks of a model, once nothing stands against pruning them; see `prune` for the errors."""
     check_ratio(ratio)
     check_static(method)
     check_eval(model)
@@ -107,44 +149,18 @@ def prune(
     blocks = find_blocks(model, method.unit_kind)
     for block in blocks:
         check_can_cut(block)
-    before, whole, total = _parameters(model), blocks, sum(b.parameters for b in blocks)
-    planned = _planned_widths(method, ratio, steps, blocks)
-    ids = [torch.arange(b.units) for b in blocks]
-    consumers: dict[str, Consumer] = {}
-    for step in range(steps):
-        share = ratio
-        if steps > 1:  # of the blocks as the previous steps left them
-            left = sum(b.parameters for b in blocks)
-            share = max(1 - total * (1 - ratio * (step + 1) / steps) / left, 0.0)
-        statistics = statistics_for(
-            model,
-            method,
-            share,
-            calibration,
-            widths=planned[step] if planned else None,
-            batch_size=batch_size,
-            cache=cache,
-            progress=progress,
-        )
-        scores = [plan.static_scores(method, b, statistics) for b in blocks]
-        keep = planned[step] if planned else plan.widths(method, share, blocks, scores, statistics)
-        if step == steps - 1:
-            _check_removes(keep, blocks, whole, ratio)
-        units, consumers = _cut_all(method, blocks, plan.first_cuts(method, blocks, scores, keep), statistics)
-        ids = [i[units[b.name]] if b.name in units else i for i, b in zip(ids, blocks, strict=True)]
-        blocks = find_blocks(model, method.unit_kind)
-    return Pruning(
-        method=method,
-        ratio=ratio,
-        removed_share=1 - sum(b.parameters for b in blocks) / total,
-        parameters=(before, _parameters(model)),
-        kept=tuple(
-            Kept(b.name, b.kind, tuple(i.tolist()), w.units)
-            for b, i, w in zip(blocks, ids, whole, strict=True)
-        ),
-        steps=steps,
-        refits={name: consumer.record() for name, consumer in consumers.items()},
-    )
+    return blocks
+
+
+def _share(ratio: float, progress: float, whole: Sequence[Block], blocks: Sequence[Block]) -> float:
+    """The share of what is left of the blocks to remove, to have removed `progress * ratio` of the whole."""
+    if blocks is whole and progress == 1:
+        return ratio
+    return max(1 - _total(whole) * (1 - ratio * progress) / _total(blocks), 0.0)
+
+
+def _total(blocks: Sequence[Block]) -> int:
+    return sum(b.parameters for b in blocks)
 
 
 def _planned_widths(

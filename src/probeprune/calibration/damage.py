@@ -42,8 +42,8 @@ def damages(
         model: a supported causal LM in eval mode, with nothing attached.
         windows: LongTensor (count, length) of token ids.
         metrics: sensitivities of the blocks' outputs (`sensitivity.sensitivities`).
-        units: what an attention unit is.
-        damping: of the moments, as in `least_squares.solve`.
+        units: kind of attention units.
+        damping: damping of the moments, as in `least_squares.solve`.
         batch_size: windows per forward pass.
         progress: called with (`damage`, layers done, layers in all).
 

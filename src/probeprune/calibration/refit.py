@@ -40,15 +40,15 @@ class RefitRequest:
     """The consumers to refit."""
 
     cuts: Mapping[str, Cut]
-    """By block name the units that stay, or how many elimination is to leave, at least one; other blocks
+    """By block name, the kept units, or their number for elimination to choose, at least one. Other blocks
     stay whole."""
     unit_kind: UnitKind = "group"
-    """What one attention unit is."""
+    """The kind of attention units."""
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """By block name the weighting (d, d) of errors of its output in the choice of units
-    (`sensitivity.sensitivities`); a block that is missing weighs all directions alike."""
+    """By block name, the weighting (d, d) of output errors in the choice of units
+    (`sensitivity.sensitivities`). A block that is missing weights all directions equally."""
     following: bool = False
-    """Whether to give the moments too that refits of MLPs at every batch need (`Consumer.inverse`)."""
+    """Whether to compute the moments of MLPs that refits at every batch need (`Consumer.inverse`)."""
 
 
 def refit(
@@ -69,16 +69,16 @@ def refit(
     all windows in the model's dtype, two of them if sequential: windows x length x d numbers each.
 
     Args:
-        model: a supported causal LM in eval mode, nothing attached. Put back bit for bit at the end.
+        model: a supported causal LM in eval mode, nothing attached. Restored bit for bit at the end.
         request: which consumers to refit, to which units.
         windows: LongTensor (count, length) of token ids, the last ones held out to choose the damping.
         how: see `Refit`; None for its defaults.
         batch_size: windows per forward pass.
-        progress: called with ("refit", layers done, layers in all).
+        progress: called with ("refit", layers done, layers in total).
 
     Returns:
-        By block name, for the blocks in `request.cuts`; weights in the model's dtype; with `following` 4 k^2
-        bytes more per MLP.
+        Consumers by block name, for the blocks in `request.cuts`; weights in the model's dtype. With
+        `following`, they take 4 k^2 bytes more per MLP.
 
     Raises:
         UsageError: unsupported model, names that are no blocks, too few or too long windows.
@@ -92,7 +92,7 @@ def refit(
     first_held = len(parts)
     if len(held):
         parts += batches(held, batch_size)
-    with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be written outside
+    with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
         blocks = find_blocks(model, request.unit_kind)
         strange = request.cuts.keys() - {b.name for b in blocks}
         if strange:
@@ -130,10 +130,10 @@ class _LayerwiseRefit:
 
     Attributes:
         request, how: as in `refit`. A block whose units elimination chooses is whole until its turn.
-        first_held: index of the first batch that is held out.
-        added: whether consumers' outputs are added to the residual stream as they are.
-        dense, pruned: hidden states in front of the present layer, by batch; one list while they are the
-            same.
+        first_held: index of the first held-out batch.
+        added: whether consumers' outputs are added to the residual stream without a norm.
+        dense, pruned: hidden states in front of the current layer, by batch; the same list until the first
+            cut.
     """
 
     def __init__(

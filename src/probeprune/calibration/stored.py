@@ -27,7 +27,7 @@ class Codec:
     pack: Callable[[Mapping[str, Any]], tuple[Tensors, Values]]
     unpack: Callable[[Tensors, Values], dict[str, Any]]
     """Raises `AttributeError`, `KeyError`, `TypeError` or `ValueError` for anything that `pack` did not
-    make."""
+    return."""
 
 
 def _by_name(tensors: Tensors) -> dict[str, Tensors]:

@@ -112,7 +112,7 @@ def prune(
 
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """
-    from probeprune.jobs.prune import prune_to
+    from probeprune.jobs.prune import Output, Texts, prune_to
     from probeprune.model.checkpoint import check_free
 
     check_free(output.out_dir)
@@ -124,14 +124,9 @@ def prune(
             loaded,
             method,
             pruning.ratio,
-            output.out_dir,
-            layout=widths.checked_layout(),
-            calibration=text,
-            evaluation=measured_on,
+            Output(output.out_dir, widths.checked_layout(), load.dtype_to_save(loaded)),
+            Texts(text, measured_on, calibration.seed, pruning.batch_size),
             steps=pruning.steps,
-            batch_size=pruning.batch_size,
-            seed=calibration.seed,
-            save_dtype=load.dtype_to_save(loaded),
             progress=show,
         )
     print_saved(record, output.out_dir, _summary(record), ("dense", "pruned"), output.as_json)

@@ -153,8 +153,9 @@ def recover(
 
     Example: [bold]probeprune recover pruned --out recovered --merge[/bold]
     """
-    from probeprune.jobs.train import recover_to
+    from probeprune.jobs.train import TrainingJob, recover_to
     from probeprune.model.checkpoint import check_free
+    from probeprune.training.settings import TrainingText
 
     check_free(output.out_dir)
     settings = training.settings(
@@ -168,10 +169,7 @@ def recover(
         record = recover_to(
             loaded,
             output.out_dir,
-            settings,
-            corpus=training.text,
-            packing=training.packing,
-            evaluation=measured_on,
+            TrainingJob(settings, measured_on, TrainingText(training.text, training.packing)),
             merge=recovery.merge,
             pruning=_pruning_record(model),
             save_dtype=load.dtype_to_save(loaded),
@@ -198,8 +196,10 @@ def loraprune(
 
     Example: [bold]probeprune loraprune smollm2-135m --ratio 0.2 --out pruned[/bold]
     """
-    from probeprune.jobs.train import loraprune_to
+    from probeprune.jobs.train import TrainingJob, loraprune_to
     from probeprune.model.checkpoint import check_free
+    from probeprune.training.loraprune import LoraPruneCut
+    from probeprune.training.settings import TrainingText
 
     check_free(output.out_dir)
     check_ratio(ratio)
@@ -210,15 +210,9 @@ def loraprune(
     with progress_bar() as show:
         record = loraprune_to(
             loaded,
-            ratio,
             output.out_dir,
-            settings,
-            layout=layout,
-            round_to=widths.round_to,
-            skip_layers=widths.skip_layers,
-            corpus=training.text,
-            packing=training.packing,
-            evaluation=measured_on,
+            LoraPruneCut(ratio, layout, widths.skip_layers, widths.round_to),
+            TrainingJob(settings, measured_on, TrainingText(training.text, training.packing)),
             save_dtype=load.dtype_to_save(loaded),
             progress=show,
         )

@@ -14,7 +14,7 @@ from typing import Any
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, WindowSource
 from probeprune.experiment.cells import Subject
-from probeprune.jobs.train import loraprune_to, recover_to
+from probeprune.jobs.train import TrainingJob, loraprune_to, recover_to
 from probeprune.methods import Method, without_training
 from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.loading import LoadedModel, cache_dir, load_model
@@ -24,6 +24,7 @@ from probeprune.provenance import dtype_name
 from probeprune.runtime.handle import Handle, attach
 from probeprune.strategies.schedule import DuringTraining, Once
 from probeprune.surgery import prune
+from probeprune.training.loraprune import LoraPruneCut
 
 
 @dataclass(frozen=True)
@@ -155,34 +156,16 @@ class Workbench:
         before: dict[str, Any] | None = None
         if method.when == Once(recovery=True):
             before = self._cut(subject, without_training(method))
-        loaded = self.dense(subject)
-        text = {"corpus": budget.corpus, "packing": budget.packing}
+        loaded, show = self.dense(subject), self._named(subject)
         nothing = Text(budget.corpus, 0)
         try:
             if isinstance(method.when, DuringTraining):
-                loraprune_to(
-                    loaded,
-                    subject.ratio,
-                    out,
-                    replace(training, keep_best=False, warmup_steps=0),
-                    layout="per-layer",
-                    skip_layers=method.skip_layers,
-                    round_to=method.round_to,
-                    evaluation=nothing,
-                    progress=self._named(subject),
-                    **text,  # type: ignore[arg-type]
-                )
+                training = replace(training, keep_best=False, warmup_steps=0)
+                cut = LoraPruneCut(subject.ratio, "per-layer", method.skip_layers, method.round_to)
+                loraprune_to(loaded, out, cut, TrainingJob(training, nothing, budget.text), progress=show)
             else:
-                recover_to(
-                    loaded,
-                    out,
-                    training,
-                    evaluation=nothing,
-                    merge=True,
-                    pruning=before,
-                    progress=self._named(subject),
-                    **text,  # type: ignore[arg-type]
-                )
+                job = TrainingJob(training, nothing, budget.text)
+                recover_to(loaded, out, job, merge=True, pruning=before, progress=show)
         finally:
             self.release()  # it was changed for good
 

@@ -1,6 +1,7 @@
 """From a model to a pruned checkpoint: calibrate, prune, measure before and after, save with a model card."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from probeprune.data.corpora import load_corpus
-from probeprune.data.windows import Text, WindowSource
+from probeprune.data.windows import BATCH_SIZE, Text, WindowSource
 from probeprune.errors import UsageError
 from probeprune.jobs.cards import pruning_card
 from probeprune.jobs.measure import Measure
@@ -24,44 +25,61 @@ from probeprune.provenance import dtype_name, versions
 from probeprune.surgery import check_static, check_steps, prune
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The texts that a pruning job reads."""
+
+    calibration: Text
+    """Windows to collect statistics on. Gradients are taken on windows of the same corpus; the method sets
+    their number and length."""
+    evaluation: Text
+    """Windows to measure perplexity on, before and after; 0 windows measure nothing."""
+    seed: int = 0
+    """Draws the calibration windows."""
+    batch_size: int = BATCH_SIZE
+    """Windows per forward pass."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The checkpoint that a pruning job writes."""
+
+    folder: Path
+    """A folder that does not exist or is empty."""
+    layout: Layout
+    """`uniform` needs a method that gives all layers one width (`methods.with_equal_widths`)."""
+    dtype: torch.dtype | None = None
+    """Dtype of the weights on disk; None for the dtype of the loaded model."""
+
+
 def prune_to(
     loaded: LoadedModel,
     method: Method,
     ratio: float,
-    out: Path,
+    output: Output,
+    texts: Texts,
     *,
-    layout: Layout,
-    calibration: Text,
-    evaluation: Text,
     steps: int = 1,
-    batch_size: int = 16,
-    seed: int = 0,
-    save_dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Prune a loaded model and write the checkpoint; returns its record, as in pruning.json.
 
     Args:
         loaded: changed in place.
-        method, ratio, steps, batch_size: as in `surgery.prune`.
-        out: a directory that does not exist or is empty.
-        layout: of the checkpoint; `uniform` needs a method that cuts all layers alike (`evenly`).
-        calibration: windows for statistics. Methods with gradients take theirs from the same text, as many
-            and as long as the method says.
-        evaluation: perplexity before and after is measured on these and written on the card; 0 windows: not.
-        seed: draws the calibration windows.
-        save_dtype: of the weights on disk; None as they are.
+        method, ratio, steps: as in `surgery.prune`.
+        output: the checkpoint to write.
+        texts: what to calibrate on and to measure on.
+        progress: called with (name of the work, parts done, parts in total).
 
     Raises:
-        UsageError: whatever `prune` and `save` refuse; nothing has been written.
+        UsageError: any request that `prune` or `save` refuses; nothing has been written then.
         FloatingPointError: NaN statistics, gradients or losses.
     """
-    check_free(out)
-    check_space(
-        out, rehearse(loaded.model, method, ratio, layout, steps) * (save_dtype or loaded.dtype).itemsize
-    )
-    source = _calibration(loaded, method, calibration, seed)
-    measure = Measure(loaded, evaluation, progress, batch_size)
+    check_free(output.folder)
+    parameters = rehearse(loaded.model, method, ratio, output.layout, steps)
+    check_space(output.folder, parameters * (output.dtype or loaded.dtype).itemsize)
+    measure = Measure(loaded, texts.evaluation, progress, texts.batch_size)
+    source = _calibration(loaded, method, texts)
     measure("dense", loaded.model)
     started = time.monotonic()
     with PeakMemory(loaded.device) as memory:
@@ -71,7 +89,7 @@ def prune_to(
             ratio,
             calibration=source,
             steps=steps,
-            batch_size=batch_size,
+            batch_size=texts.batch_size,
             cache=cache_dir() / "statistics",
             progress=progress,
         )
@@ -80,9 +98,9 @@ def prune_to(
     record = {
         "base_model": loaded.name,
         **done.record(),
-        "layout": layout,
-        "seed": seed,
-        "calibration": _calibration_record(method, calibration),
+        "layout": output.layout,
+        "seed": texts.seed,
+        "calibration": _calibration_record(method, texts.calibration),
         "evaluation": measure.record(),
         "seconds": round(seconds, 1),
         "peak_memory": memory.bytes,
@@ -90,17 +108,21 @@ def prune_to(
         "device": str(loaded.device),
         "versions": versions(),
     }
-    if save_dtype is not None:
-        loaded.model.to(save_dtype)
+    _write(loaded, output, pruning_card(done, record, output.folder.name), record)
+    return record
+
+
+def _write(loaded: LoadedModel, output: Output, card: str, record: dict[str, Any]) -> None:
+    if output.dtype is not None:
+        loaded.model.to(output.dtype)
     save(
         loaded.model,
-        out,
+        output.folder,
         tokenizer=loaded.tokenizer,
-        layout=layout,
-        card=pruning_card(done, record, out.name),
+        layout=output.layout,
+        card=card,
         record=record,
     )
-    return record
 
 
 def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: int = 1) -> int:
@@ -122,13 +144,14 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
     return sum(p.numel() for p in exported.parameters())
 
 
-def _calibration(loaded: LoadedModel, method: Method, text: Text, seed: int) -> WindowSource | None:
+def _calibration(loaded: LoadedModel, method: Method, texts: Texts) -> WindowSource | None:
     """The text that the method's statistics are collected on; None for a method that needs none."""
+    text = texts.calibration
     if not needs(method):
         return None
     if text.windows < 1:
         raise UsageError(f"method {method.name!r} needs calibration; give it at least one window.")
-    return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
+    return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, texts.seed)
 
 
 def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:

@@ -1,13 +1,14 @@
-"""From a model and a text to a trained checkpoint: measure, train, measure, save with a model card."""
+"""Train a model and write the result: measure, train, measure again, save with a model card."""
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, training_windows
@@ -22,19 +23,26 @@ from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
 from probeprune.quiet import quiet_libraries
 from probeprune.training import processes
-from probeprune.training.loraprune import loraprune, loraprune_method
+from probeprune.training.loraprune import LoraPruneCut, loraprune
 from probeprune.training.recovery import MEASURED, Trained, base_model, merged, recover
-from probeprune.training.settings import Training
+from probeprune.training.settings import Training, TrainingText
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """How to train, on which text, and where to measure perplexity before and after."""
+
+    training: Training
+    evaluation: Text
+    """Perplexity is measured on these windows; 0 windows measure nothing."""
+    text: TrainingText = field(default_factory=TrainingText)
 
 
 def recover_to(
     loaded: LoadedModel,
     out: Path,
-    training: Training,
+    job: TrainingJob,
     *,
-    corpus: str,
-    packing: bool = False,
-    evaluation: Text,
     merge: bool = False,
     pruning: dict[str, Any] | None = None,
     save_dtype: torch.dtype | None = None,
@@ -42,128 +50,111 @@ def recover_to(
 ) -> dict[str, Any]:
     """Train a loaded model and write the result; returns its record, as in training.json.
 
-    Work in progress lies in `<out>.training` until it is done; the same call goes on from there. With several
-    processes all call this alike and the first one writes.
+    Checkpoints lie in `<out>.training` until the result is written; the same call goes on from them. With
+    several processes, call this in each; the first one writes.
 
     Args:
         loaded: changed in place.
-        out: a directory that does not exist or is empty. It becomes a PEFT adapter; with `merge` a checkpoint
-            that holds the adapter in `adapter/`; a checkpoint when all weights were trained.
-        training: what to do.
-        corpus: text to train on: an embedded name, a file or a hub id.
-        packing: put documents one after the other instead of cutting one sequence out of each.
-        evaluation: perplexity before and after is measured on these; 0 windows: not.
+        out: a new or empty directory. It becomes a PEFT adapter; with `merge` a checkpoint that holds the
+            adapter in `adapter/`; a checkpoint if all weights were trained.
+        job: the training, its text and its evaluation.
         merge: fold the adapter into the weights.
-        pruning: what was done to the model before, as in pruning.json; kept in the record.
-        save_dtype: of the weights on disk; None as they are.
+        pruning: the record of the pruning before, as in pruning.json; copied into the record.
+        save_dtype: dtype of the weights on disk; None leaves them as they are.
 
     Raises:
-        UsageError, FloatingPointError: what `training.recover` and `save` raise.
+        UsageError, FloatingPointError: the errors of `training.recovery.recover` and `save`.
     """
     check_free(out)
-    measure = Measure(loaded, evaluation, progress, keep=_work(out) / MEASURED)
-    text = _training_text(loaded, corpus, packing, training)
+    measure = Measure(loaded, job.evaluation, progress, keep=_work(out) / MEASURED)
+    windows, held_out = _windows(loaded, job)
     if processes.is_first():
         measure("before", loaded.model)
-    trained = recover(loaded.model, *text, training, _work(out), progress=progress)
-    model = trained.model
+    trained = recover(loaded.model, windows, held_out, job.training, _work(out), progress=progress)
     if processes.is_first():
-        measure("after", base_model(model))
-    record = {
-        **_training_record(loaded, corpus, packing, training, trained, measure),
-        "pruning": pruning,
-    }
+        measure("after", base_model(trained.model))
+    record = {**_training_record(loaded, job, trained, measure), "pruning": pruning}
     with processes.one_writer() as first:
-        if first:
-            _write_trained(loaded, out, model, merge, record, save_dtype)
+        if first and isinstance(trained.model, PeftModel) and not merge:
+            _write_adapter(loaded, out, trained.model, record)
+        elif first:
+            _write_checkpoint(loaded, out, trained.model, record, save_dtype)
     return record
 
 
 def loraprune_to(
     loaded: LoadedModel,
-    ratio: float,
     out: Path,
-    training: Training,
+    cut: LoraPruneCut,
+    job: TrainingJob,
     *,
-    layout: Layout,
-    round_to: int = 1,
-    skip_layers: int | None = None,
-    corpus: str,
-    packing: bool = False,
-    evaluation: Text,
     save_dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Prune a loaded model while it trains and write the checkpoint; see `recover_to` and `loraprune`."""
+    """Prune a loaded model while LoRA trains it and write the merged checkpoint, in the layout of the cut.
+
+    See `recover_to` for the other arguments, and `training.loraprune.loraprune` for the errors.
+    """
     check_free(out)
-    allocation: Literal["even", "uniform"] = "even" if layout == "uniform" else "uniform"
-    method = loraprune_method(loaded.model, allocation, skip_layers, round_to)
-    size = rehearse(loaded.model, method, ratio, layout) * (save_dtype or loaded.dtype).itemsize
-    check_space(out, size)
-    measure = Measure(loaded, evaluation, progress, keep=_work(out) / MEASURED)
-    text = _training_text(loaded, corpus, packing, training)
-    before = sum(p.numel() for p in loaded.model.parameters())
-    blocks = {b.name: (b.units, b.parameters) for b in find_blocks(loaded.model)}
+    saved = rehearse(loaded.model, cut.method(loaded.model), cut.ratio, cut.layout)
+    check_space(out, saved * (save_dtype or loaded.dtype).itemsize)
+    measure = Measure(loaded, job.evaluation, progress, keep=_work(out) / MEASURED)
+    windows, held_out = _windows(loaded, job)
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    units = {b.name: b.units for b in find_blocks(loaded.model)}
+    prunable = sum(b.parameters for b in find_blocks(loaded.model))
     if processes.is_first():
         measure("before", loaded.model)
     model, trained, kept = loraprune(
-        loaded.model,
-        *text,
-        ratio,
-        training,
-        _work(out),
-        skip_layers=skip_layers,
-        round_to=round_to,
-        allocation=allocation,
-        progress=progress,
+        loaded.model, windows, held_out, cut, job.training, _work(out), progress=progress
     )
     if processes.is_first():
         measure("after", model)
-    left = sum(b.parameters for b in find_blocks(model))
     record = {
-        **_training_record(loaded, corpus, packing, training, trained, measure),
+        **_training_record(loaded, job, trained, measure),
         "method": "loraprune, while training",
-        "ratio": ratio,
-        "removed_share": 1 - left / sum(p for _, p in blocks.values()),
-        "parameters": [before, sum(p.numel() for p in model.parameters())],
-        "layout": layout,
+        "ratio": cut.ratio,
+        "removed_share": 1 - sum(b.parameters for b in find_blocks(model)) / prunable,
+        "parameters": [parameters, sum(p.numel() for p in model.parameters())],
+        "layout": cut.layout,
         "kept": {
-            name: {"units": kept[name].tolist() if name in kept else list(range(units)), "of": units}
-            for name, (units, _) in blocks.items()
+            name: {"units": kept[name].tolist() if name in kept else list(range(count)), "of": count}
+            for name, count in units.items()
         },
     }
     with processes.one_writer() as first:
         if first:
-            _write_trained(loaded, out, model, True, record, save_dtype, layout)
+            _write_checkpoint(loaded, out, model, record, save_dtype, cut.layout)
     return record
 
 
 def _work(out: Path) -> Path:
+    """The directory of a run in progress."""
     return out.with_name(f"{out.name}.training")
 
 
-def _training_text(
-    loaded: LoadedModel, corpus: str, packing: bool, training: Training
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(loaded: LoadedModel, job: TrainingJob) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to train on and windows held out, LongTensors (count, length)."""
+    training, text = job.training, job.text
     windows, held_out = training_windows(
-        load_corpus(corpus), loaded.tokenizer, length=training.length, packing=packing, seed=training.seed
+        load_corpus(text.corpus),
+        loaded.tokenizer,
+        length=training.length,
+        packing=text.packing,
+        seed=training.seed,
     )
     return windows, held_out[: training.evaluate_windows]
 
 
 def _training_record(
-    loaded: LoadedModel,
-    corpus: str,
-    packing: bool,
-    training: Training,
-    trained: Trained,
-    measure: Measure,
+    loaded: LoadedModel, job: TrainingJob, trained: Trained, measure: Measure
 ) -> dict[str, Any]:
+    training = job.training
     return {
         "base_model": loaded.name,
         "training": asdict(training),
-        "corpus": corpus,
-        "packing": packing,
+        "corpus": job.text.corpus,
+        "packing": job.text.packing,
         "steps": trained.steps,
         "best_step": trained.best_step,
         "epochs": trained.epochs,
@@ -180,56 +171,58 @@ def _training_record(
     }
 
 
-def _write_trained(
+def _write_adapter(loaded: LoadedModel, out: Path, model: PeftModel, record: dict[str, Any]) -> None:
+    """Write the adapter alone, and delete the work directory."""
+    with writing(out) as folder:
+        _save_adapter(loaded, model, folder)
+        loaded.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(training_card(record, out.name, "adapter"), encoding="utf-8")
+        _write_log(folder, _work(out), record)
+    shutil.rmtree(_work(out), ignore_errors=True)
+
+
+def _write_checkpoint(
     loaded: LoadedModel,
     out: Path,
-    model: Any,
-    merge: bool,
+    model: PreTrainedModel | PeftModel,
     record: dict[str, Any],
     save_dtype: torch.dtype | None,
     layout: Layout | None = None,
 ) -> None:
-    """An adapter, or a checkpoint with the adapter folded in; then the work in progress goes."""
-    adapter = isinstance(model, PeftModel)
-    if adapter and not merge:
-        with writing(out) as folder:
-            model.peft_config["default"].base_model_name_or_path = loaded.name
-            _save_adapter(model, folder)
-            loaded.tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(training_card(record, out.name, "adapter"), encoding="utf-8")
-            _write_log(folder, _work(out), record)
-    else:
-        beside = _work(out) / "adapter"
-        if adapter:
-            model.peft_config["default"].base_model_name_or_path = loaded.name
-            _save_adapter(model, beside)
+    """Write a checkpoint, the adapter merged and also beside it; delete the work directory."""
+    adapter = _work(out) / "adapter"
+    lora = isinstance(model, PeftModel)
+    if isinstance(model, PeftModel):  # before the merge, which takes the adapter apart
+        _save_adapter(loaded, model, adapter)
 
-        def also(folder: Path) -> None:
-            if adapter:
-                shutil.copytree(beside, folder / "adapter")
-            _write_log(folder, _work(out), record)
+    def write_extra(folder: Path) -> None:
+        if lora:
+            shutil.copytree(adapter, folder / "adapter")
+        _write_log(folder, _work(out), record)
 
-        whole = merged(model)
-        if save_dtype is not None:
-            whole.to(save_dtype)
-        save(
-            whole,
-            out,
-            tokenizer=loaded.tokenizer,
-            layout=layout,
-            card=training_card(record, out.name, "checkpoint"),
-            write_extra=also,
-        )
+    whole = merged(model)
+    if save_dtype is not None:
+        whole.to(save_dtype)
+    save(
+        whole,
+        out,
+        tokenizer=loaded.tokenizer,
+        layout=layout,
+        card=training_card(record, out.name, "checkpoint"),
+        write_extra=write_extra,
+    )
     shutil.rmtree(_work(out), ignore_errors=True)
 
 
-def _save_adapter(model: PeftModel, folder: Path) -> None:
+def _save_adapter(loaded: LoadedModel, model: PeftModel, folder: Path) -> None:
+    model.peft_config["default"].base_model_name_or_path = loaded.name
     with quiet_libraries(bars=False):
-        # Embeddings are never trained here; left to itself PEFT asks the hub whether they were resized.
+        # Embeddings are never trained here; by default PEFT asks the hub whether they were resized.
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def _write_log(folder: Path, work: Path, record: dict[str, Any]) -> None:
+    """Write the record and the TensorBoard logs."""
     (folder / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     if (work / "tensorboard").is_dir():
         shutil.copytree(work / "tensorboard", folder / "tensorboard")

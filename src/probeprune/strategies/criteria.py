@@ -161,5 +161,5 @@ CRITERIA: dict[str, Criterion] = {
 }
 """Criteria by name. `param_first` and `vectorize`: LLM-Pruner, equation 3 and its vector-wise form.
 `param_second` and `param_mix`: LLM-Pruner, equation 5, A the diagonal of its Hessian, estimated by the mean
-of squared per-sample gradients. `lora-guided`: LoRAPrune, equation 8 at its first step, where B is zero: `dB
-= g A^T`."""
+of squared per-sample gradients. `lora-guided`: LoRAPrune, equation 8 at its first step, where B is zero and
+`dB = g A^T`."""

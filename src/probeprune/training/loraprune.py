@@ -1,12 +1,14 @@
 """LoRAPrune: prune while LoRA trains, guided by its gradients (Zhang et al., ACL 2024).
 
-A Trainer callback on public hooks. After every backward pass the frozen weights' gradient is estimated from
-LoRA's own; units that stay unimportant are masked, more of them on a cubic schedule; at the end they are cut.
+A Trainer callback on public hooks. After every backward pass it estimates the gradient of the frozen weights
+from LoRA's gradients. It masks the least important units, more of them on a cubic schedule, and the masked
+units are cut at the end.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,33 +20,41 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.methods import Method, compose
 from probeprune.model.blocks import Block, Member, find_blocks, find_layers
+from probeprune.model.checkpoint import Layout
 from probeprune.plan import widths
 from probeprune.progress import Progress, silent
 from probeprune.strategies.importance import sum_of_shares
-from probeprune.surgery import cut
+from probeprune.surgery import cut as cut_units
 from probeprune.training.recovery import Trained, merged, recover
 from probeprune.training.settings import Training
-from probeprune.training.trainer import remembered
+from probeprune.training.trainer import saved_attributes
 
 
 def schedule(progress: float, ramp: float = 0.1) -> float:
-    """The share of the final cut that is masked after this share of the steps: LoRAPrune's cubic schedule.
+    """Share of the final cut that is masked at a point of the training: LoRAPrune's cubic schedule.
 
-    `1 - (1 - p)^3`, p running from 0 to 1 between a warm-up and a cool-down of `ramp` of all steps each.
+    `1 - (1 - p)^3`, where p rises from 0 to 1 between a warm-up and a cool-down.
+
+    Args:
+        progress: share of the steps that are done.
+        ramp: share of the steps in the warm-up, and again in the cool-down.
     """
     p = min(max((progress - ramp) / (1 - 2 * ramp), 0.0), 1.0)
     return 1 - (1 - p) ** 3
 
 
 def lora_salience(member: Member, adapter: Any, name: str = "default") -> torch.Tensor:
-    """`sum |(dB A + B dA - dB dA) * (W + s B A)|` over each row or column that belongs to the member.
+    """`sum |(dB A + B dA - dB dA) * (W + s B A)|` over each row or column of the member's linear map.
 
-    LoRAPrune, equations 7 and 8: the frozen weight's gradient estimated from LoRA's.
+    LoRAPrune, equations 7 and 8: the gradient of the frozen weight W is estimated from LoRA's gradients.
 
     Args:
-        member: the frozen linear map's part.
-        adapter: PEFT's LoRA layer around it, gradients in place.
-        name: of the adapter.
+        member: a part of the frozen linear map; its axis says whether rows or columns belong to units.
+        adapter: PEFT's LoRA layer around the map, with gradients.
+        name: the adapter's name in that layer.
+
+    Returns:
+        Float32 tensor, one value per row or column of the whole map.
     """
     a, b = adapter.lora_A[name].weight, adapter.lora_B[name].weight
     assert a.grad is not None and b.grad is not None
@@ -59,124 +69,130 @@ def lora_salience(member: Member, adapter: Any, name: str = "default") -> torch.
 class LoraPrune(TrainerCallback, ExportableState):
     """Masks units while LoRA trains.
 
-    A masked unit's channels of the coupled activation are zero, so q, k and v (gate and up) go together.
+    Masking zeroes a unit's channels of the coupled activation z, so q, k and v (gate and up) go together.
 
     Args:
-        blocks: of the model before PEFT wraps it.
-        keep: units each block keeps in the end.
-        every: steps between two mask updates.
-        decay: of the moving average of sensitivities.
+        blocks: the blocks of the model before PEFT wraps it.
+        block_widths: units that each block keeps in the end.
+        every: steps between two updates of the masks.
+        decay: decay of the moving average of saliences.
         ramp: share of the steps without pruning at the start, and at the full ratio at the end.
 
     Attributes:
-        scores: by block name, the moving average (units,), float32.
-        masked: by block name, BoolTensor (units,).
+        scores: moving average of saliences by block name, float32 (units,).
+        masked: masked units by block name, BoolTensor (units,).
+        skipped: steps left out of the average because a gradient was not finite.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
-        keep: Sequence[int],
+        block_widths: Sequence[int],
         *,
         every: int = 10,
         decay: float = 0.9,
         ramp: float = 0.1,
     ) -> None:
-        self.blocks = [(b, k) for b, k in zip(blocks, keep, strict=True) if k < b.units]
+        self.blocks = [(b, width) for b, width in zip(blocks, block_widths, strict=True) if width < b.units]
         self.every, self.decay, self.ramp = every, decay, ramp
         self.scores = {b.name: torch.zeros(b.units) for b, _ in self.blocks}
         self.masked = {b.name: torch.zeros(b.units, dtype=torch.bool) for b, _ in self.blocks}
-        self.left_out = 0
-        """Steps left out of the average for a gradient that was not finite."""
+        self.skipped = 0
         self._channels: dict[str, torch.Tensor] = {}
         self._hooks: list[Any] = []
 
     def kept(self) -> dict[str, torch.Tensor]:
-        """Ids of the units that are not masked, by block name."""
+        """Ids of the units that are not masked, by block name; LongTensors."""
         return {name: (~masked).nonzero().flatten() for name, masked in self.masked.items()}
 
     # -- the Trainer's events ------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if found := remembered(self, state):
-            self.scores = {n: torch.tensor(s) for n, s in found["scores"].items()}
-            self.masked = {n: torch.tensor(m, dtype=torch.bool) for n, m in found["masked"].items()}
-            self.left_out = found["left_out"]
+        if saved := saved_attributes(self, state):
+            self.scores = {n: torch.tensor(s) for n, s in saved["scores"].items()}
+            self.masked = {n: torch.tensor(m, dtype=torch.bool) for n, m in saved["masked"].items()}
+            self.skipped = saved["skipped"]
         for block, _ in self.blocks:
-            consumer = _adapter(model, block.members[-1])
-            self._channels[block.name] = self._mask_of(block)
-            self._hooks.append(consumer.register_forward_pre_hook(self._hide(block.name)))
+            consumer = lora_layer(model, block.members[-1])
+            self._channels[block.name] = self._channel_mask(block)
+            self._hooks.append(consumer.register_forward_pre_hook(self._mask_channels(block.name)))
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        self._observe(model)
+        self._update_scores(model)
         last = state.global_step == state.max_steps - 1
         if last or state.global_step % self.every == 0:
-            self._mask(1.0 if last else schedule(state.global_step / state.max_steps, self.ramp))
+            self._update_masks(1.0 if last else schedule(state.global_step / state.max_steps, self.ramp))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.remove()
 
     def remove(self) -> None:
-        """Hide nothing any more. Harmless when called twice; for training that was broken off."""
+        """Remove the hooks that mask; after a failed training call it yourself. May be called twice."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON."""
+        """The attributes that a checkpoint stores, as JSON has them."""
         return {
             "args": {},
             "attributes": {
                 "scores": {n: s.tolist() for n, s in self.scores.items()},
                 "masked": {n: m.tolist() for n, m in self.masked.items()},
-                "left_out": self.left_out,
+                "skipped": self.skipped,
             },
         }
 
     # -- scores and masks ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def _observe(self, model: Any) -> None:
-        fresh = {}
+    def _update_scores(self, model: Any) -> None:
+        """Add the saliences of this step to the moving averages, unless one is not finite."""
+        saliences = {}
         for block, _ in self.blocks:
             parts = []
             for m in block.members:
-                values = m.part(lora_salience(m, _adapter(model, m)), block.units)
+                values = m.part(lora_salience(m, lora_layer(model, m)), block.units)
                 parts.append(values.view(block.units, m.width).sum(1))
-            fresh[block.name] = sum_of_shares(parts)
-        # One copy to the CPU for all blocks: on CUDA each would wait for the device.
-        at_once = torch.cat([s.flatten() for s in fresh.values()]).cpu()
-        if not torch.isfinite(at_once).all():
-            self.left_out += 1  # one bad step would spoil the average for good
+            saliences[block.name] = sum_of_shares(parts)
+        # One copy to the CPU for all blocks: on CUDA each copy would wait for the device.
+        joined = torch.cat([s.flatten() for s in saliences.values()]).cpu()
+        if not torch.isfinite(joined).all():
+            self.skipped += 1  # a single NaN would stay in the average
             return
-        split = at_once.split([len(s) for s in fresh.values()])
-        for name, values in zip(fresh, split, strict=True):
+        split = joined.split([len(s) for s in saliences.values()])
+        for name, values in zip(saliences, split, strict=True):
             self.scores[name] = self.decay * self.scores[name] + (1 - self.decay) * values
 
-    def _mask(self, share: float) -> None:
-        for block, keep in self.blocks:
-            count = int(share * (block.units - keep) + 1e-9)
+    def _update_masks(self, share: float) -> None:
+        """Mask the lowest scores until `share` of the final cut is masked."""
+        for block, width in self.blocks:
+            count = int(share * (block.units - width) + 1e-9)
             masked = self.masked[block.name]
-            # Those masked already come first: masks only grow.
+            # Units that are masked already come first: masks only grow.
             order = self.scores[block.name].masked_fill(masked, -torch.inf).argsort(stable=True)
             masked[order[: max(count, int(masked.sum()))]] = True
-            self._channels[block.name] = self._mask_of(block)
+            self._channels[block.name] = self._channel_mask(block)
 
-    def _mask_of(self, block: Block) -> torch.Tensor:
-        kept = ~self.masked[block.name]
-        return kept.repeat_interleave(block.unit_width).to(block.consumer.weight)
+    def _channel_mask(self, block: Block) -> torch.Tensor:
+        """1 for the channels of units that stay, 0 for those of masked units."""
+        shown = ~self.masked[block.name]
+        return shown.repeat_interleave(block.unit_width).to(block.consumer.weight)
 
-    def _hide(self, name: str) -> Any:
+    def _mask_channels(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             return (args[0] * self._channels[name].to(args[0].dtype), *args[1:])
 
         return hook
 
 
-def _adapter(model: Any, member: Member) -> Any:
-    """PEFT's LoRA layer around a member's linear map."""
+def lora_layer(model: Any, member: Member) -> Any:
+    """PEFT's LoRA layer around the linear map of a member; `model` is the one that the Trainer trains.
+
+    Raises `UsageError` for a model whose weights are split over processes.
+    """
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if not isinstance(inner, PeftModel):
         raise UsageError(
@@ -186,65 +202,71 @@ def _adapter(model: Any, member: Member) -> Any:
     return inner.get_base_model().get_submodule(member.name)
 
 
-def loraprune_method(
-    model: PreTrainedModel,
-    allocation: Literal["uniform", "even"] = "uniform",
-    skip_layers: int | None = None,
-    round_to: int = 1,
-) -> Method:
-    """LoRAPrune's cut as a method: `loraprune` has the arguments."""
-    first_tenth = len(find_layers(model)) // 10
-    return compose(
-        "loraprune",
-        name="loraprune",
-        allocation=allocation,
-        skip_layers=0 if allocation == "even" else first_tenth if skip_layers is None else skip_layers,
-        round_to=round_to,
-    )
+@dataclass(frozen=True)
+class LoraPruneCut:
+    """The cut that LoRAPrune makes.
+
+    Attributes:
+        ratio: share of the parameters of all blocks to remove.
+        layout: `uniform`: one width for all layers, as a plain config needs it; `per-layer`: widths that
+            reach the ratio layer by layer.
+        skip_layers: first layers that are trained but not pruned, under `per-layer` only; None for the first
+            tenth, as published.
+        round_to: MLP widths are multiples of this.
+    """
+
+    ratio: float
+    layout: Layout = "per-layer"
+    skip_layers: int | None = None
+    round_to: int = 1
+
+    def method(self, model: PreTrainedModel) -> Method:
+        """The cut of that model as a method that prunes once."""
+        first_tenth = len(find_layers(model)) // 10
+        skip_layers = first_tenth if self.skip_layers is None else self.skip_layers
+        uniform = self.layout == "uniform"
+        return compose(
+            "loraprune",
+            name="loraprune",
+            allocation="even" if uniform else "uniform",
+            skip_layers=0 if uniform else skip_layers,
+            round_to=self.round_to,
+        )
 
 
 def loraprune(
     model: PreTrainedModel,
     windows: torch.Tensor,
     held_out: torch.Tensor,
-    ratio: float,
+    cut: LoraPruneCut,
     training: Training,
     work: Path,
     *,
-    skip_layers: int | None = None,
-    round_to: int = 1,
-    allocation: Literal["uniform", "even"] = "uniform",
     progress: Progress = silent,
 ) -> tuple[PreTrainedModel, Trained, dict[str, torch.Tensor]]:
-    """Prune `model` while LoRA trains it; cut and merged at the end.
+    """Prune `model` while LoRA trains it; at the end cut the masked units and merge the adapters.
 
     Published: `Training(steps=300, batch_size=128, length=512, warmup_steps=0, keep_best=False)`. See
-    `recover` for the arguments it shares, for processes, and for going on after a kill.
-
-    Args:
-        ratio: share of the parameters of all blocks to remove.
-        skip_layers: first layers that are trained but not pruned; None for the first tenth, as published.
-        round_to, allocation: as in `Method`.
+    `recover` for the other arguments, for several processes, and for going on after a kill.
 
     Returns:
-        The smaller model, what the training gave, and the ids each block kept.
+        The smaller model, the record of the training, and the ids of the units each pruned block kept.
 
     Raises:
         UsageError: training without LoRA, or with `keep_best` (an earlier checkpoint has other masks); and
-            what `recover` and the allocation raise.
+            the errors of `recover` and of the allocation.
     """
     if training.lora is None or training.keep_best:
         raise UsageError(
-            "LoRAPrune is guided by LoRA's gradients to its last step: lora and keep_best=False."
+            "LoRAPrune needs LoRA's gradients up to the last step: give lora and keep_best=False."
         )
     blocks = find_blocks(model)
-    method = loraprune_method(model, allocation, skip_layers, round_to)
-    pruner = LoraPrune(blocks, widths(method, ratio, blocks, [], Statistics()))
+    pruner = LoraPrune(blocks, widths(cut.method(model), cut.ratio, blocks, [], Statistics()))
     try:
         trained = recover(model, windows, held_out, training, work, callbacks=[pruner], progress=progress)
     finally:
         pruner.remove()
     kept = pruner.kept()
     smaller = merged(trained.model)
-    cut(smaller, kept)
+    cut_units(smaller, kept)
     return smaller, trained, kept

@@ -1,4 +1,4 @@
-"""Several processes that train together, as `torchrun` or `accelerate launch` start them; one is the rule."""
+"""Processes that train together, as `torchrun` or `accelerate launch` start them; without these, just one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,32 +10,32 @@ from accelerate.utils import broadcast_object_list
 
 
 def join(device: str = "auto") -> None:
-    """Meet the other processes, on CUDA each on a GPU of its own; needed before a model is loaded.
+    """Connect to the other processes; call this before loading a model, as each takes a GPU of its own.
 
     Args:
-        device: where the models will be; `auto`: CUDA where there is one, else CPU.
+        device: where the models will be; `auto` means CUDA if available, else CPU.
     """
     PartialState(cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()))
 
 
 def count() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return int(PartialState().num_processes)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this is the process that prints and writes."""
     return bool(PartialState().is_main_process)
 
 
 def wait() -> None:
-    """Go on when all are here."""
+    """Wait until all processes have come here."""
     PartialState().wait_for_everyone()
 
 
 @contextmanager
 def one_writer() -> Iterator[bool]:
-    """True in the process that writes; all leave together."""
+    """Yields True in the process that writes; the others wait at the end until it is done."""
     try:
         yield is_first()
     finally:
@@ -43,7 +43,7 @@ def one_writer() -> Iterator[bool]:
 
 
 def agreed(value: Any) -> Any:
-    """What the first process has for this value, in all of them."""
+    """The first process's value, in all processes."""
     values = [value]
     if count() > 1:
         broadcast_object_list(values)

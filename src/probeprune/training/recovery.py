@@ -1,13 +1,14 @@
-"""Recovery: train a pruned model on text again, LoRA by PEFT, the loop by the transformers Trainer.
+"""Recovery: train a pruned model again on text, with LoRA from PEFT and the loop of the transformers Trainer.
 
-Defaults are LLM-Pruner's published recovery. A run that is killed at any point goes on from its last complete
-checkpoint with the same result as an unbroken one. Knows nothing of how the model was pruned.
+The defaults are LLM-Pruner's published recovery. A run that is killed at any point goes on from its last
+complete checkpoint, with the same result as an uninterrupted one. Knows nothing of how the model was pruned.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,31 +31,31 @@ from probeprune.training import processes
 from probeprune.training.settings import Lora, Training
 from probeprune.training.trainer import (
     CheckedTrainer,
-    LastStep,
+    FinalEvaluation,
     Patience,
-    Report,
-    Seconds,
-    Windows,
-    explained,
+    ReportProgress,
+    TrainingTime,
+    WindowDataset,
+    explain_failures,
     last_checkpoint,
     trainer_arguments,
 )
 
 MEASURED = "evaluation.json"
-"""In a work directory: what was measured on the model before it was trained."""
+"""In a work directory: figures measured on the model before it was trained."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run gave.
+    """The result of a training run.
 
     Attributes:
-        model: the trained model, adapters still beside the weights where LoRA was used.
-        steps: optimiser steps done (fewer than asked where it stopped early).
-        best_step: whose weights these are.
-        epochs: how often the text was seen.
-        held_out: loss on held-out text before and after, nats a token.
-        seconds: of training, interruptions left out where it was resumed.
+        model: the trained model; with LoRA, a `PeftModel` with the adapters beside the weights.
+        steps: optimiser steps done; fewer than asked for after early stopping.
+        best_step: the step whose weights these are.
+        epochs: passes over the training text.
+        held_out: loss on held-out text before and after training, in nats a token.
+        seconds: training time, without the interruptions of a resumed run.
         peak_memory: bytes.
         history: the Trainer's log, one dictionary an entry.
     """
@@ -79,77 +80,66 @@ def recover(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = silent,
 ) -> Trained:
-    """Train `model` on windows of token ids, or go on with a run that was broken off.
+    """Train `model` on windows of token ids, or go on with an interrupted run.
 
-    Under `torchrun` or `accelerate launch` every process calls this alike; gradients are averaged over all of
-    them, and the first one writes. A model in half precision computes in it, but what is trained (adapters,
-    or all weights) is kept in float32 meanwhile: small steps would be lost to rounding.
+    Under `torchrun` or `accelerate launch`, call this in every process: gradients are averaged over all of
+    them, and the first one writes. A model in half precision computes in it, but the trained parameters
+    (adapters, or all weights) are float32 during training, since rounding would lose small steps.
 
     Args:
-        model: a supported causal LM, nothing attached; trained in place.
-        windows, held_out: LongTensor (count, length), from `data.training_windows` say.
-        training: what to do.
-        work: directory for checkpoints and TensorBoard logs; one of the same run is continued.
+        model: a supported causal LM without an attached method; trained in place.
+        windows, held_out: LongTensor (count, length) to train on and to evaluate on.
+        training: the settings.
+        work: directory for checkpoints and TensorBoard logs; a run of the same settings, model and text in it
+            goes on.
         callbacks: further Trainer callbacks.
-        progress: called with (what, steps done, steps in all).
+        progress: called with (label, steps done, steps in all).
 
     Raises:
         UsageError: text too short for one step, a work directory of another run, out of memory, disk full.
-        FloatingPointError: a loss that is NaN or infinite; the last checkpoint stays.
+        FloatingPointError: the loss is NaN or infinite; the last checkpoint stays.
     """
     check_windows(model, windows)
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, model.dtype
     processes.join(device.type)
-    whole = _check_fits(training, windows, held_out)
-    checkpoint = _begin(work, model, windows, held_out, training)
+    used = _whole_steps(training, windows, held_out)
+    checkpoint = _open_work(work, training, model_fingerprint(model), _text_hash(windows, held_out))
     set_seed(training.seed)
-    dtype = model.dtype
-    trained: Any = model.train().requires_grad_(training.lora is None)
-    if training.lora is None:
-        model.float()
-    else:
-        with quiet_libraries():
-            trained = get_peft_model(trained, lora_config(model, training.lora))
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    seconds = Seconds()
-    with quiet_libraries():
+    time = TrainingTime()
+    events = [time, FinalEvaluation(), ReportProgress(progress, training.steps), *callbacks]
+    with quiet_libraries(), _trainable(model, training) as trained:
         trainer = CheckedTrainer(
             model=trained,
             args=trainer_arguments(training, work, device, dtype),
-            train_dataset=Windows(windows[:whole]),
-            eval_dataset=Windows(held_out),
-            callbacks=[seconds, LastStep(), Report(progress, training.steps), *callbacks],
+            train_dataset=WindowDataset(used),
+            eval_dataset=WindowDataset(held_out),
+            callbacks=events,
         )
-        trainer.remove_callback(PrinterCallback)
-        if processes.is_first():
-            # Ours: the Trainer's own would write beside the current directory.
-            trainer.add_callback(TensorBoardCallback(SummaryWriter(str(work / "tensorboard"))))
-        if training.patience is not None:
-            trainer.add_callback(Patience(training.patience))
-        with PeakMemory(device) as memory, explained(work):
+        _add_own_callbacks(trainer, training, work)
+        with PeakMemory(device) as memory, explain_failures(work):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                before = _before(work, trained, held_out, training.micro_batch)
+                before = _initial_loss(work, trained, held_out, training.micro_batch)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trained.eval()
-    model.requires_grad_(False)
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-    if training.lora is None:
-        model.to(dtype)
-    log = trainer.state.log_history
-    after = [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
-    best = None
-    if training.keep_best and trainer.state.best_metric is not None:
-        best, after = trainer.state.best_global_step, trainer.state.best_metric
+    epochs = trainer.state.global_step * training.batch_size / len(used)
+    return _result(trained, trainer.state, training.keep_best, before, epochs, time.total, memory.bytes)
+
+
+def _result(
+    trained: Any, state: Any, keep_best: bool, before: float, epochs: float, seconds: float, peak_memory: int
+) -> Trained:
+    """The record of a run that has ended; `state` is the Trainer's."""
+    log = state.log_history
+    best_step, after = state.global_step, [e["eval_loss"] for e in log if "eval_loss" in e][-1]
+    if keep_best and state.best_metric is not None:
+        best_step, after = state.best_global_step or state.global_step, state.best_metric
     return Trained(
         model=trained,
-        steps=trainer.state.global_step,
-        best_step=best or trainer.state.global_step,
-        epochs=trainer.state.global_step * training.batch_size / whole,
+        steps=state.global_step,
+        best_step=best_step,
+        epochs=epochs,
         held_out=(before, after),
-        seconds=seconds.total,
-        peak_memory=memory.bytes,
+        seconds=seconds,
+        peak_memory=peak_memory,
         history=[{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in log],
     )
 
@@ -179,67 +169,112 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def base_model(model: Any) -> PreTrainedModel:
-    """The causal LM itself, adapters acting inside it."""
+    """The causal LM inside a `PeftModel`, or the model itself; adapters stay active."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _check_fits(training: Training, windows: torch.Tensor, held_out: torch.Tensor) -> int:
-    """How many windows make whole steps. Raises `UsageError` where they do not."""
-    share = training.micro_batch * processes.count()
-    if training.batch_size % share:
+@contextmanager
+def _trainable(model: PreTrainedModel, training: Training) -> Iterator[Any]:
+    """The model ready to train while the context lasts; then frozen, in its own dtype, adapters kept.
+
+    Yields the model itself in float32, or with LoRA the `PeftModel` around it.
+    """
+    dtype, lora = model.dtype, training.lora
+    model.train().requires_grad_(lora is None)
+    trained: Any = model.float() if lora is None else get_peft_model(model, lora_config(model, lora))
+    try:
+        with _gradient_checkpointing(model) if training.gradient_checkpointing else nullcontext():
+            yield trained
+    finally:
+        trained.eval()
+        model.requires_grad_(False)
+        if lora is None:  # under LoRA the weights kept their dtype, and the adapters stay in float32
+            model.to(dtype)
+
+
+@contextmanager
+def _gradient_checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """Recompute activations in the backward pass while the context lasts."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+def _add_own_callbacks(trainer: CheckedTrainer, training: Training, work: Path) -> None:
+    """Replace the Trainer's printing by logs in the work directory, and add early stopping if asked for."""
+    trainer.remove_callback(PrinterCallback)
+    if processes.is_first():
+        # With a writer of our own: the Trainer's default writes beside the current directory.
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(work / "tensorboard"))))
+    if training.patience is not None:
+        trainer.add_callback(Patience(training.patience))
+
+
+def _whole_steps(training: Training, windows: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
+    """The windows that fill whole optimiser steps. Raises `UsageError` for sizes that do not fit."""
+    unit = training.micro_batch * processes.count()
+    if training.batch_size % unit:
         raise UsageError(
             f"a batch of {training.batch_size} sequences cannot be cut into {processes.count()} processes of "
-            f"{training.micro_batch}; make batch_size a multiple of {share}, or change micro_batch."
+            f"{training.micro_batch}; make batch_size a multiple of {unit}, or change micro_batch."
         )
-    whole = len(windows) // training.batch_size * training.batch_size
-    if not whole or not len(held_out):
+    count = len(windows) // training.batch_size * training.batch_size
+    if not count or not len(held_out):
         raise UsageError(
             f"the training text gives {len(windows)} sequences of {training.length} tokens and "
             f"{len(held_out)} held out, fewer than one step of {training.batch_size} needs; give more text, "
             "shorter sequences or a smaller batch."
         )
-    return whole
+    return windows[:count]
 
 
-def _begin(
-    work: Path, model: PreTrainedModel, windows: torch.Tensor, held_out: torch.Tensor, training: Training
-) -> Path | None:
-    """The checkpoint to go on from. Raises `UsageError` where the directory is of another run."""
-    ours = {
-        "training": asdict(training),
-        "model": model_fingerprint(model),
-        "text": hashlib.blake2b(torch.cat([windows, held_out]).numpy().tobytes(), digest_size=16).hexdigest(),
-    }
+def _text_hash(windows: torch.Tensor, held_out: torch.Tensor) -> str:
+    return hashlib.blake2b(torch.cat([windows, held_out]).numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _open_work(work: Path, training: Training, model: str, text: str) -> Path | None:
+    """Begin a run in the directory, or find the checkpoint to go on from (None: from the start).
+
+    Raises `UsageError` where the directory holds another run, or files that are no run.
+    """
+    run = {"training": asdict(training), "model": model, "text": text}
     file = work / "run.json"
-    if not file.exists():
-        if work.exists() and {f.name for f in work.iterdir()} - {MEASURED}:
-            raise UsageError(
-                f"{work} is not empty and holds no training run; choose another output directory."
-            )
-        processes.wait()  # all have looked before the first one writes
-        if processes.is_first():
-            work.mkdir(parents=True, exist_ok=True)
-            write_json(file, ours)
-        processes.wait()
-        return None
-    theirs = json.loads(file.read_text(encoding="utf-8"))
-    if theirs != ours:
-        different = [k for k in ("model", "text") if theirs.get(k) != ours[k]]
-        theirs_t, ours_t = theirs.get("training", {}), asdict(training)
-        different += [
-            f"{k} was {theirs_t.get(k)} and is now {v}" for k, v in ours_t.items() if theirs_t.get(k) != v
-        ]
-        raise UsageError(
-            f"{work} holds a run that was begun differently ({'; '.join(different)}); go on as it was begun, "
-            "choose another output directory, or delete it."
-        )
-    return last_checkpoint(work)
+    if file.exists():
+        _check_same_run(work, json.loads(file.read_text(encoding="utf-8")), run)
+        return last_checkpoint(work)
+    if work.exists() and {f.name for f in work.iterdir()} - {MEASURED}:
+        raise UsageError(f"{work} is not empty and holds no training run; choose another output directory.")
+    processes.wait()  # until every process has looked: the first one writes next
+    if processes.is_first():
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(file, run)
+    processes.wait()
+    return None
 
 
-def _before(work: Path, model: Any, held_out: torch.Tensor, micro_batch: int) -> float:
-    """Held-out loss before training; kept, since a resumed run can no longer measure it.
+def _check_same_run(work: Path, earlier: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raise `UsageError` with the differences between the run in the directory and this one."""
+    if earlier == run:
+        return
+    differences = [k for k in ("model", "text") if earlier.get(k) != run[k]]
+    settings = earlier.get("training", {})
+    differences += [
+        f"{k} was {settings.get(k)} and is now {v}"
+        for k, v in run["training"].items()
+        if settings.get(k) != v
+    ]
+    raise UsageError(
+        f"{work} holds a run that was begun differently ({'; '.join(differences)}); go on as it was begun, "
+        "choose another output directory, or delete it."
+    )
 
-    Not by the Trainer: after its `evaluate` a later `train` does not wrap the model for several processes.
+
+def _initial_loss(work: Path, model: Any, held_out: torch.Tensor, micro_batch: int) -> float:
+    """Held-out loss before training; stored in the directory, because a resumed run cannot measure it.
+
+    Not measured by the Trainer: after its `evaluate`, `train` does not wrap the model for several processes.
     """
     file = work / "before.json"
     if file.exists():

@@ -1,4 +1,4 @@
-"""The transformers Trainer as we want it: its arguments, its events, its failures in plain words."""
+"""The transformers Trainer as used here: its arguments, its callbacks, its failures in one sentence each."""
 
 import errno
 import json
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -20,18 +20,18 @@ from probeprune.training import processes
 from probeprune.training.settings import Training
 
 _MEMORY = (
-    "out of memory while training; lower micro_batch or length, or use gradient checkpointing (the result "
-    "stays the same for micro_batch and checkpointing)."
+    "out of memory while training; lower micro_batch or length, or use gradient checkpointing (micro_batch "
+    "and checkpointing do not change the result)."
 )
 _DISK_FULL = ("No space left", "file write failed", "unexpected pos")
-"""What safetensors and torch say when a write fails."""
+"""Parts of the messages of safetensors and torch when a write fails."""
 
 _STATE = "trainer_state.json"
-"""What the Trainer writes last into a checkpoint."""
+"""The file that the Trainer writes last into a checkpoint."""
 
 
-class Windows(torch.utils.data.Dataset):
-    """Windows as the Trainer reads them; every token but the first is a label."""
+class WindowDataset(torch.utils.data.Dataset):
+    """Windows (count, length) as the Trainer reads them; every token but the first is a label."""
 
     def __init__(self, windows: torch.Tensor) -> None:
         self.windows = windows
@@ -44,33 +44,31 @@ class Windows(torch.utils.data.Dataset):
 
 
 class CheckedTrainer(Trainer):
-    """Stops at a loss that is not finite, before a step is taken or a checkpoint written."""
+    """Raises `FloatingPointError` for a loss that is not finite, before the step or the checkpoint."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            self._stop("loss", self.state.global_step + 1)
+            self._fail("loss", self.state.global_step + 1)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
         if not math.isfinite(metrics["eval_loss"]):
-            self._stop("held-out loss", self.state.global_step)
+            self._fail("held-out loss", self.state.global_step)
         return metrics
 
-    def _stop(self, what: str, step: int) -> None:
-        kept = last_checkpoint(Path(str(self.args.output_dir)))
-        where = (
-            "no checkpoint had been written yet" if kept is None else f"the last good checkpoint is {kept}"
-        )
+    def _fail(self, loss: str, step: int) -> NoReturn:
+        last = last_checkpoint(Path(str(self.args.output_dir)))
+        rescue = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
         raise FloatingPointError(
-            f"the {what} became NaN or infinite at step {step}; {where}; lower the learning rate, or use "
+            f"the {loss} became NaN or infinite at step {step}; {rescue}; lower the learning rate, or use "
             "float32 or bfloat16."
         )
 
 
-class Report(TrainerCallback):
-    """Steps and loss for the progress bar, in the first process."""
+class ReportProgress(TrainerCallback):
+    """Passes steps and loss to a progress function, in the first process only."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self.progress, self.steps = progress, steps
@@ -82,8 +80,8 @@ class Report(TrainerCallback):
             self.progress(f"training, loss {self.loss:.3f}", state.global_step, self.steps)
 
 
-class LastStep(TrainerCallback):
-    """The last step is evaluated and saved, whatever the interval."""
+class FinalEvaluation(TrainerCallback):
+    """Evaluates and saves after the last step, whatever the interval."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -91,15 +89,15 @@ class LastStep(TrainerCallback):
 
 
 class Patience(EarlyStoppingCallback):
-    """Early stopping that remembers its count over an interruption."""
+    """Early stopping that keeps its count when an interrupted run goes on."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if found := remembered(self, state):
-            self.early_stopping_patience_counter = found["early_stopping_patience_counter"]
+        if saved := saved_attributes(self, state):
+            self.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
 
 
-class Seconds(TrainerCallback, ExportableState):
-    """Seconds spent in training; kept in checkpoints, so that a resumed run knows its earlier part."""
+class TrainingTime(TrainerCallback, ExportableState):
+    """Counts seconds of training, over interruptions too: the count is saved in checkpoints."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -109,24 +107,24 @@ class Seconds(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"total": self.total}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if found := remembered(self, state):
-            self.total = found["total"]
+        if saved := saved_attributes(self, state):
+            self.total = saved["total"]
         self._since = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.monotonic()
-        self.total += now - self._since
-        self._since = now
+        clock = time.monotonic()
+        self.total += clock - self._since
+        self._since = clock
 
 
-def remembered(callback: TrainerCallback, state: Any) -> dict[str, Any]:
-    """What the checkpoint that the Trainer goes on from kept of this callback; empty at a fresh start."""
-    earlier = state.stateful_callbacks.get(type(callback).__name__)
-    return earlier["attributes"] if earlier else {}
+def saved_attributes(callback: TrainerCallback, state: Any) -> dict[str, Any]:
+    """The callback's attributes in the checkpoint that the Trainer resumes from; empty for a new run."""
+    saved = state.stateful_callbacks.get(type(callback).__name__)
+    return saved["attributes"] if saved else {}
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was written completely; a kill may leave one that was not."""
+    """The newest complete checkpoint, or None; a kill may leave an incomplete one."""
     complete = []
     for folder in work.glob("checkpoint-*"):
         try:
@@ -138,26 +136,26 @@ def last_checkpoint(work: Path) -> Path | None:
 
 
 @contextmanager
-def explained(work: Path) -> Iterator[None]:
-    """Turn what the machine lacks into one sentence that says what to lower."""
+def explain_failures(work: Path) -> Iterator[None]:
+    """Raise lack of memory or disk, and a checkpoint that does not fit the model, as `UsageError`."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UsageError(_MEMORY) from error
     except (RuntimeError, OSError, SafetensorError) as error:
-        said = str(error)
-        if "not enough memory" in said or "can't allocate memory" in said:
+        message = str(error)
+        if "not enough memory" in message or "can't allocate memory" in message:
             raise UsageError(_MEMORY) from error
-        if "size mismatch" in said:
+        if "size mismatch" in message:
             raise UsageError(
-                f"the last checkpoint in {work} is of another model or rank of LoRA; delete the directory to "
-                "begin anew."
+                f"the last checkpoint in {work} has another model or LoRA rank; delete the directory to "
+                "start over."
             ) from error
-        if getattr(error, "errno", None) == errno.ENOSPC or any(w in said for w in _DISK_FULL):
-            kept = last_checkpoint(work)
+        if getattr(error, "errno", None) == errno.ENOSPC or any(part in message for part in _DISK_FULL):
+            last = last_checkpoint(work)
             raise UsageError(
-                f"the disk is full while a checkpoint is written to {work}; free some space and start the "
-                f"same command again, it goes on from {'the beginning' if kept is None else kept.name}."
+                f"the disk is full, a checkpoint in {work} could not be written; free some space and run the "
+                f"same command again: it goes on from {'the beginning' if last is None else last.name}."
             ) from error
         raise
 
@@ -165,7 +163,7 @@ def explained(work: Path) -> Iterator[None]:
 def trainer_arguments(
     training: Training, work: Path, device: torch.device, dtype: torch.dtype
 ) -> TrainingArguments:
-    """The Trainer's arguments; `dtype` is what the model computes in."""
+    """The Trainer's arguments; `device` and `dtype` are those the model computes in."""
     several = processes.count() > 1
     return TrainingArguments(
         output_dir=str(work),
