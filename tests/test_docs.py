@@ -51,7 +51,7 @@ def few_windows(monkeypatch):
 
 @pytest.fixture
 def small_model(monkeypatch):
-    """Loaded models keep their first six layers and 256 channels of every MLP, to save time."""
+    """Loaded models keep their first six layers and 512 channels of every MLP, to save time."""
     load = probeprune.load_model
 
     def load_part(name: str) -> LoadedModel:
@@ -59,7 +59,7 @@ def small_model(monkeypatch):
         loaded.model.model.layers = loaded.model.model.layers[:6]
         loaded.model.config.num_hidden_layers = 6
         mlps = [b.name for b in probeprune.find_blocks(loaded.model) if b.kind == "mlp"]
-        cut(loaded.model, {name: torch.arange(256) for name in mlps})
+        cut(loaded.model, {name: torch.arange(512) for name in mlps})
         return loaded
 
     monkeypatch.setattr(probeprune, "load_model", load_part)
