@@ -21,43 +21,40 @@ from typing import Any
 import torch
 
 import probeprune
-from probeprune import METHODS, Method
+from probeprune import METHODS, Method, Probe, RefitEveryBatch
+from probeprune.calibration.statistics import Statistics
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.methods import refit_of
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import blocks_flops
 from probeprune.model.loading import cache_dir
 from probeprune.plan import widths
-from probeprune.strategies.probe_every_batch import ProbeEveryBatch
-from probeprune.surgery import method_consumers, method_damages
+from probeprune.preparation import Preparation
 
 LENGTH, TESTED = 512, 8
-BEST = METHODS["best-static"]
+BEST, FOLLOWING = METHODS["best-static"], RefitEveryBatch()
 
 
 def best(how: Mapping[str, Any] | None = None, **changes: Any) -> Method:
     """`best-static` with some fields changed."""
     assert BEST.refit is not None
-    return replace(BEST, refit=replace(BEST.refit, **(how or {})), **changes)
+    return replace(BEST, compensation=replace(BEST.refit, **(how or {})), **changes)
 
 
-def following(how: Mapping[str, Any] | None = None, **changes: Any) -> Method:
-    """`best-dynamic` with some fields of its refit and its probe changed."""
-    probe = METHODS["best-dynamic"].probe
-    assert probe is not None
-    return best(how, when="batch", probe=replace(probe, **changes))
+def following(share: float = FOLLOWING.share, **changes: Any) -> Method:
+    """`best-dynamic` with another share of the batch and some fields of its probe changed."""
+    return best(when=RefitEveryBatch(replace(FOLLOWING.probe, **changes), share))
 
 
 DENSE_INPUTS = {"sequential": False, "share": 0.0}
 VARIANTS: dict[str, Method] = {
     "best-dynamic": METHODS["best-dynamic"],
     "- picked by residual importance": following(pick="residual"),
-    "- the published probe": best(when="batch", when=ProbeEveryBatch(fusion="none")),
+    "- the published probe": best(when=RefitEveryBatch(Probe())),
     "- twice the tokens": following(tokens=1 / 32, min_size=256),
-    "- share 0.2 for the batch": following({"batch_share": 0.2}),
-    "- share 0.5 for the batch": following({"batch_share": 0.5}),
+    "- share 0.2 for the batch": following(share=0.2),
+    "- share 0.5 for the batch": following(share=0.5),
     "best-static": BEST,
     "- ordered by ppsp": best(importance="ppsp"),
     "- refitted to dense inputs": best(DENSE_INPUTS),
@@ -117,26 +114,22 @@ def measure(
         blocks = find_blocks(model)
         whole, left = (
             blocks_flops(blocks, kept, 1, LENGTH)
-            for kept in ([b.units for b in blocks], widths(BEST, ratio, blocks, []))
+            for kept in ([b.units for b in blocks], widths(BEST, ratio, blocks, [], Statistics()))
         )
         ratio = 1 - left / whole
-    statistics = probeprune.calibrate(model, windows, batch_size=8, cache=cache)
+    # Made to follow batches, so that static and dynamic variants share their refits.
+    preparation = Preparation(model, windows, batch_size=8, cache=cache, following=True)
+    preparation.statistics(METHODS["ppsp"], ratio)  # moments are not part of the time
     started = time.perf_counter()
-    if method.needs_damages:
-        statistics = replace(statistics, damages=method_damages(model, method, windows, 8, cache))
-    if method.needs_refit:
-        consumers = method_consumers(  # variants that differ in nothing else share one refit
-            model, refit_of(method), ratio, windows, calibration=calibration, batch_size=8, cache=cache
-        )
-        statistics = replace(statistics, consumers=consumers)
+    preparation.statistics(method, ratio)
     seconds = time.perf_counter() - started
     losses: dict[str, float] = {}
     flops: dict[int, float] = {}
     for batch in (TESTED, 1):
-        if batch == 1 and method.when != "batch":
+        if batch == 1 and not method.when.every_batch:
             continue
         for text, ids in texts.items():
-            with probeprune.attach(model, method, ratio, calibration=calibration):
+            with probeprune.attach(model, method, ratio, calibration=preparation):
                 found = perplexity(model, ids, batch_size=batch)
             losses[f"{text}/{batch}"], flops[batch] = math.log(found.value), found.flops_per_token
     return {"losses": losses, "flops": flops[TESTED], "seconds": seconds}

@@ -18,22 +18,22 @@ import argparse
 import json
 import statistics
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import probeprune
-from probeprune import METHODS, Method, Probe, compose
+from probeprune import METHODS, Method, Probe, RefitEveryBatch, compose
+from probeprune.algebra.moments import Moments
+from probeprune.calibration.collecting import calibrate
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows, tokenize
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.loading import LoadedModel, cache_dir
+from probeprune.preparation import Preparation
 from probeprune.report.paired import paired_bootstrap
-from probeprune.strategies.probe_every_batch import ProbeEveryBatch
-from probeprune.surgery import method_consumers
 
 TOPICS, WINDOWS, LENGTH = 6, 4, 256
 LENGTHS = (128, 512, 1024)
@@ -46,7 +46,7 @@ METHODS_BY_NAME: dict[str, Method] = {
     "probe": METHODS["probe"],
     "best-static": METHODS["best-static"],
     "best-dynamic": BEST,
-    "all known": compose(BEST, when=ProbeEveryBatch(Probe(tokens=1.0, samples=1.0), fusion="none")),
+    "all known": compose(BEST, when=RefitEveryBatch(Probe(tokens=1.0, samples=1.0))),
 }
 OVER = {
     "probe": "ordered once (ppsp)",
@@ -95,20 +95,19 @@ def measure(results: Path, ratio: float) -> None:
     loaded = probeprune.load_model("smollm2-135m", dtype="float32")
     model, cache = loaded.model, cache_dir() / "statistics"
     windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=128, length=512, seed=0)
-    known = probeprune.calibrate(model, windows, cache=cache)
-    consumers = method_consumers(model, BEST, ratio, windows, cache=cache)
-    refitted = replace(known, consumers=consumers)
+    preparation = Preparation(model, windows, cache=cache, following=True)
+    moments = preparation.statistics(METHODS["ppsp"], ratio).moments
     done = {(row["text"], row["name"], row["method"]) for row in read(results)}
     for text in TEXTS:
         ids = topics(text, loaded)
-        distance = distance_of(ids.reshape(-1, LENGTH), model, known)
+        distance = distance_of(ids.reshape(-1, LENGTH), model, moments)
         todo = [(*a, m) for a in arrangements(ids) for m in METHODS_BY_NAME]
         todo += [(CONTINUED, ids, 1, [], m) for m in METHODS_BY_NAME]
         for name, arranged, batch, places, method in todo:
             if (text, name, method) in done:
                 continue
             row = {"text": text, "name": name, "method": method, "distance": distance}
-            with probeprune.attach(model, METHODS_BY_NAME[method], ratio, statistics=refitted):
+            with probeprune.attach(model, METHODS_BY_NAME[method], ratio, calibration=preparation):
                 if name == CONTINUED:
                     row["losses"], row["flops"] = continuation(model, arranged), None
                 else:
@@ -132,19 +131,16 @@ def continuation(model: Any, ids: torch.Tensor) -> tuple[float, ...]:
     return tuple(losses)
 
 
-def distance_of(windows: torch.Tensor, model: Any, known: probeprune.Statistics) -> float:
+def distance_of(windows: torch.Tensor, model: Any, moments: Mapping[str, Moments]) -> float:
     """Distance of a text from the calibration text: the median, over MLP channels, of the factor (up or down)
     between their energies."""
-    here = probeprune.calibrate(model, windows, cache=cache_dir() / "statistics")
-    ratios = [
-        (energy(here, name) / energy(known, name)).log().abs() for name in known.moments if "mlp" in name
-    ]
+    here = calibrate(model, windows, cache=cache_dir() / "statistics")
+    ratios = [(energy(here[n]) / energy(m)).log().abs() for n, m in moments.items() if "mlp" in n]
     return float(torch.cat(ratios).median().exp())
 
 
-def energy(of: probeprune.Statistics, name: str) -> torch.Tensor:
+def energy(moments: Moments) -> torch.Tensor:
     """Mean of `z^2` per token, by channel."""
-    moments = of.moments[name]
     return moments.m2 / moments.count + moments.mean.square()
 
 

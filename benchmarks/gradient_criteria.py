@@ -6,11 +6,10 @@ Perplexity on the first 24 WikiText-2 windows of 512 at 20 % and 40 % of the blo
 """
 
 import probeprune
-from probeprune import Gradients, Method, Statistics, compose
+from probeprune import Gradients, Method, WindowSource, compose
 from probeprune.data.corpora import load_corpus
-from probeprune.data.windows import calibration_windows, evaluation_windows
+from probeprune.data.windows import evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.surgery import method_saliences
 
 CASES: list[tuple[str, Method, int]] = [
     *(("llm-pruner, 10 x 64 tokens (as published)", compose("llm-pruner"), seed) for seed in (0, 1, 2)),
@@ -26,21 +25,19 @@ CASES: list[tuple[str, Method, int]] = [
     ),
 ]
 
+RATIOS = (0.2, 0.4)
+
 
 def main() -> None:
     loaded = probeprune.load_model("smollm2-135m")
     text = evaluation_windows(load_corpus("wikitext2"), loaded.tokenizer, length=512, limit=24)
     corpus = load_corpus("c4")
     for what, method, seed in CASES:
-        want = method.gradients
-        assert want is not None
-        windows = calibration_windows(
-            corpus, loaded.tokenizer, count=want.windows, length=want.length, seed=seed
-        )
-        statistics = Statistics(saliences=method_saliences(loaded.model, method, windows))
+        source = WindowSource(corpus, loaded.tokenizer, seed=seed)
+        prepared = probeprune.prepare(loaded.model, method, RATIOS, source)
         found = []
-        for ratio in (0.2, 0.4):
-            with probeprune.attach(loaded.model, method, ratio, calibration=calibration):
+        for ratio in RATIOS:
+            with probeprune.attach(loaded.model, method, ratio, calibration=prepared):
                 found.append(perplexity(loaded.model, text, batch_size=12).value)
         print(f"{what:<45} seed {seed}  20 % {found[0]:8.2f}  40 % {found[1]:8.2f}", flush=True)
 

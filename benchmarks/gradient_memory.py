@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import probeprune
+from probeprune.calibration.gradients import saliences
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows
 from probeprune.model.cost import PeakMemory
@@ -28,7 +29,7 @@ def main() -> None:
     before = psutil.Process().memory_info().rss
     for criterion in ("param_first", "param_mix"):
         with PeakMemory(loaded.device) as memory:
-            probeprune.saliences(loaded.model, windows, criterion)
+            saliences(loaded.model, windows, criterion)
         weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
         print(
             f"SmolLM2-135M, float32, {criterion}: {(memory.bytes - before) / GIB:.2f} GiB over the loaded "

@@ -17,20 +17,23 @@ from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.loading import cache_dir
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
+WAYS = {p: compose("probe", when=ProbeEveryBatch(Probe(parallel=p))) for p in (False, True)}
+RATIOS = (0.2, 0.4)
 ROUNDS = 2
 
 
 def main() -> None:
     loaded = probeprune.load_model("smollm2-135m", dtype="float32")
     windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=48, length=256, seed=0)
-    known = probeprune.calibrate(loaded.model, windows, cache=cache_dir() / "statistics")
+    prepared = probeprune.prepare(
+        loaded.model, list(WAYS.values()), RATIOS, windows, cache=cache_dir() / "statistics"
+    )
     text = evaluation_windows(load_corpus("wikitext2"), loaded.tokenizer, length=512)[:24]
-    for ratio in (0.2, 0.4):
+    for ratio in RATIOS:
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(ROUNDS):
             for parallel, taken in seconds.items():
-                method = compose("probe", when=ProbeEveryBatch(Probe(parallel=parallel)))
-                with probeprune.attach(loaded.model, method, ratio, statistics=known):
+                with probeprune.attach(loaded.model, WAYS[parallel], ratio, calibration=prepared):
                     start = time.perf_counter()
                     result = perplexity(loaded.model, text, batch_size=16)
                     taken.append(time.perf_counter() - start)

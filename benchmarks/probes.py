@@ -8,7 +8,8 @@ is one line per text in runs/probes/results.jsonl; existing lines are not run ag
 of paired differences and draws docs/probes.png. SmolLM2-135M-Instruct, float32, calibrated on 48 windows of
 C4.
 
-Signals other than the residual norm replace `choose` from here; the package itself has none.
+Signals other than the residual norm are rules to pick a probe that are added to `PICKS` here; the package
+itself has none.
 """
 
 import argparse
@@ -27,15 +28,14 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import probeprune
-from probeprune import METHODS, Method, Probe, compose
+from probeprune import METHODS, Method, Probe, ProbeEveryBatch, compose
 from probeprune.algebra.moments import Tokens
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.loading import LoadedModel, cache_dir
 from probeprune.model.passes import find_decoder
-from probeprune.runtime import block as runtime
-from probeprune.strategies.probe import Selection, choose, probe_size
+from probeprune.strategies.probe import PICKS, Selection, by_residual, probe_size
 
 RATIO = 0.4
 LENGTH = 256
@@ -56,14 +56,24 @@ class Configuration:
     name: str
     method: Method
     signal: str = "residual"
+    """The rule to pick the probe: a key of `PICKS` or a signal of this file."""
     batch: int = BATCH
     over: str = "published"
     """Name of the configuration to compare with."""
 
 
-def probing(**changes: Any) -> Method:
-    """Probe Pruning with another probe."""
-    return compose("probe", name="probe", probe=replace(Probe(), **changes))
+def probing(probe: Probe | None = None, **changes: Any) -> Method:
+    """Probe Pruning with another probe, fusion or decay."""
+    return compose("probe", name="probe", when=ProbeEveryBatch(probe or Probe(), **changes))
+
+
+def picking(method: Method, signal: str) -> Method:
+    """The same method with probes picked by another rule."""
+    when = method.when
+    if not isinstance(when, ProbeEveryBatch):
+        return method
+    probe = replace(when.probe, pick=signal)
+    return compose(method, name=method.name, when=replace(when, probe=probe))
 
 
 def configurations() -> list[Configuration]:
@@ -74,13 +84,16 @@ def configurations() -> list[Configuration]:
     for share in (0.25, 0.5, 0.75):
         fusions[f"history's share fixed at {share}"] = {"fusion": "fixed", "history_share": share}
     budgets = [(1, 0.1), (1, 0.25), (1, 1.0), (2, 0.5), (4, 0.5), (4, 1.0), (BATCH, 1 / 32)]
-    few = {"batch": SMALL_BATCH, "over": f"decay 0.99, batches of {SMALL_BATCH}"}
+    few: dict[str, Any] = {"batch": SMALL_BATCH, "over": f"decay 0.99, batches of {SMALL_BATCH}"}
     return [
         Configuration("reference", "published", same),
         Configuration("reference", "everything (Full-Batch Probing)", METHODS["full-batch"]),
         Configuration("reference", "nothing (PPsp, ordered once)", METHODS["ppsp"]),
         *(Configuration("signal", name, same, name) for name in signals),
-        *(Configuration("budget", budget(n, t), probing(samples=n / BATCH, tokens=t)) for n, t in budgets),
+        *(
+            Configuration("budget", budget(n, t), probing(Probe(samples=n / BATCH, tokens=t)))
+            for n, t in budgets
+        ),
         *(Configuration("fusion", name, probing(**changes)) for name, changes in fusions.items()),
         *(
             Configuration("decay", f"decay {d}, batches of {SMALL_BATCH}", probing(decay=d), **few)
@@ -100,7 +113,7 @@ def budget(samples: int, tokens: float) -> str:
 def by(importance: Callable[[torch.Tensor], torch.Tensor]) -> Choose:
     """The published rule on another signal: `importance(residual)` is (batch, sequence), not negative."""
     # The norm over a last dimension of 1 is the signal itself.
-    return lambda residual, tokens, probe: choose(importance(residual)[..., None], tokens, probe)
+    return lambda residual, tokens, probe: by_residual(importance(residual)[..., None], tokens, probe)
 
 
 def diverse(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selection:
@@ -154,26 +167,31 @@ def surprisals(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def choosing(signal: str, model: nn.Module, windows: torch.Tensor) -> Iterator[None]:
-    """Choose probes by `signal` inside the context. Enter it before attaching a method."""
+def signal_rule(signal: str, model: nn.Module, windows: torch.Tensor) -> Iterator[None]:
+    """Make `signal` a row of `PICKS` inside the context. Enter it before attaching a method that uses it."""
     with ExitStack() as stack:
-        stack.callback(setattr, runtime, "choose", choose)
+        if signal in PICKS:
+            yield
+            return
+        rule: Choose
         if signal == "diversity":
-            runtime.choose = diverse
+            rule = diverse
         elif signal == "attention":
             received = stack.enter_context(attention_received())
-            runtime.choose = by(lambda residual: received[residual.shape[0], residual.shape[1]])
+            rule = by(lambda residual: received[residual.shape[0], residual.shape[1]])
         elif signal == "surprisal":
-            waiting, now = list(surprisals(model, windows).split(BATCH)), []
+            waiting, current = list(surprisals(model, windows).split(BATCH)), [torch.empty(0)]
 
             def next_batch(*_: object) -> None:
-                now[:] = [waiting.pop(0)]
+                current[:] = [waiting.pop(0)]
 
             stack.callback(find_decoder(model).register_forward_pre_hook(next_batch).remove)
-            runtime.choose = by(lambda residual: now[0])
-        elif signal.startswith("random"):
-            generator = torch.Generator().manual_seed(int(signal.split()[1]))
-            runtime.choose = by(lambda residual: torch.rand(residual.shape[:2], generator=generator))
+            rule = by(lambda residual: current[0])
+        else:
+            generator = torch.Generator().manual_seed(int(signal.removeprefix("random ")))
+            rule = by(lambda residual: torch.rand(residual.shape[:2], generator=generator))
+        PICKS[signal] = rule
+        stack.callback(PICKS.pop, signal)
         yield
 
 
@@ -189,14 +207,15 @@ def measure(results: Path, count: int, texts: list[str], only: list[str]) -> Non
         return
     loaded = probeprune.load_model("smollm2-135m", dtype="float32")
     windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=48, length=512, seed=0)
-    calibrated = probeprune.calibrate(loaded.model, windows, cache=cache_dir() / "statistics")
+    methods = [c.method for c, _ in todo]
+    prepared = probeprune.prepare(loaded.model, methods, RATIO, windows, cache=cache_dir() / "statistics")
     tokens = {text: spread_windows(text, loaded, count) for text in texts}
     results.parent.mkdir(parents=True, exist_ok=True)
     for c, text in todo:
         start = time.perf_counter()
         with (
-            choosing(c.signal, loaded.model, tokens[text]),
-            probeprune.attach(loaded.model, c.method, RATIO, statistics=calibrated),
+            signal_rule(c.signal, loaded.model, tokens[text]),
+            probeprune.attach(loaded.model, picking(c.method, c.signal), RATIO, calibration=prepared),
         ):
             found = perplexity(loaded.model, tokens[text], batch_size=c.batch)
         line = {"name": c.name, "text": text, "losses": found.losses, "flops": found.flops_per_token}

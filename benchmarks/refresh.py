@@ -31,12 +31,14 @@ PROMPT, BEHIND, BATCH, COUNT = 128, 128, 16, 16
 def main() -> None:
     loaded = probeprune.load_model("smollm2-135m", dtype="float32")
     windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=48, length=256, seed=0)
-    known = probeprune.calibrate(loaded.model, windows, cache=cache_dir() / "statistics")
+    prepared = probeprune.prepare(
+        loaded.model, list(WAYS.values()), 0.4, windows, cache=cache_dir() / "statistics"
+    )
     text = evaluation_windows(load_corpus("wikitext2"), loaded.tokenizer, length=PROMPT + BEHIND)
     text = text[:: len(text) // COUNT][:COUNT]
     for name, method in WAYS.items():
         losses, seconds = [], 0.0
-        with probeprune.attach(loaded.model, method, 0.4, statistics=known):
+        with probeprune.attach(loaded.model, method, 0.4, calibration=prepared):
             for batch in text.split(BATCH):
                 loss, taken = decode(loaded.model, batch)
                 losses.append(loss)

@@ -37,7 +37,9 @@ ROUNDS = 2
 def main() -> None:
     loaded = probeprune.load_model("smollm2-135m", dtype="float32")
     windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=48, length=256, seed=0)
-    known = probeprune.calibrate(loaded.model, windows, cache=cache_dir() / "statistics")
+    prepared = probeprune.prepare(
+        loaded.model, list(WAYS.values()), 0.4, windows, cache=cache_dir() / "statistics"
+    )
     for (batch, length), count in SHAPES.items():
         text = evaluation_windows(load_corpus("wikitext2"), loaded.tokenizer, length=length)
         text = text[:: len(text) // count][:count]
@@ -45,7 +47,7 @@ def main() -> None:
         quality = {}
         for _ in range(ROUNDS):
             for name, method in WAYS.items():
-                with probeprune.attach(loaded.model, method, 0.4, statistics=known):
+                with probeprune.attach(loaded.model, method, 0.4, calibration=prepared):
                     start = time.perf_counter()
                     quality[name] = perplexity(loaded.model, text, batch_size=batch).value
                     seconds[name].append(time.perf_counter() - start)

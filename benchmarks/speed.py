@@ -66,8 +66,9 @@ def report(name: str, case: Case, dtype: str, rounds: int) -> None:
     if case.shape is not None:
         method = dataclasses.replace(method, skip_layers=0)
     target = load(case, dtype)
-    known = probeprune.calibrate(target.model, target.windows(8, case.point.length), batch_size=4)
-    with probeprune.attach(target.model, method, RATIO, statistics=known) as handle:
+    windows = target.windows(8, case.point.length)
+    prepared = probeprune.prepare(target.model, method, RATIO, windows, batch_size=4)
+    with probeprune.attach(target.model, method, RATIO, calibration=prepared) as handle:
         heads = [
             k / b.units for b, k in zip(handle.blocks, handle.widths, strict=True) if b.kind == "attention"
         ]
@@ -76,7 +77,7 @@ def report(name: str, case: Case, dtype: str, rounds: int) -> None:
         [method],
         RATIO,
         case.point,
-        known={case.method: known},
+        calibration=prepared,
         new_tokens=case.new_tokens,
         rounds=rounds,
         progress=lambda what, done, total: None,

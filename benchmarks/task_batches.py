@@ -14,17 +14,18 @@ from probeprune.evaluation.tasks import TaskSettings, evaluate_task
 from probeprune.model.loading import cache_dir
 
 TASK, ITEMS, RATIO = "arc_easy", 60, 0.2
+METHODS = ("wanda-sp", "probe")
 GROUPINGS = ((16, "length"), (16, "given"), (4, "length"), (4, "given"), (1, "given"))
 
 
 def main() -> None:
     loaded = probeprune.load_model("smollm2-135m")
     windows = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=128, length=512, seed=0)
-    known = probeprune.calibrate(loaded.model, windows, cache=cache_dir() / "statistics")
-    for method in ("wanda-sp", "probe"):
+    prepared = probeprune.prepare(loaded.model, METHODS, RATIO, windows, cache=cache_dir() / "statistics")
+    for method in METHODS:
         first = None
         for batch_size, order in GROUPINGS:
-            with probeprune.attach(loaded.model, method, RATIO, statistics=known):
+            with probeprune.attach(loaded.model, method, RATIO, calibration=prepared):
                 found = evaluate_task(
                     loaded.model,
                     loaded.tokenizer,

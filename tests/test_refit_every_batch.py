@@ -7,18 +7,22 @@ import torch
 from refitting import WINDOWS, consumers_of, following, logits, refitted_dense, watched
 from tiny import FAMILIES, token_ids
 
-from probeprune import Once, Probe, Refit, RefitEveryBatch, UsageError, attach, find_blocks
+from probeprune import Compensation, Once, Probe, Refit, RefitEveryBatch, UsageError, attach, find_blocks
 from probeprune.algebra.least_squares import FLOOR
 from probeprune.preparation import Preparation
 from probeprune.strategies.refit_every_batch import SAMPLE
 
+ORDERS = [(family, "obs") for family in FAMILIES]
+ORDERS += [(family, order) for family in ("llama-gqa", "opt") for order in ("wanda-sp", "flap", "magnitude")]
+"""Families, and orders by importance of the units that stay."""
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_method_that_follows_the_batch_refits_its_mlps_and_leaves_no_trace(family):
+
+@pytest.mark.parametrize(("family", "importance"), ORDERS)
+def test_a_method_that_follows_the_batch_refits_its_mlps_and_leaves_no_trace(family, importance):
     """The model under it is the dense one with other units' columns at zero and the weights shown."""
     model = FAMILIES[family]()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    method = following()
+    method = following(importance=importance)
     preparation = Preparation(model, WINDOWS)
     consumers = preparation.statistics(method, 0.4).consumers
     mlps = {b.name for b in find_blocks(model) if b.kind == "mlp"}
@@ -64,14 +68,18 @@ def test_a_batch_that_overflows_is_an_error_and_the_next_one_is_not():
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6])
-@pytest.mark.parametrize("family", ["llama-gqa", "opt", "gemma2", "gpt-neox", "phi3"])
-def test_what_a_batch_is_refitted_to_is_calibration_and_probe(family, share):
+@pytest.mark.parametrize(
+    ("family", "importance"),
+    [(f, "obs") for f in ("llama-gqa", "opt", "gemma2", "gpt-neox", "phi3")]
+    + [("llama-gqa", "wanda-sp"), ("opt", "wanda-sp")],
+)
+def test_what_a_batch_is_refitted_to_is_calibration_and_probe(family, importance, share):
     """Everything is probed, so that its share can be told from outside, and by least squares in float64."""
     model, twin = FAMILIES[family](), FAMILIES[family]()
     damping, ids = 0.3, token_ids(4, 12, seed=5)
     how = Refit(damping=(damping,), sequential=False, share=0.0, sensitivity=0)
     probe = Probe(tokens=1.0, samples=1.0)
-    method = following(how, probe=probe, share=share, blocks=("mlp",), skip_layers=0)
+    method = following(how, probe, share, importance=importance, blocks=("mlp",), skip_layers=0)
     mlps = [b for b in find_blocks(model) if b.kind == "mlp"]
     given, seen = {}, {}
     with attach(model, method, 0.3, calibration=WINDOWS) as handle:
@@ -139,6 +147,18 @@ def test_text_goes_on_under_the_weights_its_prompt_was_refitted_to(family):
         text = model.generate(ids, **options)
         dense = refitted_dense(family, handle)
     assert text.equal(dense.generate(ids, **options))
+
+
+@pytest.mark.parametrize("importance", ["wanda-sp", "flap", "magnitude"])
+def test_scored_units_are_those_of_the_static_method(importance):
+    model = FAMILIES["llama-gqa"]()
+    units = []
+    for changes in ({}, {"when": Once()}, {"when": Once(), "compensation": Compensation()}):
+        method = replace(following(importance=importance), **changes)
+        with attach(model, method, 0.4, calibration=WINDOWS) as handle:
+            logits(model, token_ids())
+            units.append(handle.kept_units())
+    assert units[0] == units[1] == units[2]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 2.0])

@@ -26,6 +26,8 @@ def unknown(what: str, given: object, known: Iterable[object], others: str = "")
         others: what else is accepted, to end the list with.
     """
     names = sorted(map(str, known))
+    if not names and not others:
+        return f"unknown {what} {given!r}; there is none to give here."
     # In lower case too: `SmolLM2` is near `smollm2`.
     near = get_close_matches(str(given), names, n=1) or get_close_matches(str(given).lower(), names, n=1)
     hint = f"did you mean {near[0]!r}? Known:" if near else "known:"

@@ -155,7 +155,8 @@ class Preparation:
         following: prepare every refit for `RefitEveryBatch` too, which takes 4 k^2 bytes more per MLP that
             keeps k channels.
 
-    Only the consumers requested last stay in memory: they are as large as the weights they replace.
+    Only the consumers and the sensitivities requested last stay in memory: consumers are as large as the
+    weights they replace, sensitivities take 4 d^2 bytes per block of hidden size d.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class Preparation:
         self.cache, self.progress, self.following = cache, progress, following
         self._windows: torch.Tensor | None = None
         self._pieces: dict[str, dict[str, Any]] = {}
+        self._last_sensitivities: tuple[tuple[int, int], dict[str, torch.Tensor]] | None = None
         self._make: dict[Part, Callable[[Piece], dict[str, Any]]] = {
             "moments": self._moments,
             "saliences": self._saliences,
@@ -242,9 +244,16 @@ class Preparation:
         )
 
     def _sensitivities(self, count: int, seed: int) -> dict[str, torch.Tensor]:
-        return sensitivities(
-            self.model, self.windows[:count], seed=seed, cache=self.cache, progress=self.progress
-        )
+        """Sensitivities on the first `count` windows. The last ones stay in memory: the refit of one method
+        at several ratios reads the same."""
+        asked = min(count, len(self.windows)), seed
+        if self._last_sensitivities is None or self._last_sensitivities[0] != asked:
+            self._last_sensitivities = None  # before the next ones are made: both would be in memory
+            measured = sensitivities(
+                self.model, self.windows[:count], seed=seed, cache=self.cache, progress=self.progress
+            )
+            self._last_sensitivities = asked, measured
+        return self._last_sensitivities[1]
 
     def _damages(self, piece: Piece) -> dict[str, Any]:
         """Damages of all blocks. Curves are stored on disk; savings are counted, or timed, every time."""

@@ -102,15 +102,15 @@ def load_prepared(path: str | Path) -> Prepared:
         tensors, metadata = entry
         header = json.loads(metadata["probeprune"])
         if header["format"] != _FORMAT:
-            raise UsageError(f"{file} was written by another version of probeprune; prepare it again.")
+            raise UsageError("written by another version of probeprune; prepare it again.")
         pieces = {}
         for key, values in header["values"].items():
             part = {n.removeprefix(f"{key}:"): t for n, t in tensors.items() if n.startswith(f"{key}:")}
             pieces[key] = stored.CODECS[_part_of(key)].unpack(part, values)
         methods = tuple((records.from_json(Method, m, TABLES), float(r)) for m, r in header["methods"])
         return Prepared(header["model"], header["text"], methods, pieces)
-    except UsageError:
-        raise
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
         raise UsageError(f"{file} holds no prepared calibration, or is damaged; prepare it again.") from None
 

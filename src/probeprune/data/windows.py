@@ -258,9 +258,6 @@ def pad_batch(
 CALIBRATION = Text("c4", 128, 512)
 """The calibration text unless another is named: SparseGPT's, Wanda's and Probe Pruning's."""
 
-BATCH_SIZE = 16
-"""Windows per forward pass unless another number is named."""
-
 
 @dataclass(frozen=True)
 class WindowSource:

@@ -126,7 +126,7 @@ def evaluate_task(
 
     Example:
         >>> for task in TASKS:
-        ...     with probeprune.attach(model, "probe", ratio=0.2, statistics=statistics):
+        ...     with probeprune.attach(model, "probe", ratio=0.2, calibration=prepared):
         ...         results.append(evaluate_task(model, tokenizer, task))
 
     Args:

@@ -7,23 +7,20 @@ Notation: a weight `w` with the gradient `g` of the mean language-model loss; su
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import Member
 
-REDUCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
-    {
-        "sum": lambda parts: parts.sum(0),
-        "mean": lambda parts: parts.mean(0),
-        "max": lambda parts: parts.amax(0),
-        "prod": lambda parts: parts.prod(0),
-    }
-)
+REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda parts: parts.sum(0),
+    "mean": lambda parts: parts.mean(0),
+    "max": lambda parts: parts.amax(0),
+    "prod": lambda parts: parts.prod(0),
+}
 """Ways to combine the saliences of the linear maps that a unit has a part in: (maps, units) to (units,)."""
 
 

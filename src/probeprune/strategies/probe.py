@@ -6,9 +6,8 @@ makes the cut, and `runtime/` loops over a model's blocks.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -143,10 +142,11 @@ def evenly_spaced(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selec
     )
 
 
-PICKS: Mapping[str, Callable[[torch.Tensor, Tokens, Probe], Selection]] = MappingProxyType(
-    {"residual": by_residual, "even": evenly_spaced}
-)
-"""Rules to pick a probe, with the arguments of `choose`."""
+PICKS: dict[str, Callable[[torch.Tensor, Tokens, Probe], Selection]] = {
+    "residual": by_residual,
+    "even": evenly_spaced,
+}
+"""Rules to pick a probe, by name, with the arguments of `choose`. To add a rule, add a row."""
 
 
 def _midpoints(count: int, length: int, device: torch.device) -> torch.Tensor:
@@ -235,9 +235,11 @@ def by_fixed_share(energy: torch.Tensor, history: torch.Tensor, share: float) ->
     return torch.lerp(energy, history, share)
 
 
-FUSIONS: Mapping[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None] = MappingProxyType(
-    {"importance": by_importance, "fixed": by_fixed_share, "none": None}
-)
+FUSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None] = {
+    "importance": by_importance,
+    "fixed": by_fixed_share,
+    "none": None,
+}
 """Ways to fuse the probe's energy `E^p` with history `E^h`, both (tokens, n) (Probe Pruning, section 4.3).
 None ignores history."""
 
