@@ -7,19 +7,17 @@ import pytest
 import torch
 from tiny import FAMILIES, PROBING, padded, token_ids
 
-from probeprune import METHODS, attach, calibrate, find_blocks
+from probeprune import METHODS, attach, find_blocks
 from probeprune.bench.measure import GridPoint, measure_point
 from probeprune.bench.plot import plot
 from probeprune.bench.profiling import PARTS, profiled
 from probeprune.bench.tables import profile_table, tables
 from probeprune.bench.targets import SHAPES, Target, of_shape
-from probeprune.calibration.statistics import Statistics
 from probeprune.cli import app, run
 from probeprune.errors import UsageError
 from probeprune.model.cost import blocks_flops
 from probeprune.stages import STAGES
 from probeprune.strategies.probe import probe_flops
-from probeprune.surgery import method_consumers
 
 CPU = torch.device("cpu")
 
@@ -35,7 +33,7 @@ def target(family: str) -> Target:
 def figures():
     """All lines of a tiny model at two points."""
     tiny = target("llama-gqa")
-    known = calibrate(tiny.model, token_ids(6, 16, seed=9))
+    calibration = token_ids(6, 16, seed=9)
     found = []
     for point in (GridPoint(1, 8), GridPoint(4, 12)):
         found += measure_point(
@@ -43,7 +41,7 @@ def figures():
             [METHODS["ppsp"], PROBING],
             0.3,
             point,
-            known=dict.fromkeys(("ppsp", PROBING.name), known),
+            calibration=calibration,
             new_tokens=3,
             rounds=2,
             progress=lambda what, done, total: None,
@@ -63,8 +61,8 @@ def test_there_is_a_line_for_every_method_phase_and_point(figures):
 
 def test_work_is_what_the_formulas_say(figures):
     model = FAMILIES["llama-gqa"]()
-    known = calibrate(model, token_ids(6, 16, seed=9))
-    with attach(model, PROBING, 0.3, statistics=known) as handle:
+    calibration = token_ids(6, 16, seed=9)
+    with attach(model, PROBING, 0.3, calibration=calibration) as handle:
         blocks, kept, removed = handle.blocks, handle.widths, handle.removed_share
     full = [b.units for b in blocks]
     heads = [k / b.units for b, k in zip(blocks, kept, strict=True) if b.kind == "attention"]
@@ -74,7 +72,7 @@ def test_work_is_what_the_formulas_say(figures):
         assert f["cache_over_dense"] == pytest.approx(sum(heads) / len(heads))
         if f["phase"] == "prefill":
             own = blocks_flops(blocks, kept, *shape)
-            own += probe_flops(blocks, kept, PROBING.probe, *shape) if f["method"] == "probe" else 0
+            own += probe_flops(blocks, kept, PROBING.when.probe, *shape) if f["method"] == "probe" else 0
             assert f["work_share"] == pytest.approx(own / blocks_flops(blocks, full, *shape), abs=1e-3)
         else:
             cache = f["cache_bytes"] / f["cache_over_dense"]
@@ -85,8 +83,8 @@ def test_work_is_what_the_formulas_say(figures):
 def test_the_model_is_left_as_it_was():
     tiny = target("opt")
     before = {n: p.clone() for n, p in tiny.model.named_parameters()}
-    known = calibrate(tiny.model, token_ids(6, 16, seed=9))
-    options = {"known": {PROBING.name: known}, "new_tokens": 0, "rounds": 1, "progress": lambda *_: None}
+    calibration = token_ids(6, 16, seed=9)
+    options = {"calibration": calibration, "new_tokens": 0, "rounds": 1, "progress": lambda *_: None}
     found = measure_point(tiny, [PROBING], 0.3, GridPoint(2, 8), **options)
     assert {f["phase"] for f in found} == {"prefill"}
     assert all(p.equal(before[n]) for n, p in tiny.model.named_parameters())
@@ -97,8 +95,8 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_profile_knows_every_part_and_only_what_ran(family, method):
     model = FAMILIES[family]()
-    known = calibrate(model, token_ids(6, 16, seed=9))
-    with attach(model, method, 0.3, statistics=known) as handle, torch.no_grad():
+    calibration = token_ids(6, 16, seed=9)
+    with attach(model, method, 0.3, calibration=calibration) as handle, torch.no_grad():
         found, _ = profiled(handle.blocks, CPU, lambda: model(*padded("none")))
     assert tuple(found) == PARTS
     stages = tuple(s.name for s in STAGES if s.name != "refit") if method is PROBING else ()
@@ -109,10 +107,9 @@ def test_a_profile_knows_every_part_and_only_what_ran(family, method):
 
 
 def test_a_refit_at_every_batch_has_a_place_in_the_profile():
-    model, windows = FAMILIES["llama"](), token_ids(12, 24, seed=9)
+    model, calibration = FAMILIES["llama"](), token_ids(12, 24, seed=9)
     method = replace(METHODS["best-dynamic"], skip_layers=1)
-    known = Statistics(consumers=method_consumers(model, method, 0.3, windows))
-    with attach(model, method, 0.3, statistics=known) as handle, torch.no_grad():
+    with attach(model, method, 0.3, calibration=calibration) as handle, torch.no_grad():
         found, _ = profiled(handle.blocks, CPU, lambda: model(token_ids(2, 12)))
     runs = ("attention", "mlp", "rest", "run_ahead", "choose", "refit")
     assert all(ms > 0 if part in runs else ms == 0 for part, ms in found.items()), found

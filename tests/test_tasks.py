@@ -311,7 +311,7 @@ def test_protocols_are_told_apart(llama, tokenizer):
 def test_the_value_of_a_task_is_the_metric_of_published_tables(llama, tokenizer):
     metrics = ["acc", "acc_norm", "acc_norm", "acc", "acc_norm", "acc_norm", "acc_norm"]
     for name, metric in zip(TASKS, metrics, strict=True):
-        result = evaluate_task(llama, tokenizer, name, limit=5)
+        result = evaluate(llama, tokenizer, name, limit=5)
         assert result.value == getattr(result, metric)
         assert result.error == pytest.approx(math.sqrt(result.value * (1 - result.value) / 4))
 

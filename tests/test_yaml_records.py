@@ -150,7 +150,7 @@ def test_an_optional_field_with_a_table_can_be_null(tmp_path):
         (
             "name: x\ndrive: {kind: motor, gears: 3}",
             2,
-            "drive: unknown key 'gears'; Known: kind, watts, wheel",
+            "drive: unknown key 'gears'; known: kind, watts, wheel",
         ),
         ("name: x\ndrive: [motor]", 2, "drive: expected 'key: value' pairs"),
         ("name: x\nload: 2001-13-45", 2, "load: '2001-13-45' cannot be read"),
