@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, SHAPE, token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from probeprune import calibrate, compose, find_blocks, load_model, prune, save, with_equal_widths
+from probeprune import compose, find_blocks, load_model, prune, save, with_equal_widths
 from probeprune.errors import UsageError
 from probeprune.model import checkpoint
 from probeprune.model.checkpoint import export
