@@ -185,7 +185,7 @@ def test_biases_go_into_a_plain_config_where_it_has_room(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
 def test_a_bias_that_no_plain_config_holds_is_an_error_that_names_alternatives(family, tmp_path):
     model = FAMILIES[family]()
-    prune(model, with_equal_widths("flap"), 0.2, statistics=calibrate(model, IDS))
+    prune(model, with_equal_widths("flap"), 0.2, calibration=IDS)
     with pytest.raises(UsageError, match=r"bias.*layout per-layer.*without compensation"):
         save(model, tmp_path / "out", layout="uniform")
     assert not list(tmp_path.iterdir())
