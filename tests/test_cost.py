@@ -11,6 +11,7 @@ from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import PeakMemory, blocks_flops, counting_flops
 from probeprune.model.passes import find_decoder
 from probeprune.strategies.probe import Probe, probe_flops
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 LENGTH = 24
 
@@ -55,8 +56,10 @@ def test_pruned_flops_counted_equal_analytic(family, units):
 def test_probe_flops_counted_equal_analytic(family):
     model = FAMILIES[family]()
     rest = outside_blocks(model, 3)
-    probe = Probe(tokens=0.5, samples=0.4, fusion="none")
-    with probeprune.attach(model, compose("probe", probe=probe), 0.3) as handle:
+    probe = Probe(tokens=0.5, samples=0.4)
+    with probeprune.attach(
+        model, compose("probe", when=ProbeEveryBatch(probe, fusion="none")), 0.3
+    ) as handle:
         counted = decoder_flops(model, 3)
         own = blocks_flops(handle.blocks, handle.widths, 3, LENGTH)
         assert counted - rest == own + probe_flops(handle.blocks, handle.widths, probe, 3, LENGTH)
@@ -66,8 +69,10 @@ def test_probe_flops_counted_equal_analytic(family):
 def test_a_choice_that_serves_several_batches_is_counted_once(reuse):
     model = FAMILIES["llama-gqa"]()
     rest = outside_blocks(model, 3)
-    probe = Probe(fusion="none", reuse=reuse)
-    with probeprune.attach(model, compose("probe", probe=probe), 0.3) as handle:
+    probe = Probe(reuse=reuse)
+    with probeprune.attach(
+        model, compose("probe", when=ProbeEveryBatch(probe, fusion="none")), 0.3
+    ) as handle:
         counted = sum(decoder_flops(model, 3) - rest for _ in range(6)) / 6
         own = blocks_flops(handle.blocks, handle.widths, 3, LENGTH)
         assert counted == pytest.approx(own + probe_flops(handle.blocks, handle.widths, probe, 3, LENGTH))
@@ -86,8 +91,10 @@ def test_probe_share_at_the_papers_shape():
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval()
-    probe = Probe(fusion="none")
-    with probeprune.attach(model, compose("probe", probe=probe), 0.4) as handle:
+    probe = Probe()
+    with probeprune.attach(
+        model, compose("probe", when=ProbeEveryBatch(probe, fusion="none")), 0.4
+    ) as handle:
         ids = torch.zeros(20, 1024, dtype=torch.long, device="meta")
         # A ready mask, since transformers looks into one it makes itself.
         mask = torch.zeros(20, 1, 1024, 1024, device="meta")
