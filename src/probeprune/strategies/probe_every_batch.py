@@ -46,7 +46,7 @@ class ProbeEveryBatch(EveryBatch):
                 raise UsageError(f"probe {name}={getattr(self, name):g} must lie in [0, 1].")
         for name in ("refresh", "own_positions"):
             if getattr(self, name) < 0:
-                raise UsageError(f"probe {name}={getattr(self, name)} must be 0 or more.")
+                raise UsageError(f"probe {name}={getattr(self, name)} must be a number of tokens, 0 or more.")
         if self.fusion not in FUSIONS:
             raise UsageError(unknown("fusion", self.fusion, FUSIONS))
         if self.refresh and self.own_positions:
