@@ -109,7 +109,7 @@ def test_consumers_that_are_missing_or_made_for_other_units_are_refused(made_for
 
 
 def test_a_name_that_is_no_block_is_refused():
-    with pytest.raises(UsageError, match="is no block"):
+    with pytest.raises(UsageError, match="lm_head is not a block"):
         refit(FAMILIES["llama"](), RefitRequest(cuts({"lm_head": torch.arange(3)})), WINDOWS)
 
 
