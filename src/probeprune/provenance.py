@@ -51,8 +51,8 @@ def model_fingerprint(model: nn.Module) -> str:
 def _state(model: nn.Module) -> object:
     """A value that differs after a change to the model, without reading all weights.
 
-    Torch counts writes to a tensor in `_version`, but not those through `.data`, by which adapters are merged
-    and units permuted. A few values of each weight show those too.
+    Torch counts writes to a tensor in `_version`, but not those through `.data`, by which adapters are
+    merged. A few values of each weight show those too.
     """
     weights: list[object] = []
     for name, p in model.named_parameters():

@@ -18,6 +18,7 @@ from probeprune.calibration import stored
 from probeprune.data.windows import batches
 from probeprune.errors import UsageError
 from probeprune.model.blocks import find_blocks
+from probeprune.model.forwards import temporary_hooks
 from probeprune.model.passes import Pass, check_eval, check_windows, find_decoder, on_pass
 from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
@@ -51,14 +52,13 @@ def collecting(model: nn.Module, own_positions: int = OWN_POSITIONS) -> Iterator
 
         return hook
 
-    undo = [on_pass(model, run)]
-    for block in blocks:
-        undo.append(block.consumer.register_forward_pre_hook(observe(moments[block.name])).remove)
+    hooks = (b.consumer.register_forward_pre_hook(observe(moments[b.name])) for b in blocks)
+    stop = on_pass(model, run)
     try:
-        yield moments
+        with temporary_hooks(hooks):
+            yield moments
     finally:
-        for step in undo:
-            step()
+        stop()
 
 
 def calibrate(

@@ -72,11 +72,16 @@ class Shadow:
         self._entry(x, **arguments)
         z, self._tap.seen = self._tap.seen, None
         if z is None:
-            raise UsageError(
-                f"{self._block.name} does not call the module {self._block.members[-1].name}; switch off the "
-                "fused kernel or compiled block that takes its place."
-            )
+            raise uncalled_consumer(self._block)
         return z
+
+
+def uncalled_consumer(block: Block) -> UsageError:
+    """The error for a block whose consumer is never called, though its weights may be used."""
+    return UsageError(
+        f"{block.name} does not call the module {block.members[-1].name}; switch off the fused kernel or "
+        "compiled block that takes its place."
+    )
 
 
 def _shadow(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -17,8 +17,6 @@ Path = tuple[str, ...]
 def is_dense(method: MethodRecord) -> bool:
     """Whether the method neither prunes nor trains."""
     when = method["when"]
-    if isinstance(when, str):
-        return when == "never" and method["training"] == "none"
     return when["kind"] == "never" and not when.get("recovery", False)
 
 

@@ -24,6 +24,7 @@ from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
 from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.passes import Pass, check_eval, on_pass
+from probeprune.model.shadow import uncalled_consumer
 from probeprune.plan import Kept
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.progress import Progress, silent
@@ -259,10 +260,7 @@ class Handle:
         nothing."""
         for runtime in self.runtimes:
             if not runtime.passed:
-                raise UsageError(
-                    f"{runtime.block.name} does not call the module {runtime.block.members[-1].name}; switch "
-                    "off the fused kernel or compiled block that takes its place."
-                )
+                raise uncalled_consumer(runtime.block)
 
     def _check_cache(self, started: Pass) -> None:
         """Raise `UsageError` for a cache that other heads filled, or that was allocated for other heads."""
