@@ -76,7 +76,7 @@ def test_quantised_wrapped_and_offloaded_weights_are_refused():
 
     model = FAMILIES["llama"]()
     model.model.layers[1].mlp.up_proj = Quantised(48, 100, bias=False)
-    with pytest.raises(UsageError, match=r"up_proj is a Quantised.*unquantised"):
+    with pytest.raises(UsageError, match=r"up_proj is a test_blocks\.Quantised.*unquantised"):
         find_blocks(model)
 
     class Hook:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from probeprune import compose, find_blocks, load_model, prune, save, with_equal_widths
 from probeprune.errors import UsageError
 from probeprune.model import checkpoint
-from probeprune.model.checkpoint import export
+from probeprune.model.described import export
 
 IDS = token_ids(3, 20)
 

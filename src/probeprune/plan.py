@@ -123,7 +123,11 @@ def first_cuts(
         if scores is None:
             return Cut(width)
         # On a weightless model (shapes only) any units will do.
-        units = torch.arange(width) if scores.is_meta else allocation.choose_units(scores, width, block)
+        units = (
+            torch.arange(width, device="cpu")
+            if scores.is_meta
+            else allocation.choose_units(scores, width, block)
+        )
         return Cut(width, units)
 
     return [cut(b, k, s) for b, k, s in zip(blocks, keep, scores, strict=True)]

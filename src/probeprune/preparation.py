@@ -27,6 +27,8 @@ from probeprune.errors import UsageError
 from probeprune.files import cached_tensors
 from probeprune.methods import Method
 from probeprune.model.blocks import find_blocks
+from probeprune.model.passes import token_windows
+from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
 from probeprune.strategies import Part
@@ -169,7 +171,7 @@ class Preparation:
         progress: Progress = silent,
         following: bool = False,
     ) -> None:
-        self.model, self.calibration, self.batch_size = model, calibration, batch_size
+        self.model, self.calibration, self.batch_size = unwrapped(model), calibration, batch_size
         self.cache, self.progress, self.following = cache, progress, following
         self._windows: torch.Tensor | None = None
         self._pieces: dict[str, dict[str, Any]] = {}
@@ -190,7 +192,8 @@ class Preparation:
         """The calibration windows, LongTensor (count, length)."""
         if self._windows is None:
             source = self.calibration
-            self._windows = source.draw() if isinstance(source, WindowSource) else source
+            windows = source.draw() if isinstance(source, WindowSource) else source
+            self._windows = token_windows(self.model, windows)
         return self._windows
 
     def get(self, piece: Piece) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from probeprune.data.windows import BATCH_SIZE, WindowSource
 from probeprune.errors import UsageError
 from probeprune.files import load_tensors, save_tensors
 from probeprune.methods import TABLES, Method, check_untrained, get_method
+from probeprune.model.wrappers import unwrapped
 from probeprune.preparation import Piece, Preparation, gather
 from probeprune.progress import Progress, silent
 from probeprune.provenance import model_fingerprint
@@ -150,6 +151,7 @@ def prepare(
         UsageError: unsupported model, method or ratio, windows too few, short or long.
         FloatingPointError: NaN or infinite statistics, losses or gradients, or a refit that failed.
     """
+    model = unwrapped(model)
     chosen = [method] if isinstance(method, str | Method) else list(method)
     methods = [get_method(m) for m in chosen]
     ratios = [ratio] if isinstance(ratio, int | float) else list(ratio)

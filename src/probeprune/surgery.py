@@ -18,8 +18,10 @@ from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import METHODS, Method, check_untrained, get_method
 from probeprune.model.blocks import Block, UnitKind, find_blocks
+from probeprune.model.described import check_described, describe
 from probeprune.model.partition import Partition, check_can_cut
 from probeprune.model.passes import check_eval
+from probeprune.model.wrappers import unwrapped
 from probeprune.plan import Kept
 from probeprune.preparation import Preparation
 from probeprune.prepare import Calibration, Prepared, statistics_for
@@ -97,11 +99,11 @@ def prune(
         FloatingPointError: NaN or infinite statistics, losses or gradients, or a refit that failed; the model
             is unchanged.
     """
-    method = get_method(method)
+    method, model = get_method(method), unwrapped(model)
     blocks = _checked_blocks(model, method, ratio, steps, calibration)
     before, whole, total = _parameters(model), blocks, _total(blocks)  # a cut changes the blocks' sizes
     planned = _planned_widths(method, ratio, steps, blocks)
-    ids = [torch.arange(b.units) for b in blocks]
+    ids = [torch.arange(b.units, device="cpu") for b in blocks]
     consumers: dict[str, Consumer] = {}
     for step in range(steps):
         keep = planned[step] if planned else None
@@ -123,6 +125,7 @@ def prune(
         units, consumers = _cut_all(method, blocks, plan.first_cuts(method, blocks, scores, keep), statistics)
         ids = [i[units[b.name]] if b.name in units else i for i, b in zip(ids, blocks, strict=True)]
         blocks = find_blocks(model, method.unit_kind)
+    describe(model)
     return Pruning(
         method=method,
         ratio=ratio,
@@ -150,6 +153,7 @@ def _checked_blocks(
     blocks = find_blocks(model, method.unit_kind)
     for block in blocks:
         check_can_cut(block)
+    check_described(model)
     return blocks
 
 
@@ -190,7 +194,9 @@ def _cut_all(
     for p in pruned:
         p.first_cut()
         assert p.first_units is not None
-        units[p.block.name] = torch.arange(p.width) if p.first_units.is_meta else p.first_units.cpu()
+        units[p.block.name] = (
+            torch.arange(p.width, device="cpu") if p.first_units.is_meta else p.first_units.cpu()
+        )
         p.partition.cut()
     return units, {p.block.name: p.consumer for p in pruned if p.consumer is not None}
 
@@ -208,6 +214,7 @@ def cut(model: nn.Module, units: Mapping[str, torch.Tensor], unit_kind: UnitKind
             partition = Partition(block)
             partition.keep(units[block.name].to(block.consumer.weight.device))
             partition.cut()
+    describe(model)
 
 
 def check_static(method: Method) -> None:

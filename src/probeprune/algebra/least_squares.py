@@ -3,6 +3,8 @@
 Tensors in, tensors out. Knows nothing of models, blocks or text.
 """
 
+from typing import Any
+
 import torch
 
 FLOOR = 1e-3
@@ -23,9 +25,10 @@ class Gram:
 
     def __init__(self, k: int, d: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.z_mean, self.t_mean = torch.zeros(k, device=device), torch.zeros(d, device=device)
-        self.zz, self.tz = torch.zeros(k, k, device=device), torch.zeros(d, k, device=device)
-        self.tt = torch.zeros((), device=device)
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.z_mean, self.t_mean = torch.zeros(k, **float32), torch.zeros(d, **float32)
+        self.zz, self.tz = torch.zeros(k, k, **float32), torch.zeros(d, k, **float32)
+        self.tt = torch.zeros((), **float32)
 
     @torch.no_grad()
     def update(self, z: torch.Tensor, t: torch.Tensor) -> None:

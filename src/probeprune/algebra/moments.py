@@ -48,12 +48,12 @@ class Moments:
     """
 
     def __init__(self, width: int, own: int = OWN_POSITIONS, device: torch.device | str = "cpu") -> None:
-        self.count = torch.zeros((), device=device)
-        self.samples = torch.zeros((), device=device)
-        self.mean = torch.zeros(width, device=device)
-        self.m2 = torch.zeros(width, device=device)
-        self.energy = torch.zeros(own + 1, width, device=device)
-        self.tokens = torch.zeros(own + 1, device=device)
+        self.count = torch.zeros((), dtype=torch.float32, device=device)
+        self.samples = torch.zeros((), dtype=torch.float32, device=device)
+        self.mean = torch.zeros(width, dtype=torch.float32, device=device)
+        self.m2 = torch.zeros(width, dtype=torch.float32, device=device)
+        self.energy = torch.zeros(own + 1, width, dtype=torch.float32, device=device)
+        self.tokens = torch.zeros(own + 1, dtype=torch.float32, device=device)
 
     @property
     def own(self) -> int:
@@ -209,8 +209,8 @@ class History:
         Rows without tokens in this batch, and entries that would become non-finite, are left unchanged.
         """
         k = z.shape[-1]
-        energy = torch.zeros(self.own + 1, k, device=z.device)
-        counts = torch.zeros(self.own + 1, device=z.device)
+        energy = torch.zeros(self.own + 1, k, dtype=torch.float32, device=z.device)
+        counts = torch.zeros(self.own + 1, dtype=torch.float32, device=z.device)
         position_sums(z, tokens, energy, counts)
         mean = energy / counts.clamp_min(1)[:, None]
         weight = (1 - self.decay) * (counts > 0)

@@ -17,9 +17,10 @@ from probeprune.algebra.moments import OWN_POSITIONS, Moments
 from probeprune.calibration import stored
 from probeprune.data.windows import batches
 from probeprune.errors import UsageError
-from probeprune.model.blocks import find_blocks
+from probeprune.model.blocks import find_blocks, uncalled_consumer
 from probeprune.model.forwards import temporary_hooks
-from probeprune.model.passes import Pass, check_eval, check_windows, find_decoder, on_pass
+from probeprune.model.passes import Pass, check_eval, find_decoder, on_pass, token_windows
+from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
 
@@ -33,26 +34,33 @@ def collecting(model: nn.Module, own_positions: int = OWN_POSITIONS) -> Iterator
     """Collect moments, by block name, from every forward pass of the dense model inside the context.
 
     Padding is read from the attention mask of the pass. Raises `UsageError` for a pass that continues a KV
-    cache.
+    cache, or in which a block's consumer is not called.
     """
     blocks = find_blocks(model)
     moments = {b.name: Moments(b.width, own_positions, b.consumer.weight.device) for b in blocks}
     current: list[Pass] = []
+    called: set[str] = set()
 
     def run(started: Pass, forward: Callable[[], Any]) -> Any:
         if started.continues:
             raise UsageError("calibration runs whole sequences; call the model without a filled KV cache.")
         current[:] = [started]
-        return forward()
+        called.clear()
+        output = forward()
+        for block in blocks:
+            if block.name not in called:
+                raise uncalled_consumer(block)
+        return output
 
-    def observe(moments: Moments) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def observe(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             tokens = current[0].tokens
-            moments.update(args[0].view(tokens.batch, tokens.length, -1), tokens)
+            called.add(name)
+            moments[name].update(args[0].view(tokens.batch, tokens.length, -1), tokens)
 
         return hook
 
-    hooks = (b.consumer.register_forward_pre_hook(observe(moments[b.name])) for b in blocks)
+    hooks = (b.consumer.register_forward_pre_hook(observe(b.name)) for b in blocks)
     stop = on_pass(model, run)
     try:
         with temporary_hooks(hooks):
@@ -82,7 +90,8 @@ def calibrate(
 
     Raises `UsageError` for windows longer than the model's positions or a model in training mode.
     """
-    check_windows(model, windows)
+    model = unwrapped(model)
+    windows = token_windows(model, windows)
     check_eval(model, "calibration needs")
     key = None if cache is None else content_key(model, windows, "moments", _FORMAT, own_positions)
     path = None if cache is None else cache / f"{key}.safetensors"

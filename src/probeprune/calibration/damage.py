@@ -18,7 +18,7 @@ from probeprune.model.blocks import Block, UnitKind, find_blocks
 from probeprune.model.cost import block_flops, synced_clock
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.partition import Partition
-from probeprune.model.passes import check_eval, check_windows
+from probeprune.model.passes import check_eval, token_windows
 from probeprune.progress import Progress, silent
 
 
@@ -56,7 +56,7 @@ def damages(
         FloatingPointError: NaN or infinite activations, or moments that cannot be factorised.
     """
     check_eval(model)
-    check_windows(model, windows)
+    windows = token_windows(model, windows)
     blocks = find_blocks(model, units)
     layers = LayerRunner(model, [*batches(windows, batch_size)])
     stream = layers.hidden

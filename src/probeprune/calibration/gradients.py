@@ -7,6 +7,7 @@ gradient of its blocks, and the activations of one sample. Knows nothing of unit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from probeprune.errors import UsageError, unknown
 from probeprune.files import cached_tensors
 from probeprune.model.blocks import Member, find_blocks
-from probeprune.model.passes import check_eval, check_windows
+from probeprune.model.passes import check_eval, token_windows
 from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
 from probeprune.strategies.criteria import CRITERIA, Criterion, Gradients, Settled
@@ -58,7 +59,7 @@ def saliences(
         raise UsageError(unknown("criterion", criterion, CRITERIA))
     rule = CRITERIA[criterion]
     settings = gradients or rule.gradients
-    check_windows(model, windows)
+    windows = token_windows(model, windows)
     if windows.shape[1] < 2:
         raise UsageError("gradients need windows of at least 2 tokens: one to read, one to predict.")
     check_eval(model, "gradients for pruning need")
@@ -132,7 +133,8 @@ def _differentiable(
     model: nn.Module, members: dict[str, Member], take: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
     """Require gradients of the members' weights only; pass each gradient to `take` and free it at once."""
-    parameters, hooks = list(model.parameters()), []
+    hooks: list[Any] = []
+    earlier = {p: p.grad for p in model.parameters()}
 
     def taker(name: str) -> Callable[[torch.Tensor], None]:
         def hook(p: torch.Tensor) -> None:
@@ -144,7 +146,7 @@ def _differentiable(
 
     with weights_at_rest(model):
         try:
-            for p in parameters:
+            for p in earlier:
                 p.grad = None
             for name, m in members.items():
                 m.linear.weight.requires_grad_(True)
@@ -153,8 +155,8 @@ def _differentiable(
         finally:
             for hook in hooks:
                 hook.remove()
-            for p in parameters:
-                p.grad = None
+            for p, gradient in earlier.items():
+                p.grad = gradient
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from probeprune.model.blocks import Block, UnitKind, find_blocks
 from probeprune.model.families import find_family
 from probeprune.model.layers import Captured, LayerRunner, capture
 from probeprune.model.partition import Partition
-from probeprune.model.passes import check_eval, check_windows
+from probeprune.model.passes import check_eval, token_windows
 from probeprune.progress import Progress, silent
 from probeprune.strategies import allocation
 from probeprune.strategies.compensation import Consumer, Refit
@@ -86,7 +86,7 @@ def refit(
     """
     how = how or Refit()
     check_eval(model)
-    check_windows(model, windows)
+    windows = token_windows(model, windows)
     fitted_on, held = _split(windows, how)
     parts = [*batches(fitted_on, batch_size)]
     first_held = len(parts)
@@ -232,7 +232,9 @@ class _LayerwiseRefit:
             own = partition.consumer_weight
             weight = own[:, : len(fit.zz)]
             bias = (
-                torch.zeros(len(own), device=own.device) if self.how.bias and own_bias is None else own_bias
+                torch.zeros(len(own), dtype=torch.float32, device=own.device)
+                if self.how.bias and own_bias is None
+                else own_bias
             )
             judge = held if held.count else fit
             before = squared_error(judge, weight, own_bias)

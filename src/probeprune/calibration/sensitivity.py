@@ -15,9 +15,9 @@ from torch import nn
 
 from probeprune.calibration.gradients import weights_at_rest
 from probeprune.files import cached_tensors
-from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.blocks import Block, find_blocks, uncalled_consumer
 from probeprune.model.forwards import temporary_hooks
-from probeprune.model.passes import check_eval, check_windows
+from probeprune.model.passes import check_eval, token_windows
 from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
 
@@ -54,7 +54,7 @@ def sensitivities(
         UsageError: unsupported model, windows too long.
         FloatingPointError: a NaN or infinite gradient (float16 overflows easily).
     """
-    check_windows(model, windows)
+    windows = token_windows(model, windows)
     check_eval(model, "sensitivities need")
     path = None
     if cache is not None:
@@ -68,11 +68,14 @@ def _measure(
     blocks = find_blocks(model)
     device = next(model.parameters()).device
     total: dict[str, torch.Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.inference_mode(False), weights_at_rest(model), _outputs(blocks) as outputs:
         for done, window in enumerate(windows.clone()):
             progress("sensitivities", done, len(windows))
             _backward_from_drawn_labels(model, window[None].to(device), generator)
+            for block in blocks:
+                if block.name not in outputs:
+                    raise uncalled_consumer(block)
             for name, output in outputs.items():
                 gradient = output.grad
                 assert gradient is not None
@@ -98,7 +101,11 @@ def _backward_from_drawn_labels(model: Any, ids: torch.Tensor, generator: torch.
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
         # The Gumbel trick lets one generator on the CPU draw for every device.
-        uniform = torch.rand(logits.shape, generator=generator).clamp_(1e-20).to(logits.device)
+        uniform = (
+            torch.rand(logits.shape, generator=generator, dtype=torch.float32, device="cpu")
+            .clamp_(1e-20)
+            .to(logits.device)
+        )
         labels = (logits.detach() - (-uniform.log()).log()).argmax(-1)
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
 

@@ -18,7 +18,7 @@ from probeprune.cli.values import at_least, one_of
 from probeprune.data.windows import CALIBRATION, Text
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import TextMeasure
-from probeprune.model.checkpoint import Layout
+from probeprune.model.described import Layout
 
 if TYPE_CHECKING:
     import torch

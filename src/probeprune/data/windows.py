@@ -100,7 +100,7 @@ def calibration_windows(
         )
     for ids in itertools.islice(itertools.cycle(long_enough), count - len(windows)):
         crop(ids)
-    return torch.tensor(windows)
+    return torch.tensor(windows, dtype=torch.long, device="cpu")
 
 
 def training_windows(

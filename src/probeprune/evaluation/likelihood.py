@@ -152,7 +152,7 @@ def _score_batch(
     counts = [len(c) for c in continuations]
     # The hidden state at one position predicts the token at the next.
     wanted = torch.cat([h[n - k : n] for h, n, k in zip(hidden, lengths, counts, strict=True)])
-    targets = torch.tensor([t for c in continuations for t in c], device=ids.device)
+    targets = torch.tensor([t for c in continuations for t in c], dtype=torch.long, device=ids.device)
     likelihoods, hits = [], []
     for h, target in zip(wanted.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
         logits = next_token_logits(model, h)

@@ -18,7 +18,8 @@ from probeprune.data.windows import batches
 from probeprune.errors import UsageError, unknown
 from probeprune.evaluation.likelihood import HEAD_TOKENS, next_token_logits
 from probeprune.model.cost import counting_flops, synced_clock
-from probeprune.model.passes import check_windows, find_decoder
+from probeprune.model.passes import find_decoder, token_windows
+from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent
 
 Averaging = Literal["token", "published"]
@@ -70,6 +71,7 @@ def perplexity(
         UsageError: windows too short or longer than the model's positions, or too few for `published`.
         FloatingPointError: a loss that is not finite.
     """
+    model = unwrapped(model)
     windows = _scored_windows(model, windows, batch_size, averaging)
     decoder, device = find_decoder(model), next(model.parameters()).device
     losses: list[float] = []
@@ -108,7 +110,7 @@ def _scored_windows(
     model: nn.Module, windows: torch.Tensor, batch_size: int, averaging: Averaging
 ) -> torch.Tensor:
     """The windows that count under this averaging. Raises `UsageError` if there are none, or unfit ones."""
-    check_windows(model, windows)
+    windows = token_windows(model, windows)
     if windows.shape[1] < 2:
         raise UsageError("windows need at least 2 tokens: the first predicts the second; use longer windows.")
     if averaging == "published":

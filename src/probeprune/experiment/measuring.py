@@ -186,7 +186,7 @@ class UnitCounter:
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
         self.batches = 0
-        self._kept = {b.name: torch.zeros(b.units) for b in handle.blocks}
+        self._kept = {b.name: torch.zeros(b.units, dtype=torch.float32, device="cpu") for b in handle.blocks}
         self._changed = {b.name: 0.0 for b in handle.blocks}
         self._last: dict[str, torch.Tensor] = {}
 
@@ -195,7 +195,7 @@ class UnitCounter:
         if self.batches and not self.handle.method.when.every_batch:
             return
         for k in self.handle.kept_units():
-            mask = torch.zeros(k.of)
+            mask = torch.zeros(k.of, dtype=torch.float32, device="cpu")
             mask[list(k.units)] = 1
             self._kept[k.name] += mask
             if k.name in self._last:

@@ -20,6 +20,7 @@ from probeprune.data.windows import pad_batch
 from probeprune.errors import UsageError, require_positive
 from probeprune.model.cost import synced_clock
 from probeprune.model.loading import LoadedModel
+from probeprune.model.passes import position_limit
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def generate(
     """
     decoding = decoding or Decoding()
     prompt = inputs["input_ids"].shape[1]
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    positions = position_limit(loaded.model.config)
     require_positive(max_new_tokens=max_new_tokens)
     if positions is not None and prompt + max_new_tokens > positions:
         raise UsageError(

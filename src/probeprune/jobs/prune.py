@@ -15,8 +15,9 @@ from probeprune.jobs.cards import pruning_card
 from probeprune.jobs.measure import Measure
 from probeprune.methods import Method, compose, without_measured_widths
 from probeprune.model.blocks import find_blocks
-from probeprune.model.checkpoint import Layout, check_free, check_space, empty_model, export, save
+from probeprune.model.checkpoint import check_free, check_space, save
 from probeprune.model.cost import PeakMemory
+from probeprune.model.described import Layout, empty_like, export
 from probeprune.model.loading import LoadedModel, cache_dir
 from probeprune.plan import needs
 from probeprune.preparation import DAMAGE_WINDOWS
@@ -132,7 +133,7 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
     """
     check_static(method)
     check_steps(method, steps)
-    shape = empty_model(model.config, model.dtype)
+    shape = empty_like(model)
     drawn = compose(without_measured_widths(method), importance="random", gradients=None, compensation="none")
     done = prune(shape.eval(), drawn, ratio, steps=steps)
     if method.compensation.adds_bias:

@@ -17,7 +17,8 @@ from probeprune.jobs.cards import training_card
 from probeprune.jobs.measure import Measure
 from probeprune.jobs.prune import rehearse
 from probeprune.model.blocks import find_blocks
-from probeprune.model.checkpoint import Layout, check_free, check_space, save
+from probeprune.model.checkpoint import check_free, check_space, save
+from probeprune.model.described import Layout
 from probeprune.model.loading import LoadedModel
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions

@@ -15,6 +15,7 @@ from torch import nn
 from probeprune.errors import UsageError, unknown
 from probeprune.model.families import AttentionRecord, MlpRecord, find_family
 from probeprune.model.narrow_linear import NarrowLinear
+from probeprune.model.wrappers import unwrapped
 
 UnitKind = Literal["group", "balanced", "query"]
 """What one attention unit is. In a model with one key-value head per query head, all three are one head.
@@ -111,6 +112,14 @@ class Block:
         )
 
 
+def uncalled_consumer(block: Block) -> UsageError:
+    """The error for a block whose consumer is never called, though its weights may be used."""
+    return UsageError(
+        f"{block.name} does not call the module {block.members[-1].name}; switch off the fused kernel or "
+        "compiled block that takes its place."
+    )
+
+
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a supported causal LM, in order."""
     layers = model.get_submodule(find_family(model).layers)
@@ -131,6 +140,7 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     """
     if units not in get_args(UnitKind):
         raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
+    model = unwrapped(model)
     family = find_family(model)
     norm_first = family.norm_first is None or bool(getattr(model.config, family.norm_first))
     blocks = []
@@ -247,10 +257,24 @@ def _linear(root: nn.Module, path: str, name: str) -> nn.Linear:
     if isinstance(module, NarrowLinear):
         raise UsageError(f"a method is attached to this model ({where} shows a part only); detach it first.")
     # Exactly nn.Linear: quantised and adapter-wrapped layers subclass or replace it.
-    if type(module) is not nn.Linear or not module.weight.is_floating_point():
+    weight = module._parameters.get("weight")
+    plain = weight is None or (type(weight.data) is torch.Tensor and weight.is_floating_point())
+    if type(module) is not nn.Linear or not plain:
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        made_of = "" if weight is None else f" with a weight of {type(weight.data).__name__} {weight.dtype}"
         raise UsageError(
-            f"{where} is a {type(module).__name__}, not a plain floating-point linear layer; quantised and "
-            "wrapped weights cannot be permuted: load the model unquantised and merge adapters first."
+            f"{where} is a {kind}{made_of}, not a plain floating-point linear layer; quantised and wrapped "
+            "weights cannot be permuted: load the model unquantised and merge adapters first."
+        )
+    if weight is None:
+        raise UsageError(
+            f"the weight of {where} is computed at every pass (torch.nn.utils.prune, weight_norm); make it a "
+            "parameter first, for example with torch.nn.utils.prune.remove."
+        )
+    if weight.is_inference():
+        raise UsageError(
+            f"{where} was made under torch.inference_mode(), and its weight cannot be permuted in place; "
+            "load the model outside."
         )
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and getattr(hook, "offload", False):

@@ -160,6 +160,7 @@ def find_family(model: nn.Module) -> Family:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for family in FAMILIES:
         if str(model_type).removeprefix(PRUNED_PREFIX) in family.model_types:
+            _check_layers(model, family)
             return family
     if _experts(model):
         raise UsageError(
@@ -171,6 +172,17 @@ def find_family(model: nn.Module) -> Family:
         f"{supported_models()}. To add it, write one Family record in probeprune/model/families.py "
         "(see CONTRIBUTING.md, 'Add a model family')."
     )
+
+
+def _check_layers(model: nn.Module, family: Family) -> None:
+    """Raise `UsageError` for a model without the list of layers where its family has it."""
+    try:
+        model.get_submodule(family.layers)
+    except AttributeError:
+        raise UsageError(
+            f"{type(model).__name__} has no {family.layers}; give the whole model with its head, as "
+            "AutoModelForCausalLM opens it."
+        ) from None
 
 
 def _experts(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from probeprune.model.blocks import Block
+from probeprune.model.blocks import Block, uncalled_consumer
 from probeprune.model.families import find_family
 from probeprune.model.forwards import replaced_forward, temporary_hooks
 from probeprune.model.passes import find_decoder
@@ -83,7 +83,7 @@ def capture(blocks: Sequence[Block], until: Block | None = None) -> Iterator[dic
     """Capture, by block kind, the tensors of one layer's blocks in the passes inside the context.
 
     With `until`, the pass stops right after that block's consumer and leaves the context; later blocks do not
-    run.
+    run. Raises `UsageError` for a block whose consumer is not called.
     """
     captured: dict[str, Captured] = {b.kind: Captured() for b in blocks}
 
@@ -95,6 +95,9 @@ def capture(blocks: Sequence[Block], until: Block | None = None) -> Iterator[dic
 
     with temporary_hooks(register()), suppress(_AllCaptured):
         yield captured
+    for block in blocks if until is None else [until]:
+        if not hasattr(captured[block.kind], "z"):
+            raise uncalled_consumer(block)
 
 
 def _stop(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -2,27 +2,76 @@
 
 Self-contained: this file is copied next to the weights of such a checkpoint, so that transformers can open it
 without probeprune (`trust_remote_code=True`). Every class of the family has a counterpart here with `Pruned`
-in front of its name (`PrunedLlamaConfig`, `PrunedLlamaForCausalLM`), made when it is first asked for. It is
-the family's own model, with linear maps as narrow as `config.pruned` says; the forward pass is unchanged.
+in front of its name (`PrunedLlamaConfig`, `PrunedLlamaModel`, `PrunedLlamaForCausalLM`), made when it is
+first asked for. It is the family's own model, with linear maps as narrow as `config.pruned` says; the forward
+pass is unchanged.
 
-`config.pruned` maps a module's path to what differs from the plain model: for a linear map `in_features`,
-`out_features` or `bias`; for any other module the attributes that its forward reads (`config.x` for an
-attribute of its config).
+`config.pruned` maps a module's path in the causal LM to what differs from the plain model: for a linear map
+`in_features`, `out_features` or `bias`; for any other module the attributes that its forward reads
+(`config.x` for an attribute of its config).
 """
 
-from copy import copy
 from functools import cache
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+_HEADS = {
+    "AutoModel": "MODEL_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+}
+"""For each auto class, the name of its table of model classes in `modeling_auto`."""
+
+
+class ConfigView:
+    """Reads like `config`, with some fields replaced; whatever changes in `config` shows here too.
+
+    Args:
+        config: the original, or a view of it whose replaced fields are taken over.
+        fields: values of fields that differ.
+        attention_prefix: put in front of the attention implementation's name.
+    """
+
+    def __init__(self, config: Any, fields: dict[str, Any] | None = None, attention_prefix: str = "") -> None:
+        if isinstance(config, ConfigView):
+            attention_prefix = attention_prefix or config._prefix
+            config, fields = config._config, {**config._fields, **(fields or {})}
+        self.__dict__.update(_config=config, _fields=dict(fields or {}), _prefix=attention_prefix)
+
+    def on(self, config: Any) -> "ConfigView":
+        """A view of another config, with the same fields replaced."""
+        return ConfigView(config, self._fields, self._prefix)
+
+    def copy(self) -> "ConfigView":
+        """Another view of the same config, with fields of its own."""
+        return self.on(self._config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_config" not in self.__dict__:  # while being copied
+            raise AttributeError(name)
+        if name in self._fields:
+            return self._fields[name]
+        value = getattr(self._config, name)
+        return f"{self._prefix}{value}" if self._prefix and name == "_attn_implementation" else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._fields[name] = value
 
 
 def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
-    """Give the modules of a plain model the sizes and attributes listed in `pruned`, by path."""
+    """Give the modules of a plain model the sizes and attributes listed in `pruned`, by path.
+
+    A model without a head has no prefix (`layers.0`, where the causal LM has `model.layers.0`).
+    """
+    prefix = f"{model.base_model_prefix}."
     for path, changes in pruned.items():
+        path = path if hasattr(model, prefix[:-1]) else path.removeprefix(prefix)
         module = model.get_submodule(path)
         if isinstance(module, nn.Linear):
             sizes = {
@@ -37,17 +86,28 @@ def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
         for name, value in changes.items():
             owner, _, attribute = name.rpartition(".")
             if owner == "config":
-                if module.config is model.config:  # shared by all layers
-                    module.config = copy(model.config)
-                setattr(module.config, attribute, value)
+                module.config = ConfigView(module.config, {attribute: value})  # type: ignore[assignment]
             else:
                 setattr(module, name, value)
 
 
 class _Pruned(PreTrainedModel):
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
         narrow(self, config.pruned)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, for models whose layers have the same key-value heads.
+
+        Raises `ValueError` for others: the paged cache has one size for all layers.
+        """
+        makes_keys = ("k_proj", "qkv_proj", "query_key_value")
+        if any(path.endswith(makes_keys) for path in self.config.pruned):
+            raise ValueError(
+                "continuous batching needs the same number of key-value heads in every layer, and this "
+                "pruned model has different ones; use generate, or prune with one width for all layers."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 @cache
@@ -57,7 +117,9 @@ def pruned_config(family: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         family.__init__(self, *args, **kwargs)
         # Only now: importing the modelling code of all families would slow down every start.
-        AutoModelForCausalLM.register(type(self), pruned_model(family), exist_ok=True)
+        for auto, plain in model_classes(family).items():
+            getattr(transformers, auto).register(type(self), pruned_model(plain), exist_ok=True)
+        self.auto_map = _auto_map(family)
 
     members = {"__module__": __name__, "__init__": __init__, "model_type": f"pruned_{family.model_type}"}
     made: Any = type(f"Pruned{family.__name__}", (family,), members)
@@ -65,22 +127,35 @@ def pruned_config(family: Any) -> Any:
     return made
 
 
+def model_classes(family: Any) -> dict[str, Any]:
+    """The family's own model classes, by auto class."""
+    plain = {auto: getattr(modeling_auto, table).get(family, None) for auto, table in _HEADS.items()}
+    return {auto: model for auto, model in plain.items() if isinstance(model, type)}
+
+
+def _auto_map(family: Any) -> dict[str, str]:
+    """For config.json: the class in this file that each auto class opens."""
+    file = __name__.rpartition(".")[2]
+    return {auto: f"{file}.Pruned{plain.__name__}" for auto, plain in model_classes(family).items()}
+
+
 @cache
-def pruned_model(family: Any) -> Any:
-    """The counterpart of the causal LM that belongs to a family's config class: a class too."""
-    plain = MODEL_FOR_CAUSAL_LM_MAPPING[family]
-    members = {"__module__": __name__, "config_class": pruned_config(family)}
+def pruned_model(plain: Any) -> Any:
+    """The counterpart of a family's model class, with any head: a class too."""
+    members = {"__module__": __name__, "config_class": pruned_config(plain.config_class)}
     made: Any = type(f"Pruned{plain.__name__}", (_Pruned, plain), members)
-    made.register_for_auto_class("AutoModelForCausalLM")
+    auto = next((a for a, model in model_classes(plain.config_class).items() if model is plain), None)
+    if auto is not None:
+        made.register_for_auto_class(auto)
     return made
 
 
 def __getattr__(name: str) -> Any:
-    """`PrunedXConfig` or `PrunedXForCausalLM`, for any family X of transformers."""
+    """`PrunedX` for any config or model class X of transformers."""
     if name.startswith("Pruned"):
         plain: Any = getattr(transformers, name.removeprefix("Pruned"), None)
         if name.endswith("Config") and hasattr(plain, "model_type"):
             return pruned_config(plain)
-        if name.endswith("ForCausalLM") and hasattr(plain, "config_class"):
-            return pruned_model(plain.config_class)
+        if hasattr(plain, "config_class") and issubclass(plain, PreTrainedModel):
+            return pruned_model(plain)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

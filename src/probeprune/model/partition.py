@@ -6,6 +6,7 @@ that enter with those that leave. It tracks original unit ids: `restore` puts ev
 bit; `cut` removes the other units for good. It does not decide which units are kept.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +14,22 @@ from torch import nn
 
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
-from probeprune.model.config_view import ConfigView
+from probeprune.model.modeling_pruned import ConfigView
 from probeprune.model.narrow_linear import View, close_view, open_view
 from probeprune.model.query_heads import attention_overrides
 
 _ABSENT = object()
 _IN_CONFIG = "config."
 _AUTOCAST = ("cpu", "cuda", "xpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A partition's state at one moment: cached keys and values have the order of the heads then."""
+
+    order: torch.Tensor
+    replacement: torch.Tensor | None
+    added_bias: torch.Tensor | None
 
 
 class Partition:
@@ -246,6 +256,26 @@ class Partition:
             block.entry.num_key_value_groups = self.shown // block.kv_heads  # type: ignore[assignment]
             self._take_config()
         self._set_counts(self.shown)
+
+    # -- snapshots -----------------------------------------------------------------------------
+
+    def snapshot(self) -> "Snapshot":
+        """The present order and replacements, to return to with `show_again`."""
+        view = self._views[self.block.consumer]
+        weight = view.replacement
+        return Snapshot(self.order.clone(), None if weight is None else weight.clone(), view.added_bias)
+
+    @torch.no_grad()
+    def show_again(self, snapshot: "Snapshot") -> None:
+        """Lay out the units as in `snapshot`, taken while as many units were shown as now."""
+        self._permute(snapshot.order)
+        view = self._views[self.block.consumer]
+        with torch.inference_mode(False):
+            weight = snapshot.replacement
+            view.replacement = None if weight is None else weight.to(self.consumer_weight)
+            bias = snapshot.added_bias
+            view.added_bias = None if bias is None else bias.to(self.consumer_weight)
+        self.narrow()
 
     # -- the rest ------------------------------------------------------------------------------
 

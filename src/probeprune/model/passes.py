@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from probeprune.algebra.moments import Tokens
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, first_line
 from probeprune.model.families import find_family
 from probeprune.model.forwards import replace_forward
 
@@ -27,6 +27,8 @@ class Pass:
     continues: bool
     """Whether the cache already holds tokens; without any, the pass is a prompt."""
     cache: object | None
+    mask_heads: int = 1
+    """Number of heads for which the attention mask differs; 1 for one mask for all heads."""
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -80,7 +82,8 @@ def read_pass(arguments: dict[str, Any]) -> Pass:
         # while decoding.
         if valid is not None and not valid.is_meta and bool(valid.all()):
             valid = None
-    return Pass(Tokens(batch, length, valid), past > 0, cache)
+    heads = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 4 else 1
+    return Pass(Tokens(batch, length, valid), past > 0, cache, heads)
 
 
 def _past(cache: Any, length: int) -> int:
@@ -105,11 +108,62 @@ def _valid(mask: torch.Tensor, past: int, length: int) -> torch.Tensor | None:
     return mask[:, :length].bool()
 
 
-def check_windows(model: nn.Module, windows: torch.Tensor) -> None:
-    """Raise `UsageError` for windows that are longer than the model's positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and windows.shape[1] > limit:
+def token_windows(model: nn.Module, windows: Any) -> torch.Tensor:
+    """Windows of token ids as a LongTensor (count, length) on the CPU.
+
+    Args:
+        model: the model that will read them.
+        windows: ids of any integer type, as a tensor, an array or lists; one window may be flat.
+
+    Raises:
+        UsageError: no window, ids that are no integers or not in the model's vocabulary, windows longer than
+            its positions.
+    """
+    try:
+        ids = windows if isinstance(windows, torch.Tensor) else torch.as_tensor(windows, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(
-            f"windows of {windows.shape[1]} tokens are longer than the model's {limit} positions; "
+            f"windows must be token ids of shape (count, length), not {type(windows).__name__} "
+            f"({first_line(error)})."
+        ) from None
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or not ids.numel():
+        raise UsageError(
+            f"windows must be token ids of shape (count, length), at least one, not {tuple(ids.shape)}."
+        )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise UsageError(f"windows must be integer token ids, not {ids.dtype}.")
+    ids = ids.long()
+    if not ids.is_meta:
+        ids = ids.cpu()
+        _check_ids(model, ids)
+    limit = position_limit(model.config)
+    if limit is not None and ids.shape[1] > limit:
+        raise UsageError(
+            f"windows of {ids.shape[1]} tokens are longer than the model's {limit} positions; "
             f"use windows of at most {limit}."
         )
+    return ids
+
+
+def _check_ids(model: Any, ids: torch.Tensor) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= vocabulary:
+        wrong = lowest if lowest < 0 else highest
+        raise UsageError(
+            f"token id {wrong} is not in the model's vocabulary of {vocabulary}; use this model's tokenizer."
+        )
+
+
+def position_limit(config: Any) -> int | None:
+    """The longest sequence that a model is made for, from its config; None where that states none.
+
+    RoPE that is scaled to longer sequences (dynamic NTK, YaRN and others) counts with its factor.
+    """
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit is None or rope.get("rope_type", "default") in ("default", "proportional"):
+        return limit
+    original = rope.get("original_max_position_embeddings") or limit
+    return max(limit, int(original * (rope.get("factor") or 1)))

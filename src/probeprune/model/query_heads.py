@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from probeprune.errors import UsageError
-from probeprune.model.config_view import ConfigView
+from probeprune.model.modeling_pruned import ConfigView
 
 _PREFIX = "probeprune_by_query_head_"
 _SUPPORTED = ("sdpa", "eager")

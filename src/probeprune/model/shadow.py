@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from probeprune.errors import UsageError
-from probeprune.model.blocks import Block
-from probeprune.model.config_view import ConfigView
+from probeprune.model.blocks import Block, uncalled_consumer
+from probeprune.model.modeling_pruned import ConfigView
 from probeprune.model.narrow_linear import NarrowLinear
 from probeprune.model.partition import Partition
 
@@ -74,14 +73,6 @@ class Shadow:
         if z is None:
             raise uncalled_consumer(self._block)
         return z
-
-
-def uncalled_consumer(block: Block) -> UsageError:
-    """The error for a block whose consumer is never called, though its weights may be used."""
-    return UsageError(
-        f"{block.name} does not call the module {block.members[-1].name}; switch off the fused kernel or "
-        "compiled block that takes its place."
-    )
 
 
 def _shadow(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -7,8 +7,8 @@ whole model: the stage of a pass, the cache that it continues, one pass at a tim
 
 from __future__ import annotations
 
-import itertools
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,22 +22,19 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
-from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.blocks import Block, find_blocks, uncalled_consumer
 from probeprune.model.passes import Pass, check_eval, on_pass
-from probeprune.model.shadow import uncalled_consumer
+from probeprune.model.wrappers import unwrapped
 from probeprune.plan import Kept
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.progress import Progress, silent
 from probeprune.runtime import ownership
 from probeprune.runtime.block import BlockRuntime
+from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of, mark
 from probeprune.runtime.current_pass import CurrentPass
 from probeprune.strategies import allocation
 from probeprune.strategies.schedule import EveryBatch
 
-_CHOICES = itertools.count(1)
-_CHOICE = "_probeprune_choice"
-"""Attribute of a KV cache: the number of the choice of heads that filled it. Copies of the cache have it
-too."""
 _HANDLE = "_probeprune_handle"
 """Attribute of an attached model: its handle."""
 
@@ -73,7 +70,7 @@ def attach(
             already has a method attached.
         FloatingPointError: NaN or infinite statistics.
     """
-    method = get_method(method)
+    method, model = get_method(method), unwrapped(model)
     check_untrained(method)
     allocation.check_ratio(ratio)
     check_eval(model)
@@ -93,7 +90,7 @@ def attach(
 
 def detach(model: nn.Module) -> None:
     """Detach the method that is attached to `model`, if any; for use without its handle."""
-    handle = model.__dict__.get(_HANDLE)
+    handle = unwrapped(model).__dict__.get(_HANDLE)
     if handle is not None:
         handle.detach()
 
@@ -127,7 +124,10 @@ class Handle:
         self.blocks = blocks
         self.current = CurrentPass(layer_types=getattr(model.config, "layer_types", None) or ())
         self._lock = threading.RLock()
-        self._choice: int | None = None  # the one now in view
+        self._owner = object()
+        # The choice in view is kept alive by the caches that it filled; without any, nobody can return to it.
+        self._choice: weakref.ref[Choice] | None = None
+        self._running: Choice | None = None
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
         scores = [plan.static_scores(method, b, statistics) for b in blocks]
@@ -148,10 +148,11 @@ class Handle:
     def _start(self) -> None:
         """Make the first cuts and hook the model."""
         when = self.method.when
+        self._undo.append(_refuse_continuous_batching(self.model))
         if not isinstance(when, EveryBatch):
             for pruned in self.pruned:
                 pruned.first_cut()
-            self._choice = next(_CHOICES)  # stays until detached
+            self._running = Choice(self._owner)  # stays until detached
             self._undo.append(on_pass(self.model, self._run_static))
             return
         for pruned in self.pruned:
@@ -219,9 +220,9 @@ class Handle:
     def _run_static(self, started: Pass, forward: Callable[[], Any]) -> Any:
         """One pass of the decoder under a static method."""
         self._check_model()
-        self._check_cache(started)
+        self._check_pass(started)
         output = forward()
-        self._mark_cache(started, output)
+        mark(caches_of(started, output), self._running)
         return output
 
     def _run(self, started: Pass, forward: Callable[[], Any]) -> Any:
@@ -230,8 +231,9 @@ class Handle:
             if self.current.stage is not None:
                 raise UsageError("a pass was started from inside another one of the same model.")
             self._check_model()
-            self._enter(started)
+            self._check_pass(started)
             try:
+                self._enter(started)
                 output = forward()
                 self._check_finite()
                 self._check_passed()
@@ -240,7 +242,8 @@ class Handle:
                 raise
             finally:
                 self.current.end()
-            self._mark_cache(started, output)
+                choice, self._running = self._running, None
+            mark(caches_of(started, output), choice)
             return output
 
     def _check_model(self) -> None:
@@ -262,44 +265,72 @@ class Handle:
             if not runtime.passed:
                 raise uncalled_consumer(runtime.block)
 
-    def _check_cache(self, started: Pass) -> None:
-        """Raise `UsageError` for a cache that other heads filled, or that was allocated for other heads."""
-        if not started.continues:
-            _check_layout(started.cache, self.blocks, self.widths)
-            return
-        fits = self._choice is not None and getattr(started.cache, _CHOICE, None) == self._choice
-        heads_matter = any(p.block.kind == "attention" for p in self.pruned) or self.runtimes
-        if heads_matter and not fits:
+    def _check_pass(self, started: Pass) -> None:
+        """Raise `UsageError` for a cache that other heads filled, or that was allocated for other heads, and
+        for a mask of its own for every head."""
+        if started.mask_heads > 1 and self._cuts_heads:
             raise UsageError(
-                "this KV cache was not filled under the heads kept now: another prompt or method ran since, "
-                "or a pass failed; run its prompt again, and only one generation at a time."
+                f"the attention mask differs for {started.mask_heads} heads, and the method removes some of "
+                "them; give one mask for all heads, of shape (batch, 1, queries, keys)."
+            )
+        if not started.continues:
+            check_layout(started.cache, self.blocks, self.widths)
+            return
+        choice = choice_of(started.cache)
+        own = choice if choice is not None and choice.owner is self._owner else None
+        known = own is not None and (own is self._in_view or own.snapshots is not None)
+        if self._cuts_heads and not known:
+            raise UsageError(
+                "this KV cache was not filled under the method that is attached now, or a pass on it failed; "
+                "run its prompt again."
             )
 
-    def _mark_cache(self, started: Pass, output: Any) -> None:
-        """Record on the cache of a pass which choice of heads filled it."""
-        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
-        for cache in (started.cache, *parts):
-            if hasattr(cache, "get_seq_length"):
-                setattr(cache, _CHOICE, self._choice)
+    @property
+    def _cuts_heads(self) -> bool:
+        """Whether heads are removed, or may be at some batch."""
+        return any(p.block.kind == "attention" for p in self.pruned) or bool(self.runtimes)
+
+    @property
+    def _in_view(self) -> Choice | None:
+        """The choice in view, if a cache or the current pass refers to it."""
+        return self._running or (None if self._choice is None else self._choice())
+
+    def _change_choice(self, new: Choice) -> None:
+        """Put away the choice in view, if it can be returned to, and show a new one or one put away."""
+        old = self._in_view
+        if old is not None:
+            old.snapshots = [r.pruned.partition.snapshot() for r in self.runtimes]
+            old.since_refresh = self._since_refresh
+        if new.snapshots is not None:
+            for runtime, snapshot in zip(self.runtimes, new.snapshots, strict=True):
+                runtime.pruned.partition.show_again(snapshot)
+        new.snapshots, self._since_refresh = None, new.since_refresh
+        self._running, self._choice = new, weakref.ref(new)
 
     def _enter(self, started: Pass) -> None:
-        """Decide the stage of a pass. Raises `UsageError` for a cache that other heads filled."""
+        """Decide the stage of a pass, and bring back the choice of the cache that it continues."""
         when, tokens = self.method.when, started.tokens
         assert isinstance(when, EveryBatch)
         self.current.tokens = tokens
         self._since_choice += tokens.batch * tokens.length
-        self._check_cache(started)
         if not started.continues:
             serves = started.cache is None and self._since_choice < when.probe.reuse
             self.current.stage = "reuse" if serves and self._choice is not None else "choose"
             if self.current.stage == "choose":
-                self._choice, self._since_choice = next(_CHOICES), 0
+                self._change_choice(Choice(self._owner))
+                self._since_choice = 0
             self._since_refresh = 0
         else:
+            choice = choice_of(started.cache)
+            if choice is not None and choice.owner is self._owner and choice is not self._in_view:
+                self._change_choice(choice)
             self._since_refresh += tokens.length
             due = 0 < when.refresh <= self._since_refresh
             self.current.stage = "refresh" if due else "keep"
             self._since_refresh = 0 if due else self._since_refresh
+        if self._running is None:  # the units in view stay; a cache may come of this pass
+            self._running = self._in_view or Choice(self._owner)
+            self._choice = weakref.ref(self._running)
         for runtime in self.runtimes:
             runtime.passed = False
 
@@ -321,16 +352,19 @@ def _places(
     return places
 
 
-def _check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int]) -> None:
-    """Raise `UsageError` for an empty cache that was allocated for a different number of heads."""
-    layers = getattr(cache, "layers", ())
-    for block, keep in zip(blocks, widths, strict=True):
-        if block.kind == "mlp" or block.layer >= len(layers):
-            continue
-        keys = getattr(layers[block.layer], "keys", None)
-        heads = keep if block.unit_kind == "group" else block.kv_heads
-        if isinstance(keys, torch.Tensor) and keys.ndim == 4 and keys.shape[1] != heads:
-            raise UsageError(
-                f"the KV cache was laid out for {keys.shape[1]} key-value heads in {block.name}, which keeps "
-                f"{heads}; let the first pass lay it out (no prefill_chunk_size with a static cache)."
-            )
+def _refuse_continuous_batching(model: nn.Module) -> Callable[[], None]:
+    """Refuse continuous batching where it starts; within it, errors go to a log. Returns a function that
+    undoes it."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UsageError(
+            "continuous batching does not run under an attached method; use generate, or prune the model "
+            "with one width for all layers (with_equal_widths)."
+        )
+
+    model.__dict__["init_continuous_batching"] = refuse
+
+    def undo() -> None:
+        model.__dict__.pop("init_continuous_batching", None)
+
+    return undo

@@ -223,7 +223,9 @@ def global_threshold(request: Request) -> list[int]:
     pruned, _ = candidates(request)
     budget = request.ratio * sum(b.parameters for b in blocks)
     flat = torch.cat([scores[i].float().cpu() for i in pruned])
-    owner = torch.cat([torch.full((blocks[i].units,), i) for i in pruned]).tolist()
+    owner = torch.cat(
+        [torch.full((blocks[i].units,), i, dtype=torch.long, device="cpu") for i in pruned]
+    ).tolist()
     kept = [b.units for b in blocks]
     for index in flat.argsort(stable=True).tolist():
         block = blocks[owner[index]]

@@ -128,18 +128,19 @@ def _lora_guided(settled: Settled) -> torch.Tensor:
     for a in lora_matrices(settled):
         total = total + _summed(((g @ a.T) @ a * w).abs_(), settled.member)
     assert isinstance(total, torch.Tensor)
-    return total / torch.tensor(float(settled.gradients.draws))
+    return total / settled.gradients.draws
 
 
 def lora_matrices(settled: Settled) -> Iterator[torch.Tensor]:
     """LoRA's matrices A (rank, in_features), drawn as PEFT does: Kaiming-uniform with a = sqrt(5)."""
     text = f"{settled.seed} {settled.member.name}".encode()
     seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     columns = settled.weight.shape[1]
     bound = 1 / math.sqrt(columns)
     for _ in range(settled.gradients.draws):
-        a = torch.empty(settled.gradients.rank, columns).uniform_(-bound, bound, generator=generator)
+        a = torch.empty(settled.gradients.rank, columns, dtype=torch.float32, device="cpu")
+        a.uniform_(-bound, bound, generator=generator)
         yield a.to(settled.weight.device)
 
 

@@ -95,7 +95,7 @@ def sum_of_shares(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def magnitude(evidence: Evidence) -> torch.Tensor:
     """Control: 2-norm of all weights that a cut of the unit removes."""
-    total = torch.zeros(evidence.block.units, device=evidence.norms.squared.device)
+    total = torch.zeros(evidence.block.units, dtype=torch.float32, device=evidence.norms.squared.device)
     for m in evidence.block.members:
         weight = m.part(m.linear.weight.detach(), evidence.block.units)
         squares = weight.float().square().sum(1 - m.axis)
@@ -107,7 +107,8 @@ def random(evidence: Evidence) -> torch.Tensor:
     """Control: uniform numbers from the seed, the layer and the block's kind."""
     block = evidence.block
     seed = (evidence.seed * 1009 + block.layer) * 2 + (block.kind == "mlp")
-    scores = torch.rand(block.units, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    scores = torch.rand(block.units, generator=generator, dtype=torch.float32, device="cpu")
     return scores.to(evidence.norms.squared.device)
 
 

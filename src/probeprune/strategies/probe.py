@@ -119,7 +119,7 @@ def by_residual(residual: torch.Tensor, tokens: Tokens, probe: Probe) -> Selecti
     """
     samples_wanted, positions_wanted = probe_size(probe, tokens.batch, tokens.length)
     # Passing the dtype that a tensor already has is slower than passing None.
-    wider = None if residual.dtype == torch.float32 else torch.float32
+    wider = torch.float32 if residual.dtype.itemsize < 4 else None
     u = torch.linalg.vector_norm(residual, dim=-1, dtype=wider)
     if tokens.valid is not None:
         u = u.masked_fill(~tokens.valid, 0)

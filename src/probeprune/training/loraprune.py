@@ -20,7 +20,7 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.methods import Method, compose
 from probeprune.model.blocks import Block, Member, find_blocks, find_layers
-from probeprune.model.checkpoint import Layout
+from probeprune.model.described import Layout
 from probeprune.plan import widths
 from probeprune.progress import Progress, silent
 from probeprune.strategies.importance import sum_of_shares
@@ -95,8 +95,10 @@ class LoraPrune(TrainerCallback, ExportableState):
     ) -> None:
         self.blocks = [(b, width) for b, width in zip(blocks, block_widths, strict=True) if width < b.units]
         self.every, self.decay, self.ramp = every, decay, ramp
-        self.scores = {b.name: torch.zeros(b.units) for b, _ in self.blocks}
-        self.masked = {b.name: torch.zeros(b.units, dtype=torch.bool) for b, _ in self.blocks}
+        self.scores = {
+            b.name: torch.zeros(b.units, dtype=torch.float32, device="cpu") for b, _ in self.blocks
+        }
+        self.masked = {b.name: torch.zeros(b.units, dtype=torch.bool, device="cpu") for b, _ in self.blocks}
         self.skipped = 0
         self._channels: dict[str, torch.Tensor] = {}
         self._hooks: list[Any] = []
@@ -109,8 +111,12 @@ class LoraPrune(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if saved := saved_attributes(self, state):
-            self.scores = {n: torch.tensor(s) for n, s in saved["scores"].items()}
-            self.masked = {n: torch.tensor(m, dtype=torch.bool) for n, m in saved["masked"].items()}
+            self.scores = {
+                n: torch.tensor(s, dtype=torch.float32, device="cpu") for n, s in saved["scores"].items()
+            }
+            self.masked = {
+                n: torch.tensor(m, dtype=torch.bool, device="cpu") for n, m in saved["masked"].items()
+            }
             self.skipped = saved["skipped"]
         for block, _ in self.blocks:
             consumer = lora_layer(model, block.members[-1])

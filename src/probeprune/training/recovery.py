@@ -23,7 +23,7 @@ from probeprune.errors import UsageError
 from probeprune.files import write_json
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import PeakMemory
-from probeprune.model.passes import check_windows
+from probeprune.model.passes import token_windows
 from probeprune.progress import Progress, silent
 from probeprune.provenance import model_fingerprint
 from probeprune.quiet import quiet_libraries
@@ -99,7 +99,7 @@ def recover(
         UsageError: text too short for one step, a work directory of another run, out of memory, disk full.
         FloatingPointError: the loss is NaN or infinite; the last checkpoint stays.
     """
-    check_windows(model, windows)
+    windows = token_windows(model, windows)
     device, dtype = next(model.parameters()).device, model.dtype
     processes.join(device.type)
     used = _whole_steps(training, windows, held_out)

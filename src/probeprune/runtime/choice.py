@@ -1,0 +1,69 @@
+"""The choice of units under which a KV cache was filled, kept with the cache so that it can be continued."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from probeprune.errors import UsageError
+from probeprune.model.blocks import Block
+from probeprune.model.partition import Snapshot
+from probeprune.model.passes import Pass
+
+_ATTRIBUTE = "_probeprune_choice"
+
+
+@dataclass(eq=False)
+class Choice:
+    """The units that one prompt chose. Copies of a cache share it.
+
+    Attributes:
+        owner: identifies the attached method that made it.
+        snapshots: of all blocks that follow the batch, while another choice is in view; None while this one
+            is, or where it is lost because a pass failed.
+        since_refresh: number of tokens since the last refresh, while another choice is in view.
+    """
+
+    owner: object
+    snapshots: list[Snapshot] | None = None
+    since_refresh: int = 0
+
+    def __deepcopy__(self, memo: Any) -> "Choice":
+        return self
+
+    def __reduce__(self) -> Any:
+        return Choice, (None,)  # in another process, no method owns it
+
+
+def choice_of(cache: object) -> Choice | None:
+    """The choice that a cache was filled under; None for a dense cache."""
+    return getattr(cache, _ATTRIBUTE, None)
+
+
+def mark(caches: Any, choice: Choice | None) -> None:
+    """Record on every KV cache among `caches` the choice that filled it."""
+    for cache in caches:
+        if hasattr(cache, "get_seq_length"):
+            setattr(cache, _ATTRIBUTE, choice)
+
+
+def caches_of(started: Pass, output: Any) -> tuple[Any, ...]:
+    """Everything in the arguments and the output of a pass that may be a KV cache."""
+    parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+    return started.cache, *parts
+
+
+def check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int]) -> None:
+    """Raise `UsageError` for an empty cache that was allocated for a different number of heads."""
+    layers = getattr(cache, "layers", ())
+    for block, keep in zip(blocks, widths, strict=True):
+        if block.kind == "mlp" or block.layer >= len(layers):
+            continue
+        keys = getattr(layers[block.layer], "keys", None)
+        heads = keep if block.unit_kind == "group" else block.kv_heads
+        if isinstance(keys, torch.Tensor) and keys.ndim == 4 and keys.shape[1] != heads:
+            raise UsageError(
+                f"the KV cache was laid out for {keys.shape[1]} key-value heads in {block.name}, which keeps "
+                f"{heads}; let the first pass lay it out (no prefill_chunk_size with a static cache)."
+            )
