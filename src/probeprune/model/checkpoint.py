@@ -95,7 +95,7 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
     transformers opens generation configs that it refuses to write, such as a temperature without sampling.
     """
     generation: Any = model.generation_config
-    model.generation_config = GenerationConfig()
+    model.generation_config = generation and GenerationConfig()
     try:
         model.save_pretrained(folder)
     finally:

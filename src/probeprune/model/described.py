@@ -325,5 +325,5 @@ def _fitted(model: Any, config: PretrainedConfig) -> PreTrainedModel:
         if buffer.is_meta:  # not in the state dict: rotary frequencies, scales
             owner, _, part = name.rpartition(".")
             exported.get_submodule(owner)._buffers[part] = model.get_buffer(name)
-    exported.generation_config = copy.deepcopy(model.generation_config)
+    exported.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return exported.eval()
