@@ -65,9 +65,11 @@ def test_drawing_follows_the_seed_and_greedy_does_not(loaded):
     assert text(temperature=1.0, top_p=1e-6, seed=5) == text()
 
 
-def test_streaming_prints_the_same_text(loaded, capsys):
-    made = generate(loaded, encode(loaded, ["7 8 9"]), max_new_tokens=6, stream=True)
-    assert capsys.readouterr().out.strip() == made.texts[0]
+def test_pieces_of_a_text_are_shown_while_it_is_made(loaded):
+    pieces: list[str] = []
+    made = generate(loaded, encode(loaded, ["7 8 9"]), max_new_tokens=6, show=pieces.append)
+    assert "".join(pieces).strip() == made.texts[0] and pieces[-1].endswith("\n")
+    assert len([p for p in pieces if p.strip()]) > 1, "all at once"
 
 
 def test_what_cannot_be_generated_is_refused(loaded):
