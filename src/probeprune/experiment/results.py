@@ -52,7 +52,7 @@ class Results:
         if refused and not lines and not (cut and not complete and _is_start(results.path)):
             raise UsageError(f"{results.path} is not a results file of this version; choose another --out.")
         results.problems = [
-            f"line {n} of {results.path} was left out: {e}; its cell will be measured again."
+            f"line {n} of {results.path} is corrupt ({e}) and was left out; its cell will be measured again."
             for n, e in refused[: len(refused) - cut]
         ]
         results.rows = {row["key"]: row for _, row in lines}

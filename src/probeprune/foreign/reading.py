@@ -40,7 +40,7 @@ def open_regular(path: Path, limit: int = FILE_LIMIT) -> Iterator[IO[bytes]]:
     except (OSError, ValueError) as error:  # ValueError: a null byte, or half a character
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UsageError(f"file '{path}' cannot be read: {reason}.") from error
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise UsageError(f"'{path}' is no regular file; give the path of a file.")
@@ -49,7 +49,10 @@ def open_regular(path: Path, limit: int = FILE_LIMIT) -> Iterator[IO[bytes]]:
                 f"file '{path}' has {status.st_size / 2**20:,.0f} MiB, more than the limit of "
                 f"{limit / 2**20:,.0f} MiB; give a smaller one."
             )
-        yield file
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: Path, limit: int = FILE_LIMIT) -> str:
@@ -122,6 +125,8 @@ def read_lines(
                     raise ValueError(f"it has more than {limit / 2**20:,.0f} MiB")
                 row = parse_json(line)
                 check(row)
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                errors.append((number, ValueError("not JSON")))
             except ValueError as error:
                 errors.append((number, error))
             else:

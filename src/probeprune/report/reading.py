@@ -1,14 +1,11 @@
 """Read result lines from a file; those that could not be shown are named."""
 
-import json
 from pathlib import Path
 
 from probeprune.errors import UsageError
 from probeprune.files import RESULTS
 from probeprune.foreign.reading import read_lines
 from probeprune.result_lines import Line, check_line
-
-_NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
 def read_results(path: Path) -> tuple[list[Line], list[str]]:
@@ -26,9 +23,7 @@ def read_results(path: Path) -> tuple[list[Line], list[str]]:
     if not file.exists():
         raise UsageError(f"{file} does not exist; give the folder of a run, or its {RESULTS}.")
     numbered, refused, _ = read_lines(file, check_line)
-    problems = [
-        f"{file}, line {n} was left out: {'not JSON' if isinstance(e, _NOT_JSON) else e}." for n, e in refused
-    ]
+    problems = [f"{file}, line {n} was left out: {e}." for n, e in refused]
     lines: dict[object, Line] = {}
     for position, line in numbered:
         key = line.get("key", position)
