@@ -33,6 +33,13 @@ def _method(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _positive(value: float) -> float:
+    """Raise `ValueError` for what cannot be divided by."""
+    if value < 1e-30:
+        raise ValueError("is not above 0")
+    return value
+
+
 def _error(value: float) -> float:
     """Raise `ValueError` for no standard error; NaN is one, of a single window."""
     if not isinstance(value, float | int) or value < 0 or value > 1e30:
@@ -57,7 +64,7 @@ Loss = Annotated[float, Field(allow_inf_nan=False, ge=0, le=700)]
 """Nats a token; beyond it, the perplexity is no number."""
 StandardError = Annotated[float, AfterValidator(_error)]
 """A number from 0, or NaN where one window has no spread."""
-Positive = Annotated[float, Field(allow_inf_nan=False, ge=1e-30, le=1e30)]
+Positive = Annotated[float, Field(allow_inf_nan=False, le=1e30), AfterValidator(_positive)]
 """A number above 0, to divide by."""
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 """A whole number from 0."""

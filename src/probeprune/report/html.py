@@ -16,7 +16,7 @@ from probeprune.files import write_text
 from probeprune.foreign.literal import visible
 from probeprune.report import page_plots, svg_charts
 from probeprune.report.columns import Column, Published, best, columns, meanings
-from probeprune.report.comparing import matrices
+from probeprune.report.comparing import MOST, matrices
 from probeprune.report.estimates import prr
 from probeprune.report.facts import facts
 from probeprune.report.palette import COLOURS, style
@@ -104,6 +104,7 @@ def _study(summary: Summary, published: Published | None) -> dict[str, Any]:
         "by_flops": list(filter(None, quality[FLOPS])),
         "by_time": list(filter(None, quality[TIME])),
         "tasks": list(filter(None, (page_plots.task_plot(summary, task) for task in summary.tasks))),
+        "most_compared": MOST if any(len(entries) > MOST for entries in pruned.values()) else None,
         "comparisons": [(r, made) for r, entries in pruned.items() if (made := matrices(summary, entries))],
         "prr": _prr_table(summary),
         "units": [(ratio, maps) for ratio, all_maps in units if (maps := list(filter(None, all_maps)))],
