@@ -17,6 +17,7 @@ from transformers import (
     TextStreamer,
 )
 
+from probeprune.data.corpora import check_whole
 from probeprune.data.windows import pad_batch
 from probeprune.errors import UsageError, require_positive
 from probeprune.model.cost import synced_clock
@@ -83,9 +84,12 @@ def encode(loaded: LoadedModel, prompts: Sequence[str], *, chat: bool = False) -
         prompts: texts, none of them empty.
         chat: put each prompt into the tokenizer's chat template, as the user's message.
 
-    Raises `UsageError` for an empty prompt, or a tokenizer without a chat template.
+    Raises `UsageError` for an empty prompt or one with half a character, a tokenizer without a chat template,
+    and prompts of unequal length where the tokenizer has neither a padding nor an end token.
     """
     tokenizer = loaded.tokenizer
+    for prompt in prompts:
+        check_whole(prompt, "a prompt")
     if any(not p.strip() for p in prompts):
         raise UsageError("a prompt is empty; give it at least one word.")
     if chat and not tokenizer.chat_template:
