@@ -24,6 +24,14 @@ def numbers(start: int, stop: int) -> str:
 # ------------------------------------------------------------------------------------------------ corpora
 
 
+def parquet(text: bytes) -> bytes:
+    """A Parquet file whose one text has these bytes, whatever they are."""
+    array = pa.array([text]).cast(pa.binary()).view(pa.string())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": array}), sink)
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize(
     ("file", "sha256"),
     [
@@ -109,6 +117,15 @@ def test_unknown_corpus_names_what_there_is_and_the_nearest():
         ("a.jsonl", b'["text"]', "line 1 of .* is no object"),
         ("a.parquet", b"PAR?", "cannot be read as Parquet"),
         ("a.csv", b"text", "no known kind"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "a\\ud83d"}',
+            r"line 2 of .* half a character \('.ud83d', at char",
+        ),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1 of .* is not JSON: it is nested too deeply"),
+        ("a.jsonl", b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "line 1 of .* thousands of digits"),
+        ("a.jsonl", b'{"text": "\xff"}', "UTF-8"),
+        ("a.parquet", parquet(b"a\xff"), "cannot be read as Parquet"),
     ],
 )
 def test_bad_files_are_named(tmp_path, file, content, message):
@@ -342,10 +359,16 @@ def test_mask_counts_a_real_token_that_equals_the_padding():
     assert mask.tolist() == [[1, 1], [0, 1]]
 
 
+def test_sequences_of_equal_length_need_no_padding():
+    ids, mask = pad_batch([[5, 6], [7, 8]], pad_id=None)
+    assert ids.tolist() == [[5, 6], [7, 8]] and mask.tolist() == [[1, 1], [1, 1]]
+    assert pad_batch([[5]], pad_id=None)[0].tolist() == [[5]]
+
+
 @pytest.mark.parametrize(
     ("sequences", "pad_id", "side", "message"),
     [
-        ([[1]], None, "left", "no padding token"),
+        ([[1], [1, 2]], None, "left", "no padding token"),
         ([], 0, "left", "at least one sequence"),
         ([[1], []], 0, "left", "at least one token"),
         ([[1]], 0, "middle", "unknown padding side"),

@@ -1,5 +1,7 @@
 """Text from prompts: what `generate` of the library and of the command line make of them."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
@@ -65,12 +67,26 @@ def test_drawing_follows_the_seed_and_greedy_does_not(loaded):
     assert text(temperature=1.0, top_p=1e-6, seed=5) == text()
 
 
-def test_streaming_prints_the_same_text(loaded, capsys):
-    made = generate(loaded, encode(loaded, ["7 8 9"]), max_new_tokens=6, stream=True)
-    assert capsys.readouterr().out.strip() == made.texts[0]
+def test_pieces_of_a_text_are_shown_while_it_is_made(loaded):
+    pieces: list[str] = []
+    made = generate(loaded, encode(loaded, ["7 8 9"]), max_new_tokens=6, show=pieces.append)
+    assert "".join(pieces).strip() == made.texts[0] and pieces[-1].endswith("\n")
+    assert len([p for p in pieces if p.strip()]) > 1, "all at once"
+
+
+def test_one_prompt_needs_neither_padding_nor_an_end(loaded):
+    bare = dataclasses.replace(loaded, tokenizer=copy.deepcopy(loaded.tokenizer))
+    bare.tokenizer.pad_token = bare.tokenizer.eos_token = None
+    assert bare.tokenizer.pad_token_id is None and bare.tokenizer.eos_token_id is None
+    made = generate(bare, encode(bare, ["7 8 9"]), max_new_tokens=4)
+    assert made.texts == generate(loaded, encode(loaded, ["7 8 9"]), max_new_tokens=4).texts
+    with pytest.raises(UsageError, match="no padding token"):
+        encode(bare, ["7 8 9", "7"])
 
 
 def test_what_cannot_be_generated_is_refused(loaded):
+    with pytest.raises(UsageError, match="a prompt holds half a character"):
+        encode(loaded, ["7", "a\ud83d"])
     with pytest.raises(UsageError, match="prompt is empty"):
         encode(loaded, ["7", " "])
     with pytest.raises(UsageError, match="no chat template"):

@@ -35,12 +35,12 @@ def test_command_writes_the_page_and_the_figures(tmp_path, capsys):
     assert f"line {len(ROWS) + 1} was left out: not JSON" in printed.err.replace("\n", "")
     assert "full-batch" in printed.out
     assert (tmp_path / "run" / "report.html").exists() and (
-        tmp_path / "run" / "figures" / "tasks.png"
+        tmp_path / "run" / "report-figures" / "tasks.png"
     ).exists()
     out = tmp_path / "elsewhere" / "page.html"
     assert call("report", str(file), "--out", str(out), "--json") == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert out.exists() and (out.parent / "figures" / "wikitext2-flops.svg").exists()
+    assert out.exists() and (out.parent / "page-figures" / "wikitext2-flops.svg").exists()
     (summary,) = report.summarise(ROWS)
     assert [r["label"] for r in records] == [e.label for e in summary.entries]
     probe = next(r for r in records if r["label"] == "probe" and r["ratio"] == 0.4)

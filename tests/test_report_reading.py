@@ -12,8 +12,7 @@ from fake_results import ROWS
 from probeprune import report
 from probeprune.errors import UsageError
 from probeprune.report.grouping import MEASUREMENT_SETTINGS, TRAINING_SETTINGS
-from probeprune.report.reading import TYPES
-from probeprune.result_lines import Line, TrainingRecord
+from probeprune.result_lines import REQUIRED, Line, TrainingRecord
 
 
 def test_a_corrupt_line_is_named_and_the_rest_kept(tmp_path):
@@ -66,7 +65,7 @@ def test_nothing_to_read_is_one_sentence(tmp_path):
 
 def test_keys_that_are_named_by_strings_are_keys_of_a_line():
     keys = get_type_hints(Line).keys()
-    assert TYPES.keys() <= keys
+    assert {key for own in REQUIRED.values() for key in own} <= keys
     assert {key for own in MEASUREMENT_SETTINGS.values() for key in own} <= keys
     assert set(TRAINING_SETTINGS) <= get_type_hints(TrainingRecord).keys()
     assert {key for row in ROWS for key in row} <= keys, "a fake result has a key that no real one has"

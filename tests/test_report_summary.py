@@ -225,9 +225,9 @@ def test_terminal_and_markdown_have_a_line_for_every_entry(summary):
     whole, split = report.table(ROWS, "t", width=1000), report.table(ROWS, "t")
     tables = [t for t in split.renderables if hasattr(t, "columns")]
     assert [len(t.rows) for t in tables] == [len(summary.entries)] * 3
-    headers = [c.header for t in tables for c in t.columns]
+    headers = [str(c.header) for t in tables for c in t.columns]
     (one,) = [t for t in whole.renderables if hasattr(t, "columns")]
-    assert sorted(headers) == sorted([c.header for c in one.columns] + ["method", "ratio"] * 2)
+    assert sorted(headers) == sorted([str(c.header) for c in one.columns] + ["method", "ratio"] * 2)
     failed = "ppsp 40% failed on boolq: the model's loss is NaN or infinite; try another dtype."
     assert failures(summary.entries) == [failed] and failed in report.markdown(ROWS, "t")
     row = only(name="probe", ratio=0.2, seed=0, task="wikitext2")

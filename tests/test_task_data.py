@@ -6,10 +6,11 @@ import hashlib
 import lm_eval.tasks
 import pytest
 
-from probeprune.data.corpora import ASSETS, read_text
+from probeprune.data.corpora import ASSETS
 from probeprune.errors import UsageError
 from probeprune.evaluation import harness, task_data
 from probeprune.evaluation.task_data import TASKS, load_rows
+from probeprune.foreign.reading import read_text
 
 OFFICIAL = {
     "boolq": {

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,33 +43,13 @@ def _umask() -> int:
 
 def write_json(file: Path, value: object) -> None:
     """Write a JSON file, and its directory if it is missing."""
+    write_text(file, json.dumps(value) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file as UTF-8, and its directory if it is missing."""
     with _replacing(file, file.with_name(f".{file.name}.{os.getpid()}.tmp")) as partial:
-        partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
-
-
-def read_lines(
-    raw: bytes, check: Callable[[Any], None]
-) -> tuple[list[tuple[int, Any]], list[tuple[int, ValueError]]]:
-    """Read JSON lines: the usable lines and the errors of the others, each with its line number from 1.
-
-    Blank lines are skipped.
-
-    Args:
-        raw: content of the file.
-        check: raises `ValueError` for JSON that is no result line.
-    """
-    rows, errors = [], []
-    for number, line in enumerate(raw.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            check(row)
-        except ValueError as error:
-            errors.append((number, error))
-        else:
-            rows.append((number, row))
-    return rows, errors
+        partial.write_text(text, encoding="utf-8")
 
 
 # -- tensors ---------------------------------------------------------------------------------------

@@ -1,82 +1,141 @@
 """The lines of `results.jsonl`: one JSON object a measurement, or a failure. Every key is documented here.
 
-Writers (`experiment/`) and readers (`report/`) share these types, so that a misspelt key is a type error. No
-key is required: files may come from elsewhere, and `report.read_results` checks the keys that it needs.
-Shares are of 1, times in seconds, memory in bytes.
+Writers (`experiment/`) and readers (`report/`) share these types, so that a misspelt key is a type error.
+Files may come from elsewhere: `check_line` holds a line against these types, for all who read any. Few keys
+are required (`REQUIRED`). Shares are of 1, times in seconds, memory in bytes. Numbers are finite.
 """
 
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
-MethodRecord = dict[str, Any]
-"""The settings of a method, as nested JSON records; `report/settings.py` reads them."""
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import Required, TypedDict
+
+_DEPTH = 20
+"""How deep settings may be nested; readers walk through them."""
+
+
+def _settings(value: dict[str, Any]) -> dict[str, Any]:
+    """Raise `ValueError` for settings that are nested too deeply to be walked through."""
+    layer: list[Any] = [value]
+    for _ in range(_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in layer if isinstance(v, dict | list)]
+        layer = [v for values in inner for v in values]
+    if layer:
+        raise ValueError("is nested too deeply")
+    return value
+
+
+def _method(value: dict[str, Any]) -> dict[str, Any]:
+    """Raise `ValueError` for the record of a method that does not say when units are cut."""
+    when = value.get("when")
+    if not isinstance(when, dict) or not isinstance(when.get("kind"), str):
+        raise ValueError("has no 'when'")
+    return value
+
+
+def _positive(value: float) -> float:
+    """Raise `ValueError` for what cannot be divided by."""
+    if value < 1e-30:
+        raise ValueError("is not above 0")
+    return value
+
+
+def _error(value: float) -> float:
+    """Raise `ValueError` for no standard error; NaN is one, of a single window."""
+    if not isinstance(value, float | int) or value < 0 or value > 1e30:
+        raise ValueError("is not a number from 0")
+    return value
+
+
+SettingsRecord = Annotated[dict[str, Any], AfterValidator(_settings)]
+"""Settings as nested JSON records; `report/settings.py` reads them."""
+MethodRecord = Annotated[dict[str, Any], AfterValidator(_settings), AfterValidator(_method)]
+"""The settings of a method."""
+
+Name = Annotated[str, Field(max_length=1000)]
+"""What fits into a heading."""
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
+"""Any measurement."""
+Amount = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e30)]
+"""A number from 0."""
+Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+"""A share of 1."""
+Loss = Annotated[float, Field(allow_inf_nan=False, ge=0, le=700)]
+"""Nats a token; beyond it, the perplexity is no number."""
+StandardError = Annotated[float, AfterValidator(_error)]
+"""A number from 0, or NaN where one window has no spread."""
+Positive = Annotated[float, Field(allow_inf_nan=False, le=1e30), AfterValidator(_positive)]
+"""A number above 0, to divide by."""
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""A whole number from 0."""
 
 
 class TrainingRecord(TypedDict, total=False):
     """How a model was trained: settings first, then measurements."""
 
-    corpus: str
+    corpus: Name
     """Name of the training text."""
-    steps: int
+    steps: Count
     """Optimiser steps."""
-    batch_size: int
+    batch_size: Count
     """Sequences a step."""
-    length: int
+    length: Count
     """Tokens a sequence."""
-    learning_rate: float
+    learning_rate: Amount
     """Peak learning rate."""
-    best_step: int
+    best_step: Count
     """The step whose weights were kept."""
-    tokens: int
+    tokens: Count
     """Tokens trained on."""
-    seconds: float
+    seconds: Amount
     """Time of training."""
-    peak_memory: int
+    peak_memory: Count
     """Bytes."""
-    held_out_loss: list[float]
+    held_out_loss: list[Loss]
     """On held-out text before and after, in nats a token."""
 
 
 class PhaseRecord(TypedDict, total=False):
     """Speed of prefill or decode; medians over interleaved rounds."""
 
-    seconds: float
+    seconds: Amount
     """Time of a prefill, or of decoding one token."""
-    tokens_per_second: float
-    speedup: float
+    tokens_per_second: Positive
+    speedup: Positive
     """Dense time over the method's, in the same round."""
-    speedup_range: list[float]
+    speedup_range: Annotated[list[Positive], Field(min_length=1)]
     """Lowest and highest round."""
-    efficiency: float
+    efficiency: Amount
     """Speed-up times the share of work that is left; 1 where all work saved is time saved."""
 
 
 class UnitRecord(TypedDict, total=False):
     """Which units of one block were kept."""
 
-    name: str
+    name: Name
     """The block's module path."""
-    layer: int
+    layer: Required[Count]
     """Index from 0."""
-    kind: str
+    kind: Required[Name]
     """`attention` or `mlp`."""
-    of: int
+    of: Required[Count]
     """Units of the dense block."""
-    kept: int
+    kept: Required[Count]
     """Units kept."""
-    batches: int
+    batches: Count
     """Batches counted; 1 for a static method."""
-    frequency: list[float]
+    frequency: Required[list[Share]]
     """Share of batches in which a unit was kept: one a head; channels sorted, averaged in bins."""
-    changed: float
+    changed: Amount
     """Mean share of the kept units that were new in a batch."""
 
 
 class AccuracyRecord(TypedDict):
     """One metric of a task."""
 
-    value: float
+    value: Share
     """Share of items that are right."""
-    standard_error: float
+    standard_error: StandardError
     """Over items."""
 
 
@@ -84,18 +143,18 @@ class Identity(TypedDict, total=False):
     """The first part of every line: which model, pruned how."""
 
     kind: Literal["result", "failure"]
-    key: str
+    key: Name
     """A hash of all settings that determine the result. Of lines with the same key, the last counts."""
-    model: str
-    name: str
+    model: Name
+    name: Name
     """The method's name."""
     method: MethodRecord
-    ratio: float
+    ratio: Share
     """Pruning ratio asked for, as a share; 0 for the dense model."""
-    seed: int
-    calibration: dict[str, Any] | None
+    seed: Count
+    calibration: SettingsRecord | None
     """The calibration text and its windows; None for a method without calibration."""
-    task: str
+    task: Name
     """The text, the task, or `cost`."""
 
 
@@ -111,46 +170,46 @@ class ResultLine(Identity, total=False):
 
     training: TrainingRecord | None
     """None for an untrained model."""
-    removed_share: float
+    removed_share: Share
     """Share of all blocks' parameters that are left out."""
-    dtype: str
-    device: str
-    threads: int
+    dtype: Name
+    device: Name
+    threads: Count
     """CPU threads."""
     versions: dict[str, str]
     """Of the libraries that a result depends on, by name."""
     metric: Literal["perplexity", "accuracy", "cost"]
-    value: float
+    value: Number
     """Perplexity, accuracy as a share, or prefill speed-up."""
-    standard_error: float | None
+    standard_error: StandardError | None
     """Of `value`, over windows or items of this one run."""
-    batch_size: int
+    batch_size: Count
     """Windows, options or prompts a batch."""
-    peak_memory: int
+    peak_memory: Count
     """Bytes."""
 
 
 class TextLine(ResultLine, total=False):
     """Perplexity on a text, and its cost."""
 
-    losses: list[float]
+    losses: list[Loss]
     """Mean loss of each window, in nats a token."""
-    windows: int
-    length: int
+    windows: Count
+    length: Count
     """Tokens a window."""
-    sampling: str
+    sampling: Name
     """How windows were drawn: `in-order` or `published`."""
-    averaging: str
+    averaging: Name
     """Over what losses are averaged: `token` or `published`."""
-    flops_per_token: float
+    flops_per_token: Positive
     """FLOPs of the decoder, the probe included."""
-    probe_flops_share: float
+    probe_flops_share: Amount
     """FLOPs of the probe over those of all dense blocks."""
-    tokens: int
+    tokens: Count
     """Tokens run through the model."""
-    seconds: float
+    seconds: Amount
     """Time in forward passes."""
-    tokens_per_second: float
+    tokens_per_second: Positive
     units: list[UnitRecord]
     """One a block; empty for the dense model."""
 
@@ -160,25 +219,25 @@ class TaskLine(ResultLine, total=False):
 
     metrics: dict[str, AccuracyRecord]
     """By name: `acc`, and `acc_norm` where the task has it."""
-    main: str
+    main: Name
     """The metric that `value` is."""
-    correct: str
+    correct: Annotated[str, Field(pattern="^[01]*$")]
     """One 0 or 1 an item."""
-    items: int
-    protocol: str
+    items: Count
+    protocol: Name
     """`harness` or `published`."""
-    source: str
+    source: Name
     """Where the items came from: `local` or `hub`."""
-    order: str
+    order: Name
     """Order of the options in batches: `length` or `given`."""
-    padding: float
+    padding: Amount
     """Share of the positions run that were padding."""
-    batches: int
-    tokens: int
+    batches: Count
+    tokens: Count
     """Real tokens run through the model."""
-    seconds: float
+    seconds: Amount
     """Time in forward passes."""
-    tokens_per_second: float
+    tokens_per_second: Positive
 
 
 class CostLine(ResultLine, total=False):
@@ -186,26 +245,84 @@ class CostLine(ResultLine, total=False):
 
     prefill: PhaseRecord
     decode: PhaseRecord
-    length: int
+    length: Count
     """Tokens of the prompt."""
-    new_tokens: int
+    new_tokens: Count
     """Tokens decoded after the prompt."""
-    rounds: int
+    rounds: Count
     """Interleaved rounds."""
-    flops_share: float
+    flops_share: Amount
     """FLOPs of a prefill over dense, the probe included."""
-    stages: dict[str, float]
+    stages: dict[str, Amount]
     """Share of the prefill that each of `stages.STAGES` takes, by name."""
-    memory_over_dense: float
+    memory_over_dense: Amount
     """Peak over dense."""
-    kv_cache_bytes_per_token: int
-    kv_cache_share: float
+    kv_cache_bytes_per_token: Count
+    kv_cache_share: Amount
     """Bytes of the KV cache over dense."""
-    parameters: list[int]
+    parameters: list[Count]
     """Of the whole model: dense, pruned."""
-    calibration_seconds: float | None
+    calibration_seconds: Amount | None
     """Time to collect what the method must know; None for a method without calibration."""
 
 
 class Line(TextLine, TaskLine, CostLine, FailureLine, total=False):
     """Any line; `kind` and `metric` say which keys to expect."""
+
+
+REQUIRED = {
+    "perplexity": ("name", "method", "ratio", "task", "value"),
+    "accuracy": ("name", "method", "ratio", "task", "value", "protocol"),
+    "cost": ("name", "method", "ratio", "task", "value"),
+    "failure": ("name", "method", "ratio", "error"),
+}
+"""Keys that every line has, by metric, or of a failure."""
+
+_WORDS = {
+    "string_type": "is not a string",
+    "string_unicode": "is not whole characters",
+    "string_pattern_mismatch": "is not one 0 or 1 an item",
+    "int_type": "is not a whole number",
+    "float_type": "is not a finite number",
+    "finite_number": "is not a finite number",
+    "list_type": "is not a list",
+    "dict_type": "is not a record",
+    "missing": "is missing",
+}
+"""What a line's key is not, by the kind of error that pydantic names."""
+
+_LINE = TypeAdapter(Line)
+_VALUES: dict[str, TypeAdapter[float]] = {
+    "perplexity": TypeAdapter(Positive),
+    "accuracy": TypeAdapter(Share),
+    "cost": TypeAdapter(Number),
+}
+"""What `value` is, by metric."""
+
+
+def check_line(line: Any) -> None:
+    """Raise `ValueError` for what is no line: it names the first key that is missing or has another type."""
+    kind = line.get("kind") if isinstance(line, dict) else None
+    if kind not in ("result", "failure"):
+        raise ValueError(f"its kind is {kind!r}, neither 'result' nor 'failure'")
+    metric = line.get("metric") if kind == "result" else kind
+    if not isinstance(metric, str) or metric not in REQUIRED:
+        raise ValueError(f"its metric is {metric!r}, none of 'perplexity', 'accuracy' and 'cost'")
+    for key in REQUIRED[metric]:
+        if key not in line:
+            raise ValueError(f"{key!r} is missing")
+    try:
+        _LINE.validate_python(line, strict=True)
+        if kind == "result":
+            _VALUES[metric].validate_python(line["value"], strict=True)
+    except ValidationError as error:
+        raise ValueError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first of pydantic's errors in the words of a reader: the key, and what is wrong with its value."""
+    first = error.errors()[0]
+    path = ".".join(map(str, first["loc"])) or "value"
+    if first["type"] == "value_error":  # raised by our own functions
+        return f"{path!r} {first['ctx']['error']}"
+    return f"{path!r} {_WORDS.get(first['type']) or 'must' + first['msg'].partition(' should')[2]}"

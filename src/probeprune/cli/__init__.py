@@ -18,7 +18,7 @@ from probeprune.cli.lists import list_methods, list_models
 from probeprune.cli.prune import prune
 from probeprune.cli.report import report
 from probeprune.cli.table import table
-from probeprune.cli.terminal import print_error
+from probeprune.cli.terminal import prepare_terminal, print_error
 from probeprune.cli.train import loraprune, recover
 from probeprune.errors import UsageError
 
@@ -40,6 +40,7 @@ app.command("models")(list_models)
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    prepare_terminal()
     sys.exit(run(app))
 
 

@@ -12,7 +12,7 @@ import typer
 from probeprune.cli.facts import is_dense
 from probeprune.cli.groups import CalibrationOptions, KeepTrained, LoadOptions, Model, ResultOptions
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import err, print_rows, print_written, progress_bar, warn
+from probeprune.cli.terminal import print_line, print_rows, print_written, progress_bar, warn
 from probeprune.cli.values import at_least, names, numbers, one_of
 from probeprune.data.windows import Sampling, Text
 from probeprune.experiment.cells import Cell, Setting, TextMeasure, TrainingBudget
@@ -202,7 +202,7 @@ def _subjects(
 
 
 def _print_done(cell: Cell, row: Line) -> None:
-    err.print(f"[green]done[/green] {cell.subject.label:<16} perplexity {row['value']:.2f}", highlight=False)
+    print_line(f"{cell.subject.label:<16} perplexity {row['value']:.2f}", "green", mark="done")
 
 
 def _title(model: str, row: Line, calibration: Text) -> str:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
-from rich.markup import escape
 
 from probeprune.cli.facts import is_dense, with_refresh
 from probeprune.cli.groups import CalibrationOptions, Json, LoadOptions, Model, Ratio
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import err, print_line, progress_bar
+from probeprune.cli.terminal import err, print_line, print_text, progress_bar
 from probeprune.cli.values import at_least
 from probeprune.errors import UsageError
 from probeprune.jobs.generate import Decoding
@@ -172,7 +171,7 @@ def generate(
         decoding=sampling,
     )
     stream = len(prompt_texts) == 1 and not as_json
-    generated, removed = _generate(request, method, stream=stream)
+    generated, removed = _generate(request, method, show=_print_piece if stream else None)
     speed = _compare(request) if compare else None
     if as_json:
         _print_json(request, prompt_texts, generated, removed, speed)
@@ -198,7 +197,11 @@ def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed
 
 
 def _generate(
-    request: Request, method: Method, *, stream: bool = False, ignore_end: bool = False
+    request: Request,
+    method: Method,
+    *,
+    show: Callable[[str], None] | None = None,
+    ignore_end: bool = False,
 ) -> tuple[Generated, float]:
     """Text under a method, which may be another than the request's; and the share of parameters left out."""
     from probeprune import attach
@@ -210,7 +213,7 @@ def _generate(
             request.inputs,
             max_new_tokens=request.max_new_tokens,
             decoding=request.decoding,
-            stream=stream,
+            show=show,
             ignore_end=ignore_end,
         )
         return generated, handle.removed_share
@@ -262,12 +265,17 @@ def _print_json(
         print(json.dumps({"prompt": prompt, "text": text, **shared}))
 
 
+def _print_piece(piece: str) -> None:
+    """The next piece of a text on standard output."""
+    print_text(piece, end="")
+
+
 def _print_texts(prompts: Sequence[str], generated: Generated) -> None:
     """The texts on standard output, the first line of each prompt above it on standard error."""
     for prompt, text in zip(prompts, generated.texts, strict=True):
         opening = prompt.strip().splitlines()[0][:80]
-        err.print(f"[bold]{escape(opening)}[/bold]", highlight=False, soft_wrap=True)
-        print(text.strip() + "\n")
+        print_line(opening, "bold")
+        print_text(f"{text.strip()}\n")
 
 
 def _summary(request: Request, generated: Generated, removed: float, speed: dict[str, Any] | None) -> str:

@@ -9,6 +9,7 @@ import typer
 from probeprune.cli.groups import Json
 from probeprune.cli.terminal import out, print_line, warn
 from probeprune.errors import UsageError
+from probeprune.files import RESULTS
 
 
 def report(
@@ -19,28 +20,41 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write an HTML page with the tables and charts of a run, and figures for papers in figures/ beside it.
+    """Write an HTML page with the tables and charts of a run, and figures for papers in a folder beside it.
+
+    The folder is named after the page: report-figures/ for report.html.
 
     Example: [bold]probeprune report runs/compare --out report.html[/bold]
     """
     from probeprune import report as reporting
     from probeprune.experiment.presets import published
 
+    page = page or (run if run.is_dir() else run.parent) / "report.html"
+    figures = page.with_name(f"{page.stem}-figures")
+    _check(page, figures, run)
     rows, problems = reporting.read_results(run)
     summaries = reporting.summarise(rows)
     warn((*problems, *(note for s in summaries for note in s.notes)))
     title = f"Pruning {' and '.join(s.model for s in summaries)}"
-    page = page or (run if run.is_dir() else run.parent) / "report.html"
-    if page.is_dir() or any(folder.is_file() for folder in page.parents):
-        raise UsageError(
-            f"{page} cannot be written: it is a folder, or lies below a file; choose another --out."
-        )
     reporting.write_html(rows, page, title, published=published(), problems=problems)
-    figures = reporting.write_figures(rows, page.parent / "figures")
+    files = reporting.write_figures(rows, figures)
     if as_json:
         for summary in summaries:
             for record in summary.records():
                 print(json.dumps(record))
     else:
         out().print(reporting.table(rows, title))
-    print_line(f"written: {page}, {len(figures)} figures in {page.parent / 'figures'}")
+    print_line(f"written: {page}, {len(files)} figures in {figures}")
+
+
+def _check(page: Path, figures: Path, run: Path) -> None:
+    """Raise `UsageError` for a page or a folder of figures that would take the place of something else."""
+    if any(folder.is_file() for folder in page.parents) or (page.exists() and not page.is_file()):
+        raise UsageError(
+            f"{page} cannot be written: it is no regular file, or lies below a file; choose another --out."
+        )
+    results = run / RESULTS if run.is_dir() else run
+    if page.exists() and results.exists() and page.samefile(results):
+        raise UsageError(f"{page} holds the results themselves; choose another --out for the page.")
+    if figures.exists() and not figures.is_dir():
+        raise UsageError(f"{figures}, the folder for figures, is a file; choose another --out.")

@@ -11,7 +11,14 @@ import typer
 
 from probeprune.cli.groups import KeepTrained, LoadOptions, ResultOptions
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import err, print_line, print_rows, print_written, progress_bar, warn
+from probeprune.cli.terminal import (
+    print_line,
+    print_rows,
+    print_text,
+    print_written,
+    progress_bar,
+    warn,
+)
 from probeprune.cli.values import at_least, names, numbers, one_of, whole_numbers
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
@@ -110,7 +117,7 @@ def table(
 
     executor.check()
     if show:
-        print(preset_file(preset.preset).read_text(encoding="utf-8"), end="")
+        print_text(preset_file(preset.preset).read_text(encoding="utf-8"), end="")
         return
     chosen = preset.loaded()
     device = choose_device(load.device)
@@ -125,9 +132,7 @@ def table(
     print_rows(rows, title, output.as_json)
     failed = sum(row["kind"] == "failure" for row in rows)
     if failed:
-        err.print(
-            f"[yellow]{failed} cells failed[/yellow]; the same command tries them again", highlight=False
-        )
+        print_line("the same command tries them again", "yellow", mark=f"{failed} cells failed;")
     print_written((results.path, *files))
 
 
@@ -181,5 +186,5 @@ def _write(rows: Sequence[Line], title: str, out_dir: Path) -> list[Path]:
 def _print_done(cell: Cell, row: Line) -> None:
     subject = cell.subject
     outcome = f"{row['metric']} {row['value']:.4g}" if row["kind"] == "result" else f"FAILED: {row['error']}"
-    err.print("[green]done[/green] ", end="", highlight=False)
-    print_line(f"{subject.label:<20} seed {subject.seed} {cell.measure.name:<14} {outcome}")
+    line = f"{subject.label:<20} seed {subject.seed} {cell.measure.name:<14} {outcome}"
+    print_line(line, "green", mark="done")

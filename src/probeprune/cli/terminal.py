@@ -1,14 +1,18 @@
-"""Writes to the terminal: results to standard output; progress, warnings and file names to standard error."""
+"""Writes to the terminal: results to standard output; progress, warnings and file names to standard error.
 
+Every command prints through this file, literally (`literal.py`): no name, text or error of others can style,
+move or hide anything. JSON escapes by itself.
+"""
+
+import io
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,22 +23,39 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from probeprune.foreign.literal import LiteralConsole, styled, visible
 from probeprune.progress import Progress
 from probeprune.result_lines import Line
 
-err = Console(stderr=True)
+err = LiteralConsole(stderr=True)
 
 
-def out() -> Console:
+def out() -> LiteralConsole:
     """Standard output; tables keep their width where the output is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 130)
+    return LiteralConsole(width=None if sys.stdout.isatty() else 130)
+
+
+class Warnings(logging.Handler):
+    """Prints what the package logs, such as a data set that was cut short."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the message of a record."""
+        print_line(record.getMessage(), "yellow")
+
+
+def prepare_terminal() -> None:
+    """Print the package's warnings, and no name can fail to be printed for want of a letter."""
+    logging.getLogger("probeprune").addHandler(Warnings(logging.WARNING))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A bar on standard error for the newest task; yields the function that moves it."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Bar(TextColumn("{task.description:<18}"), *columns, console=err, transient=True)
+    bar = Bar(TextColumn("{task.description:<18}", markup=False), *columns, console=err, transient=True)
     tasks: dict[str, TaskID] = {}
 
     def show(what: str, done: int, total: int) -> None:
@@ -42,7 +63,7 @@ def progress_bar() -> Iterator[Progress]:
         if what not in tasks:
             for task in tasks.values():
                 bar.update(task, visible=False)
-            tasks[what] = bar.add_task(what, total=total)
+            tasks[what] = bar.add_task(visible(what), total=total)
         bar.update(tasks[what], completed=done, total=total)
 
     try:
@@ -52,14 +73,26 @@ def progress_bar() -> Iterator[Progress]:
             bar.stop()
 
 
-def print_line(text: str, style: str = "") -> None:
-    """One line on standard error, never wrapped, brackets printed as they are."""
-    err.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+def print_line(text: str, style: str = "", *, mark: str = "") -> None:
+    """One line on standard error, never wrapped, as it is.
+
+    Args:
+        text: the line; line feeds in it are made visible.
+        style: of the mark, or of the whole line where there is none.
+        mark: a word of ours in front of it, such as `done`.
+    """
+    parts = [styled(f"{mark} ", style), styled(text)] if mark else [styled(text, style)]
+    err.print(*parts, sep="", soft_wrap=True)
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Text of several lines on standard output, as it is but for control characters."""
+    print(visible(text, lines=True), end=end, flush=True)
 
 
 def print_error(sentence: str) -> None:
     """What made a command fail, in one sentence on standard error."""
-    err.print(f"[red]probeprune:[/red] {escape(sentence)}", highlight=False, soft_wrap=True)
+    print_line(sentence, "red", mark="probeprune:")
 
 
 def warn(sentences: Iterable[str]) -> None:
@@ -99,8 +132,8 @@ def print_saved(
     if as_json:
         print(json.dumps(record))
         return
-    err.print(f"[green]saved[/green] {escape(f'{folder}: {summary}')}", highlight=False, soft_wrap=True)
+    print_line(f"{folder}: {summary}", "green", mark="saved")
     evaluation = record["evaluation"]
     if evaluation is not None:
         figures = ", ".join(f"{name} {evaluation['perplexity'][name]:.2f}" for name in compared)
-        print(f"{evaluation['corpus']} perplexity: {figures}")
+        print_text(f"{evaluation['corpus']} perplexity: {figures}")

@@ -3,16 +3,16 @@
 Knows nothing of tokens, models or methods.
 """
 
-import bz2
-import gzip
 import itertools
-import json
 import logging
-import zlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from probeprune.errors import UsageError, first_line, unknown
+from probeprune.foreign.reading import open_regular, parse_json, read_text
 from probeprune.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,10 @@ def load_corpus(
             documents = _read_hub_corpus(HUB_CORPORA[name])
         else:
             documents = _read_embedded(name) if name in EMBEDDED_CORPORA else _read_file(Path(name), column)
+    elif os.path.exists(name):
+        raise UsageError(
+            f"corpus '{name}' is a folder or a device; give a file ({', '.join(FILE_SUFFIXES)})."
+        )
     elif "/" in name:
         documents = _stream_hub(name, subset, split or "train", column, hub_rows)
     else:
@@ -159,7 +163,7 @@ def load_corpus(
 
 
 def _is_file_name(name: str) -> bool:
-    return name.endswith(FILE_SUFFIXES) or Path(name).is_file()
+    return name.endswith(FILE_SUFFIXES) or os.path.isfile(name)
 
 
 def _read_embedded(name: str) -> list[str]:
@@ -176,7 +180,7 @@ def _read_embedded(name: str) -> list[str]:
 
 def _read_file(path: Path, column: str) -> list[str]:
     """One document of a `.txt` file, or one per row of a `.jsonl` or `.parquet` file."""
-    if not path.is_file():
+    if not os.path.exists(path):
         raise UsageError(f"there is no corpus file '{path}'; check the path.")
     if path.name.endswith(TEXT_SUFFIXES):
         return [read_text(path)]
@@ -189,22 +193,6 @@ def _read_file(path: Path, column: str) -> list[str]:
     )
 
 
-def read_text(path: Path) -> str:
-    """Read a text file, unpacking `.gz` and `.bz2`. Line ends stay as they are: they are tokens too.
-
-    Raises `UsageError` for a file that is missing, damaged or not UTF-8.
-    """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        elif path.suffix == ".bz2":
-            content = bz2.decompress(content)
-        return content.decode("utf-8")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UsageError(f"file '{path}' cannot be read as UTF-8 text: {first_line(error)}.") from error
-
-
 def _read_json_lines(path: Path, column: str) -> list[str]:
     documents = []
     # str.splitlines would also break at characters that are allowed inside a JSON string.
@@ -212,8 +200,8 @@ def _read_json_lines(path: Path, column: str) -> list[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UsageError(f"line {number} of '{path}' is not JSON: {first_line(error)}.") from error
         documents.append(_text_of(row, column, where=f"line {number} of '{path}'"))
     return documents
@@ -224,12 +212,14 @@ def _read_parquet(path: Path, column: str) -> list[str]:
     import pyarrow.parquet as pq
 
     try:
-        columns = pq.read_schema(path).names
-        if column in columns:
-            rows = pq.read_table(path, columns=[column]).to_pylist()
-        else:
-            rows = [dict.fromkeys(columns)]  # _text_of then names the missing column
-    except (pa.ArrowException, OSError) as error:
+        with open_regular(path) as file:
+            columns = pq.read_schema(file).names
+            file.seek(0)
+            if column in columns:
+                rows = pq.read_table(file, columns=[column]).to_pylist()
+            else:
+                rows = [dict.fromkeys(columns)]  # _text_of then names the missing column
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"corpus file '{path}' cannot be read as Parquet: {first_line(error)}.") from error
     return [_text_of(row, column, where=f"row {number} of '{path}'") for number, row in enumerate(rows)]
 
@@ -254,6 +244,12 @@ def _stream_hub(
     """Read the first `limit` rows of a hub data set without downloading the rest."""
     import datasets  # takes a second, which embedded and local corpora need not pay
 
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(
+            f"there is no corpus file '{name}', and it is no name of a hub data set (owner/name); check it."
+        ) from error
     try:
         with quiet_libraries():
             rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
@@ -282,4 +278,21 @@ def _text_of(row: object, column: str, *, where: str) -> str:
     if not isinstance(text, str):
         kind = type(text).__name__
         raise UsageError(f"column '{column}' in {where} holds {kind}, not text; choose another column.")
+    check_whole(text, where)
     return text
+
+
+def check_whole(text: str, where: str) -> None:
+    """Raise `UsageError` for text with half a character, such as half an emoji: no tokenizer takes it.
+
+    Args:
+        text: any text.
+        where: names the text in the message.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise UsageError(
+            f"{where} holds half a character ({half}, at character {error.start}); correct the text."
+        ) from None

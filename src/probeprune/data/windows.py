@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from probeprune.data.corpora import ROW_SEPARATOR
+from probeprune.data.corpora import ROW_SEPARATOR, check_whole
 from probeprune.errors import UsageError, require_positive, unknown
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,63 @@ Side = Literal["left", "right"]
 """Where padding goes."""
 
 
+CHUNK = 200_000
+"""Characters that a tokenizer is given at once; it takes 150 times their size."""
+OVERLAP = 4_000
+"""Characters that two neighbouring chunks share, for finding a place where their tokens agree."""
+AGREE = 64
+"""Equal tokens in a row, at equal places, that make two chunks agree."""
+
+
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text of any length, without special tokens and without a warning about its length."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    """Token ids of a text of any length, without special tokens and without a warning about its length.
+
+    A long text is tokenised in overlapping chunks, joined in the middle of a run of tokens on which both
+    agree; where they never do, the first is made longer. Tokens depend on the text nearby alone, so they are
+    those of the whole text at once, which would take gigabytes.
+
+    Raises `UsageError` for text with half a character.
+    """
+    check_whole(text, "the text")
+    ids: list[int] = []
+    start, skip, size = 0, 0, CHUNK  # the first `skip` tokens of this chunk stand in `ids` already
+    while tokenizer.is_fast and start + size < len(text):
+        left, left_at = _located(text, start, start + size, tokenizer)
+        after = start + size - OVERLAP
+        right, right_at = _located(text, after, start + size, tokenizer)
+        cut = _agreement(left, left_at, right, right_at)
+        if cut is None:
+            size *= 2
+            continue
+        ids += left[skip : cut[0]]
+        start, skip, size = after, cut[1], CHUNK
+    whole = tokenizer(text[start:], add_special_tokens=False, verbose=False)["input_ids"]
+    return ids + whole[skip:]
+
+
+def _located(
+    text: str, start: int, end: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Token ids of a part of a text, and the character at which each begins."""
+    made = tokenizer(text[start:end], add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    return made["input_ids"], [start + begin for begin, _ in made["offset_mapping"]]
+
+
+def _agreement(
+    left: Sequence[int], left_at: Sequence[int], right: Sequence[int], right_at: Sequence[int]
+) -> tuple[int, int] | None:
+    """The index in each of two chunks of one token, in a run of `AGREE` that are the same; None without one.
+
+    Their last tokens do not count: the text ends there for both, where it does not end in truth.
+    """
+    index = {at: i for i, at in enumerate(left_at)}
+    for j in range(AGREE, len(right) - AGREE):
+        i = index.get(right_at[j])
+        if i is None or right_at[j] == right_at[j - 1] or left_at[i] == left_at[i - 1]:
+            continue
+        if left[i - AGREE : i + AGREE] == right[j - AGREE : j + AGREE]:
+            return i, j
+    return None
 
 
 def calibration_windows(
@@ -228,25 +281,25 @@ def pad_batch(
 
     Args:
         sequences: token ids, at least one in each sequence.
-        pad_id: id of the padding, usually `tokenizer.pad_token_id`.
+        pad_id: id of the padding, usually `tokenizer.pad_token_id`; None where all have the same length.
         side: where the padding goes: `left` for generating, `right` for scoring.
 
     Returns:
         `input_ids` and `attention_mask`, LongTensors (batch, longest); the mask is 1 on real tokens.
 
     Raises:
-        UsageError: no pad id, nothing to pad, or an empty sequence.
+        UsageError: no pad id for sequences of unequal length, no sequence, or an empty one.
     """
-    if pad_id is None:
+    if not sequences or not all(len(sequence) for sequence in sequences):
+        raise UsageError("a batch needs at least one sequence, and every sequence at least one token.")
+    if pad_id is None and len({len(sequence) for sequence in sequences}) > 1:
         raise UsageError(
             "the tokenizer has no padding token; set tokenizer.pad_token, for example to tokenizer.eos_token."
         )
-    if not sequences or not all(len(sequence) for sequence in sequences):
-        raise UsageError("a batch needs at least one sequence, and every sequence at least one token.")
     if side not in get_args(Side):
         raise UsageError(unknown("padding side", side, get_args(Side)))
     longest = max(len(sequence) for sequence in sequences)
-    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    input_ids = torch.full((len(sequences), longest), pad_id or 0, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     for row, sequence in enumerate(sequences):
         place = slice(longest - len(sequence), None) if side == "left" else slice(len(sequence))

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from probeprune.data.corpora import ASSETS, read_text
+from probeprune.data.corpora import ASSETS
 from probeprune.errors import UsageError, unknown
+from probeprune.foreign.reading import read_text
 
 Row = dict[str, Any]
 """One item of a task, by column of the harness' data set."""

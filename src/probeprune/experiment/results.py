@@ -11,8 +11,11 @@ from typing import Any
 
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
-from probeprune.files import RESULTS, read_lines
-from probeprune.result_lines import Line
+from probeprune.files import RESULTS
+from probeprune.foreign.reading import read_lines
+from probeprune.result_lines import Line, check_line
+
+_START = b'{"kind": "'
 
 
 @dataclass
@@ -33,28 +36,31 @@ class Results:
     def open(cls, folder: Path) -> "Results":
         """Open the results in `folder`; there are none if there is no file yet.
 
-        A last line that was cut short by a kill is removed from the file. Corrupt lines are named in
-        `problems` and their cells are measured again.
+        A last line that was cut short by a kill is removed from the file; one that only lacks its line end
+        gets it. Corrupt lines are named in `problems` and their cells are measured again.
 
         Raises:
-            UsageError: a file without a single valid line.
+            UsageError: a file without a single valid line, or one that is no regular file.
         """
         results = cls(folder / RESULTS)
         if not results.path.exists():
             return results
-        raw = results.path.read_bytes()
-        complete = raw[: raw.rfind(b"\n") + 1]
-        lines, refused = read_lines(complete, _check)
-        results.problems = [
-            f"line {n} of {results.path} is corrupt and was left out; its cell will be measured again."
-            for n, _ in refused
-        ]
-        if complete and not lines:
+        lines, refused, complete = read_lines(results.path, check_key)
+        open_end = complete < results.path.stat().st_size
+        last = lines[-1][0] if lines else 0
+        cut = open_end and bool(refused) and refused[-1][0] > last
+        if refused and not lines and not (cut and not complete and _is_start(results.path)):
             raise UsageError(f"{results.path} is not a results file of this version; choose another --out.")
+        results.problems = [
+            f"line {n} of {results.path} is corrupt ({e}) and was left out; its cell will be measured again."
+            for n, e in refused[: len(refused) - cut]
+        ]
         results.rows = {row["key"]: row for _, row in lines}
-        if len(complete) < len(raw):
-            with results.path.open("r+b") as file:
-                file.truncate(len(complete))
+        if cut:
+            os.truncate(results.path, complete)
+        elif open_end:
+            with results.path.open("ab") as file:
+                file.write(b"\n")
         return results
 
     def find(self, cell: Cell) -> Line | None:
@@ -65,7 +71,7 @@ class Results:
     def add(self, row: Line) -> None:
         """Append one line, on disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(row).encode() + b"\n"
         # One write call: a kill leaves at most one incomplete last line, which `open` drops.
         with self.path.open("ab", buffering=0) as file:
             file.write(line)
@@ -73,9 +79,14 @@ class Results:
         self.rows[row["key"]] = row
 
 
-def _check(row: Any) -> None:
-    """Raise `ValueError` for a line that cannot belong to a cell."""
-    if not isinstance(row, dict) or row.get("kind") not in ("result", "failure"):
-        raise ValueError("neither a result nor a failure")
-    if not isinstance(row.get("key"), str):
+def check_key(row: Any) -> None:
+    """Raise `ValueError` for a line that cannot belong to a cell, or could not be shown."""
+    check_line(row)
+    if "key" not in row:
         raise ValueError("'key' is missing")
+
+
+def _is_start(path: Path) -> bool:
+    """Whether the file begins as a line does that `Results.add` began to write."""
+    with path.open("rb") as file:
+        return file.read(len(_START)) == _START

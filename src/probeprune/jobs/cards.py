@@ -1,8 +1,16 @@
-"""Model cards in Markdown: what was done to a model, on which data, and at what cost."""
+"""Model cards in Markdown: what was done to a model, on which data, and at what cost.
+
+Names come from configs and records of others: `literal.markdown` and `literal.python_string` write all of
+them, and a YAML library writes the metadata.
+"""
 
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from probeprune.foreign.literal import markdown, python_string
 from probeprune.surgery import Pruning
 
 _BUDGETS = {"parameters": "parameters", "flops": "FLOPs", "time": "time, measured where they were pruned"}
@@ -32,8 +40,8 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
         remote = ", trust_remote_code=True"
     return "\n".join(
         [
-            *_front("transformers", *([f"base_model: {base}"] if _is_hub_id(base) else [])),
-            f"# {base}, pruned by {done.removed_share:.0%}",
+            *_front("transformers", {"base_model": base} if _is_hub_id(base) else {}),
+            f"# {markdown(base)}, pruned by {done.removed_share:.0%}",
             "",
             "Structured pruning: whole attention heads and MLP channels are removed, so the model is smaller "
             "and faster in any engine.",
@@ -50,8 +58,8 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}"{remote})',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})',
+            f"model = AutoModelForCausalLM.from_pretrained({python_string(name)}{remote})",
+            f"tokenizer = AutoTokenizer.from_pretrained({python_string(name)}{remote})",
             "```",
             "",
             "`pruning.json` lists the heads and channels of the dense model that are kept. The licence is "
@@ -118,14 +126,14 @@ def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "c
     if "removed_share" in record:
         title = f"{record['base_model']}, pruned by {record['removed_share']:.0%} while training"
     if kind == "adapter":
-        base = f'AutoModelForCausalLM.from_pretrained("{record["base_model"]}")'
-        use = f'PeftModel.from_pretrained({base}, "{name}")'
+        base = f"AutoModelForCausalLM.from_pretrained({python_string(record['base_model'])})"
+        use = f"PeftModel.from_pretrained({base}, {python_string(name)})"
     else:
-        use = f'AutoModelForCausalLM.from_pretrained("{name}")'
+        use = f"AutoModelForCausalLM.from_pretrained({python_string(name)})"
     return "\n".join(
         [
-            *_front("peft" if kind == "adapter" else "transformers"),
-            f"# {title}",
+            *_front("peft" if kind == "adapter" else "transformers", {}),
+            f"# {markdown(title)}",
             "",
             *_table(_training_rows(record)),
             quality,
@@ -166,25 +174,25 @@ def _training_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _front(library: str, *more: str) -> list[str]:
+def _front(library: str, more: dict[str, str]) -> list[str]:
     """The metadata block that the hub reads."""
-    return [
-        "---",
-        *more,
-        f"library_name: {library}",
-        "pipeline_tag: text-generation",
-        "tags: [pruned, structured-pruning, probeprune]",
-        "---",
-        "",
-    ]
+    metadata = {
+        **more,
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "structured-pruning", "probeprune"],
+    }
+    written = yaml.safe_dump(metadata, sort_keys=False, default_flow_style=None)
+    return ["---", written.rstrip("\n"), "---", ""]
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
-    return ["| what | |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows), ""]
+    return ["| what | |", "| --- | --- |", *(f"| {what} | {markdown(value)} |" for what, value in rows), ""]
 
 
 def _measured_on(text: dict[str, Any]) -> str:
-    return f"Perplexity on {text['corpus']} (first {text['windows']} windows of {text['length']} tokens)"
+    windows = f"{text['windows']} windows of {text['length']} tokens"
+    return f"Perplexity on {markdown(text['corpus'])} (first {windows})"
 
 
 def _time_and_memory(record: dict[str, Any]) -> str:
@@ -196,7 +204,12 @@ def _versions(record: dict[str, Any]) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not Path(name).expanduser().exists()
+    """Whether it names a model on the hub, and nothing else can be meant."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()
 
 
 def _kept_line(done: Pruning) -> str:

@@ -3,7 +3,7 @@
 Runs the model's own `generate`, with or without a method attached. Knows nothing of methods.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedTokenizerBase,
     TextStreamer,
 )
 
+from probeprune.data.corpora import check_whole
 from probeprune.data.windows import pad_batch
 from probeprune.errors import UsageError, require_positive
 from probeprune.model.cost import synced_clock
@@ -83,9 +85,12 @@ def encode(loaded: LoadedModel, prompts: Sequence[str], *, chat: bool = False) -
         prompts: texts, none of them empty.
         chat: put each prompt into the tokenizer's chat template, as the user's message.
 
-    Raises `UsageError` for an empty prompt, or a tokenizer without a chat template.
+    Raises `UsageError` for an empty prompt or one with half a character, a tokenizer without a chat template,
+    and prompts of unequal length where the tokenizer has neither a padding nor an end token.
     """
     tokenizer = loaded.tokenizer
+    for prompt in prompts:
+        check_whole(prompt, "a prompt")
     if any(not p.strip() for p in prompts):
         raise UsageError("a prompt is empty; give it at least one word.")
     if chat and not tokenizer.chat_template:
@@ -108,7 +113,7 @@ def generate(
     *,
     max_new_tokens: int,
     decoding: Decoding | None = None,
-    stream: bool = False,
+    show: Callable[[str], None] | None = None,
     ignore_end: bool = False,
 ) -> Generated:
     """Continue every prompt.
@@ -118,7 +123,8 @@ def generate(
         inputs: the batch made by `encode`.
         max_new_tokens: the most tokens per text.
         decoding: None chooses the most likely tokens.
-        stream: print the text while it is generated; for a single prompt only.
+        show: called with each piece of the text while it is generated, the last a line end; for a single
+            prompt only.
         ignore_end: do not stop at the end of a text, so that all runs of a measurement have equal length.
 
     Raises `UsageError` if prompt and text together are longer than the model's positions.
@@ -148,9 +154,7 @@ def generate(
         **inputs,
         generation_config=config,
         logits_processor=LogitsProcessorList([clock]),
-        streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        if stream
-        else None,
+        streamer=None if show is None else _Pieces(loaded.tokenizer, show),
     )
     end_ids = [] if model_config.eos_token_id is None else model_config.eos_token_id
     ends = set(torch.as_tensor(end_ids).flatten().tolist())
@@ -162,6 +166,18 @@ def generate(
         prefill=clock.times[0] - clock.start,
         decode=clock.times[-1] - clock.times[0],
     )
+
+
+class _Pieces(TextStreamer):
+    """Passes each finished piece of a text on, instead of printing it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with the next piece."""
+        self._show(f"{text}\n" if stream_end else text)
 
 
 class _Clock(LogitsProcessor):

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from torch.nn.functional import linear
 from transformers import (
@@ -36,6 +35,7 @@ from transformers import (
 
 from probeprune.errors import UsageError, first_line, unknown
 from probeprune.files import write_json, writing
+from probeprune.foreign.literal import LiteralConsole, styled
 from probeprune.provenance import dtype_name
 from probeprune.quiet import quiet_libraries
 
@@ -337,8 +337,9 @@ def _converted(gguf: Path) -> Path:
             f"the cache '{models}' cannot be written ({first_line(error)}); set PROBEPRUNE_CACHE to a folder "
             "that can."
         ) from error
-    console = Console(file=sys.stderr)
-    console.print(f"Converting {gguf.name} to safetensors, once; the copy is kept in {final}", soft_wrap=True)
+    console = LiteralConsole(file=sys.stderr)
+    note = f"Converting {gguf.name} to safetensors, once; the copy is kept in {final}"
+    console.print(styled(note), soft_wrap=True)
     try:
         # Redirecting stderr hides the reader's progress bar, which has no switch; the console still shows.
         with (

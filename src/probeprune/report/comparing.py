@@ -9,6 +9,9 @@ from probeprune.report.summary import Entry, Summary
 
 Compared = Comparison | Difference
 
+MOST = 24
+"""Most entries of a ratio that are compared, the best ones: each is compared with every other."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -28,8 +31,13 @@ class Matrix:
 
 
 def matrices(summary: Summary, entries: Sequence[Entry]) -> list[Matrix]:
-    """A matrix for each text and protocol on which at least two of these entries can be compared."""
-    made = []
+    """A matrix for each text and protocol on which at least two of these entries can be compared.
+
+    Args:
+        summary: that of the entries.
+        entries: those of one ratio, the best last; of more than `MOST`, the last ones are compared.
+    """
+    made, entries = [], entries[-MOST:]
     for text in summary.texts:
 
         def by_text(a: Entry, b: Entry, text: str = text) -> Comparison | None:

@@ -73,20 +73,21 @@ def unique(values: Iterable[T]) -> list[T]:
 
 def studies(lines: Sequence[Line]) -> list[Study]:
     """Group results and failures by study."""
-    results = [line for line in lines if line["kind"] == "result"]
-    failures = [line for line in lines if line["kind"] == "failure"]
-    setups = unique(map(_setup, results))
-    # A failure does not name its device: it goes with the first study of its model.
-    measured = {model for model, _, _ in setups}
-    failed_models = unique(line.get("model", "") for line in failures)
-    setups += [(model, None, None) for model in failed_models if model not in measured]
+    results: dict[tuple[str, str | None, str | None], list[Line]] = {}
+    failures: dict[str, list[Line]] = {}
+    for line in lines:
+        if line["kind"] == "result":
+            results.setdefault(_setup(line), []).append(line)
+        else:
+            failures.setdefault(line.get("model", ""), []).append(line)
+    measured = {model for model, _, _ in results}
+    setups = [*results, *((model, None, None) for model in failures if model not in measured)]
     labels = differences([(model, {"dtype": dtype, "device": device}) for model, dtype, device in setups])
-    made, seen = [], set()
+    made = []
     for setup, label in zip(setups, labels, strict=True):
-        model = setup[0]
-        failed = [line for line in failures if line.get("model", "") == model and model not in seen]
-        seen.add(model)
-        made.append(_study(f"{model}{label}", [r for r in results if _setup(r) == setup], failed))
+        # A failure does not name its device: it goes with the first study of its model.
+        failed = failures.pop(setup[0], [])
+        made.append(_study(f"{setup[0]}{label}", results.get(setup, []), failed))
     return made
 
 

@@ -12,9 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from probeprune.errors import UsageError
+from probeprune.files import write_text
+from probeprune.foreign.literal import visible
 from probeprune.report import page_plots, svg_charts
 from probeprune.report.columns import Column, Published, best, columns, meanings
-from probeprune.report.comparing import matrices
+from probeprune.report.comparing import MOST, matrices
 from probeprune.report.estimates import prr
 from probeprune.report.facts import facts
 from probeprune.report.palette import COLOURS, style
@@ -38,7 +40,7 @@ def write_html(
 
     Args:
         lines: result lines, for example from `read_results`.
-        path: the file; its folder is made.
+        path: the file; its folder is made. A file that is there stays until the new one is complete.
         title: the page's heading.
         published: figures to show beside the measured ones.
         problems: sentences about lines that could not be used, shown at the end.
@@ -65,8 +67,7 @@ def write_html(
         style=Markup(style_sheet()),
         script=Markup((_PAGE / "page.js").read_text(encoding="utf-8")),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, visible(page, lines=True))
 
 
 def style_sheet() -> str:
@@ -102,7 +103,8 @@ def _study(summary: Summary, published: Published | None) -> dict[str, Any]:
         "legend": page_plots.series_legend(summary),
         "by_flops": list(filter(None, quality[FLOPS])),
         "by_time": list(filter(None, quality[TIME])),
-        "tasks": [page_plots.task_plot(summary, task) for task in summary.tasks],
+        "tasks": list(filter(None, (page_plots.task_plot(summary, task) for task in summary.tasks))),
+        "most_compared": MOST if any(len(entries) > MOST for entries in pruned.values()) else None,
         "comparisons": [(r, made) for r, entries in pruned.items() if (made := matrices(summary, entries))],
         "prr": _prr_table(summary),
         "units": [(ratio, maps) for ratio, all_maps in units if (maps := list(filter(None, all_maps)))],

@@ -57,8 +57,8 @@ def _range(interval: Interval) -> svg_charts.Range | None:
     return (interval.low, interval.high) if interval.low < interval.high else None
 
 
-def task_plot(summary: Summary, task: str) -> Figure:
-    """Accuracy on a task: a group of bars for each ratio, dense as a line."""
+def task_plot(summary: Summary, task: str) -> Figure | None:
+    """Accuracy on a task: a group of bars for each ratio, dense as a line; None for dense alone."""
     groups = []
     for ratio, entries in summary.ratios.items():
         bars = []
@@ -68,6 +68,8 @@ def task_plot(summary: Summary, task: str) -> Figure:
             bars.append(svg_charts.Bar(bar.value, bar.spread, tooltip, summary.labels.index(bar.entry.label)))
         if bars:
             groups.append((f"{ratio:.0%}" if ratio else "not pruned", bars))
+    if not groups:
+        return None
     dense = dense_accuracy(summary, task)
     reference = None if dense is None else (dense, f"dense {dense:.1f}")
     words = [bar.tooltip for _, bars in groups for bar in bars] + ([reference[1]] if reference else [])
@@ -93,7 +95,7 @@ def units_map(entry: Entry) -> Figure | None:
 
 
 def _layer(index: int, kinds: Mapping[str, UnitRecord]) -> svg_charts.Layer:
-    heads, channels = kinds.get("attention", UnitRecord()), kinds.get("mlp", UnitRecord())
+    heads, channels = kinds.get("attention"), kinds.get("mlp")
     words = [
         f"{unit['kept']:g} of {unit['of']} {noun} kept, {100 * unit.get('changed', 0.0):.1f}% new per batch"
         for unit, noun in ((heads, "heads"), (channels, "channels"))
@@ -101,10 +103,10 @@ def _layer(index: int, kinds: Mapping[str, UnitRecord]) -> svg_charts.Layer:
     ]
     return svg_charts.Layer(
         str(index),
-        heads.get("frequency"),
-        channels.get("frequency"),
-        heads.get("changed", 0.0),
-        channels.get("changed", 0.0),
+        heads and heads["frequency"],
+        channels and channels["frequency"],
+        heads.get("changed", 0.0) if heads else 0.0,
+        channels.get("changed", 0.0) if channels else 0.0,
         f"layer {index}: {'; '.join(words)}",
     )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probeprune.errors import UsageError
+from probeprune.foreign.literal import visible
 from probeprune.report.palette import Style, style
 from probeprune.report.plot_data import (
     FLOPS,
@@ -53,9 +54,9 @@ def write_figures(lines: Sequence[Line], folder: Path) -> list[Path]:
     summaries = summarise(lines)
     for position, summary in enumerate(summaries, start=1):
         prefix = f"{position}-" if len(summaries) > 1 else ""
-        for text in summary.texts:
+        for text, name in zip(summary.texts, _file_names(summary.texts), strict=True):
             for axis in (FLOPS, TIME):
-                path = folder / f"{prefix}{_file_name(text)}-{axis.unit.lower()}"
+                path = folder / f"{prefix}{name}-{axis.unit.lower()}"
                 written += _quality(summary, f"{summary.model}, {text}", path, text, axis)
         written += _tasks(summary, f"{summary.model}, zero-shot", folder / f"{prefix}tasks")
     return written
@@ -163,10 +164,13 @@ def _saved(figure: "Figure", path: Path) -> list[Path]:
     return written
 
 
-def _file_name(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in text)
+def _file_names(texts: Sequence[str]) -> list[str]:
+    """A name for the files about each text, with a number where an earlier one has the same."""
+    names = ["".join(c if c.isalnum() or c in "-_" else "-" for c in text)[:40] for text in texts]
+    return [f"{name}-{i}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def _plain(words: str) -> str:
-    """Words that matplotlib does not read as mathematics."""
-    return words.replace("$", r"\$")
+    """Words of which matplotlib reads none as mathematics, the beginning of those that no figure can hold."""
+    words = visible(words, lines=True)
+    return (words if len(words) <= 300 else f"{words[:299]}…").replace("$", r"\$")

@@ -81,9 +81,8 @@ def quality_points(summary: Summary, text: str, axis: CostAxis) -> list[QualityP
 def perplexity_spread(summary: Summary, entry: Entry, text: str) -> float | None:
     """The spread of perplexity as plots show it: of the paired difference to dense, or over seeds."""
     factor = entry.quality.over_dense.get(text)
-    if summary.dense is None or factor is None or factor.spread is None:
-        return None
-    return factor.spread * summary.dense.quality.perplexity[text].value
+    dense = None if summary.dense is None else summary.dense.quality.perplexity.get(text)
+    return None if dense is None or factor is None or factor.spread is None else factor.spread * dense.value
 
 
 def task_bars(summary: Summary, task: str, entries: Sequence[Entry]) -> list[TaskBar]:

@@ -33,9 +33,11 @@ def differences(named: Sequence[tuple[str, Settings]]) -> list[str]:
     and counts as equal.
     """
     labels = []
+    namesakes: dict[str, list[Settings]] = {}
     for name, settings in named:
-        others = [other for namesake, other in named if namesake == name]
-        differing = {path for other in others for path in _differing(settings, other)}
+        namesakes.setdefault(name, []).append(settings)
+    for name, settings in named:
+        differing = {path for other in namesakes[name] for path in _differing(settings, other)}
         parts = [f"{'.'.join(p)}={_words(value)}" for p, value in _walk(settings) if p in differing]
         labels.append(f" ({', '.join(parts)})" if parts else "")
     return labels

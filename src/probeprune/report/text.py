@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 
+from probeprune.foreign.literal import markdown as escaped
+from probeprune.foreign.literal import styled
 from probeprune.report.columns import Column, column_notes, columns
 from probeprune.report.summary import Entry, summarise
 from probeprune.result_lines import Line
@@ -22,7 +23,7 @@ def table(lines: Sequence[Line], title: str, width: int = 126) -> Group:
         sections = [[*first, *other] for other in others if other]
     tables = [_table(section, entries, notes=_width(section) <= width) for section in sections]
     sentences = [*failures(entries), column_notes(shown)]
-    return Group(escape(title), *tables, *(f"[dim]{escape(s)}[/dim]" for s in sentences))
+    return Group(styled(title), *tables, *(styled(s, "dim") for s in sentences))
 
 
 def _width(shown: Sequence[Column]) -> int:
@@ -34,14 +35,14 @@ def _table(shown: Sequence[Column], entries: Sequence[Entry], notes: bool) -> Ta
     made = Table()
     for column in shown:
         justify = "left" if column.key in ("model", "method") else "right"
-        made.add_column(column.label, justify=justify)  # type: ignore[arg-type]
+        made.add_column(styled(column.label), justify=justify)  # type: ignore[arg-type]
     last = None
     for i, entry in enumerate(entries):
         if last is not None and (entry.model, entry.ratio) != last:
             made.add_section()
         last = entry.model, entry.ratio
         cells = [column.cells[i] for column in shown]
-        made.add_row(*(escape(cell.plain if notes else cell.text) for cell in cells))
+        made.add_row(*(styled(cell.plain if notes else cell.text) for cell in cells))
     return made
 
 
@@ -49,12 +50,17 @@ def markdown(lines: Sequence[Line], title: str) -> str:
     """The results as a Markdown table, with the meaning of its columns."""
     summaries = summarise(lines)
     shown = columns(summaries)
-    written = [f"**{title}**", "", "| " + " | ".join(c.label for c in shown) + " |"]
+    written = [f"**{escaped(title)}**", "", _row([c.label for c in shown])]
     written.append("|" + "|".join(" --- " if c.key == "method" else " ---: " for c in shown) + "|")
-    for row in zip(*(c.cells for c in shown), strict=True):
-        written.append("| " + " | ".join(cell.plain.replace("|", "\\|") for cell in row) + " |")
+    written += [_row([cell.plain for cell in row]) for row in zip(*(c.cells for c in shown), strict=True)]
     sentences = failures([e for s in summaries for e in s.entries]) + [n for s in summaries for n in s.notes]
-    return "\n".join([*written, "", *(f"{s}\n" for s in sentences), column_notes(shown), ""])
+    sentences.append(column_notes(shown))
+    return "\n".join([*written, *(f"\n{escaped(s)}" for s in sentences), ""])
+
+
+def _row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(escaped, cells))} |"
 
 
 def failures(entries: Sequence[Entry]) -> list[str]:

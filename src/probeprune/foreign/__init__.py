@@ -1,0 +1,1 @@
+"""Text and files of others: read within limits, shown as they are."""
