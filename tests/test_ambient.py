@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
 from all_methods import ALL, RATIO, prepared
-from tiny import FAMILIES, close, cuts, kept, token_ids
+from tiny import FAMILIES, close, cuts, token_ids
 from torch import nn
 from torch.nn.functional import linear, silu
 from torch.nn.utils import parametrizations
@@ -80,14 +80,14 @@ SETTINGS = {
 def test_the_settings_around_a_call_change_nothing(name, setting):
     model, calibration = prepared("llama-gqa")
     with torch.no_grad(), attach(model, ALL[name], RATIO, calibration=calibration) as handle:
-        expected, units = model(BATCH).logits, kept(handle)
+        expected, units = model(BATCH).logits, handle.kept_units()
     dense = {n: p.detach().clone() for n, p in model.named_parameters()}
     # The model's own forward makes tensors too: it runs under the plain settings, all else under these.
     with SETTINGS[setting]():
         fresh = prepare(model, ALL[name], RATIO, IDS) if setting != "meta by default" else calibration
         handle = attach(model, ALL[name], RATIO, calibration=calibration)
         with torch.no_grad():
-            got, chosen = model(BATCH).logits, kept(handle)
+            got, chosen = model(BATCH).logits, handle.kept_units()
         handle.detach()
     assert chosen == units and got.dtype == expected.dtype
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
