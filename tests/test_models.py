@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from probeprune.errors import UsageError
-from probeprune.model import loading as models
-from probeprune.model.loading import cache_dir, fastest_dtype, load_model
+from probeprune.model import gguf_files, machine
+from probeprune.model.loading import load_model
+from probeprune.model.machine import cache_dir, fastest_dtype
 
-REAL_PRODUCT_SECONDS = models._product_seconds
+REAL_PRODUCT_SECONDS = machine._product_seconds
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_missing_wheel_says_how_to_install_it(monkeypatch):
 )
 def test_cpu_takes_the_clearly_faster_dtype(monkeypatch, bfloat16, float32, expected):
     seconds = {torch.bfloat16: bfloat16, torch.float32: float32}
-    monkeypatch.setattr(models, "_product_seconds", seconds.__getitem__)
+    monkeypatch.setattr(machine, "_product_seconds", seconds.__getitem__)
     assert fastest_dtype(torch.device("cpu")) == expected
 
 
@@ -211,7 +212,7 @@ class TestConversion:
             done.append(file.name)
             shutil.copytree(saved[0], target, dirs_exist_ok=True)
 
-        monkeypatch.setattr(models, "_convert", convert)
+        monkeypatch.setattr(gguf_files, "_convert", convert)
         return done
 
     def test_once_per_content(self, file, conversions, capsys):
@@ -228,7 +229,7 @@ class TestConversion:
             (target / "config.json").write_text("half of it")
             raise ValueError("no such architecture")
 
-        monkeypatch.setattr(models, "_convert", fail)
+        monkeypatch.setattr(gguf_files, "_convert", fail)
         with pytest.raises(UsageError, match="could not be converted: no such architecture"):
             load_model(str(file))
         assert list((cache_dir() / "models").iterdir()) == []
@@ -236,11 +237,11 @@ class TestConversion:
     def test_a_faster_process_wins(self, file, monkeypatch, saved):
         def convert(file, target):
             shutil.copytree(saved[0], target, dirs_exist_ok=True)
-            winner = target.parent / f"tiny-{models._content_hash(file)}"
+            winner = target.parent / f"tiny-{gguf_files._content_hash(file)}"
             shutil.copytree(saved[0], winner)
             (winner / "winner").touch()
 
-        monkeypatch.setattr(models, "_convert", convert)
+        monkeypatch.setattr(gguf_files, "_convert", convert)
         load_model(str(file), dtype="float32")
         (kept,) = (cache_dir() / "models").iterdir()
         assert (kept / "winner").exists()
@@ -266,7 +267,7 @@ def test_conversion_keeps_weights_and_settings(monkeypatch, tmp_path):
 
     # The same tensors, dequantised by the gguf package itself. Query and key rows are stored in another order
     # there: what becomes of them shows in what the model says, below.
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(models._embedded_gguf()).tensors}
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_files.embedded_gguf()).tensors}
     weights = loaded.model.state_dict()
     for theirs, ours in (
         ("token_embd.weight", "model.embed_tokens.weight"),

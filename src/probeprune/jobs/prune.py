@@ -17,7 +17,8 @@ from probeprune.methods import Method, compose, without_measured_widths
 from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import Layout, check_free, check_space, empty_model, export, save
 from probeprune.model.cost import PeakMemory
-from probeprune.model.loading import LoadedModel, cache_dir
+from probeprune.model.loading import LoadedModel
+from probeprune.model.machine import cache_dir
 from probeprune.plan import needs
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.progress import Progress, silent
