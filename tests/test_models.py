@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from probeprune import save
 from probeprune.errors import UsageError
 from probeprune.model import gguf_files, machine
 from probeprune.model.loading import load_model
@@ -304,3 +306,25 @@ def test_embedded_model_has_grouped_queries(smollm2):
     heads = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
     assert heads == (30, 9, 3)
     assert {parameter.dtype for parameter in smollm2.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_opens_as_it_was_saved(family, layout, tmp_path, number_tokenizer):
+    """No check refuses a good checkpoint: fused, tied, with biases, with widths of its own."""
+    model = FAMILIES[family]()
+    save(model, tmp_path / "model", tokenizer=number_tokenizer, layout=layout)
+    opened = load_model(str(tmp_path / "model"), dtype="float32").model.state_dict()
+    assert all(opened[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_without_the_first_part_of_its_names_opens(tmp_path, number_tokenizer):
+    """As OPT models on the hub; the head is tied and not stored."""
+    model = FAMILIES["opt"]()
+    save(model, tmp_path / "model", tokenizer=number_tokenizer)
+    file = tmp_path / "model/model.safetensors"
+    stored = {name.removeprefix("model."): t for name, t in load_file(file).items()}
+    assert "decoder.embed_tokens.weight" in stored
+    save_file(stored, file, metadata={"format": "pt"})
+    opened = load_model(str(tmp_path / "model"), dtype="float32").model.state_dict()
+    assert all(opened[name].equal(tensor) for name, tensor in model.state_dict().items())

@@ -27,7 +27,10 @@ def refusing(what: str) -> Iterator[None]:
         yield
     except (UsageError, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of a library in Rust (tokenizers) is no Exception, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UsageError(f"{what}: {text if len(text) <= 200 else text[:200] + '...'}.") from error
 

@@ -109,11 +109,14 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _check_header(gguf: Path) -> None:
-    """Raise `ValueError` for a file of another kind, and for more layers than it can have tensors for."""
+    """Raise `ValueError` for a file of another kind, and for layers without tensors or the reverse."""
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError("it does not begin as a GGUF file does")
     reader = GGUFReader(gguf)
+    layers = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
     for name, field in reader.fields.items():
-        if name.endswith(".block_count") and int(field.contents()) > len(reader.tensors):
-            raise ValueError(f"it says {name} {field.contents()} and holds {len(reader.tensors)} tensors")
+        if name.endswith(".block_count") and field.contents() != len(layers):
+            raise ValueError(
+                f"it says {name} {field.contents()} and holds the tensors of {len(layers)} layers"
+            )

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from probeprune.errors import UsageError, refusing, unknown
+from probeprune.model.blocks import attribute, find_blocks
 from probeprune.model.config_checks import FIELDS, GENERATION_FIELDS, check_fields, check_heads
 from probeprune.model.families import FAMILIES, PRUNED_PREFIX
 from probeprune.model.folder import (
@@ -189,12 +190,8 @@ def _check_weights(name: str, folder: Path, tensors: Mapping[str, Stored], optio
     The model is opened once without memory (device `meta`), so that transformers itself says which names it
     changes, ties or ignores.
     """
-    file, layers = folder / CONFIG, getattr(options["config"], "num_hidden_layers", 1)
-    if layers > len(tensors):
-        raise UsageError(
-            f"'{file}' says num_hidden_layers {layers}, and the weights hold {len(tensors)} tensors; get the "
-            "checkpoint again."
-        )
+    file = folder / CONFIG
+    _check_sizes(file, options["config"], tensors)
     with refusing(f"no model can be made from '{file}'"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
@@ -227,6 +224,41 @@ def _check_weights(name: str, folder: Path, tensors: Mapping[str, Stored], optio
             f"the weights of model '{name}' are incomplete: {len(missing)} tensors are missing, such as "
             f"'{missing[0]}'; get the checkpoint again."
         )
+    if model.config.model_type.startswith(PRUNED_PREFIX):
+        _check_counts(file, model)
+
+
+def _check_sizes(file: Path, config: Any, tensors: Mapping[str, Stored]) -> None:
+    """Raise `UsageError` for sizes that the stored tensors rule out; they would take all memory."""
+    width = max((size for t in tensors.values() for size in t.shape), default=0)
+    limits = {"num_hidden_layers": len(tensors), "hidden_size": width, "head_dim": width, "vocab_size": width}
+    for field, limit in limits.items():
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value > limit:
+            raise UsageError(
+                f"'{file}' says {field} {value}, and the weights hold {len(tensors)} tensors of at most "
+                f"{width} rows or columns; get the checkpoint again."
+            )
+
+
+def _check_counts(file: Path, model: PreTrainedModel) -> None:
+    """Raise `UsageError` where a layer has other numbers of heads in the config than in its weights."""
+    for block in find_blocks(model):
+        if block.kind != "attention":
+            continue
+        counts = {
+            block.query_count: block.query_heads,
+            block.kv_count: block.kv_heads,
+            "num_key_value_groups": block.query_heads / block.kv_heads,
+        }
+        for name, count in counts.items():
+            module = model.get_submodule(block.name)
+            said = attribute(module, name) if name else None
+            if said is not None and said != count:
+                raise UsageError(
+                    f"'{file}' says {name} {said} of {block.name}, and its weights say {count:g}; get the "
+                    "checkpoint again."
+                )
 
 
 def _stored_under(key: str, tensors: Mapping[str, Stored]) -> Stored | None:
