@@ -32,6 +32,8 @@ def refusing(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if isinstance(error, KeyError):  # its text is the key alone
+            text = f"there is no {text}"
         raise UsageError(f"{what}: {text if len(text) <= 200 else text[:200] + '...'}.") from error
 
 

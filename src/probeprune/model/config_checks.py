@@ -4,6 +4,7 @@ Transformers accepts many others and fails later, somewhere else. Only fields th
 read are listed; knows nothing of weights.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -110,7 +111,9 @@ def check_fields(file: Path, fields: Mapping[str, Any], table: Mapping[str, Rang
     """Raise `UsageError` for the first field of a JSON object, or of one nested in it, out of its range."""
     for path, name, value in _walk(fields):
         if name in table and not table[name].holds(value):
-            shown = repr(value) if type(value) is not int or abs(value) <= MOST else "a number far too large"
+            # Writing out a number of thousands of digits is an error itself.
+            huge = type(value) is int and abs(value) > MOST
+            shown = "a number far too large" if huge else json.dumps(value)
             if len(shown) > 60:
                 shown = f"{shown[:60]}..."
             raise UsageError(f"'{file}' says {path} {shown}; it must be {table[name].words}.")

@@ -85,8 +85,9 @@ def load_model(
         trust_remote_code: run code that comes with the model. Only for sources you trust.
 
     Raises:
-        UsageError: no such model, no safetensors weights, quantised or incomplete weights, a model that is no
-            causal language model, an unknown dtype, or a device that this machine does not have.
+        UsageError: no such model, a file in it that is damaged or leads out of its folder, no safetensors
+            weights, quantised weights, tensors that are not those of the config, a model that is no causal
+            language model, an unknown dtype, or a device that this machine does not have.
     """
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)
