@@ -132,6 +132,13 @@ def test_unreachable_hub_model():
         load_model("owner/name", dtype="float32")
 
 
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 5000, "~nobody-there/model", "a/b/c", "../..", "-"])
+def test_names_that_are_none(name):
+    with pytest.raises(UsageError) as error:
+        load_model(name, dtype="float32")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 6000
+
+
 def test_slip_in_the_embedded_name():
     with pytest.raises(UsageError, match="unknown model 'SmolLM2-135'; did you mean 'smollm2-135m'"):
         load_model("SmolLM2-135")

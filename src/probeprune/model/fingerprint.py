@@ -5,10 +5,12 @@ Reads files, builds no model.
 
 import hashlib
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+from probeprune.errors import refusing
 from probeprune.model.folder import CONFIG, weight_files
 from probeprune.model.hub import commit
 
@@ -16,6 +18,9 @@ _CHUNK = 64 << 20
 """Bytes that one thread hashes at a time: one large file so keeps all threads busy."""
 
 _BLOCK = 1 << 20
+
+_SETTLED = 2_000_000_000
+"""Nanoseconds that files must be unchanged for their hash to be remembered in this process."""
 
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _NO_FUNCTION = ("pruning.json", "training.json", "generation_config.json")
@@ -31,24 +36,26 @@ def source_fingerprint(name: str) -> str:
     Raises:
         UsageError: a folder whose weights are incomplete or no safetensors.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    with refusing(f"model {name[:200]!r} could not be found"):
+        path = Path(name).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    if is_file:
         return _digest([path])
-    if not path.is_dir():
+    if not is_folder:
         return commit(name) if "/" in name else ""
     small = [p for p in path.iterdir() if p.suffix in _SMALL and p.name not in _NO_FUNCTION and p.is_file()]
     return _digest(sorted({*small, *(weight_files(path) if (path / CONFIG).is_file() else ())}))
 
 
 def _digest(files: list[Path]) -> str:
-    states = [file.stat() for file in files]
-    # The time of change cannot be set by hand, so a file of the same state has the same content.
-    return _hashed(
-        tuple(
-            (str(file.absolute()), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-            for file, s in zip(files, states, strict=True)
-        )
+    states = tuple(
+        (str(file.absolute()), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        for file, s in ((file, file.stat()) for file in files)
     )
+    # The time of a change cannot be set by hand, so files that look the same are the same, except for changes
+    # faster than the clock of the file system.
+    settled = max((state[-1] for state in states), default=0) < time.time_ns() - _SETTLED
+    return _hashed(states) if settled else _hashed.__wrapped__(states)
 
 
 @lru_cache(maxsize=16)

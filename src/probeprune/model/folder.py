@@ -21,13 +21,14 @@ OBJECTS = (
     CONFIG,
     INDEX,
     "generation_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
 )
 """Files that transformers reads if they are there; each holds one JSON object."""
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+"""Files that are read once, by the tokenizer: they are large."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,15 @@ class Stored:
         return self.dtype in ("F64", "F32", "F16", "BF16")
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `UsageError` if there is anything else in it."""
+def check_regular(file: Path) -> None:
+    """Raise `UsageError` for a directory, a pipe and the like."""
     if not file.is_file():
         raise UsageError(f"'{file}' is no regular file; get the checkpoint again.")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `UsageError` if there is anything else in it."""
+    check_regular(file)
     try:
         value = json.loads(file.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -60,13 +66,19 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def check_objects(folder: Path) -> None:
-    """Raise `UsageError` for the first of `OBJECTS` that is there and no JSON object of this folder."""
-    for name in OBJECTS:
+def check_files(folder: Path) -> None:
+    """Raise `UsageError` for the first of these files that is there and not as it should be.
+
+    `OBJECTS` are read as JSON; of `VOCABULARIES` only the place is checked.
+    """
+    for name in (*OBJECTS, *VOCABULARIES):
         file = folder / name
         if file.exists() or file.is_symlink():
             check_inside(file)
-            read_object(file)
+            if name in OBJECTS:
+                read_object(file)
+            else:
+                check_regular(file)
 
 
 def check_inside(file: Path) -> None:

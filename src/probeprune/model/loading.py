@@ -29,7 +29,7 @@ from probeprune.model.families import FAMILIES, PRUNED_PREFIX
 from probeprune.model.folder import (
     CONFIG,
     Stored,
-    check_objects,
+    check_files,
     read_object,
     stored_tensors,
     weight_files,
@@ -91,15 +91,18 @@ def load_model(
     """
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)
-    folder = _locate(name, trust_remote_code)
-    check_objects(folder)
+    with refusing(f"model {name[:200]!r} could not be found"):
+        folder = _locate(name, trust_remote_code)
+    check_files(folder)
     pruning, training = read_pruning(folder), read_training(folder)
     config = _load_config(name, folder, trust_remote_code)
     tensors = stored_tensors(weight_files(folder))
     options = {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     with quiet_libraries(bars=False):
         _check_weights(name, folder, tensors, options)
-        with refusing(f"the tokenizer of model '{name}' could not be loaded"):
+        with refusing(
+            f"the tokenizer (tokenizer.json, tokenizer_config.json) of '{folder}' could not be loaded"
+        ):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with refusing(f"model '{name}' could not be loaded"):
             model = AutoModelForCausalLM.from_pretrained(
