@@ -28,7 +28,7 @@ from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import blocks_flops
-from probeprune.model.loading import cache_dir
+from probeprune.model.machine import cache_dir
 from probeprune.plan import widths
 from probeprune.preparation import Preparation
 

@@ -10,7 +10,7 @@ from probeprune import compose, with_equal_widths
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.model.loading import cache_dir
+from probeprune.model.machine import cache_dir
 
 RATIOS = (0.2, 0.4)
 

@@ -14,7 +14,7 @@ from probeprune import Probe, compose
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.model.loading import cache_dir
+from probeprune.model.machine import cache_dir
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 WAYS = {p: compose("probe", when=ProbeEveryBatch(Probe(parallel=p))) for p in (False, True)}

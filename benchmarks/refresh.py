@@ -17,7 +17,7 @@ import probeprune
 from probeprune import Method, compose
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
-from probeprune.model.loading import cache_dir
+from probeprune.model.machine import cache_dir
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 
 WAYS: dict[str, Method] = {

@@ -11,7 +11,7 @@ import probeprune
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows
 from probeprune.evaluation.tasks import TaskSettings, evaluate_task
-from probeprune.model.loading import cache_dir
+from probeprune.model.machine import cache_dir
 
 TASK, ITEMS, RATIO = "arc_easy", 60, 0.2
 METHODS = ("wanda-sp", "probe")

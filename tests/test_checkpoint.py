@@ -251,6 +251,6 @@ def test_a_damaged_checkpoint_is_one_sentence(damage, layout, tmp_path, number_t
         shard.write_bytes(shard.read_bytes()[:-1000])
     else:
         shard.write_bytes(b"nothing of the kind")
-    with pytest.raises(UsageError, match=r"(could not be loaded|incomplete)") as error:
+    with pytest.raises(UsageError, match="incomplete" if damage == "missing" else "is damaged") as error:
         load_model(str(tmp_path / "out"), dtype="float32")
-    assert "\n" not in str(error.value)
+    assert shard.name in str(error.value) and "\n" not in str(error.value)

@@ -9,13 +9,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from probeprune import save
 from probeprune.errors import UsageError
-from probeprune.model import loading as models
-from probeprune.model.loading import cache_dir, fastest_dtype, load_model
+from probeprune.model import gguf_files, machine
+from probeprune.model.loading import load_model
+from probeprune.model.machine import cache_dir, fastest_dtype
 
-REAL_PRODUCT_SECONDS = models._product_seconds
+REAL_PRODUCT_SECONDS = machine._product_seconds
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,13 @@ def test_unreachable_hub_model():
         load_model("owner/name", dtype="float32")
 
 
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 5000, "~nobody-there/model", "a/b/c", "../..", "-"])
+def test_names_that_are_none(name):
+    with pytest.raises(UsageError) as error:
+        load_model(name, dtype="float32")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 6000
+
+
 def test_slip_in_the_embedded_name():
     with pytest.raises(UsageError, match="unknown model 'SmolLM2-135'; did you mean 'smollm2-135m'"):
         load_model("SmolLM2-135")
@@ -164,7 +174,7 @@ def test_missing_wheel_says_how_to_install_it(monkeypatch):
 )
 def test_cpu_takes_the_clearly_faster_dtype(monkeypatch, bfloat16, float32, expected):
     seconds = {torch.bfloat16: bfloat16, torch.float32: float32}
-    monkeypatch.setattr(models, "_product_seconds", seconds.__getitem__)
+    monkeypatch.setattr(machine, "_product_seconds", seconds.__getitem__)
     assert fastest_dtype(torch.device("cpu")) == expected
 
 
@@ -211,7 +221,7 @@ class TestConversion:
             done.append(file.name)
             shutil.copytree(saved[0], target, dirs_exist_ok=True)
 
-        monkeypatch.setattr(models, "_convert", convert)
+        monkeypatch.setattr(gguf_files, "_convert", convert)
         return done
 
     def test_once_per_content(self, file, conversions, capsys):
@@ -228,7 +238,7 @@ class TestConversion:
             (target / "config.json").write_text("half of it")
             raise ValueError("no such architecture")
 
-        monkeypatch.setattr(models, "_convert", fail)
+        monkeypatch.setattr(gguf_files, "_convert", fail)
         with pytest.raises(UsageError, match="could not be converted: no such architecture"):
             load_model(str(file))
         assert list((cache_dir() / "models").iterdir()) == []
@@ -236,11 +246,11 @@ class TestConversion:
     def test_a_faster_process_wins(self, file, monkeypatch, saved):
         def convert(file, target):
             shutil.copytree(saved[0], target, dirs_exist_ok=True)
-            winner = target.parent / f"tiny-{models._content_hash(file)}"
+            winner = target.parent / f"tiny-{gguf_files._content_hash(file)}"
             shutil.copytree(saved[0], winner)
             (winner / "winner").touch()
 
-        monkeypatch.setattr(models, "_convert", convert)
+        monkeypatch.setattr(gguf_files, "_convert", convert)
         load_model(str(file), dtype="float32")
         (kept,) = (cache_dir() / "models").iterdir()
         assert (kept / "winner").exists()
@@ -266,7 +276,7 @@ def test_conversion_keeps_weights_and_settings(monkeypatch, tmp_path):
 
     # The same tensors, dequantised by the gguf package itself. Query and key rows are stored in another order
     # there: what becomes of them shows in what the model says, below.
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(models._embedded_gguf()).tensors}
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_files.embedded_gguf()).tensors}
     weights = loaded.model.state_dict()
     for theirs, ours in (
         ("token_embd.weight", "model.embed_tokens.weight"),
@@ -303,3 +313,25 @@ def test_embedded_model_has_grouped_queries(smollm2):
     heads = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
     assert heads == (30, 9, 3)
     assert {parameter.dtype for parameter in smollm2.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_opens_as_it_was_saved(family, layout, tmp_path, number_tokenizer):
+    """No check refuses a good checkpoint: fused, tied, with biases, with widths of its own."""
+    model = FAMILIES[family]()
+    save(model, tmp_path / "model", tokenizer=number_tokenizer, layout=layout)
+    opened = load_model(str(tmp_path / "model"), dtype="float32").model.state_dict()
+    assert all(opened[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_without_the_first_part_of_its_names_opens(tmp_path, number_tokenizer):
+    """As OPT models on the hub; the head is tied and not stored."""
+    model = FAMILIES["opt"]()
+    save(model, tmp_path / "model", tokenizer=number_tokenizer)
+    file = tmp_path / "model/model.safetensors"
+    stored = {name.removeprefix("model."): t for name, t in load_file(file).items()}
+    assert "decoder.embed_tokens.weight" in stored
+    save_file(stored, file, metadata={"format": "pt"})
+    opened = load_model(str(tmp_path / "model"), dtype="float32").model.state_dict()
+    assert all(opened[name].equal(tensor) for name, tensor in model.state_dict().items())

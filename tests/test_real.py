@@ -7,7 +7,7 @@ from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.blocks import find_blocks
-from probeprune.model.loading import cache_dir
+from probeprune.model.machine import cache_dir
 from probeprune.preparation import Preparation
 
 pytestmark = pytest.mark.real

@@ -1,6 +1,7 @@
 """The exception for mistakes that the user can fix, and the sentences it carries."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -14,6 +15,26 @@ class UsageError(ValueError):
 def first_line(error: BaseException) -> str:
     """First line of another library's error, without a full stop, to quote inside our own message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever libraries raise for files of others into a `UsageError` that begins with `what`.
+
+    Only for calls whose one input is such a file: there is no list of what they raise.
+    """
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except BaseException as error:
+        # A panic of a library in Rust (tokenizers) is no Exception, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if isinstance(error, KeyError):  # its text is the key alone
+            text = f"there is no {text}"
+        raise UsageError(f"{what}: {text if len(text) <= 200 else text[:200] + '...'}.") from error
 
 
 def unknown(what: str, given: object, known: Iterable[object], others: str = "") -> str:

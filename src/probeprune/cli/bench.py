@@ -19,7 +19,8 @@ from probeprune.cli.terminal import err, out, print_written, progress_bar
 from probeprune.cli.values import at_least, names, one_of, whole_numbers
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
-from probeprune.model.loading import DTYPES, EMBEDDED_MODEL, choose_device, choose_dtype, load_model
+from probeprune.model.loading import EMBEDDED_MODEL, load_model
+from probeprune.model.machine import DTYPES, choose_device, choose_dtype
 from probeprune.strategies.allocation import check_ratio
 
 if TYPE_CHECKING:

@@ -193,7 +193,7 @@ def _subjects(
 ) -> list[Subject]:
     """Every method at every ratio."""
     from probeprune.experiment.cells import subject
-    from probeprune.model.loading import source_fingerprint
+    from probeprune.model.fingerprint import source_fingerprint
     from probeprune.provenance import dtype_name
 
     weights = source_fingerprint(loaded.name)  # reads a local model's files: once, not for every cell

@@ -185,7 +185,7 @@ def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed
     """Everything that the method must know of the model, from the cache where possible."""
     from probeprune.data.corpora import load_corpus
     from probeprune.data.windows import WindowSource
-    from probeprune.model.loading import cache_dir
+    from probeprune.model.machine import cache_dir
     from probeprune.plan import needs
     from probeprune.prepare import prepare
 

@@ -112,7 +112,7 @@ def table(
     """
     from probeprune.experiment.presets import preset_file
     from probeprune.experiment.results import Results
-    from probeprune.model.loading import choose_device, choose_dtype
+    from probeprune.model.machine import choose_device, choose_dtype
     from probeprune.provenance import dtype_name
 
     executor.check()

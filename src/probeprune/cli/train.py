@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -171,7 +169,7 @@ def recover(
             output.out_dir,
             TrainingJob(settings, measured_on, TrainingText(training.text, training.packing)),
             merge=recovery.merge,
-            pruning=_pruning_record(model),
+            pruning=loaded.pruning,
             save_dtype=load.dtype_to_save(loaded),
             progress=show,
         )
@@ -217,15 +215,6 @@ def loraprune(
             progress=show,
         )
     _print_trained(record, output)
-
-
-def _pruning_record(model: str) -> dict[str, Any] | None:
-    """The `pruning.json` that `prune` wrote beside a checkpoint; None for other models."""
-    file = Path(model).expanduser() / "pruning.json"
-    if not file.is_file():
-        return None
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return record
 
 
 def _open_everywhere(model: str, load: LoadOptions) -> LoadedModel:

@@ -29,7 +29,7 @@ from probeprune.experiment.cells import (
 )
 from probeprune.experiment.yaml_records import Entry, field_names, open_yaml, read, read_fields, read_record
 from probeprune.methods import TABLES, Method, get_method
-from probeprune.model.loading import source_fingerprint
+from probeprune.model.fingerprint import source_fingerprint
 from probeprune.strategies.importance import IMPORTANCES
 
 FOLDER = Path(__file__).parent / "preset_files"

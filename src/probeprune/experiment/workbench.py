@@ -4,7 +4,6 @@ Statistics of a model are kept as long as the model is open, and on disk by cont
 trained model is kept as a checkpoint beside the results, so that a broken run does not train it again.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,8 @@ from probeprune.experiment.cells import Subject
 from probeprune.jobs.train import TrainingJob, loraprune_to, recover_to
 from probeprune.methods import Method, without_training
 from probeprune.model.blocks import Block, find_blocks
-from probeprune.model.loading import LoadedModel, cache_dir, load_model
+from probeprune.model.loading import LoadedModel, load_model
+from probeprune.model.machine import cache_dir
 from probeprune.preparation import Preparation
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
@@ -143,8 +143,9 @@ class Workbench:
         out = self.trained_folder(subject)
         if not (out / "training.json").exists():
             self._train(subject, out)
-        record = json.loads((out / "training.json").read_text(encoding="utf-8"))
         loaded = self._open(str(out), subject)
+        record = loaded.training
+        assert record is not None
         blocks = find_blocks(loaded.model, subject.method.unit_kind)
         removed = (record.get("pruning") or record).get("removed_share", 0.0)
         return Ready(loaded, blocks, [b.units for b in blocks], removed, training=record)

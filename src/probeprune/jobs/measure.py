@@ -9,7 +9,8 @@ from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.files import write_json
-from probeprune.model.loading import LoadedModel, source_fingerprint
+from probeprune.model.fingerprint import source_fingerprint
+from probeprune.model.loading import LoadedModel
 from probeprune.progress import Progress
 
 

@@ -18,7 +18,8 @@ from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import check_free, check_space, save
 from probeprune.model.cost import PeakMemory
 from probeprune.model.described import Layout, empty_like, export
-from probeprune.model.loading import LoadedModel, cache_dir
+from probeprune.model.loading import LoadedModel
+from probeprune.model.machine import cache_dir
 from probeprune.plan import needs
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.progress import Progress, silent

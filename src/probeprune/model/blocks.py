@@ -7,7 +7,7 @@ nothing of scores, ratios or forward passes.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -150,6 +150,13 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
         blocks.append(_mlp_block(prefix, index, layer, family.mlp, norm_first))
     _refuse_shared_weights(model, blocks)
     return blocks
+
+
+def attribute(module: Any, path: str) -> Any:
+    """What a module has at a dotted path, such as `config.num_attention_heads`; None if there is none."""
+    for part in path.split("."):
+        module = getattr(module, part, None)
+    return module
 
 
 def _attention_block(

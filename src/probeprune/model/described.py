@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from probeprune.errors import UsageError, unknown
-from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.blocks import Block, attribute, find_blocks
 from probeprune.model.families import FAMILIES, PRUNED_PREFIX, Family, find_family
 from probeprune.model.modeling_pruned import ConfigView, model_classes, pruned_config, pruned_model
 from probeprune.model.wrappers import unwrapped
@@ -252,7 +252,7 @@ def _per_layer_config(model: Any) -> PretrainedConfig:
                     (block.kv_count, block.kv_heads),
                     ("num_key_value_groups", block.group_size),
                 )
-                if name is not None and _attribute(plain.get_submodule(block.name), name) not in (None, value)
+                if name is not None and attribute(plain.get_submodule(block.name), name) not in (None, value)
             }
             if counts:
                 pruned[block.name] = counts
@@ -262,12 +262,6 @@ def _per_layer_config(model: Any) -> PretrainedConfig:
     plain_class: Any = type(base)
     config: PretrainedConfig = pruned_config(plain_class)(**fields, pruned=pruned)
     return config
-
-
-def _attribute(module: Any, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part, None)
-    return module
 
 
 # -- weights ---------------------------------------------------------------------------------------

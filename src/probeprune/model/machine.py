@@ -1,0 +1,106 @@
+"""What this machine has: its devices, the dtype that is fast on them, the cache folder."""
+
+import json
+import os
+import platform
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch.nn.functional import linear
+
+from probeprune.errors import UsageError, unknown
+from probeprune.files import write_json
+from probeprune.provenance import dtype_name
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of that name; for `auto`, CUDA if available and otherwise the CPU.
+
+    Raises `UsageError` for a device that this machine does not have.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"this machine has no device '{device}' for torch; use auto or cpu.") from error
+    return target
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise `UsageError` unless this is the name of a dtype, or `auto`."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(unknown("dtype", dtype, ["auto", *DTYPES]))
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; for `auto`, the fastest one on this machine.
+
+    The fastest dtype of a CPU is measured once and kept in the cache: a run that is resumed must use the
+    same.
+    """
+    check_dtype(dtype)
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        return fastest_dtype(device)
+    file = cache_dir() / "fastest-dtype.json"
+    machine = f"{platform.node()} {os.cpu_count()} torch {torch.__version__}"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return DTYPES[known[machine]]
+    except (OSError, ValueError, KeyError, TypeError):
+        chosen = fastest_dtype(device)
+    # If the cache cannot be written, the next call measures again.
+    with suppress(OSError):
+        write_json(file, {machine: dtype_name(chosen)})
+    return chosen
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which this device multiplies matrices fastest.
+
+    CUDA: bfloat16 if the GPU supports it, otherwise float16. MPS: float16. CPU: bfloat16 or float32,
+    whichever is faster for a linear map of a small MLP's shape. This is measured, because no flag shows it:
+    with AMX or AVX-512-BF16, bfloat16 is about five times as fast as float32; without them it is emulated and
+    about eight times as slow (AVX2 EPYC, two cores: 18 against 140 GFLOP/s). Takes about 0.2 s at worst.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type != "cpu":
+        return torch.float16
+    # A near tie goes to float32, so that noise does not decide the precision.
+    return (
+        torch.bfloat16
+        if 1.25 * _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+        else torch.float32
+    )
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Median time of a 576 -> 1536 linear map of 256 tokens on the CPU, the weight laid out as in models.
+
+    The layout matters: with the transposed weight, emulated bfloat16 is another ten times slower.
+    """
+    tokens, weight = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    linear(tokens, weight)  # the first call sets up threads and kernels
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        linear(tokens, weight)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[2]
+
+
+def cache_dir() -> Path:
+    """The folder for converted models: $PROBEPRUNE_CACHE, or probeprune/ in the user's cache folder."""
+    configured = os.environ.get("PROBEPRUNE_CACHE")
+    if configured:
+        return Path(configured).expanduser()
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user_cache) / "probeprune"

@@ -1,0 +1,70 @@
+"""The records that lie beside weights and say how they were made: `pruning.json` and `training.json`.
+
+Only what later commands read of them is checked.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from probeprune.errors import UsageError
+from probeprune.model.folder import check_inside, read_object
+
+PRUNING = "pruning.json"
+TRAINING = "training.json"
+
+_NUMBER = (int, float)
+_OF_PRUNING: Mapping[str, tuple[type, ...]] = {"removed_share": _NUMBER, "method.name": (str,)}
+_OF_TRAINING: Mapping[str, tuple[type, ...]] = {
+    "corpus": (str,),
+    "steps": (int,),
+    "best_step": (int,),
+    "tokens": (int,),
+    "seconds": _NUMBER,
+    "peak_memory": _NUMBER,
+    "held_out_loss": (list,),
+    "training.batch_size": (int,),
+    "training.length": (int,),
+    "training.learning_rate": _NUMBER,
+}
+"""Fields that are read, and the types that they may have."""
+
+
+def read_pruning(folder: Path) -> dict[str, Any] | None:
+    """The record that `prune` wrote beside a checkpoint; None for other models.
+
+    Raises `UsageError` for a file that is no such record.
+    """
+    return _read(folder / PRUNING, _OF_PRUNING)
+
+
+def read_training(folder: Path) -> dict[str, Any] | None:
+    """The record that a training run wrote beside its result; None for other models.
+
+    Raises `UsageError` for a file that is no such record.
+    """
+    record = _read(folder / TRAINING, _OF_TRAINING)
+    if record is not None and record.get("pruning") is not None:
+        _check(folder / TRAINING, record["pruning"], _OF_PRUNING)
+    return record
+
+
+def _read(file: Path, wanted: Mapping[str, tuple[type, ...]]) -> dict[str, Any] | None:
+    if not file.exists() and not file.is_symlink():
+        return None
+    check_inside(file)
+    record = read_object(file)
+    _check(file, record, wanted)
+    return record
+
+
+def _check(file: Path, record: Any, wanted: Mapping[str, tuple[type, ...]]) -> None:
+    for path, types in wanted.items():
+        value = record
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise UsageError(
+                f"'{file}' is no record of probeprune, its {path} is {value!r}; delete it, or get the "
+                "checkpoint again."
+            )
