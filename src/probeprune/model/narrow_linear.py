@@ -7,7 +7,7 @@ stays the same object in everybody's hands.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -58,7 +58,6 @@ class View:
             self._weights = self._parts(weight.detach(), self.axis)
             # A consumer's bias belongs to no unit.
             self._biases = self._parts(bias.detach(), 0) if bias is not None and self.axis == 0 else []
-        self.stamp()
 
     def stamp(self) -> None:
         """Take the parameters for unchanged as they are now."""
@@ -124,17 +123,21 @@ class NarrowLinear(nn.Linear):
         return torch.cat([b for b in biases if b is not None])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        view: View = self.__dict__[_STATE]
-        if view.narrow and len(view.ranges) > 1:
+        # None where others have kept this method beyond the view, to call it from a forward of theirs.
+        view: View | None = self.__dict__.get(_STATE)
+        if view is not None and view.narrow and len(view.ranges) > 1:
             # The rows in view do not lie together: each range multiplies alone, without a copy of the weight.
             parts = zip(view.weights(), view.biases(), strict=True)
             return torch.cat([multiply(x, weight, bias) for weight, bias in parts], dim=-1)
         return multiply(x, self.weight, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NarrowLinear":
-        super()._apply(fn, recurse)
         view: View = self.__dict__[_STATE]
+        changed = view.changed
+        super()._apply(fn, recurse)
         view.refresh()
+        if not changed:  # a change by others before this one is still theirs
+            view.stamp()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -143,10 +146,20 @@ class NarrowLinear(nn.Linear):
                 destination[prefix + name] = self.__dict__[_STATE].original(name)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise UsageError("a method is attached to this model; detach it before loading weights into it.")
+        refuse_to_load()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UsageError("a method is attached to this model; detach it before copying or pickling it.")
+        refuse_to_copy()
+
+
+def refuse_to_load(*_: object) -> NoReturn:
+    """Raise `UsageError`; a hook in front of loading a state dict."""
+    raise UsageError("a method is attached to this model; detach it before loading weights into it.")
+
+
+def refuse_to_copy() -> NoReturn:
+    """Raise `UsageError`: a copy of a view would show the weights of the original."""
+    raise UsageError("a method is attached to this model; detach it before copying or pickling it.")
 
 
 def open_view(linear: nn.Linear, axis: int, original: Callable[[str], torch.Tensor]) -> View:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from probeprune import plan
 from probeprune.calibration.statistics import Statistics
@@ -23,6 +24,7 @@ from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
 from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.narrow_linear import refuse_to_copy, refuse_to_load
 from probeprune.model.passes import Pass, check_eval, on_pass
 from probeprune.model.shadow import uncalled_consumer
 from probeprune.plan import Kept
@@ -140,6 +142,7 @@ class Handle:
             weights = [w for b in blocks for m in b.members for w in m.linear._parameters.values()]
             ownership.claim(self, [w for w in weights if w is not None])
             self._places = _places(model, [p.block for p in self.pruned])
+            self._undo += [hook.remove for hook in _refuse_loading(model, [p.block for p in self.pruned])]
             self._start()
         except BaseException:
             self.detach()
@@ -207,6 +210,9 @@ class Handle:
             self.pruned, self.runtimes = [], []
             ownership.release(self)
             self.model.__dict__.pop(_HANDLE, None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_to_copy()
 
     def __enter__(self) -> Handle:
         return self
@@ -319,6 +325,17 @@ def _places(
         parent, _, key = m.name.rpartition(".")
         places.append((model.get_submodule(parent)._modules, key, m.linear, m.name))
     return places
+
+
+def _refuse_loading(model: nn.Module, blocks: Sequence[Block]) -> list[RemovableHandle]:
+    """Refuse state dicts at every module that contains one of the blocks: a module loads before its children,
+    so nothing has been loaded then."""
+    parents = {m.name.rpartition(".")[0] for b in blocks for m in b.members}
+    parents |= {p[:i] for p in parents for i, c in enumerate(p) if c == "."}
+    return [
+        model.get_submodule(name).register_load_state_dict_pre_hook(refuse_to_load)
+        for name in sorted(parents | {""} if parents else ())
+    ]
 
 
 def _check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int]) -> None:
