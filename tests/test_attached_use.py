@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from tiny import FAMILIES, PROBING, close, kept, logits, masked, padded, snapshot, token_ids
+from torch.nn.utils.parametrize import register_parametrization
 
 from probeprune import UsageError, attach
 from probeprune.model.blocks import find_blocks
@@ -164,3 +165,25 @@ def test_a_change_of_weights_is_not_forgotten_when_the_model_is_moved(llama, met
                 model(token_ids())
             model.to(torch.float64)
     model.to(torch.float32)
+
+
+REPLACED = {
+    "assigned": lambda m: setattr(
+        m, "weight", torch.nn.Parameter(torch.zeros(m.out_features, m.in_features))
+    ),
+    "taken away": lambda m: delattr(m, "weight"),
+    "registered": lambda m: m.register_parameter("extra", torch.nn.Parameter(torch.zeros(1))),
+    "parametrized": lambda m: register_parametrization(m, "weight", torch.nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+@pytest.mark.parametrize("method", METHODS)
+def test_other_parameters_in_place_of_a_view_are_refused(llama, method, how):
+    model, calibration = llama
+    before = snapshot(model)
+    with attach(model, method, 0.3, calibration=calibration):
+        for member in find_blocks(FAMILIES["llama-gqa"]())[-1].members:
+            with pytest.raises(UsageError, match="a method is attached to this model; detach it before"):
+                REPLACED[how](model.get_submodule(member.name))
+    before.assert_untouched()

@@ -151,15 +151,35 @@ class NarrowLinear(nn.Linear):
     def __reduce_ex__(self, protocol: Any) -> Any:
         refuse_to_copy()
 
+    # A parameter put in place of another has its units in an order that nobody can know.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._parameters:
+            raise attached(f"replacing its {name}")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._parameters:
+            raise attached(f"replacing its {name}")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        raise attached("giving its modules other parameters")
+
+
+def attached(doing: str) -> UsageError:
+    """The error for something that cannot be done to a map that shows a part of its weight."""
+    return UsageError(f"a method is attached to this model; detach it before {doing}.")
+
 
 def refuse_to_load(*_: object) -> NoReturn:
     """Raise `UsageError`; a hook in front of loading a state dict."""
-    raise UsageError("a method is attached to this model; detach it before loading weights into it.")
+    raise attached("loading weights into it")
 
 
 def refuse_to_copy() -> NoReturn:
     """Raise `UsageError`: a copy of a view would show the weights of the original."""
-    raise UsageError("a method is attached to this model; detach it before copying or pickling it.")
+    raise attached("copying or pickling it")
 
 
 def open_view(linear: nn.Linear, axis: int, original: Callable[[str], torch.Tensor]) -> View:
