@@ -77,6 +77,31 @@ def test_gradients_lie_as_their_weights_do_after_detaching(family, method):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()))
 
 
+@pytest.mark.parametrize("family", ["llama-bias", "opt"])
+def test_a_bias_that_a_compensation_adds_to_keeps_its_gradient(family):
+    model, calibration = FAMILIES[family](), token_ids(6, 16, seed=9)
+    biases = [b.consumer.bias for b in find_blocks(model)]
+    with attach(model, "flap", 0.3, calibration=calibration) as handle:
+        assert handle.pruned
+        output = model(token_ids()).logits
+        with torch.no_grad():
+            assert output.equal(model(token_ids()).logits)
+        got = torch.autograd.grad(output.square().mean(), biases)
+        # By differences: the same step in every bias moves the loss as the gradients say.
+        change = []
+        for step in (1e-2, -1e-2):
+            hooks = [
+                b.consumer.register_forward_hook(lambda m, a, out, step=step: out + step)
+                for b in handle.blocks
+            ]
+            with torch.no_grad():
+                change.append(model(token_ids()).logits.double().square().mean())
+            for hook in hooks:
+                hook.remove()
+    slope = sum(g.sum() for g in got).double()
+    torch.testing.assert_close((change[0] - change[1]) / 2e-2, slope, rtol=2e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt-neox", "opt"])
 def test_a_forward_that_users_wrapped_before_attaching_may_take_anything(family, method):

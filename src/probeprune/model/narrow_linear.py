@@ -93,7 +93,10 @@ class View:
         """The bias' parts in view, one per range."""
         own = self.linear._parameters["bias"]
         if self.added_bias is not None:
-            return [self.added_bias]
+            total = self.added_bias
+            if self.replacement is None and torch.is_grad_enabled() and own is not None and own.requires_grad:
+                total = total + (own - own.detach())  # the same bits, and the own bias' gradient
+            return [total]
         if own is None or self.axis == 1:
             return [own] * len(self.ranges)
         if torch.is_grad_enabled() and own.requires_grad:
