@@ -3,6 +3,7 @@
 #   make compare   every method on the embedded model, one table (runs/compare)
 #   make table     the whole table: seeds, tasks, training, cost; one to two hours (runs/table)
 #   make test      all tests
+#   make soak      what callers may do to an attached model, in random order, for MINUTES (10)
 #   make lint      style, formatting, types
 #   make bench     measured speed and memory (runs/bench)
 #   make clean     remove caches and build products; keeps .venv and runs
@@ -13,7 +14,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: compare table test lint bench clean
+MINUTES ?= 10
+
+.PHONY: compare table test soak lint bench clean
 .DEFAULT_GOAL := compare
 
 # By default glibc returns the large activation buffers of a forward pass to the kernel at every layer and faults
@@ -35,6 +38,13 @@ bench: $(STAMP)
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n logical
+
+# Ends at the first sequence that fails, shrunk to a script.
+soak: export OMP_NUM_THREADS := 1
+soak: export HF_HUB_OFFLINE := 1
+soak: export PYTHONPATH := tests
+soak: $(STAMP)
+	$(BIN)/python -m soak.machine --minutes $(MINUTES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -15,12 +15,15 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
     """Replace `module.forward` and return a function that undoes it.
 
     A module may already have a `forward` in its instance dictionary: accelerate puts one there. Undoing
-    restores that one; without one it removes ours, so that the class's own method shows again.
+    restores that one; without one it removes ours, so that the class's own method shows again. Where others
+    have put theirs in place of ours meanwhile, theirs stays.
     """
     had_one, previous = "forward" in module.__dict__, module.__dict__.get("forward")
     module.__dict__["forward"] = forward
 
     def undo() -> None:
+        if module.__dict__.get("forward") is not forward:
+            return
         if had_one:
             module.__dict__["forward"] = previous
         else:

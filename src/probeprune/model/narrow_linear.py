@@ -7,7 +7,7 @@ stays the same object in everybody's hands.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -58,7 +58,6 @@ class View:
             self._weights = self._parts(weight.detach(), self.axis)
             # A consumer's bias belongs to no unit.
             self._biases = self._parts(bias.detach(), 0) if bias is not None and self.axis == 0 else []
-        self.stamp()
 
     def stamp(self) -> None:
         """Take the parameters for unchanged as they are now."""
@@ -94,7 +93,10 @@ class View:
         """The bias' parts in view, one per range."""
         own = self.linear._parameters["bias"]
         if self.added_bias is not None:
-            return [self.added_bias]
+            total = self.added_bias
+            if self.replacement is None and torch.is_grad_enabled() and own is not None and own.requires_grad:
+                total = total + (own - own.detach())  # the same bits, and the own bias' gradient
+            return [total]
         if own is None or self.axis == 1:
             return [own] * len(self.ranges)
         if torch.is_grad_enabled() and own.requires_grad:
@@ -124,17 +126,21 @@ class NarrowLinear(nn.Linear):
         return torch.cat([b for b in biases if b is not None])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        view: View = self.__dict__[_STATE]
-        if view.narrow and len(view.ranges) > 1:
+        # None where others have kept this method beyond the view, to call it from a forward of theirs.
+        view: View | None = self.__dict__.get(_STATE)
+        if view is not None and view.narrow and len(view.ranges) > 1:
             # The rows in view do not lie together: each range multiplies alone, without a copy of the weight.
             parts = zip(view.weights(), view.biases(), strict=True)
             return torch.cat([multiply(x, weight, bias) for weight, bias in parts], dim=-1)
         return multiply(x, self.weight, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NarrowLinear":
-        super()._apply(fn, recurse)
         view: View = self.__dict__[_STATE]
+        changed = view.changed
+        super()._apply(fn, recurse)
         view.refresh()
+        if not changed:  # a change by others before this one is still theirs
+            view.stamp()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -143,10 +149,40 @@ class NarrowLinear(nn.Linear):
                 destination[prefix + name] = self.__dict__[_STATE].original(name)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise UsageError("a method is attached to this model; detach it before loading weights into it.")
+        refuse_to_load()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UsageError("a method is attached to this model; detach it before copying or pickling it.")
+        refuse_to_copy()
+
+    # A parameter put in place of another has its units in an order that nobody can know.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._parameters:
+            raise attached(f"replacing its {name}")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._parameters:
+            raise attached(f"replacing its {name}")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        raise attached("giving its modules other parameters")
+
+
+def attached(doing: str) -> UsageError:
+    """The error for something that cannot be done to a map that shows a part of its weight."""
+    return UsageError(f"a method is attached to this model; detach it before {doing}.")
+
+
+def refuse_to_load(*_: object) -> NoReturn:
+    """Raise `UsageError`; a hook in front of loading a state dict."""
+    raise attached("loading weights into it")
+
+
+def refuse_to_copy() -> NoReturn:
+    """Raise `UsageError`: a copy of a view would show the weights of the original."""
+    raise attached("copying or pickling it")
 
 
 def open_view(linear: nn.Linear, axis: int, original: Callable[[str], torch.Tensor]) -> View:

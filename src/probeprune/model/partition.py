@@ -148,12 +148,14 @@ class Partition:
         """All tensors that a permutation moves: (tensor, axis, entries per unit)."""
         tensors: list[tuple[torch.Tensor, int, int]] = []
         for m in self.block.members:
-            weight, bias = m.linear._parameters["weight"], m.linear._parameters["bias"]
-            assert weight is not None
-            # Not `.data`: autograd must notice that a weight it has saved was moved.
-            tensors.append((m.part(weight.detach(), self.block.units), m.axis, m.width))
-            if bias is not None and m.axis == 0:
-                tensors.append((m.part(bias.detach(), self.block.units), 0, m.width))
+            for name, axis in (("weight", m.axis), ("bias", 0)):
+                parameter = m.linear._parameters[name]
+                if parameter is None or (name == "bias" and m.axis == 1):  # a consumer's belongs to no unit
+                    continue
+                # Not `.data`: autograd must notice that a weight it has saved was moved.
+                tensors.append((m.part(parameter.detach(), self.block.units), axis, m.width))
+                if parameter.grad is not None:  # it lies as its weight does
+                    tensors.append((m.part(parameter.grad.detach(), self.block.units), axis, m.width))
         if self.order.device.type in _AUTOCAST and torch.is_autocast_enabled(self.order.device.type):
             torch.clear_autocast_cache()  # it holds casts of these weights as they were
         return [*tensors, *((c, c.ndim - 1, self.block.unit_width) for c in self.companions)]

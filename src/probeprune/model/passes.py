@@ -7,7 +7,7 @@ is touched.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from probeprune.algebra.moments import Tokens
 from probeprune.errors import UsageError, first_line
 from probeprune.model.families import find_family
 from probeprune.model.forwards import replace_forward
+from probeprune.model.narrow_linear import refuse_to_copy
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,43 @@ def on_pass(model: nn.Module, run: Callable[[Pass, Callable[[], Any]], Any]) -> 
             returns its output.
     """
     decoder = find_decoder(model)
-    forward = decoder.forward
-    signature = inspect.signature(forward)
+    # The class's signature: the forward of an instance may be a wrapper that takes anything.
+    signature = inspect.signature(type(decoder).forward.__get__(decoder))
+    routed = _Routed(decoder.forward, signature, run)
+    restore = replace_forward(decoder, routed)
 
-    @wraps(forward)
-    def around(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind_partial(*args, **kwargs).arguments
+    def undo() -> None:
+        restore()
+        routed.run = None  # where others have wrapped it meanwhile, it stays in the chain
+
+    return undo
+
+
+class _Routed:
+    """A decoder's forward that goes through `run`, or straight on once that is None."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        signature: inspect.Signature,
+        run: Callable[[Pass, Callable[[], Any]], Any] | None,
+    ) -> None:
+        update_wrapper(self, forward)
+        self.forward, self.run, self._signature = forward, run, signature
+
+    @torch.compiler.disable  # units are chosen in Python while it runs
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
         arguments = {**arguments, **arguments.pop("kwargs", {})}
-        return run(read_pass(arguments), lambda: forward(*args, **kwargs))
+        given = any(arguments.get(name) is not None for name in ("input_ids", "inputs_embeds"))
+        if self.run is None or not given:  # without input the forward raises its own error
+            return self.forward(*args, **kwargs)
+        return self.run(read_pass(arguments), lambda: self.forward(*args, **kwargs))
 
-    # Not compiled: units are chosen in Python while it runs.
-    return replace_forward(decoder, torch.compiler.disable(around))
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.run is not None:
+            refuse_to_copy()
+        return super().__reduce_ex__(protocol)
 
 
 def read_pass(arguments: dict[str, Any]) -> Pass:

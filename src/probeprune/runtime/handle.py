@@ -23,6 +23,7 @@ from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
 from probeprune.model.blocks import Block, find_blocks, uncalled_consumer
+from probeprune.model.narrow_linear import refuse_to_copy
 from probeprune.model.passes import Pass, check_eval, on_pass
 from probeprune.model.wrappers import unwrapped
 from probeprune.plan import Kept
@@ -32,6 +33,7 @@ from probeprune.runtime import ownership
 from probeprune.runtime.block import BlockRuntime
 from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of, mark
 from probeprune.runtime.current_pass import CurrentPass
+from probeprune.runtime.refusals import refuse_continuous_batching, refuse_loading
 from probeprune.strategies import allocation
 from probeprune.strategies.schedule import EveryBatch
 
@@ -140,6 +142,8 @@ class Handle:
             weights = [w for b in blocks for m in b.members for w in m.linear._parameters.values()]
             ownership.claim(self, [w for w in weights if w is not None])
             self._places = _places(model, [p.block for p in self.pruned])
+            self._undo += refuse_loading(model, [p.block for p in self.pruned])
+            self._undo.append(refuse_continuous_batching(model))
             self._start()
         except BaseException:
             self.detach()
@@ -148,7 +152,6 @@ class Handle:
     def _start(self) -> None:
         """Make the first cuts and hook the model."""
         when = self.method.when
-        self._undo.append(_refuse_continuous_batching(self.model))
         if not isinstance(when, EveryBatch):
             for pruned in self.pruned:
                 pruned.first_cut()
@@ -208,6 +211,9 @@ class Handle:
             self.pruned, self.runtimes = [], []
             ownership.release(self)
             self.model.__dict__.pop(_HANDLE, None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_to_copy()
 
     def __enter__(self) -> Handle:
         return self
@@ -350,21 +356,3 @@ def _places(
         parent, _, key = m.name.rpartition(".")
         places.append((model.get_submodule(parent)._modules, key, m.linear, m.name))
     return places
-
-
-def _refuse_continuous_batching(model: nn.Module) -> Callable[[], None]:
-    """Refuse continuous batching where it starts; within it, errors go to a log. Returns a function that
-    undoes it."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise UsageError(
-            "continuous batching does not run under an attached method; use generate, or prune the model "
-            "with one width for all layers (with_equal_widths)."
-        )
-
-    model.__dict__["init_continuous_batching"] = refuse
-
-    def undo() -> None:
-        model.__dict__.pop("init_continuous_batching", None)
-
-    return undo
