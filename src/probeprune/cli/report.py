@@ -8,7 +8,6 @@ import typer
 
 from probeprune.cli.groups import Json
 from probeprune.cli.terminal import out, print_line, warn
-from probeprune.errors import UsageError
 
 
 def report(
@@ -25,16 +24,15 @@ def report(
     """
     from probeprune import report as reporting
     from probeprune.experiment.presets import published
+    from probeprune.places import check_file, check_writable
 
+    page = page or (run if run.is_dir() else run.parent) / "report.html"
+    check_file(page)
+    check_writable(page.parent / "figures")
     rows, problems = reporting.read_results(run)
     summaries = reporting.summarise(rows)
     warn((*problems, *(note for s in summaries for note in s.notes)))
     title = f"Pruning {' and '.join(s.model for s in summaries)}"
-    page = page or (run if run.is_dir() else run.parent) / "report.html"
-    if page.is_dir() or any(folder.is_file() for folder in page.parents):
-        raise UsageError(
-            f"{page} cannot be written: it is a folder, or lies below a file; choose another --out."
-        )
     reporting.write_html(rows, page, title, published=published(), problems=problems)
     figures = reporting.write_figures(rows, page.parent / "figures")
     if as_json:

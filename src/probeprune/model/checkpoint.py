@@ -18,10 +18,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from probeprune.errors import UsageError, unknown
-from probeprune.files import writing
 from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.families import FAMILIES, PRUNED_PREFIX, Family, find_family
 from probeprune.model.modeling_pruned import pruned_config
+from probeprune.places import check_free, resolved, writing
 from probeprune.quiet import quiet_libraries
 
 Layout = Literal["uniform", "per-layer"]
@@ -93,17 +93,10 @@ def save(
     return exported
 
 
-def check_free(target: Path) -> None:
-    """Raise `UsageError` unless `target` does not exist or is an empty directory."""
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"{target} exists and is not empty; choose another directory.")
-
-
 def check_space(target: Path, size: int) -> None:
     """Raise `UsageError` unless the disk of `target` has room for `size` bytes of weights."""
-    folder = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    real = resolved(target)
+    folder = next(p for p in (real, *real.parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < size + _HEADROOM:
         raise UsageError(

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -35,7 +34,8 @@ from transformers import (
 )
 
 from probeprune.errors import UsageError, first_line, unknown
-from probeprune.files import write_json, writing
+from probeprune.files import write_json
+from probeprune.places import check_writable, writing
 from probeprune.provenance import dtype_name
 from probeprune.quiet import quiet_libraries
 
@@ -170,7 +170,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     except (OSError, ValueError, KeyError, TypeError):
         chosen = fastest_dtype(device)
     # If the cache cannot be written, the next call measures again.
-    with suppress(OSError):
+    with suppress(UsageError):
         write_json(file, {machine: dtype_name(chosen)})
     return chosen
 
@@ -217,6 +217,16 @@ def cache_dir() -> Path:
         return Path(configured).expanduser()
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(user_cache) / "probeprune"
+
+
+def check_cache() -> None:
+    """Raise `UsageError` if `cache_dir()` cannot be written."""
+    try:
+        check_writable(cache_dir())
+    except UsageError as error:
+        raise UsageError(
+            f"the cache '{cache_dir()}' cannot be written; set PROBEPRUNE_CACHE to a folder that can."
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -329,14 +339,7 @@ def _converted(gguf: Path) -> Path:
     final = models / f"{gguf.stem}-{_content_hash(gguf)}"
     if final.is_dir():
         return final
-    try:
-        models.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=models).close()
-    except OSError as error:
-        raise UsageError(
-            f"the cache '{models}' cannot be written ({first_line(error)}); set PROBEPRUNE_CACHE to a folder "
-            "that can."
-        ) from error
+    check_cache()
     console = Console(file=sys.stderr)
     console.print(f"Converting {gguf.name} to safetensors, once; the copy is kept in {final}", soft_wrap=True)
     try:

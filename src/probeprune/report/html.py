@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from probeprune.errors import UsageError
+from probeprune.files import write_text
 from probeprune.report import page_plots, svg_charts
 from probeprune.report.columns import Column, Published, best, columns, meanings
 from probeprune.report.comparing import matrices
@@ -65,8 +66,7 @@ def write_html(
         style=Markup(style_sheet()),
         script=Markup((_PAGE / "page.js").read_text(encoding="utf-8")),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def style_sheet() -> str:
