@@ -2,9 +2,8 @@
 
 import errno
 import os
+import signal
 import stat
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -319,21 +318,25 @@ def test_a_file_killed_while_written_is_the_one_before(write, tmp_path):
 
 def test_the_second_process_is_told_who_holds_the_place(tmp_path):
     out = tmp_path / "out"
-    code = (
-        "import pathlib, sys, time; from probeprune.places import claimed\n"
-        "with claimed(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with claimed(out):
+                os.write(tell, b"in")
+                time.sleep(60)
+        finally:
+            os._exit(1)
     try:
-        assert process.stdout is not None and process.stdout.readline() == "in\n"
-        with pytest.raises(UsageError, match=rf"in use by process {process.pid} on .*{out}") as refused:
+        assert os.read(ready, 2) == b"in"
+        with pytest.raises(UsageError, match=rf"in use by process {pid} on .* \(.*pytest") as refused:
             check_place(out)
         assert "\n" not in str(refused.value)
         with pytest.raises(UsageError, match="in use by"), claimed(tmp_path / "x/../out"):
             raise AssertionError("two at once")
     finally:
-        process.kill()
-        process.wait()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     with claimed(out):  # the lock died with its owner
         pass
     assert names(tmp_path) == set()

@@ -115,8 +115,9 @@ def resolved(place: Path) -> Path:
         real = Path(os.path.realpath(place))
     except ValueError as error:  # half a character, or a null byte
         raise UsageError(f"{str(place)!a} is no path that can be written: {error}.") from None
-    if real.is_symlink():  # a circle of links
-        raise _refusal(place, errno.ELOOP)
+    with _explained(place):
+        if real.is_symlink():
+            raise OSError(errno.ELOOP, "a circle of links")
     return real
 
 
@@ -300,7 +301,9 @@ def _release(lock: int, file: Path) -> None:
 
 def _who() -> str:
     """This process, as `_holder` tells others."""
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    command = " ".join([name, *sys.argv[1:]])
     return f"process {os.getpid()} on {socket.gethostname()} ({command})"
 
 
