@@ -173,6 +173,16 @@ def test_other_errors_pass(tmp_path):
     assert names(tmp_path) == set()
 
 
+@pytest.mark.parametrize("context", [writing, replacing, claimed])
+@pytest.mark.parametrize("place", [new, empty])
+def test_an_interrupt_leaves_nothing(context, place, tmp_path):
+    out = place(tmp_path) if context is not replacing else tmp_path / "file"
+    before = names(tmp_path)
+    with pytest.raises(KeyboardInterrupt), context(out):
+        raise KeyboardInterrupt
+    assert names(tmp_path) - before <= {"deep", "deep/er"}
+
+
 def test_files_are_checked_alike(tmp_path):
     check_file(tmp_path / "new/page.html")
     assert names(tmp_path) == set()
