@@ -31,7 +31,8 @@ from probeprune.calibration.collecting import calibrate
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows, tokenize
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.model.loading import LoadedModel, cache_dir
+from probeprune.model.loading import LoadedModel
+from probeprune.model.machine import cache_dir
 from probeprune.preparation import Preparation
 from probeprune.report.paired import paired_bootstrap
 

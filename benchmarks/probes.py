@@ -33,7 +33,8 @@ from probeprune.algebra.moments import Tokens
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.model.loading import LoadedModel, cache_dir
+from probeprune.model.loading import LoadedModel
+from probeprune.model.machine import cache_dir
 from probeprune.model.passes import find_decoder
 from probeprune.strategies.probe import PICKS, Selection, by_residual, probe_size
 

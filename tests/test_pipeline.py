@@ -41,12 +41,13 @@ def prune(files, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-def test_a_checkpoint_with_all_that_belongs_to_it(prune, tmp_path, capsys, layout):
+def test_a_checkpoint_with_all_that_belongs_to_it(prune, files, tmp_path, capsys, layout):
     assert prune("--method", "wanda-sp", "--ratio", 0.2, "--layout", layout, "--round-to", 4, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     out = tmp_path / "out"
     record = json.loads((out / "pruning.json").read_text())
     assert record == printed
+    assert {file.stat().st_mode for file in out.iterdir()} == {(files / "test.txt").stat().st_mode}
     model = AutoModelForCausalLM.from_pretrained(out)
     units = {b.name: b.units for b in find_blocks(model)}
     assert units == {name: len(k["units"]) for name, k in record["kept"].items()}
@@ -157,6 +158,16 @@ def test_a_directory_in_use_is_refused_before_anything_else(prune, tmp_path, cap
     assert prune("--method", "random", "--ratio", 0.2, model="no-such-model") == 2
     assert "not empty" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_an_unwritable_cache_is_refused_before_the_work(prune, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PROBEPRUNE_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("probeprune.jobs.measure.perplexity", lambda *_, **__: pytest.fail("the work began"))
+    assert prune("--method", "wanda-sp", "--ratio", 0.2, "--round-to", 4, "--dtype", "float32") == 2
+    error = capsys.readouterr().err
+    assert f"the cache '{tmp_path / 'file'}' cannot be written; set PROBEPRUNE_CACHE" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_quantised_and_expert_models_are_refused(prune, files, capsys):

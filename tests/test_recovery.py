@@ -14,10 +14,10 @@ from probeprune import find_blocks
 from probeprune.data.windows import training_windows
 from probeprune.errors import UsageError
 from probeprune.training import processes
+from probeprune.training.checkpoints import last_checkpoint
 from probeprune.training.loraprune import LoraPrune
 from probeprune.training.recovery import merged, recover
 from probeprune.training.settings import Lora
-from probeprune.training.trainer import last_checkpoint
 
 
 def weights(model):

@@ -65,10 +65,16 @@ def test_bad_input_is_one_sentence(content, says, tmp_path, capsys):
 
 def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
     file = fake_results.write(tmp_path / "results.jsonl", ROWS[:2])
-    for bad in (tmp_path, file / "page.html"):
+    for bad, why in (
+        (tmp_path, "is no regular file"),
+        ("/dev/null", "is no regular file"),
+        (file / "page.html", "cannot be written: not a directory"),
+        (tmp_path / ("x" * 300), "cannot be written: file name too long"),
+    ):
         assert call("report", str(file), "--out", str(bad)) == 2
         error = capsys.readouterr().err
-        assert "choose another --out" in error and error.count("\n") == 1
+        assert f"{why}; choose another" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_help_has_an_example(capsys):

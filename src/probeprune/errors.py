@@ -12,6 +12,10 @@ class UsageError(ValueError):
     """
 
 
+class Notice(UserWarning):
+    """What was done otherwise than expected, in one sentence; the command line prints it."""
+
+
 def first_line(error: BaseException) -> str:
     """First line of another library's error, without a full stop, to quote inside our own message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

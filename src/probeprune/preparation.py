@@ -29,6 +29,7 @@ from probeprune.methods import Method
 from probeprune.model.blocks import find_blocks
 from probeprune.model.passes import token_windows
 from probeprune.model.wrappers import unwrapped
+from probeprune.places import check_writable
 from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
 from probeprune.strategies import Part
@@ -157,6 +158,8 @@ class Preparation:
         following: prepare every refit for `RefitEveryBatch` too, which takes 4 k^2 bytes more per MLP that
             keeps k channels.
 
+    Raises `UsageError` for a cache that cannot be written.
+
     Only the consumers and the sensitivities requested last stay in memory: consumers are as large as the
     weights they replace, sensitivities take 4 d^2 bytes per block of hidden size d.
     """
@@ -171,6 +174,8 @@ class Preparation:
         progress: Progress = silent,
         following: bool = False,
     ) -> None:
+        if cache is not None:
+            check_writable(cache)
         self.model, self.calibration, self.batch_size = unwrapped(model), calibration, batch_size
         self.cache, self.progress, self.following = cache, progress, following
         self._windows: torch.Tensor | None = None

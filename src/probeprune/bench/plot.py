@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from probeprune.bench.lines import BenchLine
+from probeprune.places import replacing
 from probeprune.report.palette import style
 
 
@@ -44,7 +45,8 @@ def plot(lines: Sequence[BenchLine], path: Path) -> list[Path]:
     figure.suptitle(f"{first['model']}, {first['ratio']:.0%} pruned, {first['device']}", fontsize=10)
     written = [path.with_suffix(".png"), path.with_suffix(".svg")]
     for file in written:
-        figure.savefig(file, dpi=150)
+        with replacing(file) as partial:
+            figure.savefig(partial, dpi=150)
     return written
 
 

@@ -172,17 +172,19 @@ def bench(
     """
     from probeprune.bench.plot import plot
     from probeprune.bench.tables import profile_table, tables
+    from probeprune.files import write_text
+    from probeprune.places import claimed
 
     methods, dtypes = grid.checked_methods(target.shape), grid.checked_dtypes()
     points, thread_counts = grid.points(), grid.thread_counts()
     target.check()
     figures: list[BenchLine] = []
-    for dtype in dtypes:
-        figures += _measure(target.open(model, dtype), methods, points, thread_counts, grid)
-    output.out_dir.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(line) + "\n" for line in figures)
-    (output.out_dir / "bench.jsonl").write_text(lines, encoding="utf-8")
-    plots = plot(figures, output.out_dir / "bench")
+    with claimed(output.out_dir):
+        for dtype in dtypes:
+            figures += _measure(target.open(model, dtype), methods, points, thread_counts, grid)
+        lines = "".join(json.dumps(line) + "\n" for line in figures)
+        write_text(output.out_dir / "bench.jsonl", lines)
+        plots = plot(figures, output.out_dir / "bench")
     if output.as_json:
         print(lines, end="")
     else:

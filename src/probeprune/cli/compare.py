@@ -12,7 +12,7 @@ import typer
 from probeprune.cli.facts import is_dense
 from probeprune.cli.groups import CalibrationOptions, KeepTrained, LoadOptions, Model, ResultOptions
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import print_line, print_rows, print_written, progress_bar, warn
+from probeprune.cli.terminal import notices, print_line, print_rows, print_written, progress_bar, warn
 from probeprune.cli.values import at_least, names, numbers, one_of
 from probeprune.data.windows import Sampling, Text
 from probeprune.experiment.cells import Cell, Setting, TextMeasure, TrainingBudget
@@ -164,21 +164,24 @@ def compare(
     from probeprune.experiment.results import Results
     from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
+    from probeprune.files import write_text
+    from probeprune.places import claimed
 
     measure = evaluation.measure(calibration.length, calibration.seed)
     methods, ratios = grid.composed(), grid.checked_ratios()
     text, budget = calibration.text(), training.budget()
-    loaded = load.open(model)
-    cells = cells_of(_subjects(loaded, methods, ratios, text, calibration.seed, budget), [measure])
-    results = Results.open(output.out_dir)
-    warn(results.problems)
-    with progress_bar() as show:
-        bench = Workbench(output.out_dir, show, load.trust_remote_code)
-        bench.take(loaded)
-        rows = run_cells(bench, results, cells, done=_print_done, keep_trained=training.keep_trained)
-    title = _title(model, rows[0], text)
-    (output.out_dir / "table.md").write_text(report.markdown(rows, title), encoding="utf-8")
-    plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), output.out_dir / "plot")
+    with claimed(output.out_dir), notices():
+        loaded = load.open(model)
+        cells = cells_of(_subjects(loaded, methods, ratios, text, calibration.seed, budget), [measure])
+        results = Results.open(output.out_dir)
+        warn(results.problems)
+        with progress_bar() as show:
+            bench = Workbench(output.out_dir, show, load.trust_remote_code)
+            bench.take(loaded)
+            rows = run_cells(bench, results, cells, done=_print_done, keep_trained=training.keep_trained)
+        title = _title(model, rows[0], text)
+        write_text(output.out_dir / "table.md", report.markdown(rows, title))
+        plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), output.out_dir / "plot")
     print_rows(rows, title, output.as_json)
     print_written((results.path, output.out_dir / "table.md", *plots))
 

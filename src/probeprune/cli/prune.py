@@ -113,8 +113,9 @@ def prune(
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """
     from probeprune.jobs.prune import Output, Texts, prune_to
-    from probeprune.model.checkpoint import check_free
+    from probeprune.places import check_free, check_place
 
+    check_place(output.out_dir)
     check_free(output.out_dir)
     method = pruning.composed(widths, calibration.seed)
     text, measured_on = calibration.text(), evaluation.text(calibration.length)

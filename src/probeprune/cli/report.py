@@ -28,10 +28,13 @@ def report(
     """
     from probeprune import report as reporting
     from probeprune.experiment.presets import published
+    from probeprune.places import check_file, check_writable
 
     page = page or (run if run.is_dir() else run.parent) / "report.html"
     figures = page.with_name(f"{page.stem}-figures")
     _check(page, figures, run)
+    check_file(page)
+    check_writable(figures)
     rows, problems = reporting.read_results(run)
     summaries = reporting.summarise(rows)
     warn((*problems, *(note for s in summaries for note in s.notes)))

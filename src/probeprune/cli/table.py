@@ -12,6 +12,7 @@ import typer
 from probeprune.cli.groups import KeepTrained, LoadOptions, ResultOptions
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import (
+    notices,
     print_line,
     print_rows,
     print_text,
@@ -113,6 +114,7 @@ def table(
     from probeprune.experiment.presets import preset_file
     from probeprune.experiment.results import Results
     from probeprune.model.machine import choose_device, choose_dtype
+    from probeprune.places import claimed
     from probeprune.provenance import dtype_name
 
     executor.check()
@@ -122,13 +124,14 @@ def table(
     chosen = preset.loaded()
     device = choose_device(load.device)
     cells = chosen.cells(dtype_name(choose_dtype(load.dtype, device)), device.type)
-    results = Results.open(output.out_dir)
-    warn(results.problems)
-    measured = sum(results.find(cell) is not None for cell in cells)
-    print_line(f"{len(cells)} cells, {measured} of them measured already")
-    rows = _measure(cells, results, output.out_dir, executor, load.trust_remote_code)
-    title = f"{preset.preset}: {chosen.description}" if chosen.description else preset.preset
-    files = _write(rows, title, output.out_dir)
+    with claimed(output.out_dir), notices():
+        results = Results.open(output.out_dir)
+        warn(results.problems)
+        measured = sum(results.find(cell) is not None for cell in cells)
+        print_line(f"{len(cells)} cells, {measured} of them measured already")
+        rows = _measure(cells, results, output.out_dir, executor, load.trust_remote_code)
+        title = f"{preset.preset}: {chosen.description}" if chosen.description else preset.preset
+        files = _write(rows, title, output.out_dir)
     print_rows(rows, title, output.as_json)
     failed = sum(row["kind"] == "failure" for row in rows)
     if failed:
@@ -174,9 +177,10 @@ def _write(rows: Sequence[Line], title: str, out_dir: Path) -> list[Path]:
     """Write the table, and the page where there is a result; returns the files."""
     from probeprune import report
     from probeprune.experiment.presets import published
+    from probeprune.files import write_text
 
     files = [out_dir / "table.md"]
-    files[0].write_text(report.markdown(rows, title), encoding="utf-8")
+    write_text(files[0], report.markdown(rows, title))
     if any(row["kind"] == "result" for row in rows):
         files.append(out_dir / "report.html")
         report.write_html(rows, files[1], title, published=published())

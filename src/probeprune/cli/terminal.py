@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from probeprune.errors import Notice
 from probeprune.foreign.literal import LiteralConsole, styled, visible
 from probeprune.progress import Progress
 from probeprune.result_lines import Line
@@ -99,6 +101,23 @@ def warn(sentences: Iterable[str]) -> None:
     """Sentences on standard error that do not end the command."""
     for sentence in sentences:
         print_line(sentence, "yellow")
+
+
+@contextmanager
+def notices() -> Iterator[None]:
+    """Print every `Notice` of the library as a line on standard error while the context lasts."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, Notice):
+                warn([str(message)])
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", Notice)
+        yield
 
 
 def print_rows(rows: Sequence[Line], title: str, as_json: bool) -> None:

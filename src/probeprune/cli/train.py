@@ -17,7 +17,7 @@ from probeprune.cli.groups import (
     WidthOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import print_saved, progress_bar
+from probeprune.cli.terminal import notices, print_saved, progress_bar
 from probeprune.cli.values import at_least
 from probeprune.experiment.cells import TrainingBudget
 from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
@@ -152,10 +152,9 @@ def recover(
     Example: [bold]probeprune recover pruned --out recovered --merge[/bold]
     """
     from probeprune.jobs.train import TrainingJob, recover_to
-    from probeprune.model.checkpoint import check_free
     from probeprune.training.settings import TrainingText
 
-    check_free(output.out_dir)
+    _begin(output, load)
     settings = training.settings(
         training.lora() if recovery.lora else None,
         warmup_steps=recovery.warmup_steps,
@@ -163,7 +162,7 @@ def recover(
     )
     measured_on = evaluation.text()
     loaded = _open_everywhere(model, load)
-    with progress_bar() as show:
+    with notices(), progress_bar() as show:
         record = recover_to(
             loaded,
             output.out_dir,
@@ -195,17 +194,16 @@ def loraprune(
     Example: [bold]probeprune loraprune smollm2-135m --ratio 0.2 --out pruned[/bold]
     """
     from probeprune.jobs.train import TrainingJob, loraprune_to
-    from probeprune.model.checkpoint import check_free
     from probeprune.training.loraprune import LoraPruneCut
     from probeprune.training.settings import TrainingText
 
-    check_free(output.out_dir)
+    _begin(output, load)
     check_ratio(ratio)
     layout = widths.checked_layout()
     settings = training.settings(training.lora(), warmup_steps=0, keep_best=False)
     measured_on = evaluation.text()
     loaded = _open_everywhere(model, load)
-    with progress_bar() as show:
+    with notices(), progress_bar() as show:
         record = loraprune_to(
             loaded,
             output.out_dir,
@@ -217,11 +215,20 @@ def loraprune(
     _print_trained(record, output)
 
 
+def _begin(output: CheckpointOptions, load: LoadOptions) -> None:
+    """Connect the processes, and let the first one try where the result goes."""
+    from probeprune.jobs.train import check_output
+    from probeprune.training import processes
+
+    processes.join(load.device)
+    if processes.is_first():
+        check_output(output.out_dir)
+
+
 def _open_everywhere(model: str, load: LoadOptions) -> LoadedModel:
     """The model in every process, each on its own device, all in one dtype."""
     from probeprune.training import processes
 
-    processes.join(load.device)
     loaded = load.open(model)
     dtype = processes.agreed(loaded.dtype)  # auto measures, so processes could differ
     loaded.model.to(dtype)

@@ -16,6 +16,7 @@ from probeprune.foreign.reading import read_lines
 from probeprune.result_lines import Line, check_line
 
 _START = b'{"kind": "'
+"""How every line begins that was written here."""
 
 
 @dataclass
@@ -69,13 +70,19 @@ class Results:
         return row if row is not None and row["kind"] == "result" else None
 
     def add(self, row: Line) -> None:
-        """Append one line, on disk when this returns."""
+        """Append one line, on disk when this returns; an `OSError` leaves the file as it was."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(row).encode() + b"\n"
-        # One write call: a kill leaves at most one incomplete last line, which `open` drops.
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line)
-            os.fsync(file.fileno())
+        # A kill leaves at most one incomplete last line, which `open` drops.
+        with self.path.open("ab") as file:
+            end = file.tell()
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), end)
+                raise
         self.rows[row["key"]] = row
 
 

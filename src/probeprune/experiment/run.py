@@ -12,6 +12,7 @@ from probeprune.experiment.results import Results
 from probeprune.experiment.workbench import Unprepared, Workbench
 from probeprune.methods import without_measured_widths
 from probeprune.model.blocks import find_blocks
+from probeprune.model.machine import check_cache
 from probeprune.plan import widths
 from probeprune.result_lines import Line
 from probeprune.strategies.allocation import ALLOCATIONS
@@ -40,8 +41,11 @@ def run_cells(
         keep_trained: keep the checkpoints of trained models when their cells are done.
 
     Raises:
+        UsageError: a cache that cannot take the statistics.
         UsageError, FloatingPointError: the error of a cell, unless `keep_going`. Rows measured before stay.
     """
+    if any(c.subject.calibration is not None for c in cells):
+        check_cache()
     if not keep_going:
         _check_ratios(bench, [c for c in cells if results.find(c) is None])
     for subject, of_subject in groupby(cells, key=lambda c: c.subject):

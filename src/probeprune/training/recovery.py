@@ -5,8 +5,8 @@ checkpoint, with the same result as an uninterrupted one. Knows nothing of how t
 """
 
 import hashlib
-import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,14 +20,16 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_
 from transformers.integrations import TensorBoardCallback
 
 from probeprune.errors import UsageError
-from probeprune.files import write_json
+from probeprune.files import stored_json, write_json
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import PeakMemory
 from probeprune.model.passes import token_windows
+from probeprune.places import clear
 from probeprune.progress import Progress, silent
 from probeprune.provenance import model_fingerprint
 from probeprune.quiet import quiet_libraries
 from probeprune.training import processes
+from probeprune.training.checkpoints import last_checkpoint, step_of
 from probeprune.training.settings import Lora, Training
 from probeprune.training.trainer import (
     CheckedTrainer,
@@ -37,7 +39,6 @@ from probeprune.training.trainer import (
     TrainingTime,
     WindowDataset,
     explain_failures,
-    last_checkpoint,
     trainer_arguments,
 )
 
@@ -57,7 +58,7 @@ class Trained:
         held_out: loss on held-out text before and after training, in nats per token.
         seconds: training time, without the interruptions of a resumed run.
         peak_memory: bytes.
-        history: the Trainer's log, one dictionary per entry.
+        history: losses and learning rates of all steps, one dictionary per entry of the Trainer's log.
     """
 
     model: PreTrainedModel | PeftModel
@@ -97,6 +98,7 @@ def recover(
 
     Raises:
         UsageError: text too short for one step, a work directory of another run, out of memory, disk full.
+            Checkpoints that are damaged are passed over with a `Notice`.
         FloatingPointError: the loss is NaN or infinite; the last checkpoint stays.
     """
     windows = token_windows(model, windows)
@@ -140,8 +142,14 @@ def _result(
         held_out=(before, after),
         seconds=seconds,
         peak_memory=peak_memory,
-        history=[{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in log],
+        history=[_untimed(entry) for entry in log if "loss" in entry or "eval_loss" in entry],
     )
+
+
+def _untimed(entry: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an entry in the Trainer's log that do not depend on the machine's speed."""
+    timed = ("_runtime", "_per_second")
+    return {k: v for k, v in entry.items() if isinstance(v, int | float) and not k.endswith(timed)}
 
 
 def lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
@@ -242,8 +250,10 @@ def _open_work(work: Path, training: Training, model: str, text: str) -> Path | 
     run = {"training": asdict(training), "model": model, "text": text}
     file = work / "run.json"
     if file.exists():
-        _check_same_run(work, json.loads(file.read_text(encoding="utf-8")), run)
-        return last_checkpoint(work)
+        _check_same_run(work, stored_json(file), run)
+        return _resumed(work, training.keep_best)
+    if work.exists():
+        clear(work)
     if work.exists() and {f.name for f in work.iterdir()} - {MEASURED}:
         raise UsageError(f"{work} is not empty and holds no training run; choose another output directory.")
     processes.wait()  # until every process has looked: the first one writes next
@@ -254,12 +264,27 @@ def _open_work(work: Path, training: Training, model: str, text: str) -> Path | 
     return None
 
 
-def _check_same_run(work: Path, earlier: dict[str, Any], run: dict[str, Any]) -> None:
+def _resumed(work: Path, keep_best: bool) -> Path | None:
+    """The checkpoint to resume from, or None; deletes newer ones, which are incomplete or damaged."""
+    checkpoint = last_checkpoint(work, keep_best)
+    processes.wait()  # until every process has looked
+    if processes.is_first():
+        done = -1 if checkpoint is None else step_of(checkpoint)
+        for folder in work.glob("checkpoint-*"):
+            if step_of(folder) > done:
+                shutil.rmtree(folder)
+    processes.wait()
+    return checkpoint
+
+
+def _check_same_run(work: Path, earlier: Any, run: dict[str, Any]) -> None:
     """Raise `UsageError` with the differences between the run in the directory and this one."""
     if earlier == run:
         return
+    if not isinstance(earlier, dict) or not isinstance(earlier.get("training"), dict):
+        raise UsageError(f"{work / 'run.json'} cannot be read; delete {work} to start over.")
     differences = [k for k in ("model", "text") if earlier.get(k) != run[k]]
-    settings = earlier.get("training", {})
+    settings = earlier["training"]
     differences += [
         f"{k} was {settings.get(k)} and is now {v}"
         for k, v in run["training"].items()
@@ -277,8 +302,9 @@ def _initial_loss(work: Path, model: Any, held_out: torch.Tensor, micro_batch: i
     Not measured by the Trainer: after its `evaluate`, `train` does not wrap the model for several processes.
     """
     file = work / "before.json"
-    if file.exists():
-        return float(json.loads(file.read_text(encoding="utf-8")))
+    stored = stored_json(file)
+    if isinstance(stored, float):
+        return stored
     model.eval()
     device = next(model.parameters()).device
     total = 0.0

@@ -1,7 +1,6 @@
 """The transformers Trainer for a training run: its arguments, callbacks and error messages."""
 
 import errno
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -11,12 +10,14 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
 
 from probeprune.errors import UsageError
 from probeprune.progress import Progress
 from probeprune.training import processes
+from probeprune.training.checkpoints import has_ended, last_checkpoint, read_state
 from probeprune.training.settings import Training
 
 _MEMORY = (
@@ -25,9 +26,6 @@ _MEMORY = (
 )
 _DISK_FULL = ("No space left", "file write failed", "unexpected pos")
 """Parts of the messages of safetensors and torch when a write fails."""
-
-_STATE = "trainer_state.json"
-"""The file that the Trainer writes last into a checkpoint."""
 
 
 class WindowDataset(torch.utils.data.Dataset):
@@ -44,7 +42,27 @@ class WindowDataset(torch.utils.data.Dataset):
 
 
 class CheckedTrainer(Trainer):
-    """Raises `FloatingPointError` for a loss that is not finite, before the step or the checkpoint."""
+    """Raises `FloatingPointError` for a loss that is not finite, before the step or the checkpoint.
+
+    Resumed from a checkpoint behind which no step was left, it does none; the Trainer itself would do one.
+    """
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        state = None if checkpoint is None else read_state(Path(checkpoint))
+        # Weights that are split over processes are only loaded in the loop itself.
+        if state is None or not has_ended(state) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._inner_training_loop(*args, **kwargs)
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        self.state = state
+        control = self.callback_handler.on_train_begin(self.args, state, TrainerControl())
+        if self.args.load_best_model_at_end and state.best_global_step:
+            best = Path(str(checkpoint)).with_name(f"checkpoint-{state.best_global_step}")
+            state.best_model_checkpoint = str(best)
+            self._load_best_model()
+        self.callback_handler.on_train_end(self.args, state, control)
+        return TrainOutput(state.global_step, math.nan, {})
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -121,18 +139,6 @@ def saved_attributes(callback: TrainerCallback, state: Any) -> dict[str, Any]:
     """The callback's attributes in the checkpoint that the Trainer resumes from; empty for a new run."""
     saved = state.stateful_callbacks.get(type(callback).__name__)
     return saved["attributes"] if saved else {}
-
-
-def last_checkpoint(work: Path) -> Path | None:
-    """The newest complete checkpoint, or None; a kill may leave an incomplete one."""
-    complete = []
-    for folder in work.glob("checkpoint-*"):
-        try:
-            json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        complete.append(folder)
-    return max(complete, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
 
 
 @contextmanager
