@@ -7,7 +7,7 @@ Every step is one call with plain arguments, so a sequence of steps is a script.
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -48,6 +48,8 @@ _HOOKS = (
         "_state_dict_pre_hooks",
     ),
 )
+PERHAPS = "weights perhaps changed"
+"""A reason for which passes may be refused but need not be."""
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.25}
 """Largest difference from the twin over its largest value, by dtype."""
 
@@ -229,7 +231,8 @@ class World:
                 return attach(self.model, ALL[method], ratio, calibration=given)
 
         try:
-            handle = self.attempt("attach", call, refusal, None)
+            dense = lambda: self._pass(self.twin, {"input_ids": WINDOWS}, ambient)  # noqa: E731
+            handle = self.attempt("attach", call, refusal, dense)
         except FloatingPointError:
             assert self.dtype == torch.float16, "only half precision overflows here"
             return
@@ -252,15 +255,10 @@ class World:
                 handle.detach()
             if how in ("function", "twice"):
                 probeprune.detach(self.model)
-            if how == "context":
-                with handle:
-                    pass
-            if how == "error":
-                try:
-                    with handle:
+            if how in ("context", "error"):
+                with suppress(ZeroDivisionError), handle:
+                    if how == "error":
                         raise ZeroDivisionError
-                except ZeroDivisionError:
-                    pass
             if how == "lost":
                 self.cache = self.handle = handle = None
                 gc.collect()
@@ -308,7 +306,8 @@ class World:
         if output is None:
             self._forget(cache)
             return
-        assert not refusal or self.unspecified or self.model.training, f"not refused: {refusal}"
+        demanded = refusal not in ("", False, PERHAPS) and not self.unspecified and not self.model.training
+        assert not demanded, f"not refused: {refusal}"
         oracle = self._oracle(self.kept_tokens(arguments, real))
         with oracle() if oracle else nullcontext():
             want = self._pass(self.twin, twins, ambient)
