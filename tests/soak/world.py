@@ -111,6 +111,7 @@ class World:
         self.cache: Cached | None = None
         self.hooks: list[tuple[str, Any, Any]] = []
         self.seen: tuple[list, list] = ([], [])
+        self.rounded: set[torch.dtype] = set()  # what a compensation has been cast to
         self.unfit = ""  # why passes may be refused
         self.edited = self.unspecified = self.loose = False
         self.counts: Counter[tuple[str, str]] = Counter()
@@ -169,9 +170,9 @@ class World:
         assert got.shape == want.shape, f"{what}: {tuple(got.shape)}, not {tuple(want.shape)}"
         if self.unspecified or not want.isfinite().all() or not want.numel():
             return
-        dtype = torch.bfloat16 if "autocast" in ambient else self.dtype
+        dtypes = {self.dtype, *self.rounded, *([torch.bfloat16] if "autocast" in ambient else [])}
         error = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1e-30)
-        assert error <= LIMITS[dtype], f"{what}: an error of {error:.2g}"
+        assert error <= max(LIMITS[d] for d in dtypes), f"{what}: an error of {error:.2g}"
 
     def inputs(self, batch: int, length: int, side: str, mask: str, seed: int) -> tuple[dict, torch.Tensor]:
         """Arguments of a pass, and which of its tokens are real (batch, length)."""
@@ -181,8 +182,7 @@ class World:
         if side != "none":
             for row in range(1, batch):
                 real[row, : (row * 5 + seed) % length] = 0
-            if side == "right":
-                real = real.flip(1)
+            real = real.flip(1) if side == "right" else real
         arguments: dict[str, Any] = {"input_ids": ids}
         if mask == "none":
             real = torch.ones_like(real)
@@ -264,6 +264,7 @@ class World:
                 gc.collect()
                 probeprune.detach(self.model)
         self.handle, self.unfit, self.unspecified = None, "", False
+        self.rounded.clear()
 
     # -- passes --------------------------------------------------------------------------------
 
