@@ -69,7 +69,8 @@ class Caching(World):
         handle = self.handle
         if handle is None:
             return
-        heads = self.dynamic or any(p.block.kind == "attention" for p in handle.pruned)
+        filled = arguments["past_key_values"].get_seq_length() > 0
+        heads = filled and (handle.runtimes or any(p.block.kind == "attention" for p in handle.pruned))
         try:
             self._pass(self.model, arguments, "no_grad")
         except UsageError:

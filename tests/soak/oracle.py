@@ -62,6 +62,9 @@ class Oracle:
     def _output(self, cut: CutBlock, z: torch.Tensor) -> torch.Tensor:
         formula = BY_HAND[self.kind]
         if self.kind != "bias":
+            if cut.when is not None and cut.fitted is None:
+                with torch.no_grad():  # a refit to the batch is made once, and no gradient leads through it
+                    formula(cut, z)
             return formula(cut, z)
         assert cut.moments is not None
         own = BY_HAND["none"](cut, z)

@@ -32,6 +32,8 @@ class Full(Weights):
         self.zero_grad()
         for model in self.both():
             model.to(DTYPES[dtype])
+        if self.handle is not None and self.handle.method.compensation.kind != "none":
+            self.rounded.add(DTYPES[dtype])
         self.edited = True
         self.cache = None
 

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from soak.caching import Caching
 from soak.oracle import permuted
+from soak.world import PERHAPS
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
@@ -149,8 +150,8 @@ class Weights(Caching):
                     m.register_parameter("bias", bias)
 
                 self.attempt(how, parametrize, refusal, None)
-                if refusal:  # torch has written to the weight before it asked to take it away
-                    self.unfit = "weights changed"
+                if refusal and not self.unfit:  # torch writes to what is shown before it takes it away
+                    self.unfit = PERHAPS
             else:
                 parent, _, key = name.rpartition(".")
                 other = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
