@@ -65,17 +65,36 @@ def test_methods_and_models_are_listed(capsys):
     ("arguments", "says"),
     [
         (["compare", "--methods", "prob"], "did you mean 'probe'"),
-        (["compare", "--methods", ","], "--methods is empty"),
-        (["compare", "--ratios", "1.0"], "outside [0, 1)"),
-        (["compare", "--ratios", "-0.1"], "outside [0, 1)"),
-        (["compare", "--ratios", "many"], "not a number"),
+        (["compare", "--methods", ","], "--methods ',' has an empty entry"),
+        (["compare", "--methods", "dense,"], "--methods 'dense,' has an empty entry"),
+        (["compare", "--methods", "dense,,flap"], "--methods 'dense,,flap' has an empty entry"),
+        (["compare", "--methods", "dense,flap,dense"], "has an entry twice; give each one once."),
+        (["compare", "--ratios", "0.2,0.20"], "--ratios '0.2,0.20' has an entry twice"),
+        (["compare", "--ratios", "1.0"], "--ratios must be a number in [0, 1), not 1.0; 0.4 prunes 40 %"),
+        (["compare", "--ratios", "-0.1"], "--ratios must be a number in [0, 1), not -0.1;"),
+        (["compare", "--ratios", "many"], "--ratios must be a number in [0, 1), not 'many';"),
         (["compare", "--units", "grup"], "did you mean 'group'"),
-        (["compare", "--batch-size", "0"], "--batch-size must be at least 1, not 0."),
-        (["compare", "--windows", "-1"], "--windows must be at least 0, not -1."),
-        (["compare", "--length", "1"], "--length must be at least 2, not 1."),
-        (["compare", "--calibration-windows", "0"], "--calibration-windows must be at least 1, not 0."),
+        (
+            ["compare", "--batch-size", "0"],
+            "--batch-size must be a whole number of sequences from 1 to 1000000, not 0.",
+        ),
+        (
+            ["compare", "--windows", "-1"],
+            "--windows must be a whole number of windows from 0 to 1000000, not -1.",
+        ),
+        (
+            ["compare", "--length", "1"],
+            "--length must be a whole number of tokens from 2 to 16777216, not 1.",
+        ),
+        (
+            ["compare", "--calibration-windows", "0"],
+            "--calibration-windows must be a whole number of windows from 1 to 1000000, not 0.",
+        ),
         (["compare", "--sampling", "publish"], "did you mean 'published'"),
-        (["compare", "--train-steps", "0"], "--train-steps must be at least 1, not 0."),
+        (
+            ["compare", "--train-steps", "0"],
+            "--train-steps must be a whole number of steps from 1 to 10000000, not 0.",
+        ),
         (["compare", "no/such/model"], "no/such/model"),
         (["compare", "--dtype", "int3"], "int3"),
         (["bench", "--methods", "prob"], "did you mean 'probe'"),
@@ -171,30 +190,37 @@ def test_it_starts_fast_enough_to_ask_for_help():
 
 
 def test_lists_are_separated_by_commas():
-    assert values.names(" a, b ,", "x") == ["a", "b"]
-    assert values.numbers("0.2, .4", "x") == [0.2, 0.4]
-    assert values.whole_numbers("1,16,", "x", least=1) == [1, 16]
+    assert values.names(" a, b ", "x") == ["a", "b"]
+    assert values.numbers("0.2, .4", "x", "ratio") == [0.2, 0.4]
+    assert values.numbers("1,16", "x", "batch_size") == [1, 16]
 
 
 @pytest.mark.parametrize(
     ("read", "says"),
     [
-        (lambda: values.names(" , ", "methods"), "--methods is empty"),
-        (lambda: values.numbers("0.2,many", "ratios"), "--ratios '0.2,many' is not a number"),
+        (lambda: values.names(" , ", "methods"), "--methods ' , ' has an empty entry"),
+        (lambda: values.names("a,b,a", "methods"), "--methods 'a,b,a' has an entry twice"),
         (
-            lambda: values.whole_numbers("1,x", "seeds", 0),
-            "--seeds '1,x' must be whole",
+            lambda: values.numbers("0.2,many", "ratios", "ratio"),
+            "--ratios must be a number in [0, 1), not 'many'",
         ),
-        (lambda: values.whole_numbers("1.5", "seeds", 0), "--seeds '1.5' must be whole numbers"),
         (
-            lambda: values.whole_numbers("0", "lengths", 1),
-            "numbers of at least 1, such as",
+            lambda: values.numbers("1,x", "seeds", "seed"),
+            "--seeds must be a whole number from 0 to 4294967295",
+        ),
+        (
+            lambda: values.numbers("1.5", "seeds", "seed"),
+            "--seeds must be a whole number from 0 to 4294967295",
+        ),
+        (lambda: values.numbers("7,07", "seeds", "seed"), "--seeds '7,07' has an entry twice"),
+        (
+            lambda: values.numbers("0", "lengths", "GridPoint.length"),
+            "--lengths must be a whole number of tokens",
         ),
         (
             lambda: values.one_of("layout", "evn", ("even", "odd")),
             "did you mean 'even'? Known: even, odd.",
         ),
-        (lambda: values.at_least(1, batch_size=0), "--batch-size must be at least 1, not 0."),
     ],
 )
 def test_values_that_cannot_be_read_are_refused(read, says):

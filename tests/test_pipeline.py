@@ -140,7 +140,7 @@ def test_widths_by_damage_meet_a_budget_of_flops(prune, tmp_path):
         ("llama", ["--method", "flap"], "without compensation"),
         ("opt", ["--method", "random"], "no plain config describes this model"),
         ("llama", ["--method", "random", "--ratio", "1e-7"], "too small to remove a single unit"),
-        ("llama", ["--method", "random", "--ratio", "1.5"], "outside [0, 1)"),
+        ("llama", ["--method", "random", "--ratio", "1.5"], "--ratio must be a number in [0, 1), not 1.5"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(prune, tmp_path, capsys, model, arguments, says):

@@ -190,7 +190,7 @@ def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
     [
         (["--preset", "papr"], "did you mean 'paper'"),
         (["--executor", "rey"], "did you mean 'ray'"),
-        (["--ratios", "1.5"], "outside"),
+        (["--ratios", "1.5"], "--ratios must be a number in [0, 1), not 1.5"),
         (["--seeds", "x"], "--seeds 'x' must be whole numbers"),
         (["--ratios", "x"], "not a number"),
         (["--workers", "0"], "--workers"),

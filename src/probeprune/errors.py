@@ -32,10 +32,3 @@ def unknown(what: str, given: object, known: Iterable[object], others: str = "")
     near = get_close_matches(str(given), names, n=1) or get_close_matches(str(given).lower(), names, n=1)
     hint = f"did you mean {near[0]!r}? Known:" if near else "known:"
     return f"unknown {what} {given!r}; {hint} {', '.join([*names, others] if others else names)}."
-
-
-def require_positive(**values: int) -> None:
-    """Raise `UsageError` for the first argument below 1, by its name."""
-    for name, value in values.items():
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,8 +14,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from probeprune.errors import UsageError
+
 RESULTS = "results.jsonl"
 """Name of the file with result lines in an experiment's folder."""
+
+
+LONGEST_NAME = 200
+"""Bytes of a name that becomes the name of a file: file systems take 255, and endings are added."""
+
+
+def check_file_name(what: str, name: str) -> None:
+    """Raise `UsageError` unless a file can be named after `name` in any folder without leaving it.
+
+    Args:
+        what: the kind of name, for the error.
+        name: the name.
+    """
+    bad = not name.strip() or name.startswith(".") or "/" in name or "\\" in name
+    # Surrogates cannot be encoded, but they are not printable either.
+    if bad or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        raise UsageError(
+            f"{what} {reprlib.repr(name)} cannot name a file: use 1 to {LONGEST_NAME} printable "
+            "characters, no slashes, and no dot in front."
+        )
 
 
 # -- directories and JSON --------------------------------------------------------------------------

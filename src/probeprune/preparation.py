@@ -29,6 +29,7 @@ from probeprune.methods import Method
 from probeprune.model.blocks import find_blocks
 from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
+from probeprune.ranges import plain
 from probeprune.strategies import Part
 from probeprune.strategies.allocation import Damage
 from probeprune.strategies.compensation import Consumer, Refit
@@ -169,7 +170,8 @@ class Preparation:
         progress: Progress = silent,
         following: bool = False,
     ) -> None:
-        self.model, self.calibration, self.batch_size = model, calibration, batch_size
+        self.model, self.calibration = model, calibration
+        self.batch_size = plain("batch_size", batch_size)
         self.cache, self.progress, self.following = cache, progress, following
         self._windows: torch.Tensor | None = None
         self._pieces: dict[str, dict[str, Any]] = {}

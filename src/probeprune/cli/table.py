@@ -12,9 +12,10 @@ import typer
 from probeprune.cli.groups import KeepTrained, LoadOptions, ResultOptions
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, print_line, print_rows, print_written, progress_bar, warn
-from probeprune.cli.values import at_least, names, numbers, one_of, whole_numbers
+from probeprune.cli.values import names, numbers, one_of
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
+from probeprune.ranges import RANGES
 
 if TYPE_CHECKING:
     from probeprune.experiment.presets import Preset
@@ -39,10 +40,14 @@ class PresetOptions:
         str | None, typer.Option(help="Models, separated by commas; replaces those of the preset.")
     ] = None
     ratios: Annotated[
-        str | None, typer.Option(help="Pruning ratios, separated by commas; replaces those of the preset.")
+        str | None,
+        typer.Option(help="Pruning ratios, separated by commas; replaces those of the preset."),
+        RANGES["ratio"],
     ] = None
     seeds: Annotated[
-        str | None, typer.Option(help="Random seeds, separated by commas; replaces those of the preset.")
+        str | None,
+        typer.Option(help="Random seeds, separated by commas; replaces those of the preset."),
+        RANGES["seed"],
     ] = None
 
     def loaded(self) -> Preset:
@@ -53,9 +58,9 @@ class PresetOptions:
         if self.models is not None:
             changes["models"] = tuple(names(self.models, "models"))
         if self.ratios is not None:
-            changes["ratios"] = tuple(numbers(self.ratios, "ratios"))
+            changes["ratios"] = tuple(numbers(self.ratios, "ratios", "ratio"))
         if self.seeds is not None:
-            changes["seeds"] = tuple(whole_numbers(self.seeds, "seeds", least=0))
+            changes["seeds"] = tuple(numbers(self.seeds, "seeds", "seed"))
         return replace(load_preset(self.preset), **changes)
 
 
@@ -73,13 +78,14 @@ class ExecutorOptions:
             show_default="a new cluster on this machine",
         ),
     ] = None
-    workers: Annotated[int, typer.Option(help="Number of Ray workers that measure at the same time.")] = 2
+    workers: Annotated[
+        int, typer.Option(help="Number of Ray workers that measure at the same time."), RANGES["workers"]
+    ] = 2
     keep_trained: KeepTrained = True
 
     def check(self) -> None:
         """Raise `UsageError` for an unknown executor or options it cannot honour."""
         one_of("executor", self.executor, ("local", "ray"))
-        at_least(1, workers=self.workers)
         if self.executor == "ray" and not self.keep_trained:
             raise UsageError(
                 "--no-keep-trained needs --executor local: on a cluster, checkpoints may lie on other "

@@ -141,6 +141,7 @@ def load_corpus(
     Raises:
         UsageError: an unknown name, a missing file or column, nothing but white space, an unreachable hub.
     """
+    check_corpus(name)
     if name in EMBEDDED_CORPORA or name in HUB_CORPORA or _is_file_name(name):
         if subset is not None or split is not None:
             raise UsageError(f"corpus '{name}' is a fixed text without subset or split; leave them out.")
@@ -148,14 +149,24 @@ def load_corpus(
             documents = _read_hub_corpus(HUB_CORPORA[name])
         else:
             documents = _read_embedded(name) if name in EMBEDDED_CORPORA else _read_file(Path(name), column)
-    elif "/" in name:
-        documents = _stream_hub(name, subset, split or "train", column, hub_rows)
     else:
-        others = f"a file ({', '.join(FILE_SUFFIXES)}), a hub data set (owner/name)"
-        raise UsageError(unknown("corpus", name, [*EMBEDDED_CORPORA, *HUB_CORPORA], others))
+        documents = _stream_hub(name, subset, split or "train", column, hub_rows)
     if not any(document.strip() for document in documents):
         raise UsageError(f"corpus '{name}' holds no text; give another one.")
     return documents
+
+
+def check_corpus(name: str) -> None:
+    """Raise `UsageError` for a name that cannot be a corpus, as far as that is known without reading it."""
+    known = (*EMBEDDED_CORPORA, *HUB_CORPORA)
+    if name in known:
+        return
+    if _is_file_name(name):
+        if not Path(name).is_file():
+            raise UsageError(f"there is no corpus file '{name}'; check the path.")
+    elif "/" not in name:
+        others = f"a file ({', '.join(FILE_SUFFIXES)}), a hub data set (owner/name)"
+        raise UsageError(unknown("corpus", name, known, others))
 
 
 def _is_file_name(name: str) -> bool:
@@ -176,8 +187,6 @@ def _read_embedded(name: str) -> list[str]:
 
 def _read_file(path: Path, column: str) -> list[str]:
     """One document of a `.txt` file, or one per row of a `.jsonl` or `.parquet` file."""
-    if not path.is_file():
-        raise UsageError(f"there is no corpus file '{path}'; check the path.")
     if path.name.endswith(TEXT_SUFFIXES):
         return [read_text(path)]
     if path.name.endswith(JSON_SUFFIXES):

@@ -20,6 +20,7 @@ from probeprune.evaluation.likelihood import HEAD_TOKENS, next_token_logits
 from probeprune.model.cost import counting_flops, synced_clock
 from probeprune.model.passes import check_windows, find_decoder
 from probeprune.progress import Progress, silent
+from probeprune.ranges import plain
 
 Averaging = Literal["token", "published"]
 
@@ -70,6 +71,7 @@ def perplexity(
         UsageError: windows too short or longer than the model's positions, or too few for `published`.
         FloatingPointError: a loss that is not finite.
     """
+    batch_size = plain("batch_size", batch_size)
     windows = _scored_windows(model, windows, batch_size, averaging)
     decoder, device = find_decoder(model), next(model.parameters()).device
     losses: list[float] = []

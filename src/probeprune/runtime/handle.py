@@ -28,6 +28,7 @@ from probeprune.model.shadow import uncalled_consumer
 from probeprune.plan import Kept
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.progress import Progress, silent
+from probeprune.ranges import plain
 from probeprune.runtime import ownership
 from probeprune.runtime.block import BlockRuntime
 from probeprune.runtime.current_pass import CurrentPass
@@ -75,7 +76,7 @@ def attach(
     """
     method = get_method(method)
     check_untrained(method)
-    allocation.check_ratio(ratio)
+    ratio, batch_size = plain("ratio", ratio), plain("batch_size", batch_size)
     check_eval(model)
     if _HANDLE in model.__dict__:
         raise UsageError(

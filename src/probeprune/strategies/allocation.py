@@ -15,6 +15,7 @@ from probeprune.algebra import knapsack
 from probeprune.algebra.knapsack import Choice
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
+from probeprune.ranges import check
 from probeprune.strategies import Part
 
 KINDS = ("attention", "mlp")
@@ -52,12 +53,6 @@ class Request:
     """Damages of every block; only for an allocation that needs damages."""
 
 
-def check_ratio(ratio: float) -> None:
-    """Raise `UsageError` unless `ratio` lies in [0, 1)."""
-    if not 0 <= ratio < 1:
-        raise UsageError(f"pruning ratio {ratio:g} is outside [0, 1); 0.4 prunes 40 % of the model's blocks.")
-
-
 def candidates(request: Request) -> tuple[list[int], float]:
     """Indices of the blocks that may lose units, and the share of their parameters to remove.
 
@@ -65,7 +60,7 @@ def candidates(request: Request) -> tuple[list[int], float]:
     where nothing would be left.
     """
     blocks, ratio, skipped = request.blocks, request.ratio, request.skip_layers
-    check_ratio(ratio)
+    check(ratio=ratio)
     layers = 1 + max(b.layer for b in blocks)
     if ratio and skipped >= layers:
         raise UsageError(

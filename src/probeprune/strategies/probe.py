@@ -18,6 +18,7 @@ from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import Block
 from probeprune.model.cost import block_flops
 from probeprune.model.shadow import Shadow
+from probeprune.ranges import check_fields
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,7 @@ class Probe:
     layer type, are probed in their turn."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "samples"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f"probe {name}={getattr(self, name):g} must lie in (0, 1].")
-        for name in ("min_size", "reuse"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"probe {name}={getattr(self, name)} must be a number of tokens, 0 or more.")
+        check_fields(self)
         if self.pick not in PICKS:
             raise UsageError(unknown("pick", self.pick, PICKS))
 
