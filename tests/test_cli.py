@@ -1,6 +1,7 @@
 """The command line: help that helps, bad input in one sentence with exit code 2 and nothing written."""
 
 import errno
+import importlib.abc
 import json
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import time
 import pytest
 import typer
 
+import probeprune_command
 from probeprune.cli import app, run, values
+from probeprune.cli.facts import missed_in
 from probeprune.errors import UsageError
 from probeprune.methods import METHODS
 
@@ -142,7 +145,7 @@ def test_interrupt_and_full_disk_end_in_a_sentence(capsys):
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "results.jsonl")
 
-    assert run(interrupted) == 2
+    assert run(interrupted) == 130
     assert "the same command continues" in capsys.readouterr().err
     assert run(full) == 2
     assert "No space left on device: results.jsonl" in capsys.readouterr().err
@@ -179,7 +182,80 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, smollm2):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and "the same command continues" in error and "Traceback" not in error
+    assert process.returncode == 130 and "the same command continues" in error and "Traceback" not in error
+
+
+SLOW = """
+import sys, time, typer
+from probeprune import cli
+app = typer.Typer()
+@app.command()
+def slow():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(0.5)
+        print("cleaned up", flush=True)
+cli.app = app
+sys.argv = ["probeprune"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_on_the_way_that_cleans_up(sent, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(sent)
+    if sent == signal.SIGTERM:
+        time.sleep(0.2)
+        process.send_signal(sent)  # impatient: cleaning up goes on
+    shown, error = process.communicate(timeout=60)
+    assert process.returncode == code and shown == "cleaned up\n"
+    assert error.startswith("probeprune: interrupted;") and error.count("\n") == 1
+
+
+def test_ctrl_c_during_the_imports_is_a_sentence(capsys, monkeypatch):
+    class Interrupted(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name == "probeprune.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "probeprune.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        probeprune_command.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "probeprune: interrupted before anything was done.\n"
+
+
+def test_codes_of_commands_pass_through():
+    def failed() -> None:
+        sys.exit(1)
+
+    assert run(failed) == 1 and run(lambda: None) == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "removed", "said"),
+    [(0.3, 1 / 3, True), (0.3, 1 / 6, True), (0.3, 0.309, False), (0.3, 0.291, False), (0.0, 0.0, False)],
+)
+def test_a_share_far_from_the_ratio_is_said_once(ratio, removed, said):
+    row = {"kind": "result", "name": "flap", "ratio": ratio, "method": {}, "removed_share": removed}
+    sentences = missed_in([row, row, {"kind": "failure"}])
+    assert len(sentences) == said
+    assert not said or sentences == [
+        f"flap {ratio:.0%}: asked for {ratio:.1%} of the blocks' parameters, removed {removed:.1%}: widths "
+        "come in whole heads and multiples of round_to; another ratio or a smaller round_to may come closer."
+    ]
+    assert not missed_in([row | {"method": {"budget": "flops"}}]), "another quantity"
 
 
 def test_it_starts_fast_enough_to_ask_for_help():

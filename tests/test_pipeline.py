@@ -68,6 +68,16 @@ def test_a_checkpoint_with_all_that_belongs_to_it(prune, tmp_path, capsys, layou
     assert (out / "generation_config.json").exists()
 
 
+@pytest.mark.parametrize("blocks", ["attention", "attention,mlp"])
+def test_a_share_that_misses_the_ratio_is_said(prune, tmp_path, capsys, blocks):
+    more = ["--blocks", blocks, "--round-to", 1, "--layout", "per-layer", "--skip-layers", 0]
+    assert prune("--method", "random", "--ratio", 0.13, *more) == 0
+    said = capsys.readouterr().err
+    removed = json.loads((tmp_path / "out" / "pruning.json").read_text())["removed_share"]
+    assert ("asked for 13.0% of the blocks' parameters, removed" in said) == (abs(removed - 0.13) > 0.01)
+    assert (f"removed {removed:.1%}: widths come" in said) == (blocks == "attention")
+
+
 def test_gradients_take_windows_of_their_own_size(prune, tmp_path, capsys):
     # LLM-Pruner wants 10 windows of 64 tokens; no line here is that long.
     assert prune("--method", "llm-pruner", "--ratio", 0.2) == 2

@@ -16,7 +16,7 @@ from probeprune.bench.measure import GridPoint
 from probeprune.cli import app, run
 from probeprune.data import windows
 from probeprune.data.windows import Text
-from probeprune.errors import UsageError
+from probeprune.errors import BadValue, UsageError
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.evaluation.tasks import TaskSettings
 from probeprune.experiment.cells import (
@@ -30,7 +30,7 @@ from probeprune.experiment.cells import (
 from probeprune.jobs.generate import Decoding
 from probeprune.jobs.prune import Texts
 from probeprune.methods import METHODS
-from probeprune.ranges import RANGES, OutOfRange, Range, check, check_fields, plain
+from probeprune.ranges import RANGES, Range, check, check_fields, plain
 from probeprune.training.loraprune import LoraPruneCut
 from probeprune.training.settings import Lora, Training
 
@@ -79,7 +79,7 @@ def test_every_number_of_a_settings_record_has_a_range(record):
 def test_a_record_refuses_what_is_outside(record, name, allowed):
     many = isinstance(getattr(record, name), tuple)
     for value in bad_values(allowed):
-        with pytest.raises(OutOfRange) as refusal:
+        with pytest.raises(BadValue) as refusal:
             dataclasses.replace(record, **{name: (value,) if many else value})
         sentence = str(refusal.value)
         assert sentence.startswith(f"{name} must be {allowed}, not ") and len(sentence) < 250
@@ -137,12 +137,12 @@ CALLS = {
 def test_a_function_refuses_what_is_outside(call):
     name, function = CALLS[call]
     for value in bad_values(RANGES[name]):
-        with pytest.raises(OutOfRange, match=f"{name.rpartition('.')[2]} must be a"):
+        with pytest.raises(BadValue, match=f"{name.rpartition('.')[2]} must be a"):
             function(value)
 
 
 def test_several_ratios_are_each_checked():
-    with pytest.raises(OutOfRange, match=r"ratio must be a number in \[0, 1\), not nan"):
+    with pytest.raises(BadValue, match=r"ratio must be a number in \[0, 1\), not nan"):
         probeprune.prepare(MODEL(), "ppsp", [0.2, math.nan], IDS)
 
 
@@ -169,7 +169,7 @@ def test_ranges_end_on_both_sides_and_say_so():
         "a number in (0, 1)",
     ]
     check("prune", steps=1000, seed=None)
-    with pytest.raises(OutOfRange, match="steps must be a whole number of steps from 1 to 1000, not 1001"):
+    with pytest.raises(BadValue, match="steps must be a whole number of steps from 1 to 1000, not 1001"):
         check("prune", steps=1001)
     check(steps=1001)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import Repr
 
 
 class UsageError(ValueError):
@@ -9,6 +10,30 @@ class UsageError(ValueError):
 
     The library raises it; the command line prints the text and exits with code 2.
     """
+
+
+class BadValue(UsageError):
+    """A value that a parameter or field cannot have.
+
+    Attributes:
+        name: the parameter or field.
+    """
+
+    def __init__(self, name: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.name = name
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlong = 40
+
+
+def quoted(value: object) -> str:
+    """The value as Python writes it, cut to a length that fits into a sentence."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python writes no integer of thousands of digits
+        return f"an integer of {value.bit_length()} bits"
+    return _SHORT.repr(value)
 
 
 def first_line(error: BaseException) -> str:
@@ -27,8 +52,8 @@ def unknown(what: str, given: object, known: Iterable[object], others: str = "")
     """
     names = sorted(map(str, known))
     if not names and not others:
-        return f"unknown {what} {given!r}; there is none to give here."
+        return f"unknown {what} {quoted(given)}; there is none to give here."
     # In lower case too: `SmolLM2` is near `smollm2`.
     near = get_close_matches(str(given), names, n=1) or get_close_matches(str(given).lower(), names, n=1)
     hint = f"did you mean {near[0]!r}? Known:" if near else "known:"
-    return f"unknown {what} {given!r}; {hint} {', '.join([*names, others] if others else names)}."
+    return f"unknown {what} {quoted(given)}; {hint} {', '.join([*names, others] if others else names)}."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from probeprune import records
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import BadValue, UsageError, unknown
 from probeprune.files import check_file_name
 from probeprune.model.blocks import UnitKind
 from probeprune.ranges import check_fields
@@ -71,15 +71,15 @@ class Method:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_file_name("method name", self.name)
+        check_file_name("name", self.name)
         for what, name, table in (
             ("importance", self.importance, IMPORTANCES),
             ("allocation", self.allocation, ALLOCATIONS),
             ("budget", self.budget, get_args(Budget)),
-            ("unit kind", self.unit_kind, get_args(UnitKind)),
+            ("unit_kind", self.unit_kind, get_args(UnitKind)),
         ):
             if name not in table:
-                raise UsageError(unknown(what, name, table))
+                raise BadValue(what, unknown(what.replace("_", " "), name, table))
         if not isinstance(self.compensation, Compensation):
             raise UsageError(f"a compensation is a record such as Refit(), not {self.compensation!r}.")
         if not isinstance(self.when, When):

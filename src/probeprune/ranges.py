@@ -5,11 +5,10 @@ on both sides, so NaN, infinity and integers that no tensor holds are outside of
 """
 
 import operator
-import reprlib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from probeprune.errors import UsageError
+from probeprune.errors import BadValue, quoted
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,6 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value > self.least if self.open_least else value >= self.least
         return above and (value < self.most if self.open_most else value <= self.most)
-
-
-class OutOfRange(UsageError):
-    """A number outside its range.
-
-    Attributes:
-        name: the parameter or field.
-    """
-
-    def __init__(self, name: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.name = name
 
 
 def _count(unit: str, least: int = 1, most: int = 1_000_000) -> Range:
@@ -139,7 +126,7 @@ front (`Text.windows`)."""
 
 
 def plain(name: str, value: Any, label: str | None = None, allowed: Range | None = None) -> Any:
-    """The value as a plain int or float. Raises `OutOfRange` for anything that is no number in its range.
+    """The value as a plain int or float. Raises `BadValue` for anything that is no number in its range.
 
     NumPy numbers, tensors without dimensions and whole floats are numbers too; truth values are not.
 
@@ -157,12 +144,12 @@ def plain(name: str, value: Any, label: str | None = None, allowed: Range | None
         number = float("nan")
     if number not in allowed:
         hint = f"; {allowed.hint}" if allowed.hint else ""
-        raise OutOfRange(name, f"{label or name} must be {allowed}, not {_shown(value)}{hint}.")
+        raise BadValue(name, f"{label or name} must be {allowed}, not {quoted(value)}{hint}.")
     return number
 
 
 def check(owner: str = "", /, **values: Any) -> None:
-    """Raise `OutOfRange` for the first argument outside its range, by its name; None is not checked.
+    """Raise `BadValue` for the first argument outside its range, by its name; None is not checked.
 
     Args:
         owner: the record or function, which may have ranges of its own.
@@ -176,7 +163,7 @@ def check(owner: str = "", /, **values: Any) -> None:
 def check_fields(record: Any) -> None:
     """Check all fields of a frozen dataclass that have a range, and make them plain; for `__post_init__`.
 
-    A field for a tuple is checked entry by entry, and None is left as it is. Raises `OutOfRange` with the
+    A field for a tuple is checked entry by entry, and None is left as it is. Raises `BadValue` with the
     field's name.
     """
     for field in fields(record):
@@ -210,10 +197,3 @@ def _number(value: Any, whole: bool) -> float:
     if not number.is_integer():
         raise ValueError
     return int(number)
-
-
-def _shown(value: Any) -> str:
-    """The value for an error, in few characters; Python refuses to write integers of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    return reprlib.repr(value)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 
 import typer
 
-from probeprune.cli.facts import is_dense
+from probeprune.cli.facts import is_dense, missed_in
 from probeprune.cli.groups import CalibrationOptions, KeepTrained, LoadOptions, Model, ResultOptions
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, print_rows, print_written, progress_bar, warn
@@ -180,6 +180,7 @@ def compare(
     (output.out_dir / "table.md").write_text(report.markdown(rows, title), encoding="utf-8")
     plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), output.out_dir / "plot")
     print_rows(rows, title, output.as_json)
+    warn(missed_in(rows))
     print_written((results.path, output.out_dir / "table.md", *plots))
 
 

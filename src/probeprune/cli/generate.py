@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 from rich.markup import escape
 
-from probeprune.cli.facts import is_dense, with_refresh
+from probeprune.cli.facts import is_dense, missed, with_refresh
 from probeprune.cli.groups import CalibrationOptions, Json, LoadOptions, Model, Ratio
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import err, print_line, progress_bar
+from probeprune.cli.terminal import err, print_line, progress_bar, warn
 from probeprune.errors import UsageError
 from probeprune.jobs.generate import Decoding
 from probeprune.methods import METHODS, Method, check_untrained, get_method
@@ -183,6 +183,8 @@ def generate(
     if not stream:
         _print_texts(prompt_texts, generated)
     print_line(_summary(request, generated, removed, speed))
+    if not is_dense(method):
+        warn(filter(None, [missed(method.name, method.record(), request.ratio, removed)]))
 
 
 def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed: int) -> Prepared | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from probeprune.cli.facts import with_compensation
+from probeprune.cli.facts import missed, with_compensation
 from probeprune.cli.groups import (
     CalibrationOptions,
     CheckpointOptions,
@@ -18,7 +18,7 @@ from probeprune.cli.groups import (
     WidthOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import print_saved, progress_bar
+from probeprune.cli.terminal import print_saved, progress_bar, warn
 from probeprune.cli.values import names, one_of
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.methods import Method, compose, get_method, with_equal_widths
@@ -131,6 +131,7 @@ def prune(
             progress=show,
         )
     print_saved(record, output.out_dir, _summary(record), ("dense", "pruned"), output.as_json)
+    warn(filter(None, [missed(method.name, record["method"], pruning.ratio, record["removed_share"])]))
 
 
 def _summary(record: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from probeprune.cli.facts import missed_in
 from probeprune.cli.groups import KeepTrained, LoadOptions, ResultOptions
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, print_line, print_rows, print_written, progress_bar, warn
@@ -104,8 +105,8 @@ def table(
 ) -> None:
     """Measure a whole table: models x methods x ratios x seeds, on texts, tasks and cost.
 
-    A cell that fails becomes a line of the table and does not end the run. A run that was interrupted
-    continues when started again with the same options.
+    A cell that fails becomes a line of the table and does not end the run, but the exit code is then 1. A run
+    that was interrupted continues when started again with the same options.
 
     Example: [bold]probeprune table --preset laptop --out runs/table[/bold]
     """
@@ -129,12 +130,15 @@ def table(
     title = f"{preset.preset}: {chosen.description}" if chosen.description else preset.preset
     files = _write(rows, title, output.out_dir)
     print_rows(rows, title, output.as_json)
+    warn(missed_in(rows))
     failed = sum(row["kind"] == "failure" for row in rows)
     if failed:
         err.print(
             f"[yellow]{failed} cells failed[/yellow]; the same command tries them again", highlight=False
         )
     print_written((results.path, *files))
+    if failed:
+        raise typer.Exit(1)
 
 
 def _measure(

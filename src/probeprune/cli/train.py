@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from probeprune.cli.facts import missed
 from probeprune.cli.groups import (
     CheckpointOptions,
     EvaluationOptions,
@@ -19,7 +20,7 @@ from probeprune.cli.groups import (
     WidthOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import print_saved, progress_bar
+from probeprune.cli.terminal import print_saved, progress_bar, warn
 from probeprune.experiment.cells import TrainingBudget
 from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
 from probeprune.ranges import RANGES
@@ -262,3 +263,5 @@ def _print_trained(record: dict[str, Any], output: CheckpointOptions) -> None:
         f"{before:.3f} -> {after:.3f}"
     )
     print_saved(record, output.out_dir, summary, ("before", "after"), output.as_json)
+    if "removed_share" in record:
+        warn(filter(None, [missed("loraprune", {}, record["ratio"], record["removed_share"])]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import BadValue, UsageError, unknown
 from probeprune.evaluation.likelihood import Order
 from probeprune.evaluation.task_data import TASKS, Metric, get_task
 from probeprune.model.passes import check_eval
@@ -45,7 +45,7 @@ class TaskSettings:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.protocol not in get_args(Protocol):
-            raise UsageError(unknown("protocol", self.protocol, get_args(Protocol)))
+            raise BadValue("protocol", unknown("protocol", self.protocol, get_args(Protocol)))
         if self.protocol == "published" and self.order not in (None, "given"):
             raise UsageError("the published protocol keeps the given order; leave order out.")
 

@@ -183,14 +183,13 @@ def _method(entry: Entry) -> Method:
     `gradients` changes the settings that the importance was published with.
     """
     if isinstance(entry.node, yaml.ScalarNode):
-        return entry.checked(lambda: get_method(read(entry, str)))
+        return _named(entry)
     entries = entry.mapping({"base", *field_names(Method)})
     if "base" not in entries:
         entry.fail("a method of your own needs 'base', the method it starts from")
     if "name" not in entries:
         entry.fail("a method of your own needs a 'name'")
-    named = entries.pop("base")
-    base = named.checked(lambda: get_method(read(named, str)))
+    base = _named(entries.pop("base"))
     gradients = entries.pop("gradients", None)
     method = read_record(entry, entries, Method, TABLES, base)
     if gradients is None:
@@ -198,6 +197,11 @@ def _method(entry: Entry) -> Method:
     if IMPORTANCES[method.importance].criterion is not None:
         method = replace(method, gradients=method.gradient_settings)
     return read_record(entry, {"gradients": gradients}, Method, TABLES, method)
+
+
+def _named(entry: Entry) -> Method:
+    name = read(entry, str)
+    return entry.checked(lambda: get_method(name))
 
 
 def _models(entry: Entry) -> tuple[str, ...]:
@@ -211,7 +215,8 @@ def _models(entry: Entry) -> tuple[str, ...]:
 
 def _number(entry: Entry, name: str, kind: type) -> Any:
     """A number in the range of that name."""
-    return entry.checked(lambda: plain(name, read(entry, kind)))
+    value = read(entry, kind)
+    return entry.checked(lambda: plain(name, value))
 
 
 def _ratios(entry: Entry) -> tuple[float, ...]:
@@ -249,7 +254,8 @@ def _calibration(entry: Entry) -> Text:
 def _check_corpus(entries: Mapping[str, Entry]) -> None:
     """Fail at the corpus, where one is named, that there cannot be."""
     if "corpus" in entries:
-        entries["corpus"].checked(lambda: check_corpus(read(entries["corpus"], str)))
+        corpus = read(entries["corpus"], str)
+        entries["corpus"].checked(lambda: check_corpus(corpus))
 
 
 def _budget(entry: Entry, known: Sequence[int]) -> tuple[TrainingBudget, tuple[int, ...] | None]:

@@ -17,8 +17,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import yaml
 
-from probeprune.errors import UsageError, first_line, unknown
-from probeprune.ranges import OutOfRange
+from probeprune.errors import BadValue, UsageError, first_line, quoted, unknown
 
 Tables = Mapping[Any, Mapping[str, Any]]
 """For a type whose values have names: the default record of each name.
@@ -84,7 +83,7 @@ class Entry:
             if key.value not in known:
                 place.fail(unknown("key", key.value, known))
             if key.value in entries:
-                place.fail(f"key '{key.value}' comes twice")
+                place.fail(f"key {quoted(key.value)} comes twice")
             entries[key.value] = self._below(key, value)
         return entries
 
@@ -110,7 +109,7 @@ class Entry:
         """Fail at the first entry of this list whose value, from `values`, came before."""
         for i, (entry, value) in enumerate(zip(self.items(), values, strict=True)):
             if value in values[:i]:
-                entry.fail(f"{value!r} comes twice")
+                entry.fail(f"{quoted(value)} comes twice")
 
     def scalar(self) -> Any:
         """The value of a single word or number, as YAML resolves it. Fails for a list or a mapping."""
@@ -120,7 +119,7 @@ class Entry:
         try:
             return loader.construct_object(self.node)
         except (yaml.YAMLError, ValueError) as error:
-            self.fail(f"{self.node.value!r} cannot be read ({getattr(error, 'problem', error)})")
+            self.fail(f"{quoted(self.node.value)} cannot be read ({getattr(error, 'problem', error)})")
         finally:
             loader.dispose()
 
@@ -171,7 +170,7 @@ def _check_nodes(entry: Entry, above: tuple[int, ...], seen: set[int]) -> None:
     if len(above) >= DEPTH:
         entry.fail(f"this is nested too deeply; use at most {DEPTH} levels")
     if node.tag not in _TAGS:
-        entry.fail(f"tag {node.tag!r} is not known here; write plain values without tags")
+        entry.fail(f"tag {quoted(node.tag)} is not known here; write plain values without tags")
     if isinstance(node, yaml.ScalarNode):
         if any("\ud800" <= character <= "\udfff" for character in node.value):
             entry.fail("half of a surrogate pair is no text; write the whole character")
@@ -219,7 +218,7 @@ def read(entry: Entry, declared: Any, tables: Tables = NO_TABLES, base: Any = No
     if declared in (int, float):
         value = _number(entry.node, value, declared)
     if type(value) is not declared:
-        entry.fail(f"expected {_WORDS[declared]}, not {value!r}")
+        entry.fail(f"expected {_WORDS[declared]}, not {quoted(value)}")
     return value
 
 
@@ -249,12 +248,12 @@ def read_record(
 
 
 def _made(entry: Entry, entries: Mapping[str, Entry], make: Callable[[], T]) -> T:
-    """The record; a number out of range is an error at its field, anything else refused one at `entry`."""
+    """The record; a value that a field cannot have fails there, anything else refused at `entry`."""
     try:
         return entry.checked(make)
     except UsageError as error:
         cause = error.__cause__
-        if isinstance(cause, OutOfRange) and cause.name in entries:
+        if isinstance(cause, BadValue) and cause.name in entries:
             entries[cause.name].fail(str(cause))
         raise
 

@@ -20,6 +20,9 @@ from probeprune.strategies import Part
 
 KINDS = ("attention", "mlp")
 
+MISSED = 0.01
+"""Difference between a ratio and what was removed beyond which it is said; smaller ones are rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class Damage:
@@ -348,6 +351,19 @@ def choose_units(scores: torch.Tensor, keep: int, block: Block) -> torch.Tensor:
 def removed_share(blocks: Sequence[Block], kept: Sequence[int]) -> float:
     """The achieved share: parameters that these widths remove, over those of all blocks."""
     return removed_parameters(blocks, kept) / sum(b.parameters for b in blocks)
+
+
+def missed_ratio(ratio: float, removed: float) -> str | None:
+    """A sentence where the removed share of the parameters misses the ratio by more than `MISSED`; else None.
+
+    Widths come in whole heads and multiples of `round_to`, so a small or half pruned model may be far off.
+    """
+    if abs(removed - ratio) <= MISSED:
+        return None
+    return (
+        f"asked for {ratio:.1%} of the blocks' parameters, removed {removed:.1%}: widths come in whole heads "
+        "and multiples of round_to; another ratio or a smaller round_to may come closer."
+    )
 
 
 def removed_parameters(blocks: Sequence[Block], kept: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import BadValue, unknown
 from probeprune.model.blocks import Member
 from probeprune.ranges import check_fields
 
@@ -46,7 +46,7 @@ class Gradients:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.reduction not in REDUCTIONS:
-            raise UsageError(unknown("reduction", self.reduction, REDUCTIONS))
+            raise BadValue("reduction", unknown("reduction", self.reduction, REDUCTIONS))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from probeprune.algebra.moments import History, Tokens
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import BadValue, UsageError, unknown
 from probeprune.model.blocks import Block
 from probeprune.model.cost import block_flops
 from probeprune.model.shadow import Shadow
@@ -58,7 +58,7 @@ class Probe:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.pick not in PICKS:
-            raise UsageError(unknown("pick", self.pick, PICKS))
+            raise BadValue("pick", unknown("pick", self.pick, PICKS))
 
 
 @dataclass(frozen=True)

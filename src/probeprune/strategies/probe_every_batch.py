@@ -7,7 +7,7 @@ import torch
 from torch.profiler import record_function
 
 from probeprune.algebra.moments import OWN_POSITIONS, History, Tokens
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import BadValue, UsageError, unknown
 from probeprune.ranges import check_fields
 from probeprune.strategies import Part
 from probeprune.strategies.probe import FUSIONS, Probe, Selection, everything, fused_energy
@@ -44,7 +44,7 @@ class ProbeEveryBatch(EveryBatch):
     def __post_init__(self) -> None:
         check_fields(self)
         if self.fusion not in FUSIONS:
-            raise UsageError(unknown("fusion", self.fusion, FUSIONS))
+            raise BadValue("fusion", unknown("fusion", self.fusion, FUSIONS))
         if self.refresh and self.own_positions:
             raise UsageError("refresh needs history that pools positions: give own_positions=0.")
 
