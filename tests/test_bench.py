@@ -159,8 +159,11 @@ def test_tables_and_plot_are_made_of_the_lines_alone(figures, tmp_path):
     [
         (["--methods", "prob"], "did you mean 'probe'"),
         (["--methods", "llm-pruner"], "runs as fast as ppsp"),
-        (["--batch-sizes", "1,x"], "--batch-sizes '1,x' must be whole numbers"),
-        (["--lengths", "0"], "--lengths '0' must be whole numbers of at least 1"),
+        (
+            ["--batch-sizes", "1,x"],
+            "--batch-sizes must be a whole number of sequences from 1 to 1000000, not 'x'",
+        ),
+        (["--lengths", "0"], "--lengths must be a whole number of tokens from 1 to 16777216, not 0"),
         (["--ratio", "1"], "--ratio must be a number in [0, 1), not 1.0"),
         (["--rounds", "0"], "--rounds must be a whole number of rounds from 1 to 10000, not 0"),
         (["--layers", "2"], "--layers goes with --shape"),
