@@ -17,9 +17,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import training_windows
+from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import find_blocks
 from probeprune.model.loading import load_model
-from probeprune.quiet import quiet_libraries
 from probeprune.training.loraprune import LoraPrune
 from probeprune.training.recovery import lora_config, recover
 from probeprune.training.settings import Lora, Training

@@ -145,9 +145,9 @@ def test_global_threshold_against_an_obvious_version(ratio):
 @pytest.mark.parametrize(
     ("family", "allocate", "ratio", "skip_layers", "says"),
     [
-        ("llama", uniform, -0.1, 3, "outside"),
-        ("llama", uniform, 1.0, 3, "outside"),
-        ("llama", uniform, 1.5, 3, "outside"),
+        ("llama", uniform, -0.1, 3, r"ratio must be a number in \[0, 1\), not -0.1"),
+        ("llama", uniform, 1.0, 3, r"ratio must be a number in \[0, 1\), not 1.0"),
+        ("llama", uniform, 1.5, 3, r"ratio must be a number in \[0, 1\), not 1.5"),
         ("llama", uniform, 0.2, 5, "leaves none of the model's 5 layers"),
         ("llama", uniform, 0.4, 3, "would remove everything"),
         ("llama-gqa", uniform, 0.97, 0, "without units"),

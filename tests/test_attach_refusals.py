@@ -11,13 +11,13 @@ REFUSED = {
         lambda m, c: attach(FAMILIES["opt"](), "probe", 0.3, calibration=c),
         "another model",
     ),
-    "a ratio of one": (lambda m, c: attach(m, "random", 1.0), "outside"),
+    "a ratio of one": (lambda m, c: attach(m, "random", 1.0), r"ratio must be a number in \[0, 1\), not 1.0"),
     "an unknown method": (lambda m, c: attach(m, "prob", 0.3), "did you mean 'probe'"),
     "an importance that no probe gives": (
         lambda m, c: compose("probe", importance="flap"),
         "cannot be scored from a probe",
     ),
-    "a probe of nothing": (lambda m, c: Probe(tokens=0), "must lie in"),
+    "a probe of nothing": (lambda m, c: Probe(tokens=0), r"tokens must be a number in \(0, 1\], not 0"),
 }
 
 

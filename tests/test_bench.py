@@ -125,7 +125,7 @@ def test_shapes_are_the_real_models():
     assert len(two.model.model.layers) == 2 and "2 layers" in two.name
     with pytest.raises(UsageError, match="did you mean 'llama-2-7b'"):
         of_shape("llama2-7b", 1, torch.float32, CPU)
-    with pytest.raises(UsageError, match="layers must be at least 1, not 0"):
+    with pytest.raises(UsageError, match="layers must be a whole number of layers from 1 to 10000, not 0"):
         of_shape("llama-2-7b", 0, torch.float32, CPU)
 
 
@@ -159,10 +159,13 @@ def test_tables_and_plot_are_made_of_the_lines_alone(figures, tmp_path):
     [
         (["--methods", "prob"], "did you mean 'probe'"),
         (["--methods", "llm-pruner"], "runs as fast as ppsp"),
-        (["--batch-sizes", "1,x"], "--batch-sizes '1,x' must be whole numbers"),
-        (["--lengths", "0"], "--lengths '0' must be whole numbers of at least 1"),
-        (["--ratio", "1"], "outside [0, 1)"),
-        (["--rounds", "0"], "--rounds must be at least 1"),
+        (
+            ["--batch-sizes", "1,x"],
+            "--batch-sizes must be a whole number of sequences from 1 to 1000000, not 'x'",
+        ),
+        (["--lengths", "0"], "--lengths must be a whole number of tokens from 1 to 16777216, not 0"),
+        (["--ratio", "1"], "--ratio must be a number in [0, 1), not 1.0"),
+        (["--rounds", "0"], "--rounds must be a whole number of rounds from 1 to 10000, not 0"),
         (["--layers", "2"], "--layers goes with --shape"),
         (["--shape", "llama-9"], "unknown shape 'llama-9'"),
         (["--dtypes", "int3"], "int3"),

@@ -1,6 +1,7 @@
 """The command line: help that helps, bad input in one sentence with exit code 2 and nothing written."""
 
 import errno
+import importlib.abc
 import json
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import time
 import pytest
 import typer
 
+import probeprune_command
 from probeprune.cli import app, run, values
+from probeprune.cli.facts import missed_in
 from probeprune.errors import UsageError
 from probeprune.methods import METHODS
 
@@ -65,17 +68,36 @@ def test_methods_and_models_are_listed(capsys):
     ("arguments", "says"),
     [
         (["compare", "--methods", "prob"], "did you mean 'probe'"),
-        (["compare", "--methods", ","], "--methods is empty"),
-        (["compare", "--ratios", "1.0"], "outside [0, 1)"),
-        (["compare", "--ratios", "-0.1"], "outside [0, 1)"),
-        (["compare", "--ratios", "many"], "not a number"),
+        (["compare", "--methods", ","], "--methods ',' has an empty entry"),
+        (["compare", "--methods", "dense,"], "--methods 'dense,' has an empty entry"),
+        (["compare", "--methods", "dense,,flap"], "--methods 'dense,,flap' has an empty entry"),
+        (["compare", "--methods", "dense,flap,dense"], "has an entry twice; give each one once."),
+        (["compare", "--ratios", "0.2,0.20"], "--ratios '0.2,0.20' has an entry twice"),
+        (["compare", "--ratios", "1.0"], "--ratios must be a number in [0, 1), not 1.0; 0.4 prunes 40 %"),
+        (["compare", "--ratios", "-0.1"], "--ratios must be a number in [0, 1), not -0.1;"),
+        (["compare", "--ratios", "many"], "--ratios must be a number in [0, 1), not 'many';"),
         (["compare", "--units", "grup"], "did you mean 'group'"),
-        (["compare", "--batch-size", "0"], "--batch-size must be at least 1, not 0."),
-        (["compare", "--windows", "-1"], "--windows must be at least 0, not -1."),
-        (["compare", "--length", "1"], "--length must be at least 2, not 1."),
-        (["compare", "--calibration-windows", "0"], "--calibration-windows must be at least 1, not 0."),
+        (
+            ["compare", "--batch-size", "0"],
+            "--batch-size must be a whole number of sequences from 1 to 1000000, not 0.",
+        ),
+        (
+            ["compare", "--windows", "-1"],
+            "--windows must be a whole number of windows from 0 to 1000000, not -1.",
+        ),
+        (
+            ["compare", "--length", "1"],
+            "--length must be a whole number of tokens from 2 to 16777216, not 1.",
+        ),
+        (
+            ["compare", "--calibration-windows", "0"],
+            "--calibration-windows must be a whole number of windows from 1 to 1000000, not 0.",
+        ),
         (["compare", "--sampling", "publish"], "did you mean 'published'"),
-        (["compare", "--train-steps", "0"], "--train-steps must be at least 1, not 0."),
+        (
+            ["compare", "--train-steps", "0"],
+            "--train-steps must be a whole number of steps from 1 to 10000000, not 0.",
+        ),
         (["compare", "no/such/model"], "no/such/model"),
         (["compare", "--dtype", "int3"], "int3"),
         (["bench", "--methods", "prob"], "did you mean 'probe'"),
@@ -123,7 +145,7 @@ def test_interrupt_and_full_disk_end_in_a_sentence(capsys):
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "results.jsonl")
 
-    assert run(interrupted) == 2
+    assert run(interrupted) == 130
     assert "the same command continues" in capsys.readouterr().err
     assert run(full) == 2
     assert "No space left on device: results.jsonl" in capsys.readouterr().err
@@ -160,7 +182,80 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, smollm2):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and "the same command continues" in error and "Traceback" not in error
+    assert process.returncode == 130 and "the same command continues" in error and "Traceback" not in error
+
+
+SLOW = """
+import sys, time, typer
+from probeprune import cli
+app = typer.Typer()
+@app.command()
+def slow():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(0.5)
+        print("cleaned up", flush=True)
+cli.app = app
+sys.argv = ["probeprune"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_on_the_way_that_cleans_up(sent, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(sent)
+    if sent == signal.SIGTERM:
+        time.sleep(0.2)
+        process.send_signal(sent)  # impatient: cleaning up goes on
+    shown, error = process.communicate(timeout=60)
+    assert process.returncode == code and shown == "cleaned up\n"
+    assert error.startswith("probeprune: interrupted;") and error.count("\n") == 1
+
+
+def test_ctrl_c_during_the_imports_is_a_sentence(capsys, monkeypatch):
+    class Interrupted(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name == "probeprune.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "probeprune.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        probeprune_command.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "probeprune: interrupted before anything was done.\n"
+
+
+def test_codes_of_commands_pass_through():
+    def failed() -> None:
+        sys.exit(1)
+
+    assert run(failed) == 1 and run(lambda: None) == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "removed", "said"),
+    [(0.3, 1 / 3, True), (0.3, 1 / 6, True), (0.3, 0.309, False), (0.3, 0.291, False), (0.0, 0.0, False)],
+)
+def test_a_share_far_from_the_ratio_is_said_once(ratio, removed, said):
+    row = {"kind": "result", "name": "flap", "ratio": ratio, "method": {}, "removed_share": removed}
+    sentences = missed_in([row, row, {"kind": "failure"}])
+    assert len(sentences) == said
+    assert not said or sentences == [
+        f"flap {ratio:.0%}: asked for {ratio:.1%} of the blocks' parameters, removed {removed:.1%}: widths "
+        "come in whole heads and multiples of round_to; another ratio or a smaller round_to may come closer."
+    ]
+    assert not missed_in([row | {"method": {"budget": "flops"}}]), "another quantity"
 
 
 def test_it_starts_fast_enough_to_ask_for_help():
@@ -171,30 +266,37 @@ def test_it_starts_fast_enough_to_ask_for_help():
 
 
 def test_lists_are_separated_by_commas():
-    assert values.names(" a, b ,", "x") == ["a", "b"]
-    assert values.numbers("0.2, .4", "x") == [0.2, 0.4]
-    assert values.whole_numbers("1,16,", "x", least=1) == [1, 16]
+    assert values.names(" a, b ", "x") == ["a", "b"]
+    assert values.numbers("0.2, .4", "x", "ratio") == [0.2, 0.4]
+    assert values.numbers("1,16", "x", "batch_size") == [1, 16]
 
 
 @pytest.mark.parametrize(
     ("read", "says"),
     [
-        (lambda: values.names(" , ", "methods"), "--methods is empty"),
-        (lambda: values.numbers("0.2,many", "ratios"), "--ratios '0.2,many' is not a number"),
+        (lambda: values.names(" , ", "methods"), "--methods ' , ' has an empty entry"),
+        (lambda: values.names("a,b,a", "methods"), "--methods 'a,b,a' has an entry twice"),
         (
-            lambda: values.whole_numbers("1,x", "seeds", 0),
-            "--seeds '1,x' must be whole",
+            lambda: values.numbers("0.2,many", "ratios", "ratio"),
+            "--ratios must be a number in [0, 1), not 'many'",
         ),
-        (lambda: values.whole_numbers("1.5", "seeds", 0), "--seeds '1.5' must be whole numbers"),
         (
-            lambda: values.whole_numbers("0", "lengths", 1),
-            "numbers of at least 1, such as",
+            lambda: values.numbers("1,x", "seeds", "seed"),
+            "--seeds must be a whole number from 0 to 4294967295",
+        ),
+        (
+            lambda: values.numbers("1.5", "seeds", "seed"),
+            "--seeds must be a whole number from 0 to 4294967295",
+        ),
+        (lambda: values.numbers("7,07", "seeds", "seed"), "--seeds '7,07' has an entry twice"),
+        (
+            lambda: values.numbers("0", "lengths", "GridPoint.length"),
+            "--lengths must be a whole number of tokens",
         ),
         (
             lambda: values.one_of("layout", "evn", ("even", "odd")),
             "did you mean 'even'? Known: even, odd.",
         ),
-        (lambda: values.at_least(1, batch_size=0), "--batch-size must be at least 1, not 0."),
     ],
 )
 def test_values_that_cannot_be_read_are_refused(read, says):

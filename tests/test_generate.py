@@ -94,8 +94,14 @@ def test_what_cannot_be_generated_is_refused(loaded):
     with pytest.raises(UsageError, match="more than the model's 128 positions"):
         generate(loaded, encode(loaded, ["7"]), max_new_tokens=127)
     for bad, says in (
-        ({"temperature": -1.0}, "negative"),
-        ({"temperature": 1.0, "top_p": 0.0}, "must lie in"),
+        (
+            {"temperature": -1.0},
+            r"temperature must be a number in \[0, 1000\], not -1.0; 0 takes the most likely",
+        ),
+        (
+            {"temperature": 1.0, "top_p": 0.0},
+            r"top_p must be a number in \(0, 1\], not 0.0; 1 draws from all tokens",
+        ),
         ({"top_p": 0.5}, "needs a temperature"),
     ):
         with pytest.raises(UsageError, match=says):
@@ -119,12 +125,15 @@ def test_a_chat_template_is_the_tokenizers_own(loaded):
         ([], "nothing to continue"),
         (["--prompt", "a", "--method", "prob"], "did you mean 'probe'"),
         (["--prompt", "a", "--method", "llm-pruner+lora"], "trains the model"),
-        (["--prompt", "a", "--ratio", "1"], "outside [0, 1)"),
+        (["--prompt", "a", "--ratio", "1"], "--ratio must be a number in [0, 1), not 1.0"),
         (["--prompt", "a", "--method", "wanda-sp", "--refresh", "8"], "methods that probe"),
         (["--prompt", "a", "--refresh", "-8"], "number of tokens"),
-        (["--prompt", "a", "--temperature", "-1"], "negative"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature must be a number in [0, 1000], not -1.0"),
         (["--prompt", "a", "--top-p", "0.5"], "needs a temperature"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (
+            ["--prompt", "a", "--max-new-tokens", "0"],
+            "--max-new-tokens must be a whole number of tokens from 1 to 16777216, not 0",
+        ),
         (["--prompt", "a", "--method", "dense", "--compare"], "choose another than dense"),
         (["--file", "no/such.txt"], "no/such.txt cannot be read"),
         (["no/such/model", "--prompt", "a"], "no/such/model"),

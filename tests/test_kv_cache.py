@@ -290,7 +290,9 @@ def test_history_moves_with_every_prompt_but_not_while_decoding(llama):
 
 
 def test_refresh_that_cannot_be_is_refused():
-    with pytest.raises(UsageError, match="refresh=-1 must be a number of tokens, 0 or more"):
+    with pytest.raises(
+        UsageError, match="refresh must be a whole number of tokens from 0 to 1073741824, not -1"
+    ):
         ProbeEveryBatch(refresh=-1)
     with pytest.raises(UsageError, match="own_positions=0"):
         ProbeEveryBatch(refresh=4, own_positions=4)

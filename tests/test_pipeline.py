@@ -69,6 +69,16 @@ def test_a_checkpoint_with_all_that_belongs_to_it(prune, files, tmp_path, capsys
     assert (out / "generation_config.json").exists()
 
 
+@pytest.mark.parametrize("blocks", ["attention", "attention,mlp"])
+def test_a_share_that_misses_the_ratio_is_said(prune, tmp_path, capsys, blocks):
+    more = ["--blocks", blocks, "--round-to", 1]
+    assert prune("--method", "random", "--ratio", 0.19, *more) == 0
+    said = capsys.readouterr().err
+    removed = json.loads((tmp_path / "out" / "pruning.json").read_text())["removed_share"]
+    assert ("asked for 19.0% of the blocks' parameters, removed" in said) == (abs(removed - 0.19) > 0.01)
+    assert (f"removed {removed:.1%}: widths come" in said) == (blocks == "attention")
+
+
 def test_gradients_take_windows_of_their_own_size(prune, tmp_path, capsys):
     # LLM-Pruner wants 10 windows of 64 tokens; no line here is that long.
     assert prune("--method", "llm-pruner", "--ratio", 0.2) == 2
@@ -141,7 +151,7 @@ def test_widths_by_damage_meet_a_budget_of_flops(prune, tmp_path):
         ("llama", ["--method", "flap"], "without compensation"),
         ("opt", ["--method", "random"], "no plain config describes this model"),
         ("llama", ["--method", "random", "--ratio", "1e-7"], "too small to remove a single unit"),
-        ("llama", ["--method", "random", "--ratio", "1.5"], "outside [0, 1)"),
+        ("llama", ["--method", "random", "--ratio", "1.5"], "--ratio must be a number in [0, 1), not 1.5"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(prune, tmp_path, capsys, model, arguments, says):

@@ -72,9 +72,9 @@ def test_a_place_that_another_process_holds_is_refused_at_the_start(command, tmp
 
 def test_an_unwritable_place_of_a_report_is_refused(tmp_path, capsys):
     results = fake_results.write(tmp_path / "run/results.jsonl", fake_results.lines()[:2])
-    (tmp_path / "figures").touch()
+    (tmp_path / "page-figures").touch()
     said = refusal(capsys, "report", results, "--out", tmp_path / "page.html")
-    assert "figures is a file" in said and not (tmp_path / "page.html").exists()
+    assert "page-figures" in said and "file" in said and not (tmp_path / "page.html").exists()
 
 
 # -- training --------------------------------------------------------------------------------------

@@ -226,8 +226,8 @@ def test_a_method_without_a_ratio_needs_no_refit(made):
     [
         ("probee", 0.2, "did you mean 'probe'"),
         ("flap+lora", 0.2, "trains the model"),
-        ("probe", 1.0, "outside"),
-        ("probe", [0.2, -0.1], "outside"),
+        ("probe", 1.0, r"ratio must be a number in \[0, 1\), not 1.0"),
+        ("probe", [0.2, -0.1], r"ratio must be a number in \[0, 1\), not -0.1"),
         ("best-static", 0.97, "would remove everything"),
     ],
 )

@@ -190,10 +190,10 @@ def test_text_and_batches_that_do_not_fit(ids, changes, says, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"learning_rate": 0.0}, "positive learning rate"),
-        ({"lora": Lora(rank=0)}, "rank of LoRA"),
-        ({"length": 1}, "at least 2 tokens"),
+        ({"steps": 0}, "steps must be a whole number of steps from 1 to 10000000, not 0"),
+        ({"learning_rate": 0.0}, r"learning_rate must be a number in \(0, 1\], not 0.0"),
+        ({"warmup_steps": 7}, "warmup_steps 7 is more than the 6 steps"),
+        ({"length": 1}, "length must be a whole number of tokens from 2 to 16777216, not 1"),
     ],
 )
 def test_impossible_settings(changes, says):

@@ -163,5 +163,5 @@ def test_scored_units_are_those_of_the_static_method(importance):
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 2.0])
 def test_a_share_that_is_none_is_refused(share):
-    with pytest.raises(UsageError, match="between 0 and 1"):
+    with pytest.raises(UsageError, match=r"share must be a number in \(0, 1\), not "):
         RefitEveryBatch(share=share)

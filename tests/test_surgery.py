@@ -134,7 +134,7 @@ def test_the_configs_of_other_modules_stay_as_they_were():
         ("probe", 0.2, {}, "at every batch"),
         ("dense", 0.2, {}, "does not prune"),
         ("wanda-sp", 0.2, {}, "needs calibration="),
-        ("magnitude", 1.0, {}, "outside"),
+        ("magnitude", 1.0, {}, r"ratio must be a number in \[0, 1\), not 1.0"),
         ("magnitude", 1e-6, {}, "too small to remove a single unit"),
         ("magnitude", 0.0, {}, "too small to remove a single unit"),
         (compose("random", unit_kind="query"), 0.2, {}, "unit_kind='group' or 'balanced'"),
@@ -185,10 +185,10 @@ def test_methods_that_cannot_be_composed_are_refused(changes, says):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"windows": 0}, "at least 1 window"),
-        ({"length": 1}, "of 2 tokens"),
-        ({"draws": 0}, "1 draw"),
-        ({"rank": 0}, "rank 1"),
+        ({"windows": 0}, "windows must be a whole number of windows from 1 to 1000000, not 0"),
+        ({"length": 1}, "length must be a whole number of tokens from 2 to 16777216, not 1"),
+        ({"draws": 0}, "draws must be a whole number of draws from 1 to 1000000, not 0"),
+        ({"rank": 0}, "rank must be a whole number from 1 to 8192, not 0"),
         ({"reduction": "median"}, "unknown reduction 'median'"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_cell_that_fails_is_a_line_and_is_tried_again(folder, tmp_path, capsys
     broken = (folder / "own.yaml").read_text().replace("ratios: [0.2, 0.4]", "ratios: [0.2, 0.95]")
     (tmp_path / "broken.yaml").write_text(broken)
     call = ["table", "--preset", str(tmp_path / "broken.yaml"), "--out", str(out), "--dtype", "float32"]
-    assert run(lambda: app(call)) == 0
+    assert run(lambda: app(call)) == 1, "scripts notice that cells failed"
     rows = list(Results.open(out).rows.values())
     failed = [r for r in rows if r["kind"] == "failure"]
     assert {(r["name"], r["ratio"]) for r in failed} >= {("probe", 0.95), ("wanda-sp", 0.95)}
@@ -126,7 +126,7 @@ def test_a_cell_that_fails_is_a_line_and_is_tried_again(folder, tmp_path, capsys
     table = (out / "table.md").read_text()
     assert "use at most" in table or "without units" in table
     before = len((out / RESULTS).read_bytes().splitlines())
-    assert run(lambda: app(call)) == 0
+    assert run(lambda: app(call)) == 1, "scripts notice that cells failed"
     assert len((out / RESULTS).read_bytes().splitlines()) == before + len(failed)
 
 
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_opened_fails_its_cells_alone(folder, tmp_path, c
     text = (folder / "own.yaml").read_text()
     (tmp_path / "two.yaml").write_text(models + text.split("\n", 1)[1].replace("seeds: [0, 1]", "seeds: [0]"))
     call = ["table", "--preset", str(tmp_path / "two.yaml"), "--out", str(tmp_path / "out")]
-    assert run(lambda: app([*call, "--dtype", "float32"])) == 0
+    assert run(lambda: app([*call, "--dtype", "float32"])) == 1
     rows = Results.open(tmp_path / "out").rows.values()
     assert {r["kind"] for r in rows if "none.gguf" in r["model"]} == {"failure"}
     assert {r["kind"] for r in rows if "none.gguf" not in r["model"]} == {"result"}
@@ -190,9 +190,9 @@ def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
     [
         (["--preset", "papr"], "did you mean 'paper'"),
         (["--executor", "rey"], "did you mean 'ray'"),
-        (["--ratios", "1.5"], "outside"),
-        (["--seeds", "x"], "--seeds 'x' must be whole numbers"),
-        (["--ratios", "x"], "not a number"),
+        (["--ratios", "1.5"], "--ratios must be a number in [0, 1), not 1.5"),
+        (["--seeds", "x"], "--seeds must be a whole number from 0 to 4294967295, not 'x'"),
+        (["--ratios", "x"], "--ratios must be a number in [0, 1), not 'x'"),
         (["--workers", "0"], "--workers"),
         (["--executor", "ray", "--no-keep-trained"], "--executor local"),
     ],

@@ -323,9 +323,17 @@ def test_the_value_of_a_task_is_the_metric_of_published_tables(llama, tokenizer)
     ("task", "options", "message"),
     [
         ("hellaswog", {}, "did you mean 'hellaswag'"),
-        ("piqa", {"limit": 0}, "limit must be at least 1"),
-        ("piqa", {"batch_size": 0}, "batch_size must be at least 1"),
-        ("piqa", {"batch_size": 0, "protocol": "published"}, "batch_size must be at least 1"),
+        ("piqa", {"limit": 0}, "limit must be a whole number of items from 1 to"),
+        (
+            "piqa",
+            {"batch_size": 0},
+            "batch_size must be a whole number of sequences from 1 to 1000000, not 0",
+        ),
+        (
+            "piqa",
+            {"batch_size": 0, "protocol": "published"},
+            "batch_size must be a whole number of sequences from 1 to 1000000, not 0",
+        ),
         ("piqa", {"order": "random"}, "unknown order 'random'"),
         ("piqa", {"protocol": "mine"}, "unknown protocol 'mine'"),
         ("piqa", {"protocol": "published", "order": "length"}, "keeps the given order"),

@@ -137,10 +137,10 @@ def test_two_processes_give_what_one_gives(command, files, tmp_path, capsys):
     ("command", "more", "says"),
     [
         ("recover", ["--length", "50"], "no document of more than 50 tokens"),
-        ("recover", ["--steps", "0"], "steps must be at least 1"),
+        ("recover", ["--steps", "0"], "--steps must be a whole number of steps from 1 to 10000000, not 0"),
         ("recover", ["--batch-size", "6"], "multiple of 4"),
-        ("recover", ["--rank", "0"], "--rank must be at least 1, not 0"),
-        ("loraprune", ["--ratio", "1.2"], "outside [0, 1)"),
+        ("recover", ["--rank", "0"], "--rank must be a whole number from 1 to 8192, not 0"),
+        ("loraprune", ["--ratio", "1.2"], "--ratio must be a number in [0, 1), not 1.2"),
         ("loraprune", ["--ratio", "0.2", "--layout", "even"], "unknown layout"),
         ("loraprune", ["--ratio", "0.2", "--skip-layers", "2"], "leave --skip-layers out"),
         ("loraprune", ["--ratio", "0.95", "--layout", "per-layer"], "without units"),

@@ -154,7 +154,19 @@ def test_an_optional_field_with_a_table_can_be_null(tmp_path):
         ),
         ("name: x\ndrive: [motor]", 2, "drive: expected 'key: value' pairs"),
         ("name: x\nload: 2001-13-45", 2, "load: '2001-13-45' cannot be read"),
-        ("name: x\nload: !gram 3", 2, "load: '3' cannot be read"),
+        ("name: x\nload: !gram 3", 2, "load: tag '!gram' is not known here"),
+        ("name: !!python/name:os.system x", 1, "tag 'tag:yaml.org,2002:python/name:os.system' is not known"),
+        ("name: x\ngears: !!python/tuple [1]", 2, "gears: tag 'tag:yaml.org,2002:python/tuple' is not known"),
+        ("name: x\n!!python/none k: 3", 2, "tag 'tag:yaml.org,2002:python/none' is not known"),
+        ("name: x\nwheel: &w {size: *w}", 2, "wheel.size: this alias stands for what it stands in"),
+        ("&a [*a]", 1, "this alias stands for what it stands in"),
+        ("&a {name: x, ? *a : 3}", 1, "this alias stands for what it stands in"),
+        ("name: x\ngears:\n  " + "[" * 40 + "]" * 40, 3, "gears: this is nested too deeply"),
+        ('name: "\\ud83d"', 1, "name: half of a surrogate pair is no text"),
+        ("name: x\nwheel: {? {a: b} : 3}", 2, "a key must be a single word"),
+        ("name: x\nload: " + "9" * 5000, 2, "load"),
+        ("name: x\n<<: {fast: true}", 2, "unknown key '<<'"),
+        ("name: x\n--- \nname: y", 2, "is not YAML"),
         ("? [a]\n: b", 1, "a key must be a single word"),
         ("- a", 1, "expected 'key: value' pairs"),
         ("name: [x", 1, "is not YAML"),
@@ -166,6 +178,28 @@ def test_a_mistake_is_named_with_file_line_and_field(text, line, says, tmp_path)
     message = str(error.value)
     assert message.startswith(f"line {line} of {tmp_path / 'bicycle.yaml'}") and says in message
     assert message.endswith(".") and not message.endswith("..")
+
+
+def test_numbers_are_read_where_the_meaning_is_plain(tmp_path):
+    assert bicycle(tmp_path, "{name: x, load: 1e-4}").load == 1e-4, "YAML 1.1 takes it for text without a dot"
+    made = bicycle(tmp_path, "{name: x, wheel: {size: 3.0}}")
+    assert made.wheel.size == 3 and type(made.wheel.size) is int
+    with pytest.raises(UsageError, match=r"load: expected a number, not '1'"):
+        bicycle(tmp_path, '{name: x, load: "1"}')
+    shared = "{name: x, wheels: [&w {size: 3}, *w, *w]}"
+    assert bicycle(tmp_path, shared).wheels == (Wheel(3),) * 3, "an alias for something else is fine"
+
+
+@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, "{a: " * 5000 + "1" + "}" * 5000])
+def test_a_file_nested_beyond_the_parser_is_refused(text, tmp_path):
+    with pytest.raises(UsageError, match=r"bicycle\.yaml is nested too deeply; use at most 32 levels"):
+        bicycle(tmp_path, text)
+
+
+def test_aliases_of_aliases_are_checked_in_no_time(tmp_path):
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
+    with pytest.raises(UsageError, match="unknown key 'a0'"):
+        bicycle(tmp_path, "\n".join(lines))
 
 
 def test_an_empty_file_has_no_entry(tmp_path):

@@ -1,5 +1,5 @@
 """`python -m probeprune`, as torchrun and accelerate launch want it."""
 
-from probeprune.cli import main
+from probeprune_command import main
 
 main()

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from reprlib import Repr
 
 
 class UsageError(ValueError):
@@ -14,6 +15,30 @@ class UsageError(ValueError):
 
 class Notice(UserWarning):
     """What was done otherwise than expected, in one sentence; the command line prints it."""
+
+
+class BadValue(UsageError):
+    """A value that a parameter or field cannot have.
+
+    Attributes:
+        name: the parameter or field.
+    """
+
+    def __init__(self, name: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.name = name
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlong = 40
+
+
+def quoted(value: object) -> str:
+    """The value as Python writes it, cut to a length that fits into a sentence."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python writes no integer of thousands of digits
+        return f"an integer of {value.bit_length()} bits"
+    return _SHORT.repr(value)
 
 
 def first_line(error: BaseException) -> str:
@@ -52,15 +77,8 @@ def unknown(what: str, given: object, known: Iterable[object], others: str = "")
     """
     names = sorted(map(str, known))
     if not names and not others:
-        return f"unknown {what} {given!r}; there is none to give here."
+        return f"unknown {what} {quoted(given)}; there is none to give here."
     # In lower case too: `SmolLM2` is near `smollm2`.
     near = get_close_matches(str(given), names, n=1) or get_close_matches(str(given).lower(), names, n=1)
     hint = f"did you mean {near[0]!r}? Known:" if near else "known:"
-    return f"unknown {what} {given!r}; {hint} {', '.join([*names, others] if others else names)}."
-
-
-def require_positive(**values: int) -> None:
-    """Raise `UsageError` for the first argument below 1, by its name."""
-    for name, value in values.items():
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}.")
+    return f"unknown {what} {quoted(given)}; {hint} {', '.join([*names, others] if others else names)}."

@@ -9,10 +9,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from probeprune.errors import BadValue, quoted
 from probeprune.places import replacing
 
 RESULTS = "results.jsonl"
 """Name of the file with result lines in an experiment's folder."""
+
+
+LONGEST_NAME = 200
+"""Bytes of a name that becomes the name of a file: file systems take 255, and endings are added."""
+
+
+def check_file_name(field: str, name: str) -> None:
+    """Raise `BadValue` unless a file can be named after `name` in any folder without leaving it.
+
+    Args:
+        field: the parameter or field that holds the name.
+        name: the name.
+    """
+    bad = not name.strip() or name.startswith(".") or "/" in name or "\\" in name
+    # Surrogates cannot be encoded, but they are not printable either.
+    if bad or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        raise BadValue(
+            field,
+            f"{field} {quoted(name)} cannot name a file: use 1 to {LONGEST_NAME} printable "
+            "characters, no slashes, and no dot in front.",
+        )
 
 
 # -- text and JSON ---------------------------------------------------------------------------------

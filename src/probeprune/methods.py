@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from probeprune import records
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import BadValue, UsageError, unknown
+from probeprune.files import check_file_name
 from probeprune.model.blocks import UnitKind
+from probeprune.ranges import check_fields
 from probeprune.strategies.allocation import ALLOCATIONS, KINDS
 from probeprune.strategies.compensation import COMPENSATIONS, Compensation, Refit
 from probeprune.strategies.criteria import CRITERIA, Gradients
@@ -39,6 +41,7 @@ class Method:
     """
 
     name: str
+    """Names files too, such as those of trained models: no slashes, no dot in front."""
     importance: str = "ppsp"
     """A key of `IMPORTANCES`."""
     allocation: str = "uniform"
@@ -67,14 +70,16 @@ class Method:
     """Where the method was published."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_file_name("name", self.name)
         for what, name, table in (
             ("importance", self.importance, IMPORTANCES),
             ("allocation", self.allocation, ALLOCATIONS),
             ("budget", self.budget, get_args(Budget)),
-            ("unit kind", self.unit_kind, get_args(UnitKind)),
+            ("unit_kind", self.unit_kind, get_args(UnitKind)),
         ):
             if name not in table:
-                raise UsageError(unknown(what, name, table))
+                raise BadValue(what, unknown(what.replace("_", " "), name, table))
         if not isinstance(self.compensation, Compensation):
             raise UsageError(f"a compensation is a record such as Refit(), not {self.compensation!r}.")
         if not isinstance(self.when, When):
@@ -120,10 +125,6 @@ _RULES: tuple[tuple[Callable[[Method], bool], str], ...] = (
     (
         lambda m: m.allocation == "damage-even" and m.skip_layers > 0,
         "allocation 'damage-even' gives all layers one width; it needs skip_layers=0.",
-    ),
-    (
-        lambda m: m.skip_layers < 0 or m.round_to < 1,
-        "skip_layers must be at least 0 and round_to at least 1.",
     ),
     (
         lambda m: not m.blocks or not set(m.blocks) <= set(KINDS),

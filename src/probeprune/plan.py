@@ -13,6 +13,7 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block
+from probeprune.ranges import plain
 from probeprune.strategies import Part, allocation
 from probeprune.strategies.allocation import ALLOCATIONS, Request
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
@@ -94,7 +95,7 @@ def widths(
 ) -> list[int]:
     """Number of units that each block keeps under the method's allocation. Raises `UsageError` for an
     impossible ratio."""
-    allocation.check_ratio(ratio)
+    ratio = plain("ratio", ratio)
     if not method.when.prunes or not ratio:
         return [b.units for b in blocks]
     rule = ALLOCATIONS[method.allocation]

@@ -32,6 +32,7 @@ from probeprune.model.wrappers import unwrapped
 from probeprune.places import check_writable
 from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
+from probeprune.ranges import plain
 from probeprune.strategies import Part
 from probeprune.strategies.allocation import Damage
 from probeprune.strategies.compensation import Consumer, Refit
@@ -176,7 +177,8 @@ class Preparation:
     ) -> None:
         if cache is not None:
             check_writable(cache)
-        self.model, self.calibration, self.batch_size = unwrapped(model), calibration, batch_size
+        self.model, self.calibration = unwrapped(model), calibration
+        self.batch_size = plain("batch_size", batch_size)
         self.cache, self.progress, self.following = cache, progress, following
         self._windows: torch.Tensor | None = None
         self._pieces: dict[str, dict[str, Any]] = {}

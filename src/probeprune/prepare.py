@@ -21,8 +21,8 @@ from probeprune.model.wrappers import unwrapped
 from probeprune.preparation import Piece, Preparation, gather
 from probeprune.progress import Progress, silent
 from probeprune.provenance import model_fingerprint
+from probeprune.ranges import plain
 from probeprune.strategies import Part
-from probeprune.strategies.allocation import check_ratio
 from probeprune.strategies.refit_every_batch import RefitEveryBatch
 
 _FORMAT = 1
@@ -154,9 +154,7 @@ def prepare(
     model = unwrapped(model)
     chosen = [method] if isinstance(method, str | Method) else list(method)
     methods = [get_method(m) for m in chosen]
-    ratios = [ratio] if isinstance(ratio, int | float) else list(ratio)
-    for share in ratios:
-        check_ratio(share)
+    ratios = [plain("ratio", r) for r in (ratio if isinstance(ratio, Sequence) else [ratio])]
     for m in methods:
         check_untrained(m)
     following = any(isinstance(m.when, RefitEveryBatch) for m in methods)

@@ -26,7 +26,8 @@ from probeprune.plan import Kept
 from probeprune.preparation import Preparation
 from probeprune.prepare import Calibration, Prepared, statistics_for
 from probeprune.progress import Progress, silent
-from probeprune.strategies.allocation import ALLOCATIONS, check_ratio
+from probeprune.ranges import check, plain
+from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import Consumer
 from probeprune.strategies.pruned_block import Cut
 from probeprune.strategies.schedule import Once
@@ -99,8 +100,9 @@ def prune(
         FloatingPointError: NaN or infinite statistics, losses or gradients, or a refit that failed; the model
             is unchanged.
     """
-    method, model = get_method(method), unwrapped(model)
-    blocks = _checked_blocks(model, method, ratio, steps, calibration)
+    method, model, ratio = get_method(method), unwrapped(model), plain("ratio", ratio)
+    steps, batch_size = plain("prune.steps", steps), plain("batch_size", batch_size)
+    blocks = _checked_blocks(model, method, steps, calibration)
     before, whole, total = _parameters(model), blocks, _total(blocks)  # a cut changes the blocks' sizes
     planned = _planned_widths(method, ratio, steps, blocks)
     ids = [torch.arange(b.units, device="cpu") for b in blocks]
@@ -141,10 +143,9 @@ def prune(
 
 
 def _checked_blocks(
-    model: nn.Module, method: Method, ratio: float, steps: int, calibration: Calibration | None
+    model: nn.Module, method: Method, steps: int, calibration: Calibration | None
 ) -> list[Block]:
     """The blocks of a model, once nothing stands against pruning them; see `prune` for the errors."""
-    check_ratio(ratio)
     check_static(method)
     check_eval(model)
     check_steps(method, steps)
@@ -229,8 +230,7 @@ def check_static(method: Method) -> None:
 
 def check_steps(method: Method, steps: int) -> None:
     """Raise `UsageError` for a number of steps that `method` does not support."""
-    if steps < 1:
-        raise UsageError("steps must be at least 1.")
+    check("prune", steps=steps)
     if steps > 1 and method.budget != "parameters":
         raise UsageError(f"a budget of {method.budget} is met in one step; leave out steps.")
 

@@ -23,6 +23,7 @@ from probeprune.model.passes import find_decoder
 from probeprune.prepare import Calibration
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
+from probeprune.ranges import check_fields, plain
 from probeprune.runtime.handle import Handle, attach
 from probeprune.stages import OVERHEAD
 from probeprune.strategies.allocation import removed_parameters
@@ -30,10 +31,13 @@ from probeprune.strategies.allocation import removed_parameters
 
 @dataclass(frozen=True)
 class GridPoint:
-    """A batch size, and the length of the prompt in tokens."""
+    """A batch size, and the length of the prompt in tokens. Raises `UsageError` for values out of range."""
 
     batch_size: int
     length: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass
@@ -73,6 +77,7 @@ def measure_point(
     """
     everything = [METHODS["dense"], *(m for m in methods if m.when.prunes)]
     runs = {m.name: _Run({"prefill": [], "decode": []}) for m in everything}
+    new_tokens, rounds = plain("new_tokens", new_tokens), plain("rounds", rounds)
     windows = target.windows((rounds + 2) * point.batch_size, point.length + new_tokens)
     batches = [b.to(target.device) for b in windows.split(point.batch_size)]
     for done, (previous, batch) in enumerate(pairwise(batches)):

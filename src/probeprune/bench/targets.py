@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows
-from probeprune.errors import UsageError, require_positive, unknown
+from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import find_blocks
 from probeprune.model.loading import LoadedModel
+from probeprune.ranges import plain
 
 SHAPES: dict[str, dict[str, Any]] = {
     # hidden size, MLP width, layers, heads, key-value heads, head size: from the models' config.json
@@ -89,8 +90,9 @@ def of_shape(shape: str, layers: int | None, dtype: torch.dtype, device: torch.d
     """
     if shape not in SHAPES:
         raise UsageError(unknown("shape", shape, SHAPES))
-    sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
-    require_positive(layers=sizes["num_hidden_layers"])
+    sizes = dict(SHAPES[shape])
+    if layers is not None:
+        sizes["num_hidden_layers"] = plain("layers", layers)
     config = LlamaConfig(**sizes, vocab_size=_VOCABULARY, max_position_embeddings=131072, dtype=dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)

@@ -1,12 +1,15 @@
 """The command line: thin commands over the library, one file each.
 
-Bad input ends with one sentence and exit code 2, never with a traceback. So does Ctrl-C, and all measurements
-made until then are kept. The options of a command are groups of options (`options.py`, `groups.py`).
+Bad input ends with one sentence and exit code 2, never with a traceback. Ctrl-C (exit code 130) and SIGTERM
+(143) end a command with a sentence too: what is half written is cleaned up, and all measurements made until
+then are kept. The options of a command are groups of options (`options.py`, `groups.py`).
 """
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import typer
@@ -38,16 +41,32 @@ app.command("methods")(list_methods)
 app.command("models")(list_models)
 
 
+CTRL_C, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+"""Exit codes of a command that was ended from outside, as shells have them."""
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
     prepare_terminal()
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(app))
 
 
-def run(command: Callable[[], Any]) -> int:
-    """Run a command and return its exit code: 2, and one sentence on standard error, for bad input.
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End the command from where it is, so that all on the way out cleans up; a second signal is ignored.
 
-    Errors that are the package's own, not the user's, pass through.
+    Worker processes forked from here inherit the handler and end in the same way.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(TERMINATED)
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Run a command and return its exit code.
+
+    0: done. 1: done, but some cells failed. 2: bad input, or no space or permission to write. 130: Ctrl-C.
+    143: SIGTERM. With each but 0 comes one sentence on standard error. Errors that are the package's own, not
+    the user's, pass through.
     """
     try:
         command()
@@ -55,14 +74,16 @@ def run(command: Callable[[], Any]) -> int:
         print_error(str(error))
     except KeyboardInterrupt:
         print_error(INTERRUPTED)
+        return CTRL_C
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         print_error(f"{error.strerror}: {error.filename or 'output'}; free space or choose another --out.")
     except SystemExit as end:
-        if end.code != 130:
-            return int(end.code or 0)
-        print_error(INTERRUPTED)  # Typer ends an interrupted command without a word
+        code = int(end.code or 0)
+        if code in (CTRL_C, TERMINATED):  # Typer ends an interrupted command without a word
+            print_error(INTERRUPTED)
+        return code
     else:
         return 0
     return 2

@@ -16,12 +16,12 @@ from probeprune.cli.facts import takes_gradients
 from probeprune.cli.groups import Device, Model, Ratio, ResultOptions, TrustRemoteCode
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, out, print_written, progress_bar
-from probeprune.cli.values import at_least, names, one_of, whole_numbers
+from probeprune.cli.values import names, numbers, one_of
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
 from probeprune.model.loading import EMBEDDED_MODEL, load_model
 from probeprune.model.machine import DTYPES, choose_device, choose_dtype
-from probeprune.strategies.allocation import check_ratio
+from probeprune.ranges import RANGES
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ class TargetOptions:
     layers: Annotated[
         int | None,
         typer.Option(help="Number of layers of the random model.", show_default="as in the real model"),
+        RANGES["layers"],
     ] = None
     device: Device = "auto"
     trust_remote_code: TrustRemoteCode = False
@@ -90,15 +91,23 @@ class GridOptions:
         typer.Option(help="Methods to measure beside the dense model, separated by commas."),
     ] = "ppsp,probe"
     ratio: Ratio = 0.4
-    batch_sizes: Annotated[str, typer.Option(help="Numbers of sequences per batch, separated by commas.")] = (
-        "16"
-    )
-    lengths: Annotated[str, typer.Option(help="Numbers of tokens per prompt, separated by commas.")] = "512"
+    batch_sizes: Annotated[
+        str, typer.Option(help="Numbers of sequences per batch, separated by commas."), RANGES["batch_size"]
+    ] = "16"
+    lengths: Annotated[
+        str,
+        typer.Option(help="Numbers of tokens per prompt, separated by commas."),
+        RANGES["GridPoint.length"],
+    ] = "512"
     new_tokens: Annotated[
-        int, typer.Option(help="Tokens decoded after each prompt; 0 measures prefill alone.")
+        int,
+        typer.Option(help="Tokens decoded after each prompt; 0 measures prefill alone."),
+        RANGES["new_tokens"],
     ] = 16
     rounds: Annotated[
-        int, typer.Option(help="Number of rounds, each of all methods in turn; medians are reported.")
+        int,
+        typer.Option(help="Number of rounds, each of all methods in turn; medians are reported."),
+        RANGES["rounds"],
     ] = 5
     dtypes: Annotated[
         str,
@@ -110,14 +119,14 @@ class GridOptions:
     threads: Annotated[
         str,
         typer.Option(help="Numbers of CPU threads, separated by commas; 0 is PyTorch's default."),
+        RANGES["threads"],
     ] = "0"
 
     def checked_methods(self, shape: str | None) -> list[Method]:
         """The methods; for a random model, which may have few layers, with no layer left dense.
 
-        Raises `UsageError` for an unknown method or one that cannot be timed here, and for a bad ratio.
+        Raises `UsageError` for an unknown method or one that cannot be timed here.
         """
-        check_ratio(self.ratio)
         methods = [get_method(name) for name in names(self.methods, "methods")]
         for method in methods:
             check_untrained(method)
@@ -128,15 +137,13 @@ class GridOptions:
         return methods if shape is None else [dataclasses.replace(m, skip_layers=0) for m in methods]
 
     def points(self) -> list[GridPoint]:
-        """All batch sizes at all lengths. Raises `UsageError` for a size below 1."""
+        """All batch sizes at all lengths. Raises `UsageError` for a size out of range."""
         from probeprune.bench.measure import GridPoint
 
-        at_least(1, rounds=self.rounds)
-        at_least(0, new_tokens=self.new_tokens)
-        lengths = whole_numbers(self.lengths, "lengths", least=1)
+        lengths = numbers(self.lengths, "lengths", "GridPoint.length")
         return [
             GridPoint(batch_size, length)
-            for batch_size in whole_numbers(self.batch_sizes, "batch-sizes", least=1)
+            for batch_size in numbers(self.batch_sizes, "batch-sizes", "batch_size")
             for length in lengths
         ]
 
@@ -149,7 +156,7 @@ class GridOptions:
 
     def thread_counts(self) -> list[int]:
         """The numbers of threads. Raises `UsageError` for anything but whole numbers."""
-        return whole_numbers(self.threads, "threads", least=0)
+        return numbers(self.threads, "threads", "threads")
 
 
 @grouped

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 
 import typer
 
-from probeprune.cli.facts import is_dense
+from probeprune.cli.facts import is_dense, missed_in
 from probeprune.cli.groups import CalibrationOptions, KeepTrained, LoadOptions, Model, ResultOptions
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, print_line, print_rows, print_written, progress_bar, warn
-from probeprune.cli.values import at_least, names, numbers, one_of
+from probeprune.cli.values import names, numbers, one_of
 from probeprune.data.windows import Sampling, Text
 from probeprune.experiment.cells import Cell, Setting, TextMeasure, TrainingBudget
 from probeprune.methods import Method, compose, get_method
 from probeprune.model.blocks import UnitKind
 from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
-from probeprune.strategies.allocation import check_ratio
+from probeprune.ranges import RANGES
 
 if TYPE_CHECKING:
     from probeprune.experiment.cells import Subject
@@ -41,6 +41,7 @@ class GridOptions:
     ratios: Annotated[
         str,
         typer.Option(help="Pruning ratios, separated by commas: shares of all attention and MLP parameters."),
+        RANGES["ratio"],
     ] = "0.2,0.4"
     units: Annotated[
         str, typer.Option(help="Attention units under grouped-query attention: group, balanced or query.")
@@ -50,6 +51,7 @@ class GridOptions:
         typer.Option(
             help="Number of leading layers to leave dense.", show_default="each method's own, mostly 3"
         ),
+        RANGES["skip_layers"],
     ] = None
 
     def composed(self) -> list[Method]:
@@ -63,10 +65,7 @@ class GridOptions:
 
     def checked_ratios(self) -> list[float]:
         """The ratios. Raises `UsageError` for one outside [0, 1)."""
-        ratios = numbers(self.ratios, "ratios")
-        for ratio in ratios:
-            check_ratio(ratio)
-        return ratios
+        return numbers(self.ratios, "ratios", "ratio")
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,14 @@ class MeasureOptions:
         typer.Option(help="Text to measure perplexity on: an embedded name, a file or a hub id."),
     ] = TextMeasure.corpus
     windows: Annotated[
-        int, typer.Option(help="Number of evaluation windows, taken from the start of the text; 0 takes all.")
+        int,
+        typer.Option(help="Number of evaluation windows, taken from the start of the text; 0 takes all."),
+        RANGES["Text.windows"],
     ] = 24
     batch_size: Annotated[
-        int, typer.Option(help="Windows per batch; dynamic methods choose units at every batch.")
+        int,
+        typer.Option(help="Windows per batch; dynamic methods choose units at every batch."),
+        RANGES["batch_size"],
     ] = TextMeasure.batch_size
     sampling: Annotated[
         str,
@@ -93,10 +96,7 @@ class MeasureOptions:
     ] = TextMeasure.sampling
 
     def measure(self, length: int, seed: int) -> TextMeasure:
-        """The measure, on windows of `length` tokens. Raises `UsageError` for values out of range."""
-        at_least(0, windows=self.windows)
-        at_least(2, length=length)
-        at_least(1, batch_size=self.batch_size)
+        """The measure, on windows of `length` tokens. Raises `UsageError` for an unknown sampling."""
         one_of("sampling", self.sampling, get_args(Sampling))
         published = self.sampling == "published"
         return TextMeasure(
@@ -115,27 +115,27 @@ class BudgetOptions:
     """How long methods that train may train."""
 
     panel: ClassVar[str] = "Training of methods with +lora"
-    train_steps: Annotated[int, typer.Option(help="Number of optimiser steps.")] = 100
+    train_steps: Annotated[int, typer.Option(help="Number of optimiser steps."), RANGES["steps"]] = 100
     train_tokens: Annotated[
         int | None,
         typer.Option(help="Tokens to train on, rounded to whole steps; replaces --train-steps."),
+        RANGES["train_tokens"],
     ] = None
-    train_batch_size: Annotated[int, typer.Option(help="Sequences per optimiser step.")] = 4
-    train_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256
-    train_rate: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4
+    train_batch_size: Annotated[
+        int, typer.Option(help="Sequences per optimiser step."), RANGES["batch_size"]
+    ] = 4
+    train_length: Annotated[int, typer.Option(help="Tokens per sequence."), RANGES["length"]] = 256
+    train_rate: Annotated[float, typer.Option(help="Learning rate."), RANGES["learning_rate"]] = 5e-4
     train_text: Annotated[str, typer.Option(help="Training text: an embedded name, a file or a hub id.")] = (
         TrainingBudget.corpus
     )
     keep_trained: KeepTrained = True
 
     def budget(self) -> TrainingBudget:
-        """The training budget. Raises `UsageError` for sizes that make no sense."""
-        at_least(1, train_batch_size=self.train_batch_size)
-        at_least(2, train_length=self.train_length)
+        """The training budget. Raises `UsageError` for more steps than a budget may have."""
         steps = self.train_steps
         if self.train_tokens is not None:
             steps = max(round(self.train_tokens / (self.train_batch_size * self.train_length)), 1)
-        at_least(1, train_steps=steps)
         return TrainingBudget(
             steps, self.train_batch_size, self.train_length, self.train_rate, self.train_text
         )
@@ -183,6 +183,7 @@ def compare(
         write_text(output.out_dir / "table.md", report.markdown(rows, title))
         plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), output.out_dir / "plot")
     print_rows(rows, title, output.as_json)
+    warn(missed_in(rows))
     print_written((results.path, output.out_dir / "table.md", *plots))
 
 

@@ -1,10 +1,14 @@
 """What the commands must know of a method beyond its name: asked here and nowhere else in this folder."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from probeprune.errors import UsageError
 from probeprune.methods import Method, compose
 from probeprune.plan import needs
+from probeprune.result_lines import Line
+from probeprune.strategies.allocation import missed_ratio
 from probeprune.strategies.compensation import Refit
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.schedule import Never
@@ -23,6 +27,28 @@ def moment(method: Method) -> str:
 def takes_gradients(method: Method) -> bool:
     """Whether the method must be calibrated with gradients."""
     return "saliences" in needs(method)
+
+
+def missed(name: str, method: Mapping[str, Any], ratio: float, removed: float) -> str | None:
+    """A sentence about a method that removed much more or less than was asked for; None where it did not.
+
+    Args:
+        name: how to call the method and the ratio.
+        method: its record; a budget other than parameters is met in another quantity, and is not compared.
+        ratio, removed: shares of the parameters of all blocks, asked for and removed.
+    """
+    sentence = missed_ratio(ratio, removed) if method.get("budget", "parameters") == "parameters" else None
+    return sentence and f"{name}: {sentence}"
+
+
+def missed_in(rows: Iterable[Line]) -> list[str]:
+    """Such sentences about the methods and ratios in result rows, each once."""
+    said = dict.fromkeys(
+        missed(f"{row['name']} {row['ratio']:.0%}", row["method"], row["ratio"], row["removed_share"])
+        for row in rows
+        if row["kind"] == "result" and "removed_share" in row
+    )
+    return [sentence for sentence in said if sentence]
 
 
 def with_compensation(method: Method, compensation: str) -> Method:

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from probeprune.cli.facts import is_dense, with_refresh
+from probeprune.cli.facts import is_dense, missed, with_refresh
 from probeprune.cli.groups import CalibrationOptions, Json, LoadOptions, Model, Ratio
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import err, print_line, print_text, progress_bar
-from probeprune.cli.values import at_least
+from probeprune.cli.terminal import err, print_line, print_text, progress_bar, warn
 from probeprune.errors import UsageError
 from probeprune.jobs.generate import Decoding
 from probeprune.methods import METHODS, Method, check_untrained, get_method
 from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
-from probeprune.strategies.allocation import check_ratio
+from probeprune.ranges import RANGES
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -46,13 +45,13 @@ class PruningOptions:
             help="Number of new tokens after which a probing method chooses MLP channels again; 0 keeps the "
             "choice of the prompt."
         ),
+        RANGES["refresh"],
     ] = 0
 
     def composed(self) -> Method:
         """The method. Raises `UsageError` for one that trains, and for options it cannot honour."""
         method = get_method(self.method)
         check_untrained(method)
-        check_ratio(self.ratio)
         return with_refresh(method, self.refresh)
 
 
@@ -97,18 +96,22 @@ class DecodingOptions:
     """How text is generated."""
 
     panel: ClassVar[str] = "Decoding"
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per prompt.")] = 128
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum number of new tokens per prompt."), RANGES["max_new_tokens"]
+    ] = 128
     temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
+        float,
+        typer.Option(help="Sampling temperature; 0 always takes the most likely token."),
+        RANGES["temperature"],
     ] = Decoding.temperature
     top_p: Annotated[
         float,
         typer.Option(help="Sample only from the most likely tokens that together have this probability."),
+        RANGES["top_p"],
     ] = Decoding.top_p
 
     def decoding(self, seed: int) -> Decoding:
-        """How the next token is taken. Raises `UsageError` for values out of range."""
-        at_least(1, max_new_tokens=self.max_new_tokens)
+        """How the next token is taken. Raises `UsageError` for values that do not go together."""
         return Decoding(self.temperature, self.top_p, seed)
 
 
@@ -179,6 +182,8 @@ def generate(
     if not stream:
         _print_texts(prompt_texts, generated)
     print_line(_summary(request, generated, removed, speed))
+    if not is_dense(method):
+        warn(filter(None, [missed(method.name, method.record(), request.ratio, removed)]))
 
 
 def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed: int) -> Prepared | None:

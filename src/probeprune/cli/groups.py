@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 import typer
 
 from probeprune.cli.terminal import err
-from probeprune.cli.values import at_least, one_of
+from probeprune.cli.values import one_of
 from probeprune.data.windows import CALIBRATION, Text
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import TextMeasure
 from probeprune.model.described import Layout
+from probeprune.ranges import RANGES
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ Model = Annotated[
 Ratio = Annotated[
     float,
     typer.Option(help="Pruning ratio: share of all attention and MLP parameters to prune."),
+    RANGES["ratio"],
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text and tables.")]
 Device = Annotated[
@@ -87,19 +89,20 @@ class CalibrationOptions:
     calibration: Annotated[
         str, typer.Option(help="Calibration text: an embedded name, a file or a hub id.")
     ] = CALIBRATION.corpus
-    calibration_windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = (
-        CALIBRATION.windows
-    )
+    calibration_windows: Annotated[
+        int, typer.Option(help="Number of calibration windows."), RANGES["windows"]
+    ] = CALIBRATION.windows
     length: Annotated[
-        int, typer.Option(help="Tokens per window, for calibration and for any evaluation.")
+        int, typer.Option(help="Tokens per window, for calibration and for any evaluation."), RANGES["length"]
     ] = CALIBRATION.length
     seed: Annotated[
-        int, typer.Option(help="Random seed for calibration windows and everything else that is random.")
+        int,
+        typer.Option(help="Random seed for calibration windows and everything else that is random."),
+        RANGES["seed"],
     ] = 0
 
     def text(self) -> Text:
-        """The windows to calibrate on. Raises `UsageError` for counts below 1."""
-        at_least(1, calibration_windows=self.calibration_windows, length=self.length)
+        """The windows to calibrate on."""
         return Text(self.calibration, self.calibration_windows, self.length)
 
 
@@ -119,11 +122,11 @@ class EvaluationOptions:
         typer.Option(
             help="Number of evaluation windows, taken from the start of the text; 0 skips the evaluation."
         ),
+        RANGES["Text.windows"],
     ] = 16
 
     def text(self, length: int = Text.length) -> Text:
-        """The windows to measure on, each of `length` tokens. Raises `UsageError` for a negative number."""
-        at_least(0, windows=self.windows)
+        """The windows to measure on, each of `length` tokens."""
         return Text(self.corpus, self.windows, length)
 
 
@@ -141,7 +144,9 @@ class WidthOptions:
         ),
     ] = "uniform"
     round_to: Annotated[
-        int, typer.Option(help="Make MLP widths multiples of this number of channels, for speed.")
+        int,
+        typer.Option(help="Make MLP widths multiples of this number of channels, for speed."),
+        RANGES["round_to"],
     ] = 64
     skip_layers: Annotated[
         int | None,
@@ -149,6 +154,7 @@ class WidthOptions:
             help="Number of leading layers to leave dense; needs --layout per-layer.",
             show_default="the method's own",
         ),
+        RANGES["skip_layers"],
     ] = None
 
     def checked_layout(self, per_layer: Mapping[str, object] | None = None) -> Layout:

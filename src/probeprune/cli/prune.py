@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from probeprune.cli.facts import with_compensation
+from probeprune.cli.facts import missed, with_compensation
 from probeprune.cli.groups import (
     CalibrationOptions,
     CheckpointOptions,
@@ -18,13 +18,13 @@ from probeprune.cli.groups import (
     WidthOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import print_saved, progress_bar
-from probeprune.cli.values import at_least, names, one_of
+from probeprune.cli.terminal import print_saved, progress_bar, warn
+from probeprune.cli.values import names, one_of
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.methods import Method, compose, get_method, with_equal_widths
 from probeprune.model.blocks import UnitKind
 from probeprune.model.loading import EMBEDDED_MODEL
-from probeprune.strategies.allocation import check_ratio
+from probeprune.ranges import RANGES
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,16 @@ class PruningOptions:
     steps: Annotated[
         int,
         typer.Option(help="Number of steps in which to reach the ratio, with a new calibration before each."),
+        RANGES["prune.steps"],
     ] = 1
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = BATCH_SIZE
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass."), RANGES["batch_size"]] = (
+        BATCH_SIZE
+    )
 
     def composed(self, widths: WidthOptions, seed: int) -> Method:
         """The method with all changes. Raises `UsageError` for unknown names and impossible combinations."""
         layout = widths.checked_layout({"allocation": self.allocation, "budget": self.budget})
         one_of("unit kind", self.units, get_args(UnitKind))
-        at_least(1, steps=self.steps, batch_size=self.batch_size)
-        check_ratio(self.ratio)
         method = get_method(self.method)
         if self.compensation is not None:
             method = with_compensation(method, self.compensation)
@@ -131,6 +132,7 @@ def prune(
             progress=show,
         )
     print_saved(record, output.out_dir, _summary(record), ("dense", "pruned"), output.as_json)
+    warn(filter(None, [missed(method.name, record["method"], pruning.ratio, record["removed_share"])]))
 
 
 def _summary(record: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from probeprune.cli.facts import missed_in
 from probeprune.cli.groups import KeepTrained, LoadOptions, ResultOptions
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import (
@@ -20,9 +21,10 @@ from probeprune.cli.terminal import (
     progress_bar,
     warn,
 )
-from probeprune.cli.values import at_least, names, numbers, one_of, whole_numbers
+from probeprune.cli.values import names, numbers, one_of
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
+from probeprune.ranges import RANGES
 
 if TYPE_CHECKING:
     from probeprune.experiment.presets import Preset
@@ -47,10 +49,14 @@ class PresetOptions:
         str | None, typer.Option(help="Models, separated by commas; replaces those of the preset.")
     ] = None
     ratios: Annotated[
-        str | None, typer.Option(help="Pruning ratios, separated by commas; replaces those of the preset.")
+        str | None,
+        typer.Option(help="Pruning ratios, separated by commas; replaces those of the preset."),
+        RANGES["ratio"],
     ] = None
     seeds: Annotated[
-        str | None, typer.Option(help="Random seeds, separated by commas; replaces those of the preset.")
+        str | None,
+        typer.Option(help="Random seeds, separated by commas; replaces those of the preset."),
+        RANGES["seed"],
     ] = None
 
     def loaded(self) -> Preset:
@@ -61,9 +67,9 @@ class PresetOptions:
         if self.models is not None:
             changes["models"] = tuple(names(self.models, "models"))
         if self.ratios is not None:
-            changes["ratios"] = tuple(numbers(self.ratios, "ratios"))
+            changes["ratios"] = tuple(numbers(self.ratios, "ratios", "ratio"))
         if self.seeds is not None:
-            changes["seeds"] = tuple(whole_numbers(self.seeds, "seeds", least=0))
+            changes["seeds"] = tuple(numbers(self.seeds, "seeds", "seed"))
         return replace(load_preset(self.preset), **changes)
 
 
@@ -81,13 +87,14 @@ class ExecutorOptions:
             show_default="a new cluster on this machine",
         ),
     ] = None
-    workers: Annotated[int, typer.Option(help="Number of Ray workers that measure at the same time.")] = 2
+    workers: Annotated[
+        int, typer.Option(help="Number of Ray workers that measure at the same time."), RANGES["workers"]
+    ] = 2
     keep_trained: KeepTrained = True
 
     def check(self) -> None:
         """Raise `UsageError` for an unknown executor or options it cannot honour."""
         one_of("executor", self.executor, ("local", "ray"))
-        at_least(1, workers=self.workers)
         if self.executor == "ray" and not self.keep_trained:
             raise UsageError(
                 "--no-keep-trained needs --executor local: on a cluster, checkpoints may lie on other "
@@ -106,8 +113,8 @@ def table(
 ) -> None:
     """Measure a whole table: models x methods x ratios x seeds, on texts, tasks and cost.
 
-    A cell that fails becomes a line of the table and does not end the run. A run that was interrupted
-    continues when started again with the same options.
+    A cell that fails becomes a line of the table and does not end the run, but the exit code is then 1. A run
+    that was interrupted continues when started again with the same options.
 
     Example: [bold]probeprune table --preset laptop --out runs/table[/bold]
     """
@@ -133,10 +140,13 @@ def table(
         title = f"{preset.preset}: {chosen.description}" if chosen.description else preset.preset
         files = _write(rows, title, output.out_dir)
     print_rows(rows, title, output.as_json)
+    warn(missed_in(rows))
     failed = sum(row["kind"] == "failure" for row in rows)
     if failed:
         print_line("the same command tries them again", "yellow", mark=f"{failed} cells failed;")
     print_written((results.path, *files))
+    if failed:
+        raise typer.Exit(1)
 
 
 def _measure(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from probeprune.cli.facts import missed
 from probeprune.cli.groups import (
     CheckpointOptions,
     EvaluationOptions,
@@ -17,11 +18,10 @@ from probeprune.cli.groups import (
     WidthOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import notices, print_saved, progress_bar
-from probeprune.cli.values import at_least
+from probeprune.cli.terminal import notices, print_saved, progress_bar, warn
 from probeprune.experiment.cells import TrainingBudget
 from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
-from probeprune.strategies.allocation import check_ratio
+from probeprune.ranges import RANGES
 from probeprune.training.settings import Lora, Training
 
 
@@ -30,20 +30,28 @@ class TrainingOptions:
     """How long, how fast and on which text a model is trained."""
 
     panel: ClassVar[str] = "Training"
-    steps: Annotated[int, typer.Option(help="Number of optimiser steps.")] = Training.steps
-    batch_size: Annotated[int, typer.Option(help="Sequences per optimiser step, over all processes.")] = (
-        Training.batch_size
-    )
+    steps: Annotated[int, typer.Option(help="Number of optimiser steps."), RANGES["steps"]] = Training.steps
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences per optimiser step, over all processes."), RANGES["batch_size"]
+    ] = Training.batch_size
     micro_batch: Annotated[
-        int, typer.Option(help="Sequences per forward pass of one process; fewer take less memory.")
+        int,
+        typer.Option(help="Sequences per forward pass of one process; fewer take less memory."),
+        RANGES["micro_batch"],
     ] = Training.micro_batch
-    length: Annotated[int, typer.Option(help="Tokens per training sequence.")] = Training.length
+    length: Annotated[int, typer.Option(help="Tokens per training sequence."), RANGES["length"]] = (
+        Training.length
+    )
     learning_rate: Annotated[
-        float, typer.Option(help="Highest learning rate; it falls linearly to zero.")
+        float, typer.Option(help="Highest learning rate; it falls linearly to zero."), RANGES["learning_rate"]
     ] = Training.learning_rate
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA adapters.")] = Lora.rank
-    alpha: Annotated[int, typer.Option(help="LoRA alpha; adapters are scaled by alpha / rank.")] = Lora.alpha
-    dropout: Annotated[float, typer.Option(help="Dropout before the LoRA adapters.")] = Lora.dropout
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA adapters."), RANGES["rank"]] = Lora.rank
+    alpha: Annotated[
+        int, typer.Option(help="LoRA alpha; adapters are scaled by alpha / rank."), RANGES["alpha"]
+    ] = Lora.alpha
+    dropout: Annotated[float, typer.Option(help="Dropout before the LoRA adapters."), RANGES["dropout"]] = (
+        Lora.dropout
+    )
     text: Annotated[str, typer.Option(help="Training text: an embedded name, a file or a hub id.")] = (
         TrainingBudget.corpus
     )
@@ -60,6 +68,7 @@ class TrainingOptions:
         typer.Option(
             help="Optimiser steps between evaluations on held-out text; each also writes a checkpoint."
         ),
+        RANGES["evaluate_every"],
     ] = Training.evaluate_every
     checkpointing: Annotated[
         bool,
@@ -69,12 +78,13 @@ class TrainingOptions:
         ),
     ] = Training.gradient_checkpointing
     seed: Annotated[
-        int, typer.Option(help="Random seed for the order of the text, the adapters and dropout.")
+        int,
+        typer.Option(help="Random seed for the order of the text, the adapters and dropout."),
+        RANGES["seed"],
     ] = Training.seed
 
     def lora(self) -> Lora:
-        """The adapters. Raises `UsageError` for a rank below 1."""
-        at_least(1, rank=self.rank)
+        """The adapters."""
         return Lora(self.rank, self.alpha, self.dropout)
 
     def settings(self, lora: Lora | None, **changes: Any) -> Training:
@@ -84,11 +94,8 @@ class TrainingOptions:
             lora: the adapters; None trains all weights.
             changes: fields of `Training` that only one command has options for.
 
-        Raises `UsageError` for sizes that make no sense.
+        Raises `UsageError` for values that do not go together.
         """
-        at_least(1, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
-        at_least(1, evaluate_every=self.evaluate_every)
-        at_least(2, length=self.length)
         return Training(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -113,7 +120,12 @@ class RecoveryOptions:
 
     panel: ClassVar[str] = "Training"
     warmup_steps: Annotated[
-        int, typer.Option(help="Number of leading steps in which the learning rate rises.")
+        int | None,
+        typer.Option(
+            help="Number of leading steps in which the learning rate rises.",
+            show_default="a sixth of the steps",
+        ),
+        RANGES["warmup_steps"],
     ] = Training.warmup_steps
     lora: Annotated[bool, typer.Option(help="Train LoRA adapters; --no-lora trains all weights.")] = True
     merge: Annotated[
@@ -125,6 +137,7 @@ class RecoveryOptions:
             help="Stop after this number of evaluations without improvement.",
             show_default="train all steps",
         ),
+        RANGES["patience"],
     ] = Training.patience
 
 
@@ -198,7 +211,6 @@ def loraprune(
     from probeprune.training.settings import TrainingText
 
     _begin(output, load)
-    check_ratio(ratio)
     layout = widths.checked_layout()
     settings = training.settings(training.lora(), warmup_steps=0, keep_best=False)
     measured_on = evaluation.text()
@@ -247,3 +259,5 @@ def _print_trained(record: dict[str, Any], output: CheckpointOptions) -> None:
         f"{before:.3f} -> {after:.3f}"
     )
     print_saved(record, output.out_dir, summary, ("before", "after"), output.as_json)
+    if "removed_share" in record:
+        warn(filter(None, [missed("loraprune", {}, record["ratio"], record["removed_share"])]))

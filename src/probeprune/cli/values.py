@@ -1,34 +1,30 @@
 """Reads the values of options: lists separated by commas, numbers, names. All errors name the option."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from probeprune.errors import UsageError, unknown
+from probeprune.ranges import RANGES, plain
 
 
 def names(text: str, option: str) -> list[str]:
-    """The entries of a list separated by commas. Raises `UsageError` for an empty list."""
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    if not entries:
-        raise UsageError(f"--{option} is empty; give at least one entry, and separate several by commas.")
+    """The entries of a list separated by commas. Raises `UsageError` for an empty or repeated entry."""
+    entries = [entry.strip() for entry in text.split(",")]
+    if not all(entries):
+        raise UsageError(f"--{option} {text!r} has an empty entry; separate entries by single commas.")
+    _check_different(entries, text, option)
     return entries
 
 
-def numbers(text: str, option: str) -> list[float]:
-    """Numbers separated by commas. Raises `UsageError` for anything else."""
-    try:
-        return [float(entry) for entry in names(text, option)]
-    except ValueError:
-        raise UsageError(
-            f"--{option} {text!r} is not a number or a list of numbers separated by commas, such as 0.2,0.4."
-        ) from None
+def numbers(text: str, option: str, name: str) -> list[Any]:
+    """Numbers separated by commas, each in the range of the parameter `name` (a key of `RANGES`).
 
-
-def whole_numbers(text: str, option: str, least: int) -> list[int]:
-    """Whole numbers separated by commas. Raises `UsageError` for anything else, or one below `least`."""
-    entries = names(text, option)
-    if not all(entry.isdecimal() and int(entry) >= least for entry in entries):
-        raise UsageError(f"--{option} {text!r} must be whole numbers of at least {least}, such as 1,16.")
-    return [int(entry) for entry in entries]
+    Raises `UsageError` for anything else, and for a repeated number.
+    """
+    allowed = RANGES[name]
+    found = [plain(name, _number(entry, allowed.whole), f"--{option}") for entry in names(text, option)]
+    _check_different(found, text, option)
+    return found
 
 
 def one_of(what: str, given: str, known: Iterable[str]) -> None:
@@ -37,8 +33,14 @@ def one_of(what: str, given: str, known: Iterable[str]) -> None:
         raise UsageError(unknown(what, given, known))
 
 
-def at_least(least: int, **values: int) -> None:
-    """Raise `UsageError` for the first option, named as its parameter, with a value below `least`."""
-    for name, value in values.items():
-        if value < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}.")
+def _number(entry: str, whole: bool) -> int | float | str:
+    """The number that an entry writes; the entry itself, which no range holds, where it writes none."""
+    try:
+        return int(entry) if whole else float(entry)
+    except ValueError:
+        return entry
+
+
+def _check_different(entries: list[Any], text: str, option: str) -> None:
+    if len(set(entries)) < len(entries):
+        raise UsageError(f"--{option} {text!r} has an entry twice; give each one once.")

@@ -12,8 +12,8 @@ from pathlib import Path
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from probeprune.errors import UsageError, first_line, unknown
+from probeprune.foreign.quiet import quiet_libraries
 from probeprune.foreign.reading import open_regular, parse_json, read_text
-from probeprune.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ def load_corpus(
     Raises:
         UsageError: an unknown name, a missing file or column, nothing but white space, an unreachable hub.
     """
+    check_corpus(name)
     if name in EMBEDDED_CORPORA or name in HUB_CORPORA or _is_file_name(name):
         if subset is not None or split is not None:
             raise UsageError(f"corpus '{name}' is a fixed text without subset or split; leave them out.")
@@ -152,14 +153,24 @@ def load_corpus(
         raise UsageError(
             f"corpus '{name}' is a folder or a device; give a file ({', '.join(FILE_SUFFIXES)})."
         )
-    elif "/" in name:
-        documents = _stream_hub(name, subset, split or "train", column, hub_rows)
     else:
-        others = f"a file ({', '.join(FILE_SUFFIXES)}), a hub data set (owner/name)"
-        raise UsageError(unknown("corpus", name, [*EMBEDDED_CORPORA, *HUB_CORPORA], others))
+        documents = _stream_hub(name, subset, split or "train", column, hub_rows)
     if not any(document.strip() for document in documents):
         raise UsageError(f"corpus '{name}' holds no text; give another one.")
     return documents
+
+
+def check_corpus(name: str) -> None:
+    """Raise `UsageError` for a name that cannot be a corpus, as far as that is known without reading it."""
+    known = (*EMBEDDED_CORPORA, *HUB_CORPORA)
+    if name in known:
+        return
+    if _is_file_name(name):
+        if not Path(name).is_file():
+            raise UsageError(f"there is no corpus file '{name}'; check the path.")
+    elif "/" not in name:
+        others = f"a file ({', '.join(FILE_SUFFIXES)}), a hub data set (owner/name)"
+        raise UsageError(unknown("corpus", name, known, others))
 
 
 def _is_file_name(name: str) -> bool:

@@ -14,21 +14,28 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from probeprune.data.corpora import ROW_SEPARATOR, check_whole
-from probeprune.errors import UsageError, require_positive, unknown
+from probeprune.errors import UsageError, unknown
+from probeprune.ranges import check_fields, plain
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Text:
-    """The windows of a corpus on which a model is calibrated or measured."""
+    """The windows of a corpus on which a model is calibrated or measured.
+
+    Raises `UsageError` for values out of range.
+    """
 
     corpus: str
     """A name for `corpora.load_corpus`."""
     windows: int
-    """Number of windows."""
+    """Number of windows; 0 where nothing is to be measured."""
     length: int = 512
     """Tokens per window."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 CALIBRATION = Text("c4", 128, 512)
@@ -125,7 +132,7 @@ def calibration_windows(
     Raises:
         UsageError: no document is long enough.
     """
-    require_positive(count=count, length=length)
+    count, length, seed = plain("count", count), plain("length", length), plain("seed", seed)
     generator = random.Random(seed)
     order = list(range(len(documents)))
     generator.shuffle(order)
@@ -184,7 +191,8 @@ def training_windows(
     Raises:
         UsageError: no training window of that length, or no end-of-text token for packing.
     """
-    require_positive(length=length)
+    length, seed = plain("length", length), plain("seed", seed)
+    held_out = plain("training_windows.held_out", held_out)
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     split = max(round(held_out * len(order)), 1) if len(order) > 1 else 0
@@ -245,7 +253,8 @@ def evaluation_windows(
     Raises:
         UsageError: a text shorter than one window, or an unknown sampling.
     """
-    require_positive(length=length, **({} if limit is None else {"limit": limit}))
+    length, seed = plain("length", length), plain("seed", seed)
+    limit = None if limit is None else plain("limit", limit)
     tokens = torch.tensor(tokenize(ROW_SEPARATOR.join(documents), tokenizer), dtype=torch.long)
     available = len(tokens) // length
     if available == 0:
@@ -270,8 +279,7 @@ def evaluation_windows(
 
 def batches(windows: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
     """Split windows into views of `batch_size` rows; the last may be shorter."""
-    require_positive(batch_size=batch_size)
-    return windows.split(batch_size)
+    return windows.split(plain("batch_size", batch_size))
 
 
 def pad_batch(
@@ -317,7 +325,7 @@ class WindowSource:
     """A text from which calibration windows are drawn, for each need in the size it wants.
 
     Statistics take `windows` windows of `length` tokens; a method with gradients takes windows of a size of
-    its own from the same documents.
+    its own from the same documents. Raises `UsageError` for values out of range.
     """
 
     documents: Sequence[str]
@@ -325,6 +333,9 @@ class WindowSource:
     windows: int = CALIBRATION.windows
     length: int = CALIBRATION.length
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def draw(self, count: int | None = None, length: int | None = None) -> torch.Tensor:
         """LongTensor (count, length) of token ids; see `calibration_windows`."""

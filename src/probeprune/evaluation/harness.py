@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from probeprune.errors import UsageError, first_line, unknown
 from probeprune.evaluation.likelihood import Order, Request, Scores, make_batches, score
 from probeprune.evaluation.task_data import Task, load_rows
+from probeprune.foreign.quiet import quiet_libraries
 from probeprune.progress import Progress, silent
-from probeprune.quiet import quiet_libraries
 
 Source = Literal["local", "hub"]
 """`local`: the items that ship with the package; `hub`: the harness' own data set."""

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from probeprune.data.windows import pad_batch
-from probeprune.errors import UsageError, require_positive, unknown
+from probeprune.errors import UsageError, unknown
 from probeprune.model.passes import find_decoder
 from probeprune.progress import Progress, silent
+from probeprune.ranges import plain
 
 Order = Literal["length", "given"]
 Batch = list[int]
@@ -69,7 +70,7 @@ def make_batches(requests: Sequence[Request], batch_size: int, order: Order) -> 
 
     Raises `UsageError` for a batch size below 1 or an unknown order.
     """
-    require_positive(batch_size=batch_size)
+    batch_size = plain("batch_size", batch_size)
     indices = list(range(len(requests)))
     if order == "length":
         tokens = [[*r.context, *r.continuation] for r in requests]

@@ -21,6 +21,7 @@ from probeprune.model.cost import counting_flops, synced_clock
 from probeprune.model.passes import find_decoder, token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent
+from probeprune.ranges import plain
 
 Averaging = Literal["token", "published"]
 
@@ -71,7 +72,7 @@ def perplexity(
         UsageError: windows too short or longer than the model's positions, or too few for `published`.
         FloatingPointError: a loss that is not finite.
     """
-    model = unwrapped(model)
+    model, batch_size = unwrapped(model), plain("batch_size", batch_size)
     windows = _scored_windows(model, windows, batch_size, averaging)
     decoder, device = find_decoder(model), next(model.parameters()).device
     losses: list[float] = []

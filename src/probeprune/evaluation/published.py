@@ -13,9 +13,9 @@ from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedTokenizerBase
 
 from probeprune.data.windows import tokenize
-from probeprune.errors import require_positive
 from probeprune.evaluation.harness import Answers, LiveModel, questions, right_option
 from probeprune.evaluation.likelihood import Batch, Request, score
+from probeprune.ranges import plain
 
 BATCH_SIZE = 20
 """Options per forward pass."""
@@ -68,7 +68,7 @@ def question_batches(options: Sequence[int], batch_size: int = BATCH_SIZE) -> li
         options: number of options of each question.
         batch_size: options per batch; a question with more gets a batch of its own.
     """
-    require_positive(batch_size=batch_size)
+    batch_size = plain("batch_size", batch_size)
     batches: list[Batch] = []
     first = 0
     for count in options:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from probeprune.errors import UsageError, require_positive, unknown
+from probeprune.errors import BadValue, UsageError, unknown
 from probeprune.evaluation.likelihood import Order
 from probeprune.evaluation.task_data import TASKS, Metric, get_task
 from probeprune.model.passes import check_eval
 from probeprune.progress import Progress, silent
+from probeprune.ranges import check_fields
 
 if TYPE_CHECKING:
     from probeprune.evaluation.harness import Answers
@@ -26,7 +27,8 @@ Protocol = Literal["harness", "published"]
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How a task is scored. Raises `UsageError` for an unknown protocol or order, or a limit below 1."""
+    """How a task is scored. Raises `UsageError` for an unknown protocol or order, or a number
+    out of range."""
 
     limit: int | None = None
     """Score only the first `limit` items; None for all."""
@@ -41,12 +43,11 @@ class TaskSettings:
     `published`)."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.protocol not in get_args(Protocol):
-            raise UsageError(unknown("protocol", self.protocol, get_args(Protocol)))
+            raise BadValue("protocol", unknown("protocol", self.protocol, get_args(Protocol)))
         if self.protocol == "published" and self.order not in (None, "given"):
             raise UsageError("the published protocol keeps the given order; leave order out.")
-        if self.limit is not None:
-            require_positive(limit=self.limit)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from probeprune import records
 from probeprune.data.windows import BATCH_SIZE, CALIBRATION, Sampling, Text
 from probeprune.errors import UsageError
 from probeprune.evaluation.perplexity import Averaging
+from probeprune.evaluation.tasks import TaskSettings
 from probeprune.methods import Method
 from probeprune.plan import needs
-from probeprune.strategies.allocation import check_ratio
+from probeprune.ranges import check_fields, plain
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.training.settings import Training, TrainingText
 
@@ -42,6 +43,7 @@ class TrainingBudget:
     packing: bool = TrainingText.packing
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.training(seed=0)
 
     def training(self, seed: int) -> Training:
@@ -123,7 +125,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class TextMeasure:
-    """Perplexity on windows of a text."""
+    """Perplexity on windows of a text. Raises `UsageError` for values out of range."""
 
     corpus: str = "wikitext2"
     windows: int | None = 48
@@ -137,6 +139,14 @@ class TextMeasure:
     seed: int = 0
     """Draws the windows under `published` sampling."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.averaging == "published" and self.windows is not None and self.windows < self.batch_size:
+            raise UsageError(
+                f"published averaging needs a full batch: {self.windows} windows are fewer than batch_size "
+                f"{self.batch_size}."
+            )
+
     @property
     def name(self) -> str:
         """The column of the table."""
@@ -145,7 +155,7 @@ class TextMeasure:
 
 @dataclass(frozen=True)
 class TaskMeasure:
-    """Accuracy on a commonsense task."""
+    """Accuracy on a commonsense task. Raises `UsageError` for what `TaskSettings` refuses."""
 
     task: str
     limit: int | None = None
@@ -157,6 +167,14 @@ class TaskMeasure:
     protocol: Literal["harness", "published"] = "harness"
     source: Literal["local", "hub"] = "local"
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.settings()
+
+    def settings(self) -> TaskSettings:
+        """How the task is scored."""
+        return TaskSettings(self.limit, self.batch_size, self.source, self.protocol, self.order)
+
     @property
     def name(self) -> str:
         """The column of the table; each protocol has its own."""
@@ -165,7 +183,10 @@ class TaskMeasure:
 
 @dataclass(frozen=True)
 class CostMeasure:
-    """Time and memory beside the dense model, measured in turn with it."""
+    """Time and memory beside the dense model, measured in turn with it.
+
+    Raises `UsageError` for values out of range.
+    """
 
     batch_size: int = BATCH_SIZE
     length: int = CALIBRATION.length
@@ -174,6 +195,9 @@ class CostMeasure:
     """Tokens decoded after the prompt."""
     rounds: int = 3
     """Repetitions; figures are medians over them."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def name(self) -> str:
@@ -213,7 +237,7 @@ def subject(setting: Setting, method: Method, ratio: float, seed: int = 0) -> Su
     The dense model, for example, has no ratio, no seed and no calibration. Raises `UsageError` for an
     impossible ratio, and for a method that trains where the setting has no budget.
     """
-    check_ratio(ratio)
+    ratio, seed = plain("ratio", ratio), plain("seed", seed)
     draws, training, calibrated = _draws(method), trains(method), bool(needs(method))
     if training and setting.budget is None:
         raise UsageError(f"method {method.name!r} trains the model: give a training budget.")

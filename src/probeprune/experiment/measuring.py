@@ -7,7 +7,7 @@ import torch
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import evaluation_windows
 from probeprune.evaluation.perplexity import perplexity
-from probeprune.evaluation.tasks import TaskSettings, evaluate_task
+from probeprune.evaluation.tasks import evaluate_task
 from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeasure
 from probeprune.experiment.costing import cost_line
 from probeprune.experiment.workbench import Ready, Workbench
@@ -130,7 +130,7 @@ def _on_task(measure: TaskMeasure, prepared: Ready, progress: Progress) -> TaskL
             prepared.loaded.model,
             prepared.loaded.tokenizer,
             measure.task,
-            TaskSettings(measure.limit, measure.batch_size, measure.source, measure.protocol, measure.order),
+            measure.settings(),
             progress=progress,
         )
     hits = result.correct_norm if result.metric == "acc_norm" else result.correct

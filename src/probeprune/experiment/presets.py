@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from probeprune.data.corpora import check_corpus
 from probeprune.data.windows import CALIBRATION, Text
 from probeprune.errors import UsageError, unknown
 from probeprune.evaluation.task_data import TASKS
@@ -27,9 +28,10 @@ from probeprune.experiment.cells import (
     subject,
     trains,
 )
-from probeprune.experiment.yaml_records import Entry, field_names, open_yaml, read, read_fields, read_record
+from probeprune.experiment.yaml_records import Entry, field_names, open_yaml, read, read_record
 from probeprune.methods import TABLES, Method, get_method
 from probeprune.model.fingerprint import source_fingerprint
+from probeprune.ranges import check, plain
 from probeprune.strategies.importance import IMPORTANCES
 
 FOLDER = Path(__file__).parent / "preset_files"
@@ -46,7 +48,10 @@ class MeasureGroup:
 
 @dataclass(frozen=True)
 class Preset:
-    """A table: every model by every method, ratio and seed, on every measure."""
+    """A table: every model by every method, ratio and seed, on every measure.
+
+    Raises `UsageError` for a ratio or a seed out of range.
+    """
 
     description: str
     models: tuple[str, ...]
@@ -58,6 +63,12 @@ class Preset:
     budget: TrainingBudget | None = None
     training_seeds: tuple[int, ...] | None = None
     """Seeds that methods are trained with; None for all."""
+
+    def __post_init__(self) -> None:
+        for ratio in self.ratios:
+            check(ratio=ratio)
+        for seed in self.seeds:
+            check(seed=seed)
 
     def cells(self, dtype: str, device: str) -> list[Cell]:
         """All cells, sorted by seed: the first seed alone already gives a whole table.
@@ -133,20 +144,20 @@ def load_preset(name: str) -> Preset:
         if key not in entries:
             root.fail(f"there is no '{key}'")
     methods = tuple(_method(e) for e in entries["methods"].items())
-    budget, training_seeds = _budget(entries["training"]) if "training" in entries else (None, None)
+    entries["methods"].different([m.name for m in methods])
+    seeds = _seeds(entries.get("seeds")) or (0,)
+    budget, training_seeds = _budget(entries["training"], seeds) if "training" in entries else (None, None)
     trained = [m.name for m in methods if trains(m)]
     if trained and budget is None:
         entries["methods"].fail(f"{', '.join(trained)} train: add 'training' with steps and batch_size")
     return Preset(
         description=read(entries["description"], str) if "description" in entries else "",
-        models=read(entries["models"], tuple[str, ...]),
+        models=_models(entries["models"]),
         methods=methods,
-        ratios=tuple(_ratio(e) for e in entries["ratios"].items()),
-        seeds=_seeds(entries.get("seeds")) or (0,),
-        calibration=(
-            read(entries["calibration"], Text, base=CALIBRATION) if "calibration" in entries else CALIBRATION
-        ),
-        groups=_groups(root, entries),
+        ratios=_ratios(entries["ratios"]),
+        seeds=seeds,
+        calibration=_calibration(entries["calibration"]) if "calibration" in entries else CALIBRATION,
+        groups=_groups(root, entries, seeds),
         budget=budget,
         training_seeds=training_seeds,
     )
@@ -172,14 +183,13 @@ def _method(entry: Entry) -> Method:
     `gradients` changes the settings that the importance was published with.
     """
     if isinstance(entry.node, yaml.ScalarNode):
-        return entry.checked(lambda: get_method(read(entry, str)))
+        return _named(entry)
     entries = entry.mapping({"base", *field_names(Method)})
     if "base" not in entries:
         entry.fail("a method of your own needs 'base', the method it starts from")
     if "name" not in entries:
         entry.fail("a method of your own needs a 'name'")
-    named = entries.pop("base")
-    base = named.checked(lambda: get_method(read(named, str)))
+    base = _named(entries.pop("base"))
     gradients = entries.pop("gradients", None)
     method = read_record(entry, entries, Method, TABLES, base)
     if gradients is None:
@@ -189,55 +199,104 @@ def _method(entry: Entry) -> Method:
     return read_record(entry, {"gradients": gradients}, Method, TABLES, method)
 
 
-def _ratio(entry: Entry) -> float:
-    ratio: float = read(entry, float)
-    if not 0 < ratio < 1:
-        entry.fail(f"ratio {ratio:g} is outside (0, 1)")
-    return ratio
+def _named(entry: Entry) -> Method:
+    name = read(entry, str)
+    return entry.checked(lambda: get_method(name))
 
 
-def _seeds(entry: Entry | None) -> tuple[int, ...] | None:
-    """The seeds in a file; None where it names none."""
-    seeds: tuple[int, ...] | None = None if entry is None else read(entry, tuple[int, ...])
-    return seeds
+def _models(entry: Entry) -> tuple[str, ...]:
+    models: tuple[str, ...] = read(entry, tuple[str, ...])
+    for item, model in zip(entry.items(), models, strict=True):
+        if not model.strip():
+            item.fail("a model needs a name")
+    entry.different(models)
+    return models
 
 
-def _budget(entry: Entry) -> tuple[TrainingBudget, tuple[int, ...] | None]:
-    """The training budget, and the seeds that methods are trained with."""
+def _number(entry: Entry, name: str, kind: type) -> Any:
+    """A number in the range of that name."""
+    value = read(entry, kind)
+    return entry.checked(lambda: plain(name, value))
+
+
+def _ratios(entry: Entry) -> tuple[float, ...]:
+    ratios = []
+    for item in entry.items():
+        ratios.append(_number(item, "ratio", float))
+        if not ratios[-1]:
+            item.fail("ratio 0 prunes nothing; use the method dense")
+    entry.different(ratios)
+    return tuple(ratios)
+
+
+def _seeds(entry: Entry | None, known: Sequence[int] | None = None) -> tuple[int, ...] | None:
+    """The seeds in a file; None where it names none. Fails for one that is none of the `known`, if given."""
+    if entry is None:
+        return None
+    seeds = []
+    for item in entry.items():
+        seeds.append(_number(item, "seed", int))
+        if known is not None and seeds[-1] not in known:
+            item.fail(f"{seeds[-1]} is none of the preset's seeds, {', '.join(map(str, known))}")
+    entry.different(seeds)
+    return tuple(seeds)
+
+
+def _calibration(entry: Entry) -> Text:
+    text: Text = read(entry, Text, base=CALIBRATION)
+    entries = entry.mapping(field_names(Text))
+    _check_corpus(entries)
+    if "windows" in entries:
+        entries["windows"].checked(lambda: check(windows=text.windows))
+    return text
+
+
+def _check_corpus(entries: Mapping[str, Entry]) -> None:
+    """Fail at the corpus, where one is named, that there cannot be."""
+    if "corpus" in entries:
+        corpus = read(entries["corpus"], str)
+        entries["corpus"].checked(lambda: check_corpus(corpus))
+
+
+def _budget(entry: Entry, known: Sequence[int]) -> tuple[TrainingBudget, tuple[int, ...] | None]:
+    """The training budget, and the seeds, some of the `known`, that methods are trained with."""
     entries = entry.mapping({*field_names(TrainingBudget), "seeds"})
-    seeds = _seeds(entries.pop("seeds", None))
+    seeds = _seeds(entries.pop("seeds", None), known)
+    _check_corpus(entries)
     return read_record(entry, entries, TrainingBudget), seeds
 
 
-def _groups(root: Entry, entries: Mapping[str, Entry]) -> tuple[MeasureGroup, ...]:
-    """The groups of measures: each text, the tasks, the cost."""
+def _groups(root: Entry, entries: Mapping[str, Entry], known: Sequence[int]) -> tuple[MeasureGroup, ...]:
+    """The groups of measures: each text, the tasks, the cost; `known` are the preset's seeds."""
     groups: list[MeasureGroup] = []
     if "texts" in entries:
-        groups += [_group(e, TextMeasure) for e in entries["texts"].items()]
+        groups += [_group(e, TextMeasure, known) for e in entries["texts"].items()]
     if "tasks" in entries:
-        groups.append(_task_group(entries["tasks"]))
+        groups.append(_task_group(entries["tasks"], known))
     if "cost" in entries:
-        groups.append(_group(entries["cost"], CostMeasure))
+        groups.append(_group(entries["cost"], CostMeasure, known))
     if not groups:
         root.fail("nothing is measured: give texts, tasks or cost")
     return tuple(groups)
 
 
-def _group(entry: Entry, kind: Any) -> MeasureGroup:
+def _group(entry: Entry, kind: Any, known: Sequence[int]) -> MeasureGroup:
     entries = entry.mapping({*field_names(kind), "seeds"})
-    seeds = _seeds(entries.pop("seeds", None))
+    seeds = _seeds(entries.pop("seeds", None), known)
+    _check_corpus(entries)
     return MeasureGroup((read_record(entry, entries, kind),), seeds)
 
 
-def _task_group(entry: Entry) -> MeasureGroup:
+def _task_group(entry: Entry, known: Sequence[int]) -> MeasureGroup:
     """Several tasks, listed as `names`, with the same settings."""
     entries = entry.mapping({"names", "seeds", *field_names(TaskMeasure)} - {"task"})
     if "names" not in entries:
         entry.fail("'tasks' needs 'names', the tasks to run")
-    tasks = [_task(e) for e in entries.pop("names").items()]
-    seeds = _seeds(entries.pop("seeds", None))
-    settings = read_fields(entries, TaskMeasure)
-    return MeasureGroup(tuple(TaskMeasure(task, **settings) for task in tasks), seeds)
+    tasks = [_task(e) for e in entries["names"].items()]
+    entries.pop("names").different(tasks)
+    seeds = _seeds(entries.pop("seeds", None), known)
+    first = read_record(entry, entries, TaskMeasure, base=TaskMeasure(tasks[0]))
+    return MeasureGroup(tuple(replace(first, task=task) for task in tasks), seeds)
 
 
 def _task(entry: Entry) -> str:

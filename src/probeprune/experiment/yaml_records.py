@@ -7,8 +7,9 @@ entry to a type: a dataclass (nested ones too), `Literal`, `tuple`, `X | None`, 
 
 import dataclasses
 import functools
+import math
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
@@ -16,7 +17,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import yaml
 
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import BadValue, UsageError, first_line, quoted, unknown
 
 Tables = Mapping[Any, Mapping[str, Any]]
 """For a type whose values have names: the default record of each name.
@@ -31,6 +32,14 @@ KIND = "kind"
 """The key that picks a record from a table."""
 
 T = TypeVar("T")
+
+DEPTH = 32
+"""Levels of lists and mappings inside each other that a file may have."""
+
+_TAGS = {
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
+}
 
 _WORDS: dict[type, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -55,10 +64,14 @@ class Entry:
         return self.field.rpartition(".")[2]
 
     def fail(self, problem: str) -> NoReturn:
-        """Raise `UsageError` with the line, the file, the field and the problem."""
+        """Raise the `UsageError` of `error`."""
+        raise self.error(problem)
+
+    def error(self, problem: str) -> UsageError:
+        """A `UsageError` with the line, the file, the field and the problem."""
         field = f"{self.field}: " if self.field else ""
         line = self.node.start_mark.line + 1
-        raise UsageError(f"line {line} of {self.file}: {field}{problem.rstrip('.')}.")
+        return UsageError(f"line {line} of {self.file}: {field}{problem.rstrip('.')}.")
 
     def mapping(self, known: Collection[str]) -> dict[str, "Entry"]:
         """The entries of a mapping by key. Fails for anything else, and for an unknown or repeated key."""
@@ -70,7 +83,7 @@ class Entry:
             if key.value not in known:
                 place.fail(unknown("key", key.value, known))
             if key.value in entries:
-                place.fail(f"key '{key.value}' comes twice")
+                place.fail(f"key {quoted(key.value)} comes twice")
             entries[key.value] = self._below(key, value)
         return entries
 
@@ -84,13 +97,19 @@ class Entry:
         return list(self.node.value)
 
     def _below(self, key: yaml.Node, value: yaml.Node) -> "Entry":
-        return Entry(value, self.file, f"{self.field}.{key.value}" if self.field else key.value)
+        return Entry(value, self.file, f"{self.field}.{key.value}" if self.field else str(key.value))
 
     def items(self) -> list["Entry"]:
         """The entries of a list. Fails for anything else and for an empty list."""
         if not isinstance(self.node, yaml.SequenceNode) or not self.node.value:
             self.fail("expected a list with at least one entry")
         return [dataclasses.replace(self, node=n) for n in self.node.value]
+
+    def different(self, values: Sequence[Any]) -> None:
+        """Fail at the first entry of this list whose value, from `values`, came before."""
+        for i, (entry, value) in enumerate(zip(self.items(), values, strict=True)):
+            if value in values[:i]:
+                entry.fail(f"{quoted(value)} comes twice")
 
     def scalar(self) -> Any:
         """The value of a single word or number, as YAML resolves it. Fails for a list or a mapping."""
@@ -100,7 +119,7 @@ class Entry:
         try:
             return loader.construct_object(self.node)
         except (yaml.YAMLError, ValueError) as error:
-            self.fail(f"{self.node.value!r} cannot be read ({getattr(error, 'problem', error)})")
+            self.fail(f"{quoted(self.node.value)} cannot be read ({getattr(error, 'problem', error)})")
         finally:
             loader.dispose()
 
@@ -109,18 +128,60 @@ class Entry:
         try:
             return make()
         except UsageError as error:
-            self.fail(str(error))
+            raise self.error(str(error)) from error
 
 
 def open_yaml(path: Path) -> Entry | None:
-    """The whole file as one entry; None for an empty file. Raises `UsageError` where it is not YAML."""
+    """The whole file as one entry; None for an empty file.
+
+    Raises `UsageError` where it is not YAML, or uses what no preset needs: tags, an alias for what it stands
+    in, nesting deeper than `DEPTH`, half of a surrogate pair.
+    """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1} of " if mark else ""
-        raise UsageError(f"{line}{path} is not YAML: {getattr(error, 'problem', error)}.") from error
-    return None if root is None else Entry(root, path)
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UsageError(f"{line}{path} is not YAML: {problem}.") from error
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply; use at most {DEPTH} levels.") from None
+    if root is None:
+        return None
+    entry = Entry(root, path)
+    _check_nodes(entry, (), set())
+    return entry
+
+
+def _check_nodes(entry: Entry, above: tuple[int, ...], seen: set[int]) -> None:
+    """Fail at the first node, at `entry` or below, that `open_yaml` refuses.
+
+    Args:
+        entry: where to start.
+        above: ids of the nodes that it stands in.
+        seen: ids of the nodes checked so far: an alias is checked once, however often it is used.
+    """
+    node = entry.node
+    if id(node) in above:
+        entry.fail("this alias stands for what it stands in; write the value out")
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if len(above) >= DEPTH:
+        entry.fail(f"this is nested too deeply; use at most {DEPTH} levels")
+    if node.tag not in _TAGS:
+        entry.fail(f"tag {quoted(node.tag)} is not known here; write plain values without tags")
+    if isinstance(node, yaml.ScalarNode):
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            entry.fail("half of a surrogate pair is no text; write the whole character")
+        return
+    if isinstance(node, yaml.SequenceNode):
+        inside = [dataclasses.replace(entry, node=below) for below in node.value]
+    else:
+        keys = [dataclasses.replace(entry, node=key) for key, _ in node.value]
+        inside = keys + [entry._below(key, value) for key, value in node.value]
+    for below in inside:
+        _check_nodes(below, (*above, id(node)), seen)
 
 
 def read(entry: Entry, declared: Any, tables: Tables = NO_TABLES, base: Any = None) -> Any:
@@ -154,10 +215,10 @@ def read(entry: Entry, declared: Any, tables: Tables = NO_TABLES, base: Any = No
     if declared not in _WORDS:
         raise TypeError(f"{entry.field}: a value of type {declared} cannot be read from YAML")
     value = entry.scalar()
-    if declared is float and type(value) is int:
-        return float(value)
+    if declared in (int, float):
+        value = _number(entry.node, value, declared)
     if type(value) is not declared:
-        entry.fail(f"expected {_WORDS[declared]}, not {value!r}")
+        entry.fail(f"expected {_WORDS[declared]}, not {quoted(value)}")
     return value
 
 
@@ -179,11 +240,37 @@ def read_record(
     """
     values = read_fields(entries, kind, tables, base)
     if base is not None:
-        return entry.checked(lambda: dataclasses.replace(base, **values))  # type: ignore[type-var]
+        return _made(entry, entries, lambda: dataclasses.replace(base, **values))  # type: ignore[type-var]
     missing = [repr(n) for n in _required(kind) if n not in values]
     if missing:
         entry.fail(f"{' and '.join(missing)} must be given")
-    return entry.checked(lambda: kind(**values))
+    return _made(entry, entries, lambda: kind(**values))
+
+
+def _made(entry: Entry, entries: Mapping[str, Entry], make: Callable[[], T]) -> T:
+    """The record; a value that a field cannot have fails there, anything else refused at `entry`."""
+    try:
+        return entry.checked(make)
+    except UsageError as error:
+        cause = error.__cause__
+        if isinstance(cause, BadValue) and cause.name in entries:
+            entries[cause.name].fail(str(cause))
+        raise
+
+
+def _number(node: yaml.Node, value: Any, declared: type) -> Any:
+    """A number in the declared type where the meaning is plain (1 for 1.0, 1e-4 without a dot)."""
+    if declared is int:
+        return int(value) if type(value) is float and value.is_integer() else value
+    if type(value) is str and getattr(node, "style", None) is None:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    try:
+        return float(value) if type(value) is int else value
+    except OverflowError:
+        return math.inf
 
 
 def read_fields(

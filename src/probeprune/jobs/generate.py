@@ -19,10 +19,11 @@ from transformers import (
 
 from probeprune.data.corpora import check_whole
 from probeprune.data.windows import pad_batch
-from probeprune.errors import UsageError, require_positive
+from probeprune.errors import UsageError
 from probeprune.model.cost import synced_clock
 from probeprune.model.loading import LoadedModel
 from probeprune.model.passes import position_limit
+from probeprune.ranges import check_fields, plain
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,7 @@ class Decoding:
     """For drawing tokens."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(
-                f"temperature {self.temperature:g} must not be negative; use 0 for the most likely token."
-            )
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p {self.top_p:g} must lie in (0, 1]; use 1 to draw from all tokens.")
+        check_fields(self)
         if self.top_p < 1 and not self.temperature:
             raise UsageError(
                 "top-p needs a temperature above 0, since nothing is drawn without one; set both or neither."
@@ -132,7 +128,7 @@ def generate(
     decoding = decoding or Decoding()
     prompt = inputs["input_ids"].shape[1]
     positions = position_limit(loaded.model.config)
-    require_positive(max_new_tokens=max_new_tokens)
+    max_new_tokens = plain("max_new_tokens", max_new_tokens)
     if positions is not None and prompt + max_new_tokens > positions:
         raise UsageError(
             f"a prompt of {prompt} tokens and {max_new_tokens} new ones are more than the model's "

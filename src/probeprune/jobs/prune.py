@@ -25,12 +25,13 @@ from probeprune.plan import needs
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
+from probeprune.ranges import check_fields
 from probeprune.surgery import check_static, check_steps, prune
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts that a pruning job reads."""
+    """The texts that a pruning job reads. Raises `UsageError` for values out of range."""
 
     calibration: Text
     """Windows to collect statistics on. Gradients are taken on windows of the same corpus; the method sets
@@ -41,6 +42,9 @@ class Texts:
     """Draws the calibration windows."""
     batch_size: int = BATCH_SIZE
     """Windows per forward pass."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, training_windows
 from probeprune.errors import UsageError
 from probeprune.files import stored_json, write_json
+from probeprune.foreign.quiet import quiet_libraries
 from probeprune.jobs.cards import training_card
 from probeprune.jobs.measure import Measure
 from probeprune.jobs.prune import rehearse
@@ -25,7 +26,6 @@ from probeprune.model.loading import LoadedModel
 from probeprune.places import check_free, check_place, claimed, discard, resolved, writing
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
-from probeprune.quiet import quiet_libraries
 from probeprune.training import processes
 from probeprune.training.loraprune import LoraPruneCut, loraprune
 from probeprune.training.recovery import MEASURED, Trained, base_model, merged, recover

@@ -15,9 +15,9 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from probeprune.errors import UsageError
+from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.described import Layout, export
 from probeprune.places import check_free, resolved, writing
-from probeprune.quiet import quiet_libraries
 
 _HEADROOM = 64 << 20
 """Bytes that a save may need besides the weights: tokenizer, configs, the file system's own."""

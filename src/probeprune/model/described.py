@@ -13,11 +13,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from probeprune.errors import UsageError, unknown
+from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import Block, attribute, find_blocks
 from probeprune.model.families import FAMILIES, PRUNED_PREFIX, Family, find_family
 from probeprune.model.modeling_pruned import ConfigView, model_classes, pruned_config, pruned_model
 from probeprune.model.wrappers import unwrapped
-from probeprune.quiet import quiet_libraries
 
 Layout = Literal["uniform", "per-layer"]
 """`uniform`: a plain config, one width for all layers; `per-layer`: each layer has its own widths."""

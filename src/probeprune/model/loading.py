@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from probeprune.errors import UsageError, refusing, unknown
+from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import attribute, find_blocks
 from probeprune.model.config_checks import FIELDS, GENERATION_FIELDS, check_fields, check_heads
 from probeprune.model.families import FAMILIES, PRUNED_PREFIX
@@ -38,7 +39,6 @@ from probeprune.model.gguf_files import converted, embedded_gguf
 from probeprune.model.hub import snapshot
 from probeprune.model.machine import choose_device, choose_dtype
 from probeprune.model.making_records import read_pruning, read_training
-from probeprune.quiet import quiet_libraries
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0): LLaMA architecture, grouped-query attention, 30 layers."""

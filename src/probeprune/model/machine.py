@@ -28,6 +28,9 @@ def choose_device(device: str) -> torch.device:
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
+        # Torch takes any number of a CPU, and `meta`, which holds no values.
+        if (target.type == "cpu" and target.index) or target.type == "meta":
+            raise AssertionError
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"this machine has no device '{device}' for torch; use auto or cpu.") from error
     return target

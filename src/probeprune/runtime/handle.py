@@ -29,6 +29,7 @@ from probeprune.model.wrappers import unwrapped
 from probeprune.plan import Kept
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.progress import Progress, silent
+from probeprune.ranges import plain
 from probeprune.runtime import ownership
 from probeprune.runtime.block import BlockRuntime
 from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of, mark
@@ -74,7 +75,7 @@ def attach(
     """
     method, model = get_method(method), unwrapped(model)
     check_untrained(method)
-    allocation.check_ratio(ratio)
+    ratio, batch_size = plain("ratio", ratio), plain("batch_size", batch_size)
     check_eval(model)
     if _HANDLE in model.__dict__:
         raise UsageError(

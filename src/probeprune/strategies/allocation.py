@@ -15,9 +15,13 @@ from probeprune.algebra import knapsack
 from probeprune.algebra.knapsack import Choice
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
+from probeprune.ranges import check
 from probeprune.strategies import Part
 
 KINDS = ("attention", "mlp")
+
+MISSED = 0.01
+"""Difference between a ratio and what was removed beyond which it is said; smaller ones are rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +56,6 @@ class Request:
     """Damages of every block; only for an allocation that needs damages."""
 
 
-def check_ratio(ratio: float) -> None:
-    """Raise `UsageError` unless `ratio` lies in [0, 1)."""
-    if not 0 <= ratio < 1:
-        raise UsageError(f"pruning ratio {ratio:g} is outside [0, 1); 0.4 prunes 40 % of the model's blocks.")
-
-
 def candidates(request: Request) -> tuple[list[int], float]:
     """Indices of the blocks that may lose units, and the share of their parameters to remove.
 
@@ -65,7 +63,7 @@ def candidates(request: Request) -> tuple[list[int], float]:
     where nothing would be left.
     """
     blocks, ratio, skipped = request.blocks, request.ratio, request.skip_layers
-    check_ratio(ratio)
+    check(ratio=ratio)
     layers = 1 + max(b.layer for b in blocks)
     if ratio and skipped >= layers:
         raise UsageError(
@@ -355,6 +353,19 @@ def choose_units(scores: torch.Tensor, keep: int, block: Block) -> torch.Tensor:
 def removed_share(blocks: Sequence[Block], kept: Sequence[int]) -> float:
     """The achieved share: parameters that these widths remove, over those of all blocks."""
     return removed_parameters(blocks, kept) / sum(b.parameters for b in blocks)
+
+
+def missed_ratio(ratio: float, removed: float) -> str | None:
+    """A sentence where the removed share of the parameters misses the ratio by more than `MISSED`; else None.
+
+    Widths come in whole heads and multiples of `round_to`, so a small or half pruned model may be far off.
+    """
+    if abs(removed - ratio) <= MISSED:
+        return None
+    return (
+        f"asked for {ratio:.1%} of the blocks' parameters, removed {removed:.1%}: widths come in whole heads "
+        "and multiples of round_to; another ratio or a smaller round_to may come closer."
+    )
 
 
 def removed_parameters(blocks: Sequence[Block], kept: Sequence[int]) -> int:

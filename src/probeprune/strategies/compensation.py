@@ -15,6 +15,7 @@ import torch
 from probeprune.algebra.moments import Moments
 from probeprune.errors import UsageError
 from probeprune.model.partition import Partition
+from probeprune.ranges import check_fields
 from probeprune.strategies import Part
 
 
@@ -109,16 +110,9 @@ class Refit(Compensation):
     refitted."""
 
     def __post_init__(self) -> None:
-        if self.windows < 1:
-            raise UsageError("a refit needs at least 1 window.")
-        if not self.damping or not all(0 < d < float("inf") for d in self.damping):
+        check_fields(self)
+        if not self.damping:
             raise UsageError("a refit's damping must be one or more numbers above 0.")
-        if not 0 < self.held_out < 1:
-            raise UsageError(f"a refit's held_out={self.held_out} must be between 0 and 1.")
-        if self.sensitivity < 0:
-            raise UsageError("a refit's sensitivity is a number of windows, 0 or more.")
-        if not 0 <= self.share <= 1:
-            raise UsageError(f"a refit's share={self.share} must be in [0, 1].")
         if self.share and not self.sequential:
             raise UsageError("only a sequential refit has an accumulated error to make up for: give share=0.")
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import BadValue, unknown
 from probeprune.model.blocks import Member
+from probeprune.ranges import check_fields
 
 REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda parts: parts.sum(0),
@@ -28,7 +29,7 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Gradients:
     """Which gradients are taken, and how the parts of a unit are combined.
 
-    Raises `UsageError` for sizes below one or an unknown reduction.
+    Raises `UsageError` for a number out of range or an unknown reduction.
     """
 
     windows: int = 10
@@ -43,10 +44,9 @@ class Gradients:
     """Number of random matrices A to average over (`lora-guided`; the published code draws one)."""
 
     def __post_init__(self) -> None:
-        if self.windows < 1 or self.length < 2 or self.rank < 1 or self.draws < 1:
-            raise UsageError("gradients need at least 1 window of 2 tokens, 1 draw and rank 1.")
+        check_fields(self)
         if self.reduction not in REDUCTIONS:
-            raise UsageError(unknown("reduction", self.reduction, REDUCTIONS))
+            raise BadValue("reduction", unknown("reduction", self.reduction, REDUCTIONS))
 
 
 @dataclass(frozen=True)

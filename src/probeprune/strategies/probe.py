@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from probeprune.algebra.moments import History, Tokens
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import BadValue, UsageError, unknown
 from probeprune.model.blocks import Block
 from probeprune.model.cost import block_flops
 from probeprune.model.shadow import Shadow
+from probeprune.ranges import check_fields
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,9 @@ class Probe:
     layer type, are probed in their turn."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "samples"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f"probe {name}={getattr(self, name):g} must lie in (0, 1].")
-        for name in ("min_size", "reuse"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"probe {name}={getattr(self, name)} must be a number of tokens, 0 or more.")
+        check_fields(self)
         if self.pick not in PICKS:
-            raise UsageError(unknown("pick", self.pick, PICKS))
+            raise BadValue("pick", unknown("pick", self.pick, PICKS))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from torch.profiler import record_function
 
 from probeprune.algebra.moments import OWN_POSITIONS, History, Tokens
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import BadValue, UsageError, unknown
+from probeprune.ranges import check_fields
 from probeprune.strategies import Part
 from probeprune.strategies.probe import FUSIONS, Probe, Selection, everything, fused_energy
 from probeprune.strategies.pruned_block import PrunedBlock
@@ -41,14 +42,9 @@ class ProbeEveryBatch(EveryBatch):
     feeds it cannot be told from text."""
 
     def __post_init__(self) -> None:
-        for name in ("history_share", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"probe {name}={getattr(self, name):g} must lie in [0, 1].")
-        for name in ("refresh", "own_positions"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"probe {name}={getattr(self, name)} must be a number of tokens, 0 or more.")
+        check_fields(self)
         if self.fusion not in FUSIONS:
-            raise UsageError(unknown("fusion", self.fusion, FUSIONS))
+            raise BadValue("fusion", unknown("fusion", self.fusion, FUSIONS))
         if self.refresh and self.own_positions:
             raise UsageError("refresh needs history that pools positions: give own_positions=0.")
 

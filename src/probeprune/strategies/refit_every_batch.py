@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from probeprune.algebra.batch_refit import Sample, refit_to_batch
 from probeprune.algebra.moments import Tokens
 from probeprune.errors import UsageError
+from probeprune.ranges import check_fields
 from probeprune.strategies.probe import Probe, Selection
 from probeprune.strategies.pruned_block import PrunedBlock
 from probeprune.strategies.schedule import EveryBatch, Stage
@@ -39,8 +40,7 @@ class RefitEveryBatch(EveryBatch):
     proportionally less."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise UsageError(f"a refit's share={self.share} of the batch must be between 0 and 1.")
+        check_fields(self)
 
     def follower(self, block: PrunedBlock) -> "BatchRefit | None":
         return BatchRefit(self, block) if block.block.kind == "mlp" else None

@@ -23,6 +23,7 @@ from probeprune.model.blocks import Block, Member, find_blocks, find_layers
 from probeprune.model.described import Layout
 from probeprune.plan import widths
 from probeprune.progress import Progress, silent
+from probeprune.ranges import check_fields
 from probeprune.strategies.importance import sum_of_shares
 from probeprune.surgery import cut as cut_units
 from probeprune.training.recovery import Trained, merged, recover
@@ -210,7 +211,7 @@ def lora_layer(model: Any, member: Member) -> Any:
 
 @dataclass(frozen=True)
 class LoraPruneCut:
-    """The cut that LoRAPrune makes.
+    """The cut that LoRAPrune makes. Raises `UsageError` for values out of range.
 
     Attributes:
         ratio: share of the parameters of all blocks to remove.
@@ -225,6 +226,9 @@ class LoraPruneCut:
     layout: Layout = "per-layer"
     skip_layers: int | None = None
     round_to: int = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def method(self, model: PreTrainedModel) -> Method:
         """The cut of that model as a method that prunes once."""

@@ -21,13 +21,13 @@ from transformers.integrations import TensorBoardCallback
 
 from probeprune.errors import UsageError
 from probeprune.files import stored_json, write_json
+from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import PeakMemory
 from probeprune.model.passes import token_windows
 from probeprune.places import clear
 from probeprune.progress import Progress, silent
 from probeprune.provenance import model_fingerprint
-from probeprune.quiet import quiet_libraries
 from probeprune.training import processes
 from probeprune.training.checkpoints import last_checkpoint, step_of
 from probeprune.training.settings import Lora, Training

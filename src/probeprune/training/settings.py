@@ -2,16 +2,23 @@
 
 from dataclasses import dataclass, field
 
-from probeprune.errors import UsageError, require_positive
+from probeprune.errors import UsageError
+from probeprune.ranges import check_fields
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on every linear map of the blocks; the defaults of LLM-Pruner and LoRAPrune."""
+    """Low-rank adapters on every linear map of the blocks; the defaults of LLM-Pruner and LoRAPrune.
+
+    Raises `UsageError` for values out of range.
+    """
 
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,8 @@ class Training:
     length: int = 256
     """Tokens per sequence."""
     learning_rate: float = 1e-4
-    warmup_steps: int = 100
-    """Steps in which the learning rate rises."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises; None for a sixth of all steps (LLM-Pruner's 100 of 600)."""
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest norm of the gradient."""
@@ -61,14 +68,10 @@ class Training:
     """Draws data order, adapters and dropout."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
-            evaluate_every=self.evaluate_every,
-            evaluate_windows=self.evaluate_windows,
-        )
-        if self.length < 2 or not self.learning_rate > 0 or self.warmup_steps < 0:
-            raise UsageError("training needs sequences of at least 2 tokens and a positive learning rate.")
-        if self.lora is not None and self.lora.rank < 1:
-            raise UsageError("the rank of LoRA must be at least 1; use no LoRA to train all weights.")
+        check_fields(self)
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", self.steps // 6)
+        elif self.warmup_steps > self.steps:
+            raise UsageError(
+                f"warmup_steps {self.warmup_steps} is more than the {self.steps} steps; lower it."
+            )
