@@ -5,9 +5,9 @@ import types
 import pytest
 import torch
 from all_methods import ALL, RATIO, SOME_FAMILIES, prepared
-from tiny import FAMILIES, close, padded, snapshot, token_ids
+from tiny import FAMILIES, close, masked, padded, snapshot, token_ids
 
-from probeprune import attach, prepare
+from probeprune import attach, find_blocks, prepare
 
 FAMILY = pytest.mark.parametrize("family", SOME_FAMILIES)
 NAME = pytest.mark.parametrize("name", ALL)
@@ -78,12 +78,12 @@ def test_a_model_cast_while_attached_goes_on_in_its_new_dtype(family, way, name)
     WAYS[way](model)
     got, units = logits(model, *BATCHES[1]), handle.kept_units()
     assert got.dtype == twin.dtype and got.isfinite().all()
-    fresh = WAYS[way](dense_model(family))
-    if not ALL[name].when.every_batch and ALL[name].compensation.kind == "none":
-        with attach(fresh, ALL[name], RATIO, calibration=calibration) as other:
-            # The first cut was made in float32; both keep the same units.
-            if other.kept_units() == units:
-                torch.testing.assert_close(logits(fresh, *BATCHES[1]), got, rtol=5e-2, atol=5e-2)
+    method = ALL[name]
+    if method.compensation.kind == "none":
+        blocks = find_blocks(twin, method.unit_kind)
+        with masked([(b, k.units) for b, k in zip(blocks, units, strict=True)]):
+            error = (logits(twin, *BATCHES[1]) - got).abs()[BATCHES[1][1].bool()].max()
+        assert error < (0.1 if twin.dtype == torch.bfloat16 else 1e-3) * got.abs().max()
     handle.detach()
     for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert p.dtype == q.dtype and p.equal(q), n
@@ -143,7 +143,7 @@ def test_recorders_see_the_models_own_pass(family, name):
     finally:
         model.set_attn_implementation(implementation)
     assert [tuple(a.shape) for a in out.attentions] == [(4, h, 24, 24) for h in heads]
-    assert [tuple(h.shape[:2]) for h in out.hidden_states] == [(4, 24)] * 6
+    assert [tuple(h.shape[:2]) for h in out.hidden_states] == [(4, 24)] * (len(heads) + 1)
 
 
 @FAMILY
@@ -180,12 +180,12 @@ def test_hooks_of_others_run_once_a_pass_with_the_passs_own_shapes(family, name)
 def test_steering_and_cache_presses_run_under_every_dynamic_method(family, name):
     model, calibration = prepared(family)
     ids, mask = padded("left")
-    blocks = [b for b in prepared_blocks(model) if b.layer == 4]
+    blocks = [b for b in find_blocks(model) if b.layer == 4]
     steer = torch.randn(48, generator=torch.Generator().manual_seed(0))
     pressed = []
 
-    def press(module, args, kwargs, out):
-        cache = kwargs.get("past_key_values")
+    def press(module, args, kwargs, out):  # what hooks that compress the cache do
+        cache = next(a for a in (*args, *kwargs.values()) if hasattr(a, "get_seq_length"))
         pressed.append(cache.layers[4].keys.shape[-2])
 
     hooks = [blocks[1].consumer.register_forward_hook(lambda m, a, out: out + steer)]
@@ -202,18 +202,12 @@ def test_steering_and_cache_presses_run_under_every_dynamic_method(family, name)
     assert pressed == [24, 24] and not steered.equal(plain)
 
 
-def prepared_blocks(model):
-    from probeprune.model.blocks import find_blocks
-
-    return find_blocks(model)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["magnitude", "probe", "full-batch"])
 def test_replaced_forwards_of_linear_maps_run_and_stay(family, name):
     """As accelerate's hooks and other patches do; here they double a producer's output."""
     model, calibration = prepared(family)
-    producer = prepared_blocks(model)[-1].producers[0]
+    producer = find_blocks(model)[-1].producers[0]
     own = producer.forward
 
     def doubled(self, x):

@@ -140,8 +140,7 @@ class Handle:
         self.runtimes: list[BlockRuntime] = []
         model.__dict__[_HANDLE] = self
         try:
-            weights = [w for b in blocks for m in b.members for w in m.linear._parameters.values()]
-            ownership.claim(self, [w for w in weights if w is not None])
+            ownership.claim(self)
             self._places = _places(model, [p.block for p in self.pruned])
             self._undo += refuse_loading(model, [p.block for p in self.pruned])
             self._undo.append(refuse_continuous_batching(model))
@@ -171,6 +170,11 @@ class Handle:
         self._undo.append(on_pass(self.model, self._run))
         for runtime in self.runtimes:
             self._undo += [hook.remove for hook in runtime.hooks()]
+
+    def weights(self) -> list[torch.Tensor]:
+        """The parameters of all blocks, whole, where they are now."""
+        linears = dict.fromkeys(m.linear for b in self.blocks for m in b.members)
+        return [w for linear in linears for w in linear._parameters.values() if w is not None]
 
     @property
     def probed(self) -> tuple[list[Block], list[int]]:

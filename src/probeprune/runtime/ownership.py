@@ -1,34 +1,41 @@
-"""Which weights an attached method holds, by storage, so that two models on the same storage are noticed."""
+"""Which weights attached methods hold, by storage, so that two models on the same storage are noticed."""
 
-import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 
 from probeprune.errors import UsageError
 
-_HELD: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
-"""Handles by the address of the storage that each holds."""
+
+class Holder(Protocol):
+    """An attached method."""
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        """The parameters that it holds now: a move or a cast gives a model others."""
 
 
-def claim(handle: object, weights: Iterable[torch.Tensor]) -> None:
-    """Record that `handle` holds these weights. Raises `UsageError`, and records none, where another handle
+_HOLDERS: "WeakSet[Any]" = WeakSet()
+"""Methods attached in this process."""
+
+
+def claim(holder: Holder) -> None:
+    """Record that `holder` holds its weights. Raises `UsageError`, and records nothing, where another one
     holds some of them."""
-    addresses = {_address(w) for w in weights if not w.is_meta and w.numel()}
-    if any(_HELD.get(a) not in (None, handle) for a in addresses):
+    # Asked now, not remembered: the memory of weights that are gone may serve another model.
+    taken = {address for other in _HOLDERS if other is not holder for address in _addresses(other)}
+    if taken & _addresses(holder):
         raise UsageError(
             "these weights are shared with another model that has a method attached; detach that one first."
         )
-    for address in addresses:
-        _HELD[address] = handle
+    _HOLDERS.add(holder)
 
 
-def release(handle: object) -> None:
-    """Release everything that `handle` holds."""
-    for address in [a for a, holder in _HELD.items() if holder is handle]:
-        del _HELD[address]
+def release(holder: Holder) -> None:
+    """Release everything that `holder` holds."""
+    _HOLDERS.discard(holder)
 
 
-def _address(weight: torch.Tensor) -> int:
-    return weight.untyped_storage().data_ptr()
+def _addresses(holder: Holder) -> set[int]:
+    return {w.untyped_storage().data_ptr() for w in holder.weights() if not w.is_meta and w.numel()}
