@@ -137,3 +137,19 @@ def test_links_lead_to_files_and_headings_that_exist(page):
             headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
             assert anchor in slugs, link
+
+
+def test_the_page_on_attached_models_names_tests_that_exist():
+    page = (ROOT / "docs" / "attached.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "test_" in line]
+    for row in rows:
+        cells = row.split("|")[3].split(";")
+        for cell in cells:
+            file = re.search(r"\]\(\.\./(tests/\w+\.py)\)", cell)
+            assert file, row
+            text = (ROOT / file[1]).read_text(encoding="utf-8")
+            names = re.findall(r"`(test_\w+)`", cell)
+            assert names, row
+            for name in names:
+                assert f"def {name}(" in text, f"{file[1]} has no {name}"
+    assert len(rows) > 20
