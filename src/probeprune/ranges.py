@@ -104,7 +104,7 @@ RANGES: dict[str, Range] = {
     "learning_rate": Range(0, 1, whole=False, open_least=True),
     "warmup_steps": _count("steps", 0, _STEPS),
     "weight_decay": _share("[]"),
-    "clip": Range(0, 1e6, whole=False, open_least=True),
+    "clip": Range(0, 1e12, whole=False, open_least=True),
     "evaluate_every": _count("steps", 1, _STEPS),
     "evaluate_windows": _count("windows"),
     "patience": _count("evaluations"),
