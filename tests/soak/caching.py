@@ -36,7 +36,7 @@ class Caching(World):
             self._foreign_cache(own)
             return
         refusal = self.unfit or (self.handle is not None and self.model.training and "training")
-        refusal = refusal or (cached.stale and "another prompt ran")
+        refusal = refusal or (cached.stale and "a pass failed")
         when = None if self.handle is None else self.handle.method.when
         refresh = getattr(when, "refresh", 0)
         empty = cached.own.get_seq_length() == 0
@@ -108,7 +108,7 @@ class Caching(World):
         arguments, real = self.inputs(batch, length, side, "2d", seed)
         options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
         options |= {"return_dict_in_generate": True, "output_logits": True, **GENERATION[kind]}
-        self._mark_stale()
+        self._begin_prompt()
         refusal = self.unfit or (self.handle is not None and self.model.training and "training")
 
         def run(model: nn.Module) -> Any:

@@ -98,7 +98,7 @@ class Cached:
     mask: torch.Tensor
     since_refresh: int = 0
     stale: bool = False
-    """Whether another prompt has run since."""
+    """Whether a pass may have failed since."""
 
 
 class World:
@@ -296,7 +296,7 @@ class World:
         elif cache == "dynamic":
             caches = [DynamicCache(config=m.config) for m in self.both()]
         own, twins = ({**arguments, **({"past_key_values": c} if c else {})} for c in caches)
-        self._mark_stale()
+        self._begin_prompt()
         refusal = self.unfit or (self.handle is not None and self.model.training and "training")
         output = self.attempt(
             "forward",
@@ -320,6 +320,12 @@ class World:
 
     def _oracle(self, real: torch.Tensor, whole: bool = False) -> Oracle | None:
         return None if self.handle is None else Oracle(self.handle, self.twin, real, whole)
+
+    def _begin_prompt(self) -> None:
+        """An earlier cache may still go on, under its own units. Under a refresh these depend on every pass
+        in between, which no formula here follows."""
+        if self.handle is not None and getattr(self.handle.method.when, "refresh", 0):
+            self.cache = None
 
     def _mark_stale(self) -> None:
         if self.cache is not None and self.dynamic:
