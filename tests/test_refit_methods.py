@@ -8,7 +8,18 @@ from refitting import WINDOWS, consumers_of, following, logits, refitting
 from tiny import FAMILIES, Given, cuts, token_ids
 from transformers import AutoModelForCausalLM
 
-from probeprune import Compensation, Refit, UsageError, attach, compose, prune, save, with_equal_widths
+from probeprune import (
+    Compensation,
+    Refit,
+    UsageError,
+    attach,
+    compose,
+    find_blocks,
+    prepare,
+    prune,
+    save,
+    with_equal_widths,
+)
 from probeprune.calibration.collecting import calibrate
 from probeprune.calibration.refit import RefitRequest, refit
 from probeprune.calibration.statistics import Statistics
@@ -147,3 +158,21 @@ def test_combinations_that_cannot_work_are_refused(base, changes, says):
 def test_settings_that_make_no_refit_are_refused(settings, says):
     with pytest.raises(UsageError, match=says):
         Refit(**settings)
+
+
+@pytest.mark.parametrize("name", ["best-static", "best-dynamic"])
+@pytest.mark.parametrize("dead", [0.6, 0.95, 1.0])
+@pytest.mark.parametrize("family", ["opt", "gpt-neox"])
+def test_layers_with_more_than_half_of_their_channels_dead_are_refitted(name, dead, family):
+    model = FAMILIES[family]()
+    for block in find_blocks(model):
+        count = round(dead * block.units) if block.kind == "mlp" else 0
+        with torch.no_grad():
+            for producer in block.producers if count else ():
+                producer.weight[:count] = 0
+                producer.bias[:count] = -1e4  # ReLU and GELU give nothing
+    with torch.no_grad():
+        assert model(token_ids()).logits.isfinite().all()
+    calibration = prepare(model, name, 0.3, token_ids(8, 16))
+    with torch.no_grad(), attach(model, name, 0.3, calibration=calibration):
+        assert model(token_ids()).logits.isfinite().all()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 FLOOR = 1e-3
-"""Least damping of a channel, as a share of the median channel's."""
+"""Least damping of a channel, as a share of the median channel's, dead channels aside."""
 
 
 class Gram:
@@ -131,7 +131,8 @@ def _factor(zz: torch.Tensor, damping: float) -> torch.Tensor:
 def _strength(zz: torch.Tensor, damping: float) -> torch.Tensor:
     """`L` (k,), the damping of each channel."""
     diagonal = zz.diagonal()
-    return damping * diagonal.clamp_min(FLOOR * float(diagonal.median()))
+    live = diagonal[diagonal > 0]  # a dead channel needs damping too, or nothing can be factorised
+    return damping * diagonal.clamp_min(FLOOR * float(live.median()) if live.numel() else 1.0)
 
 
 def squared_error(gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
