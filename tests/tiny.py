@@ -146,7 +146,9 @@ class masked:
             keep[torch.as_tensor(units)] = 1
             channels = keep.repeat_interleave(block.unit_width)
             self.hooks.append(
-                block.consumer.register_forward_pre_hook(lambda _, args, c=channels: (args[0] * c,))
+                block.consumer.register_forward_pre_hook(
+                    lambda _, args, c=channels: (args[0] * c.to(args[0].dtype),)
+                )
             )
 
     def __exit__(self, *_: object) -> None:
