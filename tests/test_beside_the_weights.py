@@ -67,7 +67,7 @@ WAYS = {
 }
 
 
-@FAMILY
+@pytest.mark.parametrize("family", ["llama-gqa", "phi3-gqa"])
 @pytest.mark.parametrize("way", WAYS)
 @NAME
 def test_a_model_cast_while_attached_goes_on_in_its_new_dtype(family, way, name):

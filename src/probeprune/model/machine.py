@@ -61,7 +61,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     except (OSError, ValueError, KeyError, TypeError):
         chosen = fastest_dtype(device)
     # If the cache cannot be written, the next call measures again.
-    with suppress(OSError):
+    with suppress(UsageError):
         write_json(file, {machine: dtype_name(chosen)})
     return chosen
 
