@@ -102,7 +102,7 @@ def test_what_is_no_record_of_a_pruning_is_refused_before_the_training(pruning, 
 
 # -- result lines ----------------------------------------------------------------------------------
 
-ROWS = [{"kind": "result", "key": str(n), "value": 1.0} for n in range(3)]
+ROWS = [row | {"key": str(n)} for n, row in enumerate(fake_results.lines()[:3])]
 
 
 def lines(rows) -> bytes:
@@ -113,7 +113,7 @@ def test_a_last_line_without_a_newline_is_kept(tmp_path):
     (tmp_path / "results.jsonl").write_bytes(lines(ROWS)[:-1])
     results = Results.open(tmp_path)
     assert len(results.rows) == 3 and not results.problems
-    results.add({"kind": "result", "key": "3"})
+    results.add(ROWS[0] | {"key": "3"})
     assert len(Results.open(tmp_path).rows) == 4
 
 

@@ -166,7 +166,7 @@ def check_corpus(name: str) -> None:
     if name in known:
         return
     if _is_file_name(name):
-        if not Path(name).is_file():
+        if not os.path.exists(name):
             raise UsageError(f"there is no corpus file '{name}'; check the path.")
     elif "/" not in name:
         others = f"a file ({', '.join(FILE_SUFFIXES)}), a hub data set (owner/name)"

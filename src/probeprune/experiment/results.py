@@ -96,4 +96,4 @@ def check_key(row: Any) -> None:
 def _is_start(path: Path) -> bool:
     """Whether the file begins as a line does that `Results.add` began to write."""
     with path.open("rb") as file:
-        return file.read(len(_START)) == _START
+        return _START.startswith(file.read(len(_START)))
