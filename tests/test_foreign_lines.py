@@ -198,7 +198,7 @@ def test_a_page_never_takes_the_place_of_results_or_devices(tmp_path, capsys):
     assert "no regular file" in capsys.readouterr().err
     (tmp_path / "page-figures").write_text("mine")
     assert call("report", tmp_path, "--out", tmp_path / "page.html") == 2
-    assert "is a file; choose another --out" in capsys.readouterr().err
+    assert "is a file; choose another directory" in capsys.readouterr().err
     assert file.read_bytes() == before and (tmp_path / "page-figures").read_text() == "mine"
 
 

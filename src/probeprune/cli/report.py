@@ -32,9 +32,9 @@ def report(
 
     page = page or (run if run.is_dir() else run.parent) / "report.html"
     figures = page.with_name(f"{page.stem}-figures")
-    _check(page, figures, run)
     check_file(page)
     check_writable(figures)
+    _check_results_stay(page, run)
     rows, problems = reporting.read_results(run)
     summaries = reporting.summarise(rows)
     warn((*problems, *(note for s in summaries for note in s.notes)))
@@ -50,14 +50,8 @@ def report(
     print_line(f"written: {page}, {len(files)} figures in {figures}")
 
 
-def _check(page: Path, figures: Path, run: Path) -> None:
-    """Raise `UsageError` for a page or a folder of figures that would take the place of something else."""
-    if any(folder.is_file() for folder in page.parents) or (page.exists() and not page.is_file()):
-        raise UsageError(
-            f"{page} cannot be written: it is no regular file, or lies below a file; choose another --out."
-        )
+def _check_results_stay(page: Path, run: Path) -> None:
+    """Raise `UsageError` for a page that would take the place of the results."""
     results = run / RESULTS if run.is_dir() else run
     if page.exists() and results.exists() and page.samefile(results):
         raise UsageError(f"{page} holds the results themselves; choose another --out for the page.")
-    if figures.exists() and not figures.is_dir():
-        raise UsageError(f"{figures}, the folder for figures, is a file; choose another --out.")
