@@ -76,6 +76,11 @@ EVERYWHERE = (
     *("probe", "probe-reuse", "full-batch", "parallel", "best-dynamic"),
 )
 """Methods whose passes are checked on all families."""
+SPREAD = [
+    *((SOME_FAMILIES[0], name) for name in ALL),
+    *((f, n) for f in SOME_FAMILIES[1:] for n in ("wanda-sp", "flap", "probe", "full-batch", "best-dynamic")),
+]
+"""(family, method): all methods on one family, and one method of each kind on the others."""
 
 
 @cache

@@ -4,14 +4,13 @@ import types
 
 import pytest
 import torch
-from all_methods import ALL, RATIO, SOME_FAMILIES, prepared
+from all_methods import ALL, RATIO, SPREAD, prepared
 from tiny import FAMILIES, close, masked, padded, snapshot, token_ids
 
 from probeprune import attach, find_blocks, prepare
 
-FAMILY = pytest.mark.parametrize("family", SOME_FAMILIES)
-NAME = pytest.mark.parametrize("name", ALL)
-DYNAMIC = [n for n, m in ALL.items() if m.when.every_batch]
+EACH = pytest.mark.parametrize("family, name", SPREAD)
+EACH_DYNAMIC = pytest.mark.parametrize("family, name", [(f, n) for f, n in SPREAD if ALL[n].when.every_batch])
 BATCHES = [padded("left"), padded("right"), padded("none", 3, 30)]
 
 
@@ -27,8 +26,7 @@ def logits(model, ids, mask=None):
 # -- autocast --------------------------------------------------------------------------------------
 
 
-@FAMILY
-@NAME
+@EACH
 def test_batches_in_one_autocast_region_are_as_without_its_cache(family, name):
     model, calibration = prepared(family)
 
@@ -44,8 +42,7 @@ def test_batches_in_one_autocast_region_are_as_without_its_cache(family, name):
         assert units == chosen and got.equal(expected)
 
 
-@FAMILY
-@NAME
+@EACH
 def test_the_dense_model_is_itself_after_detaching_inside_an_autocast_region(family, name):
     model, calibration = prepared(family)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -67,9 +64,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "phi3-gqa"])
 @pytest.mark.parametrize("way", WAYS)
-@NAME
+@EACH
 def test_a_model_cast_while_attached_goes_on_in_its_new_dtype(family, way, name):
     calibration = prepared(family)[1]
     model, twin = dense_model(family), WAYS[way](dense_model(family))
@@ -93,8 +89,7 @@ def test_a_model_cast_while_attached_goes_on_in_its_new_dtype(family, way, name)
 # -- autograd --------------------------------------------------------------------------------------
 
 
-@FAMILY
-@pytest.mark.parametrize("name", DYNAMIC)
+@EACH_DYNAMIC
 def test_gradients_across_a_later_batch_are_right_or_autograds_error(family, name):
     model, calibration = prepared(family)
     embed = model.get_input_embeddings()
@@ -146,8 +141,7 @@ def test_recorders_see_the_models_own_pass(family, name):
     assert [tuple(h.shape[:2]) for h in out.hidden_states] == [(4, 24)] * (len(heads) + 1)
 
 
-@FAMILY
-@NAME
+@EACH
 def test_hooks_of_others_run_once_a_pass_with_the_passs_own_shapes(family, name):
     model, calibration = prepared(family)
     ids, mask = padded("left")
@@ -175,8 +169,7 @@ def test_hooks_of_others_run_once_a_pass_with_the_passs_own_shapes(family, name)
         assert got.equal(expected)
 
 
-@FAMILY
-@pytest.mark.parametrize("name", DYNAMIC)
+@EACH_DYNAMIC
 def test_steering_and_cache_presses_run_under_every_dynamic_method(family, name):
     model, calibration = prepared(family)
     ids, mask = padded("left")

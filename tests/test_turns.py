@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from all_methods import ALL, KEEP_THE_PROMPT, RATIO, SOME_FAMILIES, prepared
+from all_methods import ALL, KEEP_THE_PROMPT, RATIO, SPREAD, prepared
 from tiny import close, kept, padded, token_ids
 
 from probeprune import UsageError, attach
@@ -30,8 +30,7 @@ def chats(model, turns):
     return logits
 
 
-@pytest.mark.parametrize("family", SOME_FAMILIES)
-@pytest.mark.parametrize("name", KEEP_THE_PROMPT)
+@pytest.mark.parametrize("family, name", [(f, n) for f, n in SPREAD if n in KEEP_THE_PROMPT])
 def test_chats_in_turn_equal_chats_one_after_the_other(family, name):
     model, calibration = prepared(family)
     # Prompts come in the same order, so that history is the same.

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 FLOOR = 1e-3
-"""Least damping of a channel, as a share of the median channel's, dead channels aside."""
+"""Least damping of a channel, as a share of the median channel's; of the median live channel's where most are
+dead."""
 
 
 class Gram:
@@ -131,8 +132,11 @@ def _factor(zz: torch.Tensor, damping: float) -> torch.Tensor:
 def _strength(zz: torch.Tensor, damping: float) -> torch.Tensor:
     """`L` (k,), the damping of each channel."""
     diagonal = zz.diagonal()
-    live = diagonal[diagonal > 0]  # a dead channel needs damping too, or nothing can be factorised
-    return damping * diagonal.clamp_min(FLOOR * float(live.median()) if live.numel() else 1.0)
+    middle = float(diagonal.median())
+    if middle == 0:  # most channels are dead: they need damping too, or nothing can be factorised
+        live = diagonal[diagonal > 0]
+        middle = float(live.median()) if live.numel() else 1.0
+    return damping * diagonal.clamp_min(FLOOR * middle)
 
 
 def squared_error(gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
