@@ -60,7 +60,9 @@ class Caching(World):
             oracle = cached.oracle = self._oracle(mask[:, -length:])
         with oracle() if oracle else nullcontext():
             want = self._pass(self.twin, twins, ambient)
-        self._compare(output, want, torch.ones_like(ids).bool(), ambient)
+        if "autocast" in ambient:
+            cached.ambient = ambient
+        self._compare(output, want, torch.ones_like(ids).bool(), cached.ambient)
         cached.mask, cached.since_refresh = mask, 0 if due else since
 
     def _foreign_cache(self, arguments: dict) -> None:

@@ -97,6 +97,8 @@ class Cached:
     handle: Handle | None
     mask: torch.Tensor
     since_refresh: int = 0
+    ambient: str = "no_grad"
+    """The roughest settings under which it was filled."""
     stale: bool = False
     """Whether a pass may have failed since."""
 
@@ -317,6 +319,7 @@ class World:
             self.cache = Cached(
                 output.past_key_values, want.past_key_values, oracle, self.handle, real.clone()
             )
+            self.cache.ambient = ambient
 
     def _oracle(self, real: torch.Tensor, whole: bool = False) -> Oracle | None:
         return None if self.handle is None else Oracle(self.handle, self.twin, real, whole)
