@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
 from all_methods import ALL, RATIO, prepared
+from ambient import default_dtype, deterministic
 from tiny import FAMILIES, close, cuts, token_ids
 from torch import nn
 from torch.nn.functional import linear, silu
@@ -32,25 +33,6 @@ def llama():
 
 
 # -- settings around a call ------------------------------------------------------------------------
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from all_methods import ALL, WINDOWS
+from ambient import default_dtype, deterministic
 from soak.oracle import Oracle, permuted
 from tiny import FAMILIES
 from torch import nn
@@ -34,8 +35,8 @@ AMBIENT: dict[str, Callable[[], Any]] = {
         torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
     ),
     "grad": nullcontext,
-    "deterministic": lambda: _both(torch.no_grad(), _deterministic()),
-    "double": lambda: _both(torch.no_grad(), _default_dtype(torch.float64)),
+    "deterministic": lambda: _both(torch.no_grad(), deterministic()),
+    "double": lambda: _both(torch.no_grad(), default_dtype(torch.float64)),
     "cpu": lambda: _both(torch.no_grad(), torch.device("cpu")),
 }
 """What a caller may have switched around a call."""
@@ -60,25 +61,6 @@ def _both(*contexts: Any) -> Iterator[None]:
         for context in contexts:
             stack.enter_context(context)
         yield
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @cache

@@ -39,7 +39,7 @@ class Text:
 
 
 CALIBRATION = Text("c4", 128, 512)
-"""Default calibration text of every command and preset."""
+"""Default calibration text of every command and preset: SparseGPT's, Wanda's and Probe Pruning's."""
 
 BATCH_SIZE = 16
 """Default number of windows in a forward pass, for calibration and measuring alike."""
@@ -314,10 +314,6 @@ def pad_batch(
         input_ids[row, place] = torch.as_tensor(sequence)
         attention_mask[row, place] = 1
     return input_ids, attention_mask
-
-
-CALIBRATION = Text("c4", 128, 512)
-"""The calibration text unless another is named: SparseGPT's, Wanda's and Probe Pruning's."""
 
 
 @dataclass(frozen=True)

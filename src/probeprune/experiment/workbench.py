@@ -13,11 +13,12 @@ from typing import Any
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, WindowSource
 from probeprune.experiment.cells import Subject
-from probeprune.jobs.train import RECORD, TrainingJob, discard_finished, loraprune_to, recover_to
+from probeprune.jobs.train import TrainingJob, discard_finished, loraprune_to, recover_to
 from probeprune.methods import Method, without_training
 from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.loading import LoadedModel, load_model
 from probeprune.model.machine import cache_dir
+from probeprune.model.making_records import TRAINING
 from probeprune.preparation import Preparation
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
@@ -142,7 +143,7 @@ class Workbench:
     def _trained(self, subject: Subject) -> Ready:
         out = self.trained_folder(subject)
         discard_finished(out)
-        if not (out / RECORD).exists():
+        if not (out / TRAINING).exists():
             self._train(subject, out)
         loaded = self._open(str(out), subject)
         record = loaded.training

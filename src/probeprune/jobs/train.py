@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, training_windows
-from probeprune.errors import UsageError
 from probeprune.files import stored_json, write_json
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.jobs.cards import training_card
@@ -23,6 +22,7 @@ from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import check_space, save
 from probeprune.model.described import Layout
 from probeprune.model.loading import LoadedModel
+from probeprune.model.making_records import TRAINING, check_pruning
 from probeprune.places import check_free, check_place, claimed, discard, resolved, writing
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
@@ -30,9 +30,6 @@ from probeprune.training import processes
 from probeprune.training.loraprune import LoraPruneCut, loraprune
 from probeprune.training.recovery import MEASURED, Trained, base_model, merged, recover
 from probeprune.training.settings import Training, TrainingText
-
-RECORD = "training.json"
-"""The record of a training run, beside its result."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def recover_to(
             written by another process.
         UsageError, FloatingPointError: the errors of `training.recovery.recover` and `save`.
     """
-    _check_pruning(pruning)
+    check_pruning(pruning)
     with _held(out):
         return _recover_to(loaded, out, job, merge, pruning, save_dtype, progress)
 
@@ -177,8 +174,8 @@ def check_output(out: Path) -> None:
 def discard_finished(out: Path) -> None:
     """Delete the checkpoints beside `out` if it holds the result of the very run that made them."""
     work = _work(out)
-    record = stored_json(work / RECORD)
-    if record is not None and record == stored_json(out / RECORD):
+    record = stored_json(work / TRAINING)
+    if record is not None and record == stored_json(out / TRAINING):
         discard(work)
 
 
@@ -192,20 +189,6 @@ def _held(out: Path) -> Iterator[None]:
         discard_finished(out)
         check_free(out)
         yield
-
-
-def _check_pruning(record: Any) -> None:
-    """Raise `UsageError` for what cannot be the record of a pruning; None is no pruning."""
-    if record is None:
-        return
-    share = record.get("removed_share") if isinstance(record, dict) else None
-    method = record.get("method") if isinstance(record, dict) else None
-    if isinstance(share, int | float) and isinstance(method, dict) and isinstance(method.get("name"), str):
-        return
-    raise UsageError(
-        "the model's pruning.json does not say by which method and how much it was pruned; delete that file, "
-        "or prune again."
-    )
 
 
 def _work(out: Path) -> Path:
@@ -254,7 +237,7 @@ def _training_record(
 
 def _write_adapter(loaded: LoadedModel, out: Path, model: PeftModel, record: dict[str, Any]) -> None:
     """Write the adapter alone, and delete the work directory."""
-    write_json(_work(out) / RECORD, record)
+    write_json(_work(out) / TRAINING, record)
     with writing(out) as folder:
         _save_adapter(loaded, model, folder)
         loaded.tokenizer.save_pretrained(folder)
@@ -277,7 +260,7 @@ def _write_checkpoint(
     lora = isinstance(model, PeftModel)
     if isinstance(model, PeftModel):  # before the merge, which takes the adapter apart
         _save_adapter(loaded, model, adapter)
-    write_json(_work(out) / RECORD, record)
+    write_json(_work(out) / TRAINING, record)
 
     def write_extra(folder: Path) -> None:
         if lora:
@@ -307,6 +290,6 @@ def _save_adapter(loaded: LoadedModel, model: PeftModel, folder: Path) -> None:
 
 def _copy_log(work: Path, folder: Path) -> None:
     """Copy the record and the TensorBoard logs."""
-    shutil.copyfile(work / RECORD, folder / RECORD)
+    shutil.copyfile(work / TRAINING, folder / TRAINING)
     if (work / "tensorboard").is_dir():
         shutil.copytree(work / "tensorboard", folder / "tensorboard")

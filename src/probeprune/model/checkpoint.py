@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from probeprune.errors import UsageError
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.described import Layout, export
+from probeprune.model.making_records import PRUNING
 from probeprune.places import check_free, resolved, writing
 
 _HEADROOM = 64 << 20
@@ -64,7 +65,7 @@ def save(
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         if record is not None:
-            (folder / "pruning.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+            (folder / PRUNING).write_text(json.dumps(record) + "\n", encoding="utf-8")
         if write_extra is not None:
             write_extra(folder)
     return exported

@@ -99,10 +99,8 @@ def describe(model: Any) -> None:
         described = plain
     except _Unfit:
         config, described = _per_layer_config(model), pruned_model(plain)
-    config._attn_implementation, config._name_or_path = (
-        model.config._attn_implementation,
-        model.config._name_or_path,
-    )
+    config._attn_implementation = model.config._attn_implementation
+    config._name_or_path = model.config._name_or_path
     _put_config(model, config)
     if not own_class:
         model.__class__ = described
@@ -177,7 +175,7 @@ def _plain_candidates(
     family = find_family(model)
     attention = next(b for b in blocks if b.kind == "attention")
     mlp = next(b for b in blocks if b.kind == "mlp")
-    base = plain_config(model.config)
+    base = _plain_config(model.config)
     widths = {
         "num_attention_heads": attention.query_heads,
         "num_key_value_heads": attention.kv_heads,
@@ -216,7 +214,7 @@ def _make_config(config_class: type[PretrainedConfig], fields: dict[str, Any]) -
         raise _Unfit(f"{config_class.__name__} rejects its sizes: {reason}") from error
 
 
-def plain_config(config: Any) -> PretrainedConfig:
+def _plain_config(config: Any) -> PretrainedConfig:
     """A copy of a model's config as a plain one of its family, without widths of single layers."""
     if not config.model_type.startswith(PRUNED_PREFIX):
         return copy.deepcopy(config)
@@ -228,7 +226,7 @@ def plain_config(config: Any) -> PretrainedConfig:
 
 def _per_layer_config(model: Any) -> PretrainedConfig:
     """A config that lists, for each module, the differences from the plain model."""
-    base = plain_config(model.config)
+    base = _plain_config(model.config)
     plain = _empty(_plain_class(model), base, model)
     blocks = find_blocks(model)
     pruned: dict[str, dict[str, Any]] = {}

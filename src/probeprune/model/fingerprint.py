@@ -13,6 +13,7 @@ from pathlib import Path
 from probeprune.errors import refusing
 from probeprune.model.folder import CONFIG, weight_files
 from probeprune.model.hub import commit
+from probeprune.model.making_records import PRUNING, TRAINING
 
 _CHUNK = 64 << 20
 """Bytes that one thread hashes at a time: one large file so keeps all threads busy."""
@@ -23,7 +24,7 @@ _SETTLED = 2_000_000_000
 """Nanoseconds that files must be unchanged for their hash to be remembered in this process."""
 
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
-_NO_FUNCTION = ("pruning.json", "training.json", "generation_config.json")
+_NO_FUNCTION = (PRUNING, TRAINING, "generation_config.json")
 """Records of how a model was made, and settings of generation: they change no logit."""
 
 

@@ -3,7 +3,6 @@
 Nothing outside the folder is opened, and no pickle. Knows nothing of architectures.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from probeprune.errors import UsageError, first_line
+from probeprune.foreign.reading import parse_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -56,8 +56,8 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises `UsageError` if there is anything else in it."""
     check_regular(file)
     try:
-        value = json.loads(file.read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(file.read_bytes().decode("utf-8"))
+    except (OSError, ValueError) as error:
         raise UsageError(f"'{file}' is not JSON ({first_line(error)}); get the checkpoint again.") from error
     if not isinstance(value, dict):
         raise UsageError(

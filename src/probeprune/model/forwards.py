@@ -12,22 +12,27 @@ from torch.utils.hooks import RemovableHandle
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Replace `module.forward` and return a function that undoes it.
+    """Replace `module.forward`; see `replace_method`."""
+    return replace_method(module, "forward", forward)
 
-    A module may already have a `forward` in its instance dictionary: accelerate puts one there. Undoing
+
+def replace_method(module: nn.Module, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Replace a method of one module and return a function that undoes it.
+
+    A module may already have one in its instance dictionary: accelerate puts a `forward` there. Undoing
     restores that one; without one it removes ours, so that the class's own method shows again. Where others
     have put theirs in place of ours meanwhile, theirs stays.
     """
-    had_one, previous = "forward" in module.__dict__, module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+    had_one, previous = name in module.__dict__, module.__dict__.get(name)
+    module.__dict__[name] = method
 
     def undo() -> None:
-        if module.__dict__.get("forward") is not forward:
+        if module.__dict__.get(name) is not method:
             return
         if had_one:
-            module.__dict__["forward"] = previous
+            module.__dict__[name] = previous
         else:
-            del module.__dict__["forward"]
+            del module.__dict__[name]
 
     return undo
 

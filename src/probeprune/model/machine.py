@@ -1,6 +1,5 @@
 """What this machine has: its devices, the dtype that is fast on them, the cache folder."""
 
-import json
 import os
 import platform
 import time
@@ -11,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from probeprune.errors import UsageError, unknown
-from probeprune.files import write_json
+from probeprune.files import stored_json, write_json
 from probeprune.places import check_writable
 from probeprune.provenance import dtype_name
 
@@ -56,9 +55,8 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     file = cache_dir() / "fastest-dtype.json"
     machine = f"{platform.node()} {os.cpu_count()} torch {torch.__version__}"
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return DTYPES[known[machine]]
-    except (OSError, ValueError, KeyError, TypeError):
+        return DTYPES[stored_json(file)[machine]]
+    except (KeyError, TypeError):
         chosen = fastest_dtype(device)
     # If the cache cannot be written, the next call measures again.
     with suppress(UsageError):

@@ -58,13 +58,31 @@ def _read(file: Path, wanted: Mapping[str, tuple[type, ...]]) -> dict[str, Any] 
     return record
 
 
+def check_pruning(record: Any) -> None:
+    """Raise `UsageError` for what cannot be the record of a pruning; None is no pruning."""
+    if record is not None and _first_wrong(record, _OF_PRUNING) is not None:
+        raise UsageError(
+            "the model's pruning.json does not say by which method and how much it was pruned; delete that "
+            "file, or prune again."
+        )
+
+
 def _check(file: Path, record: Any, wanted: Mapping[str, tuple[type, ...]]) -> None:
+    wrong = _first_wrong(record, wanted)
+    if wrong is not None:
+        path, value = wrong
+        raise UsageError(
+            f"'{file}' is no record of probeprune, its {path} is {value!r}; delete it, or get the "
+            "checkpoint again."
+        )
+
+
+def _first_wrong(record: Any, wanted: Mapping[str, tuple[type, ...]]) -> tuple[str, Any] | None:
+    """Path and value of the first field that is missing or of another type; None where all are right."""
     for path, types in wanted.items():
         value = record
         for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         if not isinstance(value, types) or isinstance(value, bool):
-            raise UsageError(
-                f"'{file}' is no record of probeprune, its {path} is {value!r}; delete it, or get the "
-                "checkpoint again."
-            )
+            return path, value
+    return None

@@ -69,9 +69,10 @@ def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
 
     A model without a head has no prefix (`layers.0`, where the causal LM has `model.layers.0`).
     """
-    prefix = f"{model.base_model_prefix}."
+    body = str(model.base_model_prefix)
+    absent = "" if hasattr(model, body) else f"{body}."
     for path, changes in pruned.items():
-        path = path if hasattr(model, prefix[:-1]) else path.removeprefix(prefix)
+        path = path.removeprefix(absent)
         module = model.get_submodule(path)
         if isinstance(module, nn.Linear):
             sizes = {

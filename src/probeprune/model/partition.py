@@ -261,16 +261,18 @@ class Partition:
 
     # -- snapshots -----------------------------------------------------------------------------
 
-    def snapshot(self) -> "Snapshot":
+    def snapshot(self) -> Snapshot:
         """The present order and replacements, to return to with `show_again`."""
         view = self._views[self.block.consumer]
         weight = view.replacement
         return Snapshot(self.order.clone(), None if weight is None else weight.clone(), view.added_bias)
 
     @torch.no_grad()
-    def show_again(self, snapshot: "Snapshot") -> None:
+    def show_again(self, snapshot: Snapshot) -> None:
         """Lay out the units as in `snapshot`, taken while as many units were shown as now."""
-        self._permute(snapshot.order)
+        # Reading the order elsewhere than on a CPU would stall the queue.
+        if self.order.device.type != "cpu" or not self.order.equal(snapshot.order):
+            self._permute(snapshot.order)
         view = self._views[self.block.consumer]
         with torch.inference_mode(False):
             weight = snapshot.replacement

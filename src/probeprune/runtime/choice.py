@@ -36,9 +36,10 @@ class Choice:
         return Choice, (None,)  # in another process, no method owns it
 
 
-def choice_of(cache: object) -> Choice | None:
-    """The choice that a cache was filled under; None for a dense cache."""
-    return getattr(cache, _ATTRIBUTE, None)
+def choice_of(cache: object, owner: object) -> Choice | None:
+    """The choice of `owner` that a cache was filled under; None for a cache that others filled."""
+    choice: Choice | None = getattr(cache, _ATTRIBUTE, None)
+    return choice if choice is not None and choice.owner is owner else None
 
 
 def mark(caches: Any, choice: Choice | None) -> None:

@@ -287,8 +287,7 @@ class Handle:
         if not started.continues:
             check_layout(started.cache, self.blocks, self.widths)
             return
-        choice = choice_of(started.cache)
-        own = choice if choice is not None and choice.owner is self._owner else None
+        own = choice_of(started.cache, self._owner)
         known = own is not None and (own is self._in_view or own.snapshots is not None)
         if self._cuts_heads and not known:
             raise UsageError(
@@ -332,9 +331,9 @@ class Handle:
                 self._since_choice = 0
             self._since_refresh = 0
         else:
-            choice = choice_of(started.cache)
-            if choice is not None and choice.owner is self._owner and choice is not self._in_view:
-                self._change_choice(choice)
+            own = choice_of(started.cache, self._owner)
+            if own is not None and own is not self._in_view:
+                self._change_choice(own)
             self._since_refresh += tokens.length
             due = 0 < when.refresh <= self._since_refresh
             self.current.stage = "refresh" if due else "keep"

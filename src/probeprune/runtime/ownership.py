@@ -1,7 +1,7 @@
 """Which weights attached methods hold, by storage, so that two models on the same storage are noticed."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import WeakSet
 
 import torch
@@ -16,7 +16,7 @@ class Holder(Protocol):
         """The parameters that it holds now: a move or a cast gives a model others."""
 
 
-_HOLDERS: "WeakSet[Any]" = WeakSet()
+_HOLDERS: "WeakSet[Holder]" = WeakSet()
 """Methods attached in this process."""
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
+from probeprune.model.forwards import replace_method
 from probeprune.model.narrow_linear import refuse_to_load
 
 
@@ -31,9 +32,4 @@ def refuse_continuous_batching(model: nn.Module) -> Callable[[], None]:
             "with one width for all layers (with_equal_widths)."
         )
 
-    model.__dict__["init_continuous_batching"] = refuse
-
-    def undo() -> None:
-        model.__dict__.pop("init_continuous_batching", None)
-
-    return undo
+    return replace_method(model, "init_continuous_batching", refuse)
