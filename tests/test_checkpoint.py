@@ -15,6 +15,8 @@ from probeprune import compose, find_blocks, load_model, prune, save, with_equal
 from probeprune.errors import UsageError
 from probeprune.model import checkpoint
 from probeprune.model.described import export
+from probeprune.model.modeling_pruned import pruned_config
+from probeprune.model.pruned_configs import read_config
 
 IDS = token_ids(3, 20)
 
@@ -50,6 +52,12 @@ def pruned(family: str, layout: str):
     return model
 
 
+def opened(path):
+    """A checkpoint of any layout, without its tokenizer."""
+    config = read_config(path, json.loads((path / "config.json").read_text()))
+    return AutoModelForCausalLM.from_pretrained(path, config=config).eval()
+
+
 def logits(model):
     with torch.no_grad():
         return model(IDS).logits
@@ -62,12 +70,14 @@ def test_round_trip(family, layout, tmp_path):
     exported = save(model, tmp_path / "one")
     expected = logits(model)
     assert logits(exported).equal(expected)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one").eval()
+    loaded = opened(tmp_path / "one")
     assert logits(loaded).equal(expected)
-    # A plain config cannot hold OPT's and GPT-NeoX's head size apart from the head count.
-    needs_own = layout == "per-layer" or (layout == "uniform" and family.startswith(("opt", "gpt")))
-    assert type(loaded).__name__.startswith("Pruned") == needs_own
-    assert (tmp_path / "one/modeling_pruned.py").exists() == needs_own
+    # No config can hold OPT's and GPT-NeoX's head size apart from the head count.
+    tied = layout != "mlp" and family.startswith(("opt", "gpt"))
+    kind = "Pruned" if tied else "PerLayer" if layout == "per-layer" else ""
+    own_names = [kind for kind in ("Pruned", "PerLayer") if type(loaded).__name__.startswith(kind)]
+    assert own_names == ([kind] if kind else [])
+    assert (tmp_path / "one/modeling_pruned.py").exists() == bool(kind)
     # Saved again, by transformers and by us: the same bytes of weights.
     loaded.save_pretrained(tmp_path / "two")
     save(loaded, tmp_path / "three")
@@ -81,7 +91,7 @@ def test_round_trip(family, layout, tmp_path):
     assert [b.units for b in find_blocks(loaded)] == [b.units for b in find_blocks(model)]
     prune(loaded, compose("magnitude", skip_layers=3), 0.1)
     save(loaded, tmp_path / "four")
-    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "four")).equal(logits(loaded))
+    assert logits(opened(tmp_path / "four")).equal(logits(loaded))
 
 
 @pytest.mark.parametrize("package", ["with", "without"])
@@ -89,6 +99,7 @@ def test_new_processes_open_it_with_and_without_the_package(package, tmp_path):
     cases = [
         ("llama", "uniform"),
         ("llama-gqa", "per-layer"),
+        ("llama", "per-layer"),
         ("opt", "per-layer"),
         ("opt", "mlp"),
         ("phi3-gqa", "per-layer"),
@@ -102,7 +113,10 @@ def test_new_processes_open_it_with_and_without_the_package(package, tmp_path):
         torch.save(IDS, folder / "ids.pt")
         expected.append(logits(model))
         own = (folder / "model/modeling_pruned.py").exists()
-        lines.append(json.dumps([str(folder / "model"), own and package == "without"]))
+        # A model type of our own is registered by the package; a family's own needs the file beside the weights.
+        model_type = json.loads((folder / "model/config.json").read_text())["model_type"]
+        trust = own and (package == "without" or model_type == family_of(family))
+        lines.append(json.dumps([str(folder / "model"), trust]))
     done = subprocess.run(
         [sys.executable, "-c", OPENED, package],
         input="\n".join(lines),
@@ -128,7 +142,7 @@ def test_new_processes_open_it_with_and_without_the_package(package, tmp_path):
         ).read_bytes()
         if package == "without":
             assert not module.startswith("probeprune")
-    assert answers[0][0] == "MistralForCausalLM" and answers[1][0] == "PrunedLlamaForCausalLM"
+    assert answers[0][0] == "MistralForCausalLM" and answers[1][0] == "PerLayerLlamaForCausalLM"
 
 
 def test_the_package_imports_no_modelling_code_before_a_model_needs_it():
@@ -136,6 +150,77 @@ def test_the_package_imports_no_modelling_code_before_a_model_needs_it():
     check = "import sys, probeprune; print(*(m for m in sys.modules if '.modeling_opt' in m))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert not done.stdout.strip()
+
+
+def family_of(name):
+    return FAMILIES[name]().config.model_type
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
+def test_a_per_layer_config_is_the_one_of_transformers(family, tmp_path):
+    """Its keys, by layer, are fields of the family's config, under the family's model type."""
+    model = pruned(family, "per-layer")
+    save(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_type"] == family_of(family) and "pruned" not in config
+    width = {b.layer: b.units for b in find_blocks(model) if b.kind == "mlp"}
+    heads = {b.layer: (b.query_heads, b.kv_heads) for b in find_blocks(model) if b.kind == "attention"}
+    layers = {int(i): own for i, own in config["per_layer_config"].items()}
+    assert 2 in layers and 0 not in layers
+    for i in width:
+        fields = {**config, **layers.get(i, {})}
+        assert fields["intermediate_size"] == width[i]
+        assert (fields["num_attention_heads"], fields["num_key_value_heads"]) == heads[i]
+    # Without our file nothing opens it with other widths: transformers says what it cannot read.
+    with pytest.raises(Exception, match=r"per-layer attribute|not a multiple"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_layer_reads_its_own_fields_and_the_model_s_attention():
+    model = export(pruned("phi3", "per-layer"))
+    attention = model.model.layers[2].self_attn
+    assert (
+        attention.config.num_attention_heads == 4
+        and model.model.layers[0].self_attn.config.num_attention_heads == 6
+    )
+    eager = logits(model)
+    model.set_attn_implementation("eager")
+    assert attention.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(model), eager, rtol=1e-5, atol=1e-5)
+
+
+def test_checkpoints_of_the_first_schema_open(tmp_path, number_tokenizer):
+    """Their model type began with `pruned_`, and they listed the sizes of every module."""
+    model = pruned("llama", "per-layer")
+    save(model, tmp_path / "old", tokenizer=number_tokenizer)
+    file = tmp_path / "old/config.json"
+    config = json.loads(file.read_text())
+    dense = FAMILIES["llama"]()
+    sizes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            theirs = dense.get_submodule(name)
+            own = {
+                s: getattr(module, s)
+                for s in ("in_features", "out_features")
+                if getattr(module, s) != getattr(theirs, s)
+            }
+            if own:
+                sizes[name] = own
+    del config["per_layer_config"]
+    config |= {"model_type": "pruned_llama", "architectures": ["PrunedLlamaForCausalLM"], "pruned": sizes}
+    config["auto_map"] = pruned_config(type(dense.config))().auto_map
+    file.write_text(json.dumps(config))
+    for loaded in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "old"),
+        load_model(str(tmp_path / "old")).model,
+    ):
+        assert type(loaded).__name__ == "PrunedLlamaForCausalLM" and logits(loaded.float()).equal(
+            logits(model)
+        )
+    save(loaded, tmp_path / "new")
+    assert "per_layer_config" in json.loads((tmp_path / "new/config.json").read_text())
+    assert logits(opened(tmp_path / "new")).equal(logits(model))
 
 
 def test_heads_that_do_not_divide_the_hidden_size_make_a_llama_a_mistral(tmp_path):
@@ -190,8 +275,22 @@ def test_a_bias_that_no_plain_config_holds_is_an_error_that_names_alternatives(f
         save(model, tmp_path / "out", layout="uniform")
     assert not list(tmp_path.iterdir())
     save(model, tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = opened(tmp_path / "out")
     assert type(loaded).__name__.startswith("Pruned") and logits(loaded).equal(logits(model))
+
+
+def test_biases_of_whole_blocks_go_into_a_per_layer_config(tmp_path):
+    """LLaMA's config has them for all maps of a block: those that had none get zeros."""
+    model = FAMILIES["llama-gqa"]()
+    prune(model, compose("flap", skip_layers=2), 0.3, calibration=IDS)
+    save(model, tmp_path / "out", layout="per-layer")
+    loaded = opened(tmp_path / "out")
+    assert type(loaded).__name__ == "PerLayerLlamaForCausalLM"
+    assert (
+        loaded.model.layers[0].mlp.up_proj.bias is None
+        and loaded.model.layers[3].mlp.up_proj.bias is not None
+    )
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def test_layers_of_different_width_have_no_uniform_layout(tmp_path):
@@ -200,7 +299,8 @@ def test_layers_of_different_width_have_no_uniform_layout(tmp_path):
     with pytest.raises(UsageError, match="unknown layout"):
         save(pruned("llama", "uniform"), tmp_path / "out", layout="even")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
-    assert type(export(pruned("llama", "uniform"), "per-layer")).__name__ == "PrunedLlamaForCausalLM"
+    # Five heads do not divide LLaMA's hidden size; Mistral's config has a head size of its own.
+    assert type(export(pruned("llama", "uniform"), "per-layer")).__name__ == "PerLayerMistralForCausalLM"
 
 
 def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):

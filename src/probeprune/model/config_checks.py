@@ -84,7 +84,7 @@ FIELDS = _table(
         "rope_type type": NAME,
         "layer_types": NAMES.or_none(),
         "rope_parameters rope_scaling": OBJECT.or_none(),
-        "pruned": OBJECT,
+        "pruned per_layer_config": OBJECT,
         "pad_token_id bos_token_id": TOKEN.or_none(),
         "eos_token_id": TOKEN.or_list().or_none(),
     }
@@ -137,6 +137,12 @@ def check_heads(file: Path, config: Any, fields: Mapping[str, Any]) -> None:
         config: the config of a supported family.
         fields: what the file says.
     """
+    for own in config.per_layer_config:
+        _check_heads_of(file, own, fields)
+
+
+def _check_heads_of(file: Path, config: Any, fields: Mapping[str, Any]) -> None:
+    """As `check_heads`, of the config of one layer."""
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if groups is not None and heads % groups:
         raise UsageError(

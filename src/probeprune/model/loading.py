@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -39,6 +38,7 @@ from probeprune.model.gguf_files import converted, embedded_gguf
 from probeprune.model.hub import snapshot
 from probeprune.model.machine import choose_device, choose_dtype
 from probeprune.model.making_records import read_pruning, read_training
+from probeprune.model.pruned_configs import read_config
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0): LLaMA architecture, grouped-query attention, 30 layers."""
@@ -169,7 +169,7 @@ def _load_config(name: str, folder: Path, trust_remote_code: bool) -> Pretrained
         with refusing(f"'{generation}' could not be read"), quiet_libraries():
             GenerationConfig.from_pretrained(folder)
     with refusing(f"'{file}' could not be read"), quiet_libraries():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = read_config(folder, fields, trust_remote_code=trust_remote_code)
     if supported:
         check_heads(file, config, fields)
     if getattr(config, "quantization_config", None) is not None:
@@ -228,7 +228,7 @@ def _check_weights(name: str, folder: Path, tensors: Mapping[str, Stored], optio
             f"the weights of model '{name}' are incomplete: {len(missing)} tensors are missing, such as "
             f"'{missing[0]}'; get the checkpoint again."
         )
-    if model.config.model_type.startswith(PRUNED_PREFIX):
+    if hasattr(type(model.config), "prefix"):
         _check_counts(file, model)
 
 

@@ -1,23 +1,32 @@
 """Models whose layers differ in width, as their checkpoints open them.
 
 Self-contained: this file is copied next to the weights of such a checkpoint, so that transformers can open it
-without probeprune (`trust_remote_code=True`). Every class of the family has a counterpart here with `Pruned`
-in front of its name (`PrunedLlamaConfig`, `PrunedLlamaModel`, `PrunedLlamaForCausalLM`), made when it is
-first asked for. It is the family's own model, with linear maps as narrow as `config.pruned` says; the forward
-pass is unchanged.
+without probeprune (`trust_remote_code=True`). Every class of a family has two counterparts here, made when
+they are first asked for. Both are the family's own model, and their forward pass is unchanged.
 
-`config.pruned` maps a module's path in the causal LM to what differs from the plain model: for a linear map
-`in_features`, `out_features` or `bias`; for any other module the attributes that its forward reads
-(`config.x` for an attribute of its config).
+- `PerLayer...` (`PerLayerLlamaConfig`, `PerLayerLlamaForCausalLM`): each layer is built from the family's own
+  code with the fields of `config.per_layer_config`, as transformers defines them (`intermediate_size`,
+  `num_attention_heads`, ...). The `model_type` is the family's.
+- `Pruned...`: for what no field of the family says, such as a bias on one linear map alone. Beside the
+  former, `config.pruned` maps a module's path in the causal LM to what differs: for a linear map
+  `in_features`, `out_features` or `bias`; for any other module the attributes that its forward reads
+  (`config.x` for an attribute of its config). The `model_type` begins with `pruned_`, so that nobody opens it
+  without this file.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
+
+MODEL_TYPES = {"PerLayer": "", "Pruned": "pruned_"}
+"""By prefix of a class's name, the prefix of its `model_type`."""
 
 _HEADS = {
     "AutoModel": "MODEL_MAPPING",
@@ -92,10 +101,15 @@ def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
                 setattr(module, name, value)
 
 
-class _Pruned(PreTrainedModel):
+class _Narrow(PreTrainedModel):
+    """What the counterparts of all model classes have in common."""
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        narrow(self, config.pruned)
+        with _without_overrides(config):
+            super().__init__(config, *args, **kwargs)
+        if config.is_heterogeneous:
+            _rebuild_layers(self, config)
+        narrow(self, getattr(config, "pruned", {}))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, for models whose layers have the same key-value heads.
@@ -103,7 +117,8 @@ class _Pruned(PreTrainedModel):
         Raises `ValueError` for others: the paged cache has one size for all layers.
         """
         makes_keys = ("k_proj", "qkv_proj", "query_key_value")
-        if any(path.endswith(makes_keys) for path in self.config.pruned):
+        heads = {getattr(layer, "num_key_value_heads", None) for layer in self.config.per_layer_config}
+        if len(heads) > 1 or any(path.endswith(makes_keys) for path in getattr(self.config, "pruned", {})):
             raise ValueError(
                 "continuous batching needs the same number of key-value heads in every layer, and this "
                 "pruned model has different ones; use generate, or prune with one width for all layers."
@@ -111,19 +126,82 @@ class _Pruned(PreTrainedModel):
         return super().init_continuous_batching(*args, **kwargs)
 
 
-@cache
-def pruned_config(family: Any) -> Any:
-    """The counterpart of a family's config class: a class too."""
+@contextmanager
+def _without_overrides(config: Any) -> Iterator[None]:
+    """Show the fields of the dense model: the family's code reads them from the config of all layers, which
+    transformers forbids for fields that differ between layers."""
+    overrides = config.__dict__.pop("_heterogeneity_spec", None)
+    try:
+        yield
+    finally:
+        if overrides is not None:
+            config.__dict__["_heterogeneity_spec"] = overrides
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+
+def _layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The list of decoder layers."""
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != count:
+            continue
+        if all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+            return module
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers")
+
+
+def _rebuild_layers(model: nn.Module, config: Any) -> None:
+    """Build every layer anew, from its own config."""
+    layers = _layers(model, config.num_hidden_layers)
+    for index, own in enumerate(config.per_layer_config):
+        layers[index] = type(layers[index])(own, index)
+        view_layer(layers[index], own, config)
+
+
+def view_layer(layer: nn.Module, own: Any, config: Any) -> None:
+    """Let the modules of one layer read its own fields, and everything else from the model's config.
+
+    A copy would keep the attention implementation, say, that the model had when it was made.
+
+    Args:
+        layer: a decoder layer.
+        own: the layer's config, of `config.per_layer_config`.
+        config: the model's config.
+    """
+    fields = {name: getattr(own, name) for name in config.per_layer_attributes}
+    for module in layer.modules():
+        held = module.__dict__.get("config")
+        if isinstance(held, ConfigView):
+            module.config = ConfigView(held, fields)  # type: ignore[assignment]
+        elif held is not None:
+            module.config = ConfigView(config, fields)  # type: ignore[assignment]
+
+
+@cache
+def pruned_config(family: Any, prefix: str = "Pruned") -> Any:
+    """The counterpart of a family's config class, `PerLayer...` or `Pruned...`: a class too."""
+
+    def __init__(self: Any, *args: Any, per_layer_config: Any = None, **kwargs: Any) -> None:
         family.__init__(self, *args, **kwargs)
+        if per_layer_config is not None:
+            self.per_layer_config = per_layer_config
+            validate(self)
         # Only now: importing the modelling code of all families would slow down every start.
         for auto, plain in model_classes(family).items():
-            getattr(transformers, auto).register(type(self), pruned_model(plain), exist_ok=True)
-        self.auto_map = _auto_map(family)
+            getattr(transformers, auto).register(type(self), pruned_model(plain, prefix), exist_ok=True)
+        self.auto_map = _auto_map(family, prefix)
 
-    members = {"__module__": __name__, "__init__": __init__, "model_type": f"pruned_{family.model_type}"}
-    made: Any = type(f"Pruned{family.__name__}", (family,), members)
+    def validate(self: Any) -> None:
+        # Layer by layer: the family's checks read fields that the config of all layers may not have.
+        for layer in self.per_layer_config:
+            family.validate(layer)
+
+    members = {
+        "__module__": __name__,
+        "__init__": __init__,
+        "validate": validate,
+        "model_type": f"{MODEL_TYPES[prefix]}{family.model_type}",
+        "prefix": prefix,
+    }
+    made: Any = type(f"{prefix}{family.__name__}", (family,), members)
     made.register_for_auto_class()  # saving copies this file and puts the class into config.json
     return made
 
@@ -134,17 +212,18 @@ def model_classes(family: Any) -> dict[str, Any]:
     return {auto: model for auto, model in plain.items() if isinstance(model, type)}
 
 
-def _auto_map(family: Any) -> dict[str, str]:
+def _auto_map(family: Any, prefix: str) -> dict[str, str]:
     """For config.json: the class in this file that each auto class opens."""
     file = __name__.rpartition(".")[2]
-    return {auto: f"{file}.Pruned{plain.__name__}" for auto, plain in model_classes(family).items()}
+    return {auto: f"{file}.{prefix}{plain.__name__}" for auto, plain in model_classes(family).items()}
 
 
 @cache
-def pruned_model(plain: Any) -> Any:
+def pruned_model(plain: Any, prefix: str = "Pruned") -> Any:
     """The counterpart of a family's model class, with any head: a class too."""
-    members = {"__module__": __name__, "config_class": pruned_config(plain.config_class)}
-    made: Any = type(f"Pruned{plain.__name__}", (_Pruned, plain), members)
+    config_class = pruned_config(plain.config_class, prefix)
+    members = {"__module__": __name__, "config_class": config_class}
+    made: Any = type(f"{prefix}{plain.__name__}", (_Narrow, plain), members)
     auto = next((a for a, model in model_classes(plain.config_class).items() if model is plain), None)
     if auto is not None:
         made.register_for_auto_class(auto)
@@ -152,11 +231,13 @@ def pruned_model(plain: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """`PrunedX` for any config or model class X of transformers."""
-    if name.startswith("Pruned"):
-        plain: Any = getattr(transformers, name.removeprefix("Pruned"), None)
+    """`PerLayerX` and `PrunedX` for any config or model class X of transformers."""
+    for prefix in MODEL_TYPES:
+        plain: Any = (
+            getattr(transformers, name.removeprefix(prefix), None) if name.startswith(prefix) else None
+        )
         if name.endswith("Config") and hasattr(plain, "model_type"):
-            return pruned_config(plain)
+            return pruned_config(plain, prefix)
         if hasattr(plain, "config_class") and issubclass(plain, PreTrainedModel):
-            return pruned_model(plain)
+            return pruned_model(plain, prefix)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

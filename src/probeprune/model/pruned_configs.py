@@ -1,0 +1,260 @@
+"""Configs that describe pruned models.
+
+A config is plain, of the model's family or of one that computes the same function, where all layers have the
+same width. Otherwise it has a `per_layer_config`, as transformers defines it, and beside it a list of what no
+field of the family says (`modeling_pruned.py`). Knows nothing of weights but their shapes.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+
+from probeprune.errors import UsageError
+from probeprune.foreign.quiet import quiet_libraries
+from probeprune.model.blocks import Block, attribute, find_blocks
+from probeprune.model.families import FAMILIES, PRUNED_PREFIX, Family, Twin, find_family
+from probeprune.model.modeling_pruned import MODEL_TYPES, model_classes, pruned_config, pruned_model
+
+
+def register_checkpoints(family: Family) -> None:
+    """Let transformers' auto classes open those checkpoints of a family that no other code can open."""
+    for model_type in family.model_types:
+        pruned = pruned_config(CONFIG_MAPPING[model_type])
+        AutoConfig.register(pruned.model_type, pruned, exist_ok=True)
+
+
+for _family in FAMILIES:
+    register_checkpoints(_family)
+
+
+def read_config(folder: Path, fields: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint, per-layer ones included.
+
+    Transformers knows `per_layer_config` and builds no models of it yet for most families; our counterpart of
+    the family's config class does.
+
+    Args:
+        folder: where the checkpoint lies.
+        fields: the content of its config.json.
+        trust_remote_code: run code that comes with a checkpoint of an unknown family.
+    """
+    model_type = fields.get("model_type")
+    if "per_layer_config" in fields and any(model_type in family.model_types for family in FAMILIES):
+        return pruned_config(CONFIG_MAPPING[model_type], "PerLayer").from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+class Unfit(Exception):
+    """A config that cannot describe a model; the text begins with the config's class."""
+
+
+def plain_candidates(
+    model: Any, blocks: Sequence[Block]
+) -> list[tuple[type[PretrainedConfig], dict[str, Any]]]:
+    """Plain configs (class, fields) that may describe a model. Raises `Unfit` for layers of several
+    widths."""
+    sizes = {(b.query_heads, b.kv_heads, b.head_dim) for b in blocks if b.kind == "attention"}
+    if len(sizes) > 1 or len({b.units for b in blocks if b.kind == "mlp"}) > 1:
+        raise Unfit("its layers have different widths")
+    family = find_family(model)
+    attention = next(b for b in blocks if b.kind == "attention")
+    mlp = next(b for b in blocks if b.kind == "mlp")
+    base = _plain_config(model.config)
+    widths = {
+        "num_attention_heads": attention.query_heads,
+        "num_key_value_heads": attention.kv_heads,
+        family.mlp.width_field: mlp.units,
+    }
+    changes = {k: v for k, v in widths.items() if getattr(base, k, v) != v}
+    head_dim = attention.head_dim
+    tied = base.hidden_size == attention.query_heads * head_dim
+    if getattr(base, "head_dim", None) not in (None, head_dim) or not tied:
+        changes["head_dim"] = head_dim
+    biases = {
+        record.bias_field: True
+        for record, kind in ((family.attention, "attention"), (family.mlp, "mlp"))
+        if getattr(base, record.bias_field, None) is False
+        and any(b.consumer.bias is not None for b in blocks if b.kind == kind)
+    }
+    fields = {k: v for k, v in base.to_dict().items() if k != "model_type"}
+    candidates = [(type(base), {**fields, **changes})]
+    if biases:
+        candidates.append((type(base), {**fields, **changes, **biases}))
+    if family.twin is not None:
+        twin, shared = _twin_fields(family.twin, fields)
+        candidates.append((twin, {**shared, **changes, "head_dim": head_dim}))
+    return candidates
+
+
+def make_config(config_class: type[PretrainedConfig], fields: dict[str, Any]) -> PretrainedConfig:
+    """A config with these fields. Raises `Unfit` if its class rejects them."""
+    try:
+        return config_class(**fields)
+    except Exception as error:  # configs validate themselves and may raise anything
+        lines = str(error).strip().splitlines()
+        reason = lines[-1].strip().rstrip(".") if lines else type(error).__name__
+        raise Unfit(f"{config_class.__name__} rejects its sizes: {reason}") from error
+
+
+def _plain_config(config: Any) -> PretrainedConfig:
+    """A copy of a model's config as a plain one of its family, without widths of single layers."""
+    model_type = config.model_type.removeprefix(PRUNED_PREFIX)
+    if not config.is_heterogeneous and model_type == config.model_type:
+        return copy.deepcopy(config)
+    fields = config.to_dict()
+    for name in ("model_type", "per_layer_config", "pruned", "auto_map", "architectures"):
+        fields.pop(name, None)
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def per_layer_config(model: Any, *, twins: bool) -> PretrainedConfig:
+    """A config with the fields of each layer, and what no field of the family says beside them.
+
+    Args:
+        model: a pruned or dense model.
+        twins: whether it may be the config of another family that computes the same function.
+    """
+    blocks = find_blocks(model)
+    best: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
+    for config_class, fields in _per_layer_candidates(model, blocks, twins):
+        try:
+            config = make_config(pruned_config(config_class, "PerLayer"), fields)
+            found = _differences(model, blocks, empty_model(class_like(model, type(config)), config, model))
+        except Unfit:
+            continue
+        if not found:
+            return config
+        # A twin is worth the other name only if it needs no code of ours.
+        own_family = config_class is plain_class(model).config_class
+        if own_family and (best is None or len(found) < len(best[2])):
+            best = config_class, fields, found
+    assert best is not None  # a config without fields of its own for attention is as good as the dense one
+    config_class, fields, found = best
+    return make_config(pruned_config(config_class), {**fields, "pruned": found})
+
+
+def _per_layer_candidates(
+    model: Any, blocks: Sequence[Block], twins: bool
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Plain configs (class, fields with `per_layer_config`) that may describe a model."""
+    base = _plain_config(model.config)
+    fields = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures")}
+    layers = _layer_fields(model, base, blocks)
+    head_dim = next(b.head_dim for b in blocks if b.kind == "attention")
+    yield type(base), _with_layers(fields, layers)
+    yield type(base), _with_layers({**fields, "head_dim": head_dim}, layers)
+    twin = find_family(model).twin
+    if twins and twin is not None:
+        config_class, shared = _twin_fields(twin, fields)
+        yield config_class, _with_layers({**shared, "head_dim": head_dim}, layers)
+    # Where the number of heads sets their size, as in OPT, no layer of the family has fewer heads.
+    mlps = {i: {k: v for k, v in own.items() if k not in _HEAD_FIELDS} for i, own in layers.items()}
+    yield type(base), _with_layers(fields, mlps)
+
+
+def _with_layers(fields: dict[str, Any], layers: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    different = {index: own for index, own in layers.items() if own}
+    return {**fields, "per_layer_config": different} if different else fields
+
+
+def _twin_fields(twin: Twin, fields: Mapping[str, Any]) -> tuple[type[PretrainedConfig], dict[str, Any]]:
+    """The config class of a family's twin, and those of the family's fields that it has."""
+    config_class = CONFIG_MAPPING[twin.model_type]
+    names = set(config_class().to_dict()) - {"model_type", "architectures", "transformers_version"}
+    return config_class, {**{k: v for k, v in fields.items() if k in names}, **twin.fields}
+
+
+_HEAD_FIELDS = frozenset({"num_attention_heads", "num_key_value_heads"})
+
+
+def _layer_fields(model: Any, base: Any, blocks: Sequence[Block]) -> dict[int, dict[str, Any]]:
+    """By layer, the fields of the family's config in which it differs from the dense model."""
+    family = find_family(model)
+    layers: dict[int, dict[str, Any]] = {}
+    for block in blocks:
+        if block.kind == "attention":
+            record: Any = family.attention
+            fields = {"num_attention_heads": block.query_heads, "num_key_value_heads": block.kv_heads}
+        else:
+            record = family.mlp
+            fields = {family.mlp.width_field: block.units}
+        if any(linear.bias is not None for linear in (*block.producers, block.consumer)):
+            fields[record.bias_field] = True
+        layer = layers.setdefault(block.layer, {})
+        layer.update({k: v for k, v in fields.items() if getattr(base, k, v) != v})
+    return layers
+
+
+def _differences(model: Any, blocks: Sequence[Block], plain: Any) -> dict[str, dict[str, Any]]:
+    """What a described model of the same layers lacks, by module. It may have more biases: those are zero.
+
+    Raises `Unfit` where it has heads of another size.
+    """
+    head_dim = find_family(model).attention.head_dim
+    found: dict[str, dict[str, Any]] = {}
+    for block in blocks:
+        for name in dict.fromkeys(m.name for m in block.members):
+            ours, theirs = model.get_submodule(name), plain.get_submodule(name)
+            differs: dict[str, Any] = {
+                size: getattr(ours, size)
+                for size in ("in_features", "out_features")
+                if getattr(ours, size) != getattr(theirs, size)
+            }
+            if ours.bias is not None and theirs.bias is None:
+                differs["bias"] = True
+            if differs:
+                found[name] = differs
+        if block.kind == "attention":
+            if getattr(plain.get_submodule(block.name), head_dim) != block.head_dim:
+                raise Unfit(f"{type(plain.config).__name__} gives {block.name} heads of another size")
+            counts = {
+                name: value
+                for name, value in (
+                    (block.query_count, block.query_heads),
+                    (block.kv_count, block.kv_heads),
+                    ("num_key_value_groups", block.group_size),
+                )
+                if name is not None and attribute(plain.get_submodule(block.name), name) not in (None, value)
+            }
+            if counts:
+                found[block.name] = counts
+    return found
+
+
+def plain_class(model: Any) -> Any:
+    """The class of transformers that a model is of: without widths of single layers, or a user's subclass."""
+    for made in type(model).__mro__:
+        if made.__module__.startswith("transformers.models."):
+            return made
+    raise UsageError(
+        f"{type(model).__name__} is no model of transformers; give the model inside it, with its head."
+    )
+
+
+def class_like(model: Any, config_class: Any) -> Any:
+    """The model class of a config class that has the same head as `model`. Raises `Unfit` for none."""
+    plain = plain_class(model)
+    for prefix in MODEL_TYPES:
+        if config_class is pruned_config(plain.config_class, prefix):
+            return pruned_model(plain, prefix)
+    if config_class is plain.config_class:
+        return plain
+    auto = next((a for a, m in model_classes(plain.config_class).items() if m is plain), None)
+    if auto not in (classes := model_classes(config_class)):
+        raise Unfit(f"{config_class.__name__} has no {plain.__name__}")
+    return classes[auto]
+
+
+def empty_model(model_class: Any, config: PretrainedConfig, like: Any) -> PreTrainedModel:
+    """A model of this class and config on `meta`, with the dtype of `like`. Raises `Unfit` for a config that
+    its class rejects: OPT requires heads that divide its hidden size, for example."""
+    try:
+        with torch.device("meta"), quiet_libraries(bars=False):
+            made: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=like.dtype)
+    except ValueError as error:
+        raise Unfit(f"{type(config).__name__} rejects its sizes: {str(error).strip().rstrip('.')}") from error
+    return made
