@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, SHAPE, token_ids
+from tiny import FAMILIES, SHAPE, opened, token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from probeprune import compose, find_blocks, load_model, prune, save, with_equal_widths
@@ -16,7 +16,6 @@ from probeprune.errors import UsageError
 from probeprune.model import checkpoint
 from probeprune.model.described import export
 from probeprune.model.modeling_pruned import pruned_config
-from probeprune.model.pruned_configs import read_config
 
 IDS = token_ids(3, 20)
 
@@ -50,12 +49,6 @@ def pruned(family: str, layout: str):
         blocks = ("mlp",) if layout == "mlp" else ("attention", "mlp")
         prune(model, compose(with_equal_widths("random"), blocks=blocks), 0.2)
     return model
-
-
-def opened(path):
-    """A checkpoint of any layout, without its tokenizer."""
-    config = read_config(path, json.loads((path / "config.json").read_text()))
-    return AutoModelForCausalLM.from_pretrained(path, config=config).eval()
 
 
 def logits(model):
@@ -113,7 +106,7 @@ def test_new_processes_open_it_with_and_without_the_package(package, tmp_path):
         torch.save(IDS, folder / "ids.pt")
         expected.append(logits(model))
         own = (folder / "model/modeling_pruned.py").exists()
-        # A model type of our own is registered by the package; a family's own needs the file beside the weights.
+        # The package registers model types of its own; a family's own needs the file beside the weights.
         model_type = json.loads((folder / "model/config.json").read_text())["model_type"]
         trust = own and (package == "without" or model_type == family_of(family))
         lines.append(json.dumps([str(folder / "model"), trust]))

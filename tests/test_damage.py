@@ -13,7 +13,7 @@ from probeprune.errors import UsageError
 from probeprune.model.cost import block_flops, blocks_flops
 from probeprune.preparation import Preparation
 from probeprune.strategies import allocation
-from probeprune.strategies.allocation import Damage, Request
+from probeprune.strategies.widths import Damage, Request
 
 WINDOWS = token_ids(12, 24, seed=3)
 

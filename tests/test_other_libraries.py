@@ -6,11 +6,10 @@ import json
 
 import pytest
 import torch
-from tiny import FAMILIES, close, padded, token_ids
+from tiny import FAMILIES, close, opened, padded, token_ids
 from torch import nn
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -98,7 +97,7 @@ def test_a_wrapped_model_is_pruned_and_saved(wrap, tmp_path):
     prune(model, EVEN, 0.3)
     prune(plain, EVEN, 0.3)
     save(model, tmp_path / "out")
-    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), IDS), logits(plain))
+    close(logits(opened(tmp_path / "out"), IDS), logits(plain))
     with torch.no_grad():
         close(model(input_ids=IDS).logits, logits(plain))
 
@@ -173,7 +172,7 @@ def test_a_dropped_layer_is_pruned_once_the_config_says_so(tmp_path):
     model.config.num_hidden_layers = 4
     prune(model, UNEVEN, 0.2)
     save(model, tmp_path / "out")
-    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), IDS).equal(logits(model))
+    assert logits(opened(tmp_path / "out"), IDS).equal(logits(model))
 
 
 @pytest.mark.parametrize("method", [EVEN, UNEVEN], ids=["uniform", "per-layer"])
@@ -181,16 +180,16 @@ def test_classifiers_and_models_without_a_head_open_from_checkpoints(method, tmp
     model = classifier()
     prune(model, method, 0.2)
     save(model, tmp_path / "out")
-    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
-    assert type(opened).__name__ == type(model).__name__
-    assert logits(opened).equal(logits(model))
+    again = opened(tmp_path / "out", AutoModelForSequenceClassification)
+    assert type(again).__name__ == type(model).__name__
+    assert logits(again).equal(logits(model))
     causal = llama()
     prune(causal, method, 0.2)
     save(causal, tmp_path / "causal")
-    bare = AutoModel.from_pretrained(tmp_path / "causal").eval()
+    bare = opened(tmp_path / "causal", AutoModel)
     with torch.no_grad():
         assert bare(IDS)[0].equal(causal.model(IDS)[0])
-    head = AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal", num_labels=3)
+    head = opened(tmp_path / "causal", AutoModelForSequenceClassification)
     with torch.no_grad():
         assert head.model(IDS)[0].equal(causal.model(IDS)[0])
 
@@ -208,13 +207,12 @@ def test_save_pretrained_of_a_model_pruned_in_place_opens(family, method, tmp_pa
     assert other.config.to_dict() == fields
     expected = logits(model)
     model.save_pretrained(tmp_path / "out")
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert logits(opened).equal(expected)
+    assert logits(opened(tmp_path / "out")).equal(expected)
     assert logits(other).isfinite().all()
     # Pruned once more, to other widths, it is described anew.
     prune(model, method, 0.2)
     model.save_pretrained(tmp_path / "again")
-    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), IDS).equal(logits(model))
+    assert logits(opened(tmp_path / "again"), IDS).equal(logits(model))
 
 
 def test_a_class_of_the_users_own_stays_and_says_how_to_save(tmp_path):
@@ -228,7 +226,7 @@ def test_a_class_of_the_users_own_stays_and_says_how_to_save(tmp_path):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     save(model, tmp_path / "ours")
-    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), IDS).equal(logits(model))
+    assert logits(opened(tmp_path / "ours"), IDS).equal(logits(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -237,7 +235,7 @@ def test_save_pretrained_of_an_attached_model_writes_the_dense_one(family, tmp_p
     dense = logits(model)
     with attach(model, "magnitude", 0.3):
         model.save_pretrained(tmp_path / "out")
-    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), IDS).equal(dense)
+    assert logits(opened(tmp_path / "out"), IDS).equal(dense)
 
 
 def test_a_generation_config_that_transformers_refuses_to_write_is_kept(tmp_path):
@@ -259,7 +257,7 @@ def test_the_attention_implementation_of_a_pruned_model_can_be_switched(family, 
     prune(model, UNEVEN, 0.2)
     if state == "checkpoint":
         save(model, tmp_path / "out")
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        model = opened(tmp_path / "out")
     ids, mask = padded("left")
     first = logits(model, ids, mask)
     model.set_attn_implementation("eager")

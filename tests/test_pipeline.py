@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import FAMILIES, token_ids
+from tiny import FAMILIES, opened, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from probeprune import find_blocks
@@ -48,7 +48,7 @@ def test_a_checkpoint_with_all_that_belongs_to_it(prune, files, tmp_path, capsys
     record = json.loads((out / "pruning.json").read_text())
     assert record == printed
     assert {file.stat().st_mode for file in out.iterdir()} == {(files / "test.txt").stat().st_mode}
-    model = AutoModelForCausalLM.from_pretrained(out)
+    model = opened(out)
     units = {b.name: b.units for b in find_blocks(model)}
     assert units == {name: len(k["units"]) for name, k in record["kept"].items()}
     assert all(n % 4 == 0 for name, n in units.items() if name.endswith("mlp"))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from refitting import WINDOWS, consumers_of, following, logits, refitting
-from tiny import FAMILIES, Given, cuts, token_ids
+from tiny import FAMILIES, Given, cuts, opened, token_ids
 from transformers import AutoModelForCausalLM
 
 from probeprune import (
@@ -53,8 +53,7 @@ def test_window_and_cut_and_checkpoint_show_the_refit_and_detaching_leaves_no_tr
     torch.testing.assert_close(logits(model, ids), attached, rtol=1e-4, atol=1e-4)
     assert done.record()["refits"].keys() == consumers.keys()
     save(model, tmp_path / "out")
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert logits(opened, ids).equal(logits(model, ids))
+    assert logits(opened(tmp_path / "out"), ids).equal(logits(model, ids))
 
 
 def test_consumers_are_read_back_and_made_anew_for_anything_else(tmp_path):

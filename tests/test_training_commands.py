@@ -10,8 +10,7 @@ import time
 import pytest
 import torch
 from peft import PeftModel
-from tiny import FAMILIES, token_ids
-from transformers import AutoModelForCausalLM
+from tiny import FAMILIES, opened, token_ids
 
 from probeprune import compose, find_blocks, load_model, prune, save
 from probeprune.cli import app, run
@@ -65,7 +64,7 @@ def test_recover_writes_what_opens(kind, files, tmp_path, capsys):
         if kind == "adapter":
             after = PeftModel.from_pretrained(base, out).eval()(ids).logits
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(out).eval()
+            loaded = opened(out)
             assert type(loaded).__name__ == "PrunedLlamaForCausalLM"
             after = loaded(ids).logits
             assert (out / "adapter/adapter_model.safetensors").exists() == (kind == "merged")
@@ -80,7 +79,7 @@ def test_loraprune_writes_a_plain_checkpoint(files, tmp_path, capsys):
     more = ["--ratio", 0.3, "--round-to", 4, "--json"]
     assert call(*arguments(files, "loraprune", "dense", out, *more)) == 0
     record = json.loads(capsys.readouterr().out)
-    loaded = AutoModelForCausalLM.from_pretrained(out)
+    loaded = opened(out)
     assert not type(loaded).__name__.startswith("Pruned")
     units = {b.name: b.units for b in find_blocks(loaded)}
     assert units == {n: len(k["units"]) for n, k in record["kept"].items()}
@@ -125,8 +124,8 @@ def test_two_processes_give_what_one_gives(command, files, tmp_path, capsys):
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout)  # one line: one process prints
     assert record["processes"] == 2
-    one = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
-    two = AutoModelForCausalLM.from_pretrained(tmp_path / "two").state_dict()
+    one = opened(tmp_path / "one").state_dict()
+    two = opened(tmp_path / "two").state_dict()
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)

@@ -4,10 +4,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -32,6 +34,7 @@ from transformers import (
 from probeprune import METHODS, Probe, compose, save
 from probeprune.algebra.moments import Moments, Tokens
 from probeprune.calibration.statistics import Statistics
+from probeprune.model.pruned_configs import read_config
 from probeprune.preparation import Piece, Preparation
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
@@ -56,6 +59,13 @@ OPT_SHAPE = {
     "max_position_embeddings": 128,
 }
 NEOX_SHAPE = {k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "head_dim")}
+
+
+def opened(path: Path, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    """A checkpoint of any layout, in eval mode, without its tokenizer."""
+    config = read_config(path, json.loads((path / "config.json").read_text()))
+    model: PreTrainedModel = auto.from_pretrained(path, config=config, **kwargs)
+    return model.eval()
 
 
 def lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:

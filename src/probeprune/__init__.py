@@ -2,7 +2,7 @@
 
 from probeprune.data.windows import WindowSource
 from probeprune.errors import UsageError
-from probeprune.methods import METHODS, Method, compose, with_equal_widths
+from probeprune.methods import METHODS, Method, compose, with_equal_heads, with_equal_widths
 from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import save
 from probeprune.model.loading import load_model
@@ -45,5 +45,6 @@ __all__ = [
     "prepare",
     "prune",
     "save",
+    "with_equal_heads",
     "with_equal_widths",
 ]

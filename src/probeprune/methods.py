@@ -11,8 +11,9 @@ from probeprune import records
 from probeprune.errors import BadValue, UsageError, unknown
 from probeprune.files import check_file_name
 from probeprune.model.blocks import UnitKind
+from probeprune.model.described import Layout
 from probeprune.ranges import check_fields
-from probeprune.strategies.allocation import ALLOCATIONS, KINDS
+from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import COMPENSATIONS, Compensation, Refit
 from probeprune.strategies.criteria import CRITERIA, Gradients
 from probeprune.strategies.importance import IMPORTANCES
@@ -20,6 +21,7 @@ from probeprune.strategies.probe import Probe
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.refit_every_batch import RefitEveryBatch
 from probeprune.strategies.schedule import DuringTraining, Never, Once, When
+from probeprune.strategies.widths import KINDS
 
 Budget = Literal["parameters", "flops", "time"]
 """What a ratio is a share of."""
@@ -267,6 +269,21 @@ def with_equal_widths(method: str | Method) -> Method:
     method = get_method(method)
     allocation = ALLOCATIONS[method.allocation].equal_widths
     return compose(method, name=method.name, allocation=allocation, skip_layers=0)
+
+
+def with_equal_heads(method: str | Method) -> Method:
+    """The same method with the same heads in all layers and a width for each MLP, as layout `nemotron-nas`
+    needs."""
+    method = get_method(method)
+    allocation = ALLOCATIONS[method.allocation].equal_heads
+    return compose(method, name=method.name, allocation=allocation, skip_layers=0)
+
+
+def for_layout(method: str | Method, layout: Layout) -> Method:
+    """The same method with widths that a layout of checkpoints can hold."""
+    if layout == "uniform":
+        return with_equal_widths(method)
+    return with_equal_heads(method) if layout == "nemotron-nas" else get_method(method)
 
 
 def without_measured_widths(method: Method) -> Method:

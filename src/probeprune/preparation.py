@@ -34,12 +34,12 @@ from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
 from probeprune.ranges import plain
 from probeprune.strategies import Part
-from probeprune.strategies.allocation import Damage
 from probeprune.strategies.compensation import Consumer, Refit
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.pruned_block import Cut
 from probeprune.strategies.refit_every_batch import RefitEveryBatch
+from probeprune.strategies.widths import Damage
 
 _FORMAT = 4
 DAMAGE_WINDOWS = 32

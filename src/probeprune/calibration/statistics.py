@@ -9,8 +9,8 @@ from probeprune.algebra.moments import Moments
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
 from probeprune.strategies import Part
-from probeprune.strategies.allocation import Damage
 from probeprune.strategies.compensation import Consumer
+from probeprune.strategies.widths import Damage
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from probeprune.algebra.moments import Moments
 from probeprune.files import load_tensors, save_tensors
 from probeprune.strategies import Part
-from probeprune.strategies.allocation import Damage
 from probeprune.strategies.compensation import Consumer
+from probeprune.strategies.widths import Damage
 
 Tensors = dict[str, torch.Tensor]
 Values = dict[str, Any]

@@ -17,7 +17,7 @@ import typer
 from probeprune.cli.bench import bench
 from probeprune.cli.compare import compare
 from probeprune.cli.generate import generate
-from probeprune.cli.lists import list_methods, list_models
+from probeprune.cli.lists import list_engines, list_methods, list_models
 from probeprune.cli.prune import prune
 from probeprune.cli.report import report
 from probeprune.cli.table import table
@@ -39,6 +39,7 @@ for _command in (compare, table, report, prune, recover, loraprune, generate, be
     app.command()(_command)
 app.command("methods")(list_methods)
 app.command("models")(list_models)
+app.command("engines")(list_engines)
 
 
 CTRL_C, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM

@@ -16,6 +16,7 @@ import typer
 from probeprune.cli.terminal import err
 from probeprune.cli.values import one_of
 from probeprune.data.windows import CALIBRATION, Text
+from probeprune.engines.wishes import Engine, get_engine
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import TextMeasure
 from probeprune.model.described import Layout
@@ -135,19 +136,31 @@ class WidthOptions:
     """How the widths of the layers relate to each other."""
 
     panel: ClassVar[str] = "Widths"
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="Engine that will run the model, such as transformers, llama.cpp or vllm: sets --layout and "
+            "--round-to to what it likes (`probeprune engines` lists all).",
+        ),
+    ] = None
     layout: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Layout of the checkpoint: uniform (one width for all layers; opens with plain "
-            "transformers) or per-layer (a width for each layer; needs probeprune imported or "
-            "trust_remote_code=True)."
+            "transformers), per-layer (a width for each layer; opens with trust_remote_code=True) or "
+            "nemotron-nas (the same heads in all layers and a width for each MLP; opens with vLLM).",
+            show_default="uniform, or the engine's",
         ),
-    ] = "uniform"
+    ] = None
     round_to: Annotated[
-        int,
-        typer.Option(help="Make MLP widths multiples of this number of channels, for speed."),
+        int | None,
+        typer.Option(
+            help="Make MLP widths multiples of this number of channels, for speed.",
+            show_default="64, or the engine's",
+        ),
         RANGES["round_to"],
-    ] = 64
+    ] = None
     skip_layers: Annotated[
         int | None,
         typer.Option(
@@ -163,15 +176,24 @@ class WidthOptions:
         Args:
             per_layer: values of more options, by name, that need layout `per-layer`; None where not given.
         """
-        one_of("layout", self.layout, get_args(Layout))
+        layout = self._engine().layout if self.layout is None else self.layout
+        one_of("layout", layout, get_args(Layout))
         options = {"skip-layers": self.skip_layers, **(per_layer or {})}
         given = [f"--{name}" for name, value in options.items() if value]
-        if self.layout == "uniform" and given:
+        if layout != "per-layer" and given:
+            alike = "one width" if layout == "uniform" else "the same heads"
             raise UsageError(
-                f"--layout uniform gives all layers one width: leave {' and '.join(given)} out, or use "
+                f"--layout {layout} gives all layers {alike}: leave {' and '.join(given)} out, or use "
                 "--layout per-layer."
             )
-        return cast(Layout, self.layout)
+        return cast(Layout, layout)
+
+    def rounding(self) -> int:
+        """MLP widths are multiples of this. Raises `UsageError` for an unknown engine."""
+        return self._engine().round_to if self.round_to is None else self.round_to
+
+    def _engine(self) -> Engine:
+        return get_engine(self.engine or "transformers")
 
 
 @dataclass(frozen=True)

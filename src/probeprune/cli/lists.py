@@ -1,12 +1,14 @@
-"""`probeprune methods` and `probeprune models`."""
+"""`probeprune methods`, `probeprune models` and `probeprune engines`."""
 
 import json
+from dataclasses import asdict
 
 from rich.table import Table
 
 from probeprune.cli.facts import is_dense, moment
 from probeprune.cli.groups import Json
 from probeprune.cli.terminal import out
+from probeprune.engines.wishes import ENGINES
 from probeprune.methods import METHODS
 from probeprune.model.families import FAMILIES
 from probeprune.model.loading import EMBEDDED_MODEL
@@ -53,3 +55,18 @@ def list_models(as_json: Json = False) -> None:
     out().print(
         f"A model is {EMBEDDED_MODEL} (embedded), a local directory, a GGUF file or a Hugging Face hub id."
     )
+
+
+def list_engines(as_json: Json = False) -> None:
+    """List the inference engines, with the layout and the rounding that each likes.
+
+    Example: [bold]probeprune engines[/bold]
+    """
+    if as_json:
+        for engine in ENGINES.values():
+            print(json.dumps(asdict(engine)))
+        return
+    table = Table("engine", "--layout", "--round-to", "why", title="prune --for ENGINE", title_justify="left")
+    for engine in ENGINES.values():
+        table.add_row(engine.name, engine.layout, str(engine.round_to), engine.why)
+    out().print(table)

@@ -21,7 +21,7 @@ from probeprune.cli.options import grouped
 from probeprune.cli.terminal import print_saved, progress_bar, warn
 from probeprune.cli.values import names, one_of
 from probeprune.data.windows import BATCH_SIZE
-from probeprune.methods import Method, compose, get_method, with_equal_widths
+from probeprune.methods import Method, compose, for_layout, get_method
 from probeprune.model.blocks import UnitKind
 from probeprune.model.loading import EMBEDDED_MODEL
 from probeprune.ranges import RANGES
@@ -80,20 +80,18 @@ class PruningOptions:
             method = with_compensation(method, self.compensation)
         changes: dict[str, Any] = {
             "unit_kind": self.units,
-            "round_to": widths.round_to,
+            "round_to": widths.rounding(),
             "blocks": tuple(names(self.blocks, "blocks")),
             "seed": seed,
         }
-        if layout == "uniform":
-            method = with_equal_widths(method)
-        else:
+        if layout == "per-layer":
             given = {
                 "skip_layers": widths.skip_layers,
                 "allocation": self.allocation,
                 "budget": self.budget,
             }
             changes |= {name: value for name, value in given.items() if value is not None}
-        return compose(method, name=method.name, **changes)
+        return compose(for_layout(method, layout), name=method.name, **changes)
 
 
 @grouped

@@ -219,7 +219,7 @@ def loraprune(
         record = loraprune_to(
             loaded,
             output.out_dir,
-            LoraPruneCut(ratio, layout, widths.skip_layers, widths.round_to),
+            LoraPruneCut(ratio, layout, widths.skip_layers, widths.rounding()),
             TrainingJob(settings, measured_on, TrainingText(training.text, training.packing)),
             save_dtype=load.dtype_to_save(loaded),
             progress=show,

@@ -4,6 +4,7 @@ Names come from configs and records of others: `literal.markdown` and `literal.p
 them, and a YAML library writes the metadata.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from probeprune.foreign.literal import markdown, python_string
+from probeprune.model.described import Layout
 from probeprune.surgery import Pruning
 
 _BUDGETS = {"parameters": "parameters", "flops": "FLOPs", "time": "time, measured where they were pruned"}
@@ -27,17 +29,6 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
         name: name or path under which the card's example opens the model.
     """
     base = record["base_model"]
-    if record["layout"] == "uniform":
-        opening = (
-            "All layers have the same width, so this is a plain model and needs nothing but transformers."
-        )
-        remote = ""
-    else:
-        opening = (
-            "Layers differ in width. After `import probeprune` it opens like any other model. Without "
-            "probeprune, allow transformers to run the small `modeling_pruned.py` next to the weights:"
-        )
-        remote = ", trust_remote_code=True"
     return "\n".join(
         [
             *_front("transformers", {"base_model": base} if _is_hub_id(base) else {}),
@@ -53,20 +44,46 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
             "",
             "## Use",
             "",
-            opening,
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f"model = AutoModelForCausalLM.from_pretrained({python_string(name)}{remote})",
-            f"tokenizer = AutoTokenizer.from_pretrained({python_string(name)}{remote})",
-            "```",
+            *_use(record["layout"], name),
             "",
             "`pruning.json` lists the heads and channels of the dense model that are kept. The licence is "
             "that of the dense model.",
             "",
         ]
     )
+
+
+def _use(layout: Layout, name: str) -> list[str]:
+    """How a checkpoint of a layout is opened."""
+    if layout == "nemotron-nas":
+        return [
+            "All layers have the same heads, and each MLP has a width of its own. vLLM serves the model with "
+            "its own code; `configuration_nemotron_nas.py` next to the weights tells it the widths:",
+            "",
+            "```",
+            f"vllm serve {shlex.quote(name)} --trust-remote-code",
+            "```",
+            "",
+            "In Python, `probeprune.load_model` opens it, and runs no code of the checkpoint.",
+        ]
+    opening = "All layers have the same width, so this is a plain model and needs nothing but transformers."
+    remote = ""
+    if layout == "per-layer":
+        opening = (
+            "Layers differ in width. Allow transformers to run the small `modeling_pruned.py` next to the "
+            "weights, as below; `probeprune.load_model` opens the model without running any code of it."
+        )
+        remote = ", trust_remote_code=True"
+    return [
+        opening,
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({python_string(name)}{remote})",
+        f"tokenizer = AutoTokenizer.from_pretrained({python_string(name)}{remote})",
+        "```",
+    ]
 
 
 def _pruning_rows(done: Pruning, record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,7 +2,8 @@
 
 A model whose layers all have the same width is saved under a plain config of its own family, or of one that
 computes the same function, and opens with transformers alone. A model whose layers differ in width is saved
-with the small file `modeling_pruned.py` next to the weights. A checkpoint appears under its name only when it
+with the small file `modeling_pruned.py` next to the weights, or under a config that engines read
+(`nemotron_nas.py`). A checkpoint appears under its name only when it
 is complete.
 """
 
@@ -18,7 +19,10 @@ from probeprune.errors import UsageError
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.described import Layout, export
 from probeprune.model.making_records import PRUNING
+from probeprune.model.nemotron_nas import nemotron_config
 from probeprune.places import check_free, resolved, writing
+
+MODELLING_FILE = "modeling_pruned.py"
 
 _HEADROOM = 64 << 20
 """Bytes that a save may need besides the weights: tokenizer, configs, the file system's own."""
@@ -40,8 +44,8 @@ def save(
         model: a causal LM of a supported family, after `prune` or loaded from a checkpoint.
         path: a directory that does not exist or is empty.
         tokenizer: saved next to the model.
-        layout: None for `uniform` if the model's widths allow it, otherwise `per-layer`. A layout given by
-            name is required: it is an error if it cannot hold the model.
+        layout: see `described.Layout`; None for `uniform` if the model's widths allow it, otherwise
+            `per-layer`. A layout given by name is required: it is an error if it cannot hold the model.
         card: the model card in Markdown, written as README.md.
         record: a description of the pruning, written as pruning.json.
         write_extra: called with the directory before it gets its final name, to write further files.
@@ -60,6 +64,9 @@ def save(
     with writing(target) as folder:
         with quiet_libraries(bars=False):
             _save_model(exported, folder)
+            if layout == "nemotron-nas":
+                (folder / MODELLING_FILE).unlink()
+                nemotron_config(exported.config).save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         if card is not None:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import find_blocks, find_layers
 from probeprune.model.modeling_pruned import MODEL_TYPES, ConfigView, pruned_model, view_layer
+from probeprune.model.nemotron_nas import llama_config
 from probeprune.model.pruned_configs import (
     Unfit,
     class_like,
@@ -22,8 +23,9 @@ from probeprune.model.pruned_configs import (
 )
 from probeprune.model.wrappers import unwrapped
 
-Layout = Literal["uniform", "per-layer"]
-"""`uniform`: a plain config, one width for all layers; `per-layer`: each layer has its own widths."""
+Layout = Literal["uniform", "per-layer", "nemotron-nas"]
+"""`uniform`: a plain config, one width for all layers. `per-layer`: each layer has its own widths.
+`nemotron-nas`: the same heads in all layers, and a width for each MLP (`nemotron_nas.py`)."""
 
 
 def export(model: Any, layout: Layout | None = None) -> PreTrainedModel:
@@ -31,7 +33,8 @@ def export(model: Any, layout: Layout | None = None) -> PreTrainedModel:
 
     Args:
         model: a model of a supported family, pruned or dense.
-        layout: None for `uniform` if the model's widths allow it, otherwise `per-layer`.
+        layout: None for `uniform` if the model's widths allow it, otherwise `per-layer`. Under `nemotron-nas`
+            the model is a LLaMA with a `per_layer_config`; only its config.json is another.
 
     Raises:
         UsageError: the layout cannot hold the model.
@@ -39,6 +42,14 @@ def export(model: Any, layout: Layout | None = None) -> PreTrainedModel:
     model = unwrapped(model)
     if layout not in (None, *get_args(Layout)):
         raise UsageError(unknown("layout", str(layout), get_args(Layout)))
+    if layout == "nemotron-nas":
+        try:
+            return _fitted(model, llama_config(model))
+        except Unfit as error:
+            raise UsageError(
+                f"layout nemotron-nas cannot hold this model ({error}); use layout per-layer, which engines "
+                "serve through transformers, or prune with the same heads in all layers (with_equal_heads)."
+            ) from error
     if layout != "per-layer":
         try:
             return _uniform(model)
@@ -49,7 +60,7 @@ def export(model: Any, layout: Layout | None = None) -> PreTrainedModel:
                     "one width for all layers, MLPs alone (blocks mlp), or without compensation."
                 ) from error
     try:
-        return _fitted(model, per_layer_config(model, twins=True))
+        return _fitted(model, per_layer_config(model, in_place=False))
     except Unfit as error:
         raise UsageError(
             f"no checkpoint can hold this model ({error}); save the model as `prune` left it, without adding "
@@ -86,7 +97,7 @@ def describe(model: Any) -> None:
         _check_fits(model.state_dict(), empty_model(plain, config, model))
         described = plain
     except Unfit:
-        config = per_layer_config(model, twins=False)
+        config = per_layer_config(model, in_place=True)
         described = class_like(model, type(config))
     config._attn_implementation = model.config._attn_implementation
     config._name_or_path = model.config._name_or_path

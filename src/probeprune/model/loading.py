@@ -38,6 +38,8 @@ from probeprune.model.gguf_files import converted, embedded_gguf
 from probeprune.model.hub import snapshot
 from probeprune.model.machine import choose_device, choose_dtype
 from probeprune.model.making_records import read_pruning, read_training
+from probeprune.model.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
+from probeprune.model.nemotron_nas import from_nemotron
 from probeprune.model.pruned_configs import read_config
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -169,7 +171,10 @@ def _load_config(name: str, folder: Path, trust_remote_code: bool) -> Pretrained
         with refusing(f"'{generation}' could not be read"), quiet_libraries():
             GenerationConfig.from_pretrained(folder)
     with refusing(f"'{file}' could not be read"), quiet_libraries():
-        config = read_config(folder, fields, trust_remote_code=trust_remote_code)
+        if fields.get("model_type") == NEMOTRON_NAS:
+            config = from_nemotron(file, fields)
+        else:
+            config = read_config(folder, fields, trust_remote_code=trust_remote_code)
     if supported:
         check_heads(file, config, fields)
     if getattr(config, "quantization_config", None) is not None:
@@ -182,7 +187,7 @@ def _load_config(name: str, folder: Path, trust_remote_code: bool) -> Pretrained
 
 def _is_supported(model_type: object) -> bool:
     plain = str(model_type).removeprefix(PRUNED_PREFIX)
-    return any(plain in family.model_types for family in FAMILIES)
+    return plain == NEMOTRON_NAS or any(plain in family.model_types for family in FAMILIES)
 
 
 # -- weights ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ field of the family says (`modeling_pruned.py`). Knows nothing of weights but th
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def plain_candidates(
     family = find_family(model)
     attention = next(b for b in blocks if b.kind == "attention")
     mlp = next(b for b in blocks if b.kind == "mlp")
-    base = _plain_config(model.config)
+    base = plain_config(model.config)
     widths = {
         "num_attention_heads": attention.query_heads,
         "num_key_value_heads": attention.kv_heads,
@@ -100,7 +100,7 @@ def make_config(config_class: type[PretrainedConfig], fields: dict[str, Any]) ->
         raise Unfit(f"{config_class.__name__} rejects its sizes: {reason}") from error
 
 
-def _plain_config(config: Any) -> PretrainedConfig:
+def plain_config(config: Any) -> PretrainedConfig:
     """A copy of a model's config as a plain one of its family, without widths of single layers."""
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     if not config.is_heterogeneous and model_type == config.model_type:
@@ -111,16 +111,17 @@ def _plain_config(config: Any) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **fields)
 
 
-def per_layer_config(model: Any, *, twins: bool) -> PretrainedConfig:
+def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
     """A config with the fields of each layer, and what no field of the family says beside them.
 
     Args:
         model: a pruned or dense model.
-        twins: whether it may be the config of another family that computes the same function.
+        in_place: whether the model itself gets the config. Otherwise it may be of another family that
+            computes the same function, and have biases that the model lacks: the weights get zeros for them.
     """
     blocks = find_blocks(model)
     best: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
-    for config_class, fields in _per_layer_candidates(model, blocks, twins):
+    for config_class, fields in _per_layer_candidates(model, blocks, in_place):
         try:
             config = make_config(pruned_config(config_class, "PerLayer"), fields)
             found = _differences(model, blocks, empty_model(class_like(model, type(config)), config, model))
@@ -138,17 +139,17 @@ def per_layer_config(model: Any, *, twins: bool) -> PretrainedConfig:
 
 
 def _per_layer_candidates(
-    model: Any, blocks: Sequence[Block], twins: bool
+    model: Any, blocks: Sequence[Block], in_place: bool
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Plain configs (class, fields with `per_layer_config`) that may describe a model."""
-    base = _plain_config(model.config)
+    base = plain_config(model.config)
     fields = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures")}
-    layers = _layer_fields(model, base, blocks)
+    layers = _layer_fields(model, base, blocks, all if in_place else any)
     head_dim = next(b.head_dim for b in blocks if b.kind == "attention")
     yield type(base), _with_layers(fields, layers)
     yield type(base), _with_layers({**fields, "head_dim": head_dim}, layers)
     twin = find_family(model).twin
-    if twins and twin is not None:
+    if not in_place and twin is not None:
         config_class, shared = _twin_fields(twin, fields)
         yield config_class, _with_layers({**shared, "head_dim": head_dim}, layers)
     # Where the number of heads sets their size, as in OPT, no layer of the family has fewer heads.
@@ -164,15 +165,25 @@ def _with_layers(fields: dict[str, Any], layers: Mapping[int, dict[str, Any]]) -
 def _twin_fields(twin: Twin, fields: Mapping[str, Any]) -> tuple[type[PretrainedConfig], dict[str, Any]]:
     """The config class of a family's twin, and those of the family's fields that it has."""
     config_class = CONFIG_MAPPING[twin.model_type]
+    return config_class, {**own_fields(config_class, fields), **twin.fields}
+
+
+def own_fields(config_class: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields of another family's config that a config class has too."""
     names = set(config_class().to_dict()) - {"model_type", "architectures", "transformers_version"}
-    return config_class, {**{k: v for k, v in fields.items() if k in names}, **twin.fields}
+    return {k: v for k, v in fields.items() if k in names}
 
 
 _HEAD_FIELDS = frozenset({"num_attention_heads", "num_key_value_heads"})
 
 
-def _layer_fields(model: Any, base: Any, blocks: Sequence[Block]) -> dict[int, dict[str, Any]]:
-    """By layer, the fields of the family's config in which it differs from the dense model."""
+def _layer_fields(
+    model: Any, base: Any, blocks: Sequence[Block], count: Callable[[Iterable[bool]], bool]
+) -> dict[int, dict[str, Any]]:
+    """By layer, the fields of the family's config in which it differs from the dense model.
+
+    A block has biases by its config if `any` or `all` of its linear maps have one.
+    """
     family = find_family(model)
     layers: dict[int, dict[str, Any]] = {}
     for block in blocks:
@@ -182,7 +193,7 @@ def _layer_fields(model: Any, base: Any, blocks: Sequence[Block]) -> dict[int, d
         else:
             record = family.mlp
             fields = {family.mlp.width_field: block.units}
-        if any(linear.bias is not None for linear in (*block.producers, block.consumer)):
+        if count(linear.bias is not None for linear in (*block.producers, block.consumer)):
             fields[record.bias_field] = True
         layer = layers.setdefault(block.layer, {})
         layer.update({k: v for k, v in fields.items() if getattr(base, k, v) != v})

@@ -11,75 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from probeprune.algebra import knapsack
-from probeprune.algebra.knapsack import Choice
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
-from probeprune.ranges import check
 from probeprune.strategies import Part
-
-KINDS = ("attention", "mlp")
+from probeprune.strategies.least_damage import least_damage, least_damage_even, least_damage_heads
+from probeprune.strategies.widths import Request, candidates, check_alive, check_even, nearest_width
 
 MISSED = 0.01
 """Difference between a ratio and what was removed beyond which it is said; smaller ones are rounding."""
-
-
-@dataclass(frozen=True, eq=False)
-class Damage:
-    """The damage of cutting a block to any width, and the saving: parameters, FLOPs or nanoseconds."""
-
-    curve: torch.Tensor
-    """Nats per token, (units + 1,), by the number of units removed (`calibration/damage.py`)."""
-    saving: int
-    """Saving of removing one unit."""
-    whole: int
-    """Cost of the whole block, in the same quantity."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """The input of an allocation."""
-
-    blocks: Sequence[Block]
-    """All blocks of the model, in order."""
-    ratio: float
-    """Share of the budget to remove, in [0, 1)."""
-    skip_layers: int = 0
-    """Number of first layers that stay dense."""
-    round_to: int = 1
-    """Widths of MLPs are multiples of this."""
-    kinds: Sequence[str] = KINDS
-    """Which kinds of blocks are pruned."""
-    scores: Sequence[torch.Tensor] = ()
-    """Scores of the units of every block, (units,) each; only for an allocation that needs scores."""
-    damages: Sequence[Damage] = ()
-    """Damages of every block; only for an allocation that needs damages."""
-
-
-def candidates(request: Request) -> tuple[list[int], float]:
-    """Indices of the blocks that may lose units, and the share of their parameters to remove.
-
-    For equal layers the share is `r' = r L / (L - skipped)` (Probe Pruning, section 5). Raises `UsageError`
-    where nothing would be left.
-    """
-    blocks, ratio, skipped = request.blocks, request.ratio, request.skip_layers
-    check(ratio=ratio)
-    layers = 1 + max(b.layer for b in blocks)
-    if ratio and skipped >= layers:
-        raise UsageError(
-            f"skip_layers={skipped} leaves none of the model's {layers} layers to prune; lower it."
-        )
-    pruned = [i for i, b in enumerate(blocks) if b.layer >= skipped and b.kind in request.kinds]
-    prunable = sum(blocks[i].parameters for i in pruned)
-    total = sum(b.parameters for b in blocks)
-    share = ratio * total / max(prunable, 1)
-    if share >= 1:
-        raise UsageError(
-            f"ratio {ratio:g} of all blocks would remove everything that may be pruned "
-            f"({' and '.join(request.kinds)} behind the first {skipped} layers); use at most "
-            f"{prunable / total - 0.01:.2f}, or skip fewer."
-        )
-    return pruned, share
 
 
 def uniform(request: Request) -> list[int]:
@@ -111,7 +50,7 @@ def even(request: Request) -> list[int]:
     Raises `UsageError` where layers are skipped or already differ.
     """
     blocks = request.blocks
-    _check_even(request)
+    check_even(request)
     pruned, share = candidates(request)
     kept = [b.units for b in blocks]
     mlps = [i for i in pruned if blocks[i].kind == "mlp"]
@@ -120,15 +59,6 @@ def even(request: Request) -> list[int]:
     for i in mlps:
         kept[i] = nearest_width(blocks[i], left / len(mlps), request.round_to)
     return kept
-
-
-def _check_even(request: Request) -> None:
-    """Raise `UsageError` where layers cannot all have the same width."""
-    blocks = request.blocks
-    if request.ratio and request.skip_layers:
-        raise UsageError("allocations 'even' and 'damage-even' give all layers one width: skip_layers=0.")
-    if len({b.units for b in blocks}) > 2 or len({b.parameters for b in blocks}) > 2:
-        raise UsageError("this model's layers differ in width already; use an allocation that is not even.")
 
 
 def nominal(request: Request) -> list[int]:
@@ -170,7 +100,7 @@ def _each_alone(request: Request, keep: Callable[[Block, float], int]) -> list[i
         kept[i] = keep(block, round(share, 2))
         if block.kind == "mlp":
             kept[i] = min(-(-kept[i] // request.round_to) * request.round_to, block.units)
-        _check_alive(block, kept[i])
+        check_alive(block, kept[i])
     return kept
 
 
@@ -188,26 +118,6 @@ def _heads(block: Block, share: float) -> int:
     """Number of attention units to remove: the share rounded down, within each group for `balanced` units."""
     parts = block.kv_heads if block.unit_kind == "balanced" else 1
     return parts * _floor(share * block.units / parts)
-
-
-def nearest_width(block: Block, parameters: float, round_to: int) -> int:
-    """The number of units a block keeps so that about `parameters` go, in the steps that its widths come in.
-
-    Raises `UsageError` where no unit would stay.
-    """
-    step = round_to if block.kind == "mlp" else block.kv_heads if block.unit_kind == "balanced" else 1
-    keep = block.units - max(parameters, 0) / block.unit_parameters
-    kept = min(max(round(keep / step), keep >= 1) * step, block.units)
-    _check_alive(block, kept)
-    return kept
-
-
-def _check_alive(block: Block, keep: int) -> None:
-    if keep < 1:
-        raise UsageError(
-            f"the ratio leaves {block.name} without units; lower the ratio or skip_layers, or choose finer "
-            "attention units."
-        )
 
 
 def global_threshold(request: Request) -> list[int]:
@@ -242,51 +152,6 @@ def global_threshold(request: Request) -> list[int]:
     return kept
 
 
-def least_damage(request: Request) -> list[int]:
-    """The widths that save at least the ratio of the budget with the least total damage, a knapsack problem
-    solved exactly. Every block keeps at least one unit.
-
-    The ratio is a share of the sum of `Damage.whole`. Widths of MLPs are multiples of `round_to`, and of
-    about 1/48 of the block. Raises `UsageError` where the ratio is out of reach.
-    """
-    each = [[i] for i in range(len(request.blocks))]
-    free = [b.layer >= request.skip_layers and b.kind in request.kinds for b in request.blocks]
-    return _solve_grouped(request, each, free)
-
-
-def least_damage_even(request: Request) -> list[int]:
-    """As `least_damage`, but with one width for all attention blocks and one for all MLPs, as a plain config
-    needs.
-
-    Raises `UsageError` where the ratio is out of reach, layers are skipped or already differ.
-    """
-    _check_even(request)
-    alike = [[i for i, b in enumerate(request.blocks) if b.kind == kind] for kind in KINDS]
-    return _solve_grouped(request, alike, [kind in request.kinds for kind in KINDS])
-
-
-def _solve_grouped(request: Request, groups: Sequence[Sequence[int]], free: Sequence[bool]) -> list[int]:
-    """Widths such that all blocks of a group, given by index, have the same width; a group that is not free
-    stays whole."""
-    blocks, damages = request.blocks, request.damages
-
-    def choice(group: Sequence[int], keep: int) -> Choice:
-        gone = [(damages[i], blocks[i].units - keep) for i in group]
-        return Choice(sum(n * d.saving for d, n in gone), sum(float(d.curve[n]) for d, n in gone))
-
-    options = [
-        _widths(blocks[group[0]], request.round_to) if may else [blocks[group[0]].units]
-        for group, may in zip(groups, free, strict=True)
-    ]
-    choices = [[choice(group, k) for k in widths] for group, widths in zip(groups, options, strict=True)]
-    kept = [b.units for b in blocks]
-    budget = round(request.ratio * sum(d.whole for d in damages))
-    for group, widths, index in zip(groups, options, knapsack.solve(choices, budget), strict=True):
-        for i in group:
-            kept[i] = widths[index]
-    return kept
-
-
 @dataclass(frozen=True)
 class Allocation:
     """A rule for the widths of all blocks, and its needs."""
@@ -300,6 +165,8 @@ class Allocation:
     """Whether it compares the scores of all blocks."""
     equal_widths: str = "even"
     """Name of the same allocation with one width for all layers."""
+    equal_heads: str = "uniform"
+    """Name of the same allocation with one width for all attention blocks, where no layer is skipped."""
     unmeasured: str | None = None
     """Name of an allocation for the same layers that needs no measurement, to try out a cut first; None where
     this one needs none."""
@@ -318,6 +185,7 @@ ALLOCATIONS: dict[str, Allocation] = {
         "the widths with the least measured damage",
         frozenset({"damages"}),
         equal_widths="damage-even",
+        equal_heads="damage-heads",
         unmeasured="uniform",
     ),
     "damage-even": Allocation(
@@ -325,19 +193,19 @@ ALLOCATIONS: dict[str, Allocation] = {
         "the same, with one width for all layers",
         frozenset({"damages"}),
         equal_widths="damage-even",
+        equal_heads="damage-heads",
         unmeasured="even",
+    ),
+    "damage-heads": Allocation(
+        least_damage_heads,
+        "the same, with one width for all attention blocks",
+        frozenset({"damages"}),
+        equal_widths="damage-even",
+        equal_heads="damage-heads",
+        unmeasured="uniform",
     ),
 }
 """Allocations by name."""
-
-
-def _widths(block: Block, round_to: int) -> list[int]:
-    """The widths of a block that the knapsack may choose from, widest first."""
-    if block.kind == "attention":
-        step = block.kv_heads if block.unit_kind == "balanced" else 1
-    else:
-        step = max(round_to, block.units // 48 // round_to * round_to)
-    return [block.units, *range(block.units - (block.units % step or step), 0, -step)]
 
 
 def choose_units(scores: torch.Tensor, keep: int, block: Block) -> torch.Tensor:

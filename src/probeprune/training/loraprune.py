@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
-from probeprune.methods import Method, compose
+from probeprune.methods import Method, compose, for_layout
 from probeprune.model.blocks import Block, Member, find_blocks, find_layers
 from probeprune.model.described import Layout
 from probeprune.plan import widths
@@ -215,8 +215,8 @@ class LoraPruneCut:
 
     Attributes:
         ratio: share of the parameters of all blocks to remove.
-        layout: `uniform`: one width for all layers, as a plain config needs it; `per-layer`: widths that
-            reach the ratio layer by layer.
+        layout: `per-layer`: widths that reach the ratio layer by layer; under other layouts, all layers have
+            the widths or heads in common that the layout needs.
         skip_layers: first layers that are trained but not pruned, under `per-layer` only; None for the first
             tenth, as published.
         round_to: MLP widths are multiples of this.
@@ -234,14 +234,14 @@ class LoraPruneCut:
         """The cut of that model as a method that prunes once."""
         first_tenth = len(find_layers(model)) // 10
         skip_layers = first_tenth if self.skip_layers is None else self.skip_layers
-        uniform = self.layout == "uniform"
-        return compose(
+        method = compose(
             "loraprune",
             name="loraprune",
-            allocation="even" if uniform else "uniform",
-            skip_layers=0 if uniform else skip_layers,
+            allocation="uniform",
+            skip_layers=skip_layers if self.layout == "per-layer" else 0,
             round_to=self.round_to,
         )
+        return for_layout(method, self.layout)
 
 
 def loraprune(

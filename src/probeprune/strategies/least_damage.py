@@ -1,0 +1,82 @@
+"""Allocations by measured damage: the widths that save the budget at the least damage, a knapsack problem.
+
+The damage of every width is measured beforehand (`calibration/damage.py`).
+"""
+
+from collections.abc import Sequence
+
+from probeprune.algebra import knapsack
+from probeprune.algebra.knapsack import Choice
+from probeprune.errors import UsageError
+from probeprune.model.blocks import Block
+from probeprune.strategies.widths import KINDS, Request, check_even
+
+
+def least_damage(request: Request) -> list[int]:
+    """The widths that save at least the ratio of the budget with the least total damage, a knapsack problem
+    solved exactly. Every block keeps at least one unit.
+
+    The ratio is a share of the sum of `Damage.whole`. Widths of MLPs are multiples of `round_to`, and of
+    about 1/48 of the block. Raises `UsageError` where the ratio is out of reach.
+    """
+    each = [[i] for i in range(len(request.blocks))]
+    free = [b.layer >= request.skip_layers and b.kind in request.kinds for b in request.blocks]
+    return _solve_grouped(request, each, free)
+
+
+def least_damage_even(request: Request) -> list[int]:
+    """As `least_damage`, but with one width for all attention blocks and one for all MLPs, as a plain config
+    needs.
+
+    Raises `UsageError` where the ratio is out of reach, layers are skipped or already differ.
+    """
+    check_even(request)
+    alike = [[i for i, b in enumerate(request.blocks) if b.kind == kind] for kind in KINDS]
+    return _solve_grouped(request, alike, [kind in request.kinds for kind in KINDS])
+
+
+def least_damage_heads(request: Request) -> list[int]:
+    """As `least_damage`, but with one width for all attention blocks.
+
+    Raises `UsageError` where the ratio is out of reach, layers are skipped or differ in their heads already.
+    """
+    blocks = request.blocks
+    if request.ratio and request.skip_layers:
+        raise UsageError("allocation 'damage-heads' cuts all attention blocks alike: skip_layers=0.")
+    attention = [i for i, b in enumerate(blocks) if b.kind == "attention"]
+    if len({(blocks[i].units, blocks[i].parameters) for i in attention}) > 1:
+        raise UsageError("this model's layers differ in their heads already; use allocation 'damage'.")
+    mlps = [[i] for i, b in enumerate(blocks) if b.kind == "mlp"]
+    free = ["attention" in request.kinds, *("mlp" in request.kinds for _ in mlps)]
+    return _solve_grouped(request, [attention, *mlps], free)
+
+
+def _solve_grouped(request: Request, groups: Sequence[Sequence[int]], free: Sequence[bool]) -> list[int]:
+    """Widths such that all blocks of a group, given by index, have the same width; a group that is not free
+    stays whole."""
+    blocks, damages = request.blocks, request.damages
+
+    def choice(group: Sequence[int], keep: int) -> Choice:
+        gone = [(damages[i], blocks[i].units - keep) for i in group]
+        return Choice(sum(n * d.saving for d, n in gone), sum(float(d.curve[n]) for d, n in gone))
+
+    options = [
+        _widths(blocks[group[0]], request.round_to) if may else [blocks[group[0]].units]
+        for group, may in zip(groups, free, strict=True)
+    ]
+    choices = [[choice(group, k) for k in widths] for group, widths in zip(groups, options, strict=True)]
+    kept = [b.units for b in blocks]
+    budget = round(request.ratio * sum(d.whole for d in damages))
+    for group, widths, index in zip(groups, options, knapsack.solve(choices, budget), strict=True):
+        for i in group:
+            kept[i] = widths[index]
+    return kept
+
+
+def _widths(block: Block, round_to: int) -> list[int]:
+    """The widths of a block that the knapsack may choose from, widest first."""
+    if block.kind == "attention":
+        step = block.kv_heads if block.unit_kind == "balanced" else 1
+    else:
+        step = max(round_to, block.units // 48 // round_to * round_to)
+    return [block.units, *range(block.units - (block.units % step or step), 0, -step)]

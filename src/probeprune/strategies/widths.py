@@ -1,0 +1,100 @@
+"""What an allocation is given, and the steps that allocations have in common."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from probeprune.errors import UsageError
+from probeprune.model.blocks import Block
+from probeprune.ranges import check
+
+KINDS = ("attention", "mlp")
+
+
+@dataclass(frozen=True, eq=False)
+class Damage:
+    """The damage of cutting a block to any width, and the saving: parameters, FLOPs or nanoseconds."""
+
+    curve: torch.Tensor
+    """Nats per token, (units + 1,), by the number of units removed (`calibration/damage.py`)."""
+    saving: int
+    """Saving of removing one unit."""
+    whole: int
+    """Cost of the whole block, in the same quantity."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The input of an allocation."""
+
+    blocks: Sequence[Block]
+    """All blocks of the model, in order."""
+    ratio: float
+    """Share of the budget to remove, in [0, 1)."""
+    skip_layers: int = 0
+    """Number of first layers that stay dense."""
+    round_to: int = 1
+    """Widths of MLPs are multiples of this."""
+    kinds: Sequence[str] = KINDS
+    """Which kinds of blocks are pruned."""
+    scores: Sequence[torch.Tensor] = ()
+    """Scores of the units of every block, (units,) each; only for an allocation that needs scores."""
+    damages: Sequence[Damage] = ()
+    """Damages of every block; only for an allocation that needs damages."""
+
+
+def candidates(request: Request) -> tuple[list[int], float]:
+    """Indices of the blocks that may lose units, and the share of their parameters to remove.
+
+    For equal layers the share is `r' = r L / (L - skipped)` (Probe Pruning, section 5). Raises `UsageError`
+    where nothing would be left.
+    """
+    blocks, ratio, skipped = request.blocks, request.ratio, request.skip_layers
+    check(ratio=ratio)
+    layers = 1 + max(b.layer for b in blocks)
+    if ratio and skipped >= layers:
+        raise UsageError(
+            f"skip_layers={skipped} leaves none of the model's {layers} layers to prune; lower it."
+        )
+    pruned = [i for i, b in enumerate(blocks) if b.layer >= skipped and b.kind in request.kinds]
+    prunable = sum(blocks[i].parameters for i in pruned)
+    total = sum(b.parameters for b in blocks)
+    share = ratio * total / max(prunable, 1)
+    if share >= 1:
+        raise UsageError(
+            f"ratio {ratio:g} of all blocks would remove everything that may be pruned "
+            f"({' and '.join(request.kinds)} behind the first {skipped} layers); use at most "
+            f"{prunable / total - 0.01:.2f}, or skip fewer."
+        )
+    return pruned, share
+
+
+def nearest_width(block: Block, parameters: float, round_to: int) -> int:
+    """The number of units a block keeps so that about `parameters` go, in the steps that its widths come in.
+
+    Raises `UsageError` where no unit would stay.
+    """
+    step = round_to if block.kind == "mlp" else block.kv_heads if block.unit_kind == "balanced" else 1
+    keep = block.units - max(parameters, 0) / block.unit_parameters
+    kept = min(max(round(keep / step), keep >= 1) * step, block.units)
+    check_alive(block, kept)
+    return kept
+
+
+def check_alive(block: Block, keep: int) -> None:
+    """Raise `UsageError` where a block would keep no unit."""
+    if keep < 1:
+        raise UsageError(
+            f"the ratio leaves {block.name} without units; lower the ratio or skip_layers, or choose finer "
+            "attention units."
+        )
+
+
+def check_even(request: Request) -> None:
+    """Raise `UsageError` where layers cannot all have the same width."""
+    blocks = request.blocks
+    if request.ratio and request.skip_layers:
+        raise UsageError("allocations 'even' and 'damage-even' give all layers one width: skip_layers=0.")
+    if len({b.units for b in blocks}) > 2 or len({b.parameters for b in blocks}) > 2:
+        raise UsageError("this model's layers differ in width already; use an allocation that is not even.")
