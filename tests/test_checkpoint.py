@@ -169,6 +169,15 @@ def test_a_per_layer_config_is_the_one_of_transformers(family, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_layers_with_different_heads_open_with_their_tokenizer(tmp_path, number_tokenizer):
+    """Transformers finds the tokenizer's class by the config, and refuses heads that differ in LLaMA's."""
+    model = pruned("llama", "per-layer")
+    save(model, tmp_path / "out", tokenizer=number_tokenizer)
+    loaded = load_model(str(tmp_path / "out"), dtype="float32")
+    assert logits(loaded.model).equal(logits(model))
+    assert loaded.tokenizer("7 8 9")["input_ids"] == number_tokenizer("7 8 9")["input_ids"]
+
+
 def test_a_layer_reads_its_own_fields_and_the_model_s_attention():
     model = export(pruned("phi3", "per-layer"))
     attention = model.model.layers[2].self_attn

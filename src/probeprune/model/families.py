@@ -152,6 +152,11 @@ def supported_models() -> str:
     return "; ".join(f"{f.name} ({', '.join(f.model_types)})" for f in FAMILIES)
 
 
+def is_supported(model_type: object) -> bool:
+    """Whether configs of this `model_type` belong to a supported family."""
+    return any(model_type in family.model_types for family in FAMILIES)
+
+
 def find_family(model: nn.Module) -> Family:
     """The record of a model's architecture family, by its config's `model_type`.
 

@@ -25,7 +25,7 @@ from probeprune.errors import UsageError, refusing, unknown
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import attribute, find_blocks
 from probeprune.model.config_checks import FIELDS, GENERATION_FIELDS, check_fields, check_heads
-from probeprune.model.families import FAMILIES, PRUNED_PREFIX
+from probeprune.model.families import PRUNED_PREFIX, is_supported
 from probeprune.model.folder import (
     CONFIG,
     Stored,
@@ -105,7 +105,9 @@ def load_model(
         with refusing(
             f"the tokenizer (tokenizer.json, tokenizer_config.json) of '{folder}' could not be loaded"
         ):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, config=config, trust_remote_code=trust_remote_code
+            )
         with refusing(f"model '{name}' could not be loaded"):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=chosen, attn_implementation=attn_implementation, **options
@@ -186,8 +188,7 @@ def _load_config(name: str, folder: Path, trust_remote_code: bool) -> Pretrained
 
 
 def _is_supported(model_type: object) -> bool:
-    plain = str(model_type).removeprefix(PRUNED_PREFIX)
-    return plain == NEMOTRON_NAS or any(plain in family.model_types for family in FAMILIES)
+    return model_type == NEMOTRON_NAS or is_supported(str(model_type).removeprefix(PRUNED_PREFIX))
 
 
 # -- weights ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from probeprune.errors import UsageError
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import Block, attribute, find_blocks
-from probeprune.model.families import FAMILIES, PRUNED_PREFIX, Family, Twin, find_family
+from probeprune.model.families import FAMILIES, PRUNED_PREFIX, Family, Twin, find_family, is_supported
 from probeprune.model.modeling_pruned import MODEL_TYPES, model_classes, pruned_config, pruned_model
 
 
@@ -43,7 +43,7 @@ def read_config(folder: Path, fields: Mapping[str, Any], *, trust_remote_code: b
         trust_remote_code: run code that comes with a checkpoint of an unknown family.
     """
     model_type = fields.get("model_type")
-    if "per_layer_config" in fields and any(model_type in family.model_types for family in FAMILIES):
+    if "per_layer_config" in fields and is_supported(model_type):
         return pruned_config(CONFIG_MAPPING[model_type], "PerLayer").from_pretrained(folder)
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
