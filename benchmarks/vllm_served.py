@@ -84,9 +84,8 @@ def main() -> int:
     script.write_text(SERVE)
     subprocess.run([options.vllm, str(script), str(asked), str(answered)], check=True)
     answer = json.loads(answered.read_text())
-    print(
-        f"vLLM {answer['version']}, {options.dtype}, {options.rounds} rounds in turn, medians (lowest to highest)\n"
-    )
+    rounds = f"{options.rounds} rounds in turn, medians (lowest to highest)"
+    print(f"vLLM {answer['version']}, {options.dtype}, {rounds}\n")
     print("| checkpoint | greedy tokens as in transformers | prompt speed-up | decode speed-up |")
     print("| --- | ---: | ---: | ---: |")
     same = True
