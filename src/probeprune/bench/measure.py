@@ -19,7 +19,7 @@ from probeprune.bench.targets import Target
 from probeprune.methods import METHODS, Method
 from probeprune.model.blocks import Block
 from probeprune.model.cost import PeakMemory, counting_flops, synced_clock
-from probeprune.model.passes import find_decoder
+from probeprune.model.passes import cache_argument, find_decoder
 from probeprune.prepare import Calibration
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
@@ -115,16 +115,21 @@ def measure_point(
     ]
 
 
+def _decode(target: Target, ids: torch.Tensor, cache: DynamicCache) -> None:
+    decoder = find_decoder(target.model)
+    decoder(input_ids=ids, **{cache_argument(decoder): cache})
+
+
 def _prefill(target: Target, ids: torch.Tensor) -> DynamicCache:
     cache = DynamicCache(config=target.model.config)
     with torch.inference_mode():
-        find_decoder(target.model)(input_ids=ids, past_key_values=cache)
+        _decode(target, ids, cache)
     return cache
 
 
 def _step(target: Target, ids: torch.Tensor, cache: DynamicCache) -> None:
     with torch.inference_mode():
-        find_decoder(target.model)(input_ids=ids, past_key_values=cache)
+        _decode(target, ids, cache)
 
 
 def _round(target: Target, batch: torch.Tensor, length: int, run: _Run) -> None:

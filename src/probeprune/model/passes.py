@@ -93,11 +93,21 @@ class _Routed:
         return super().__reduce_ex__(protocol)
 
 
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""Names under which decoders and layers take their KV cache, the newest release of transformers first."""
+
+
+def cache_argument(decoder: nn.Module) -> str:
+    """The name under which a decoder's forward takes its KV cache."""
+    parameters = inspect.signature(type(decoder).forward).parameters
+    return next(name for name in CACHE_NAMES if name in parameters)
+
+
 def read_pass(arguments: dict[str, Any]) -> Pass:
     """The pass described by a decoder's arguments, by name."""
     ids = arguments.get("input_ids")
     batch, length = (ids if ids is not None else arguments["inputs_embeds"]).shape[:2]
-    cache = arguments.get("past_key_values")
+    cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
     past = 0 if cache is None else _past(cache, length)
     mask = arguments.get("attention_mask")
     if isinstance(mask, dict):  # one mask per layer type; prefer a full one, which shows the padding

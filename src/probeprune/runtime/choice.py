@@ -1,6 +1,6 @@
 """The choice of units under which a KV cache was filled, kept with the cache so that it can be continued."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def mark(caches: Any, choice: Choice | None) -> None:
 
 def caches_of(started: Pass, output: Any) -> tuple[Any, ...]:
     """Everything in the arguments and the output of a pass that may be a KV cache."""
-    parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+    parts = output if isinstance(output, tuple) else output.values() if isinstance(output, Mapping) else ()
     return started.cache, *parts
 
 

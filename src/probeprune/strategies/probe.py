@@ -17,6 +17,7 @@ from probeprune.algebra.moments import History, Tokens
 from probeprune.errors import BadValue, UsageError, unknown
 from probeprune.model.blocks import Block
 from probeprune.model.cost import block_flops
+from probeprune.model.passes import CACHE_NAMES
 from probeprune.model.shadow import Shadow
 from probeprune.ranges import check_fields
 
@@ -201,7 +202,7 @@ def restrict(kwargs: dict[str, Any], selection: Selection, batch: int) -> dict[s
             cut[name] = rows(value).index_select(1, selection.tokens)
         elif name == "cache_position":
             cut[name] = value.index_select(0, selection.tokens)
-        elif name in ("past_key_values", "layer_past"):
+        elif name in CACHE_NAMES:
             cut[name] = None
         elif name == "use_cache":
             cut[name] = False
