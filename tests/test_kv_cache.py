@@ -59,8 +59,9 @@ class masked_by_pass:
 # -- the units of the prompt, kept ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize("method", ["wanda-sp", PROBING, "full-batch"])
+@pytest.mark.parametrize(
+    "method, side", [("wanda-sp", "left"), (PROBING, "left"), (PROBING, "none"), ("full-batch", "left")]
+)
 def test_generation_is_that_of_the_masked_model(calibrated, method, side):
     model, calibration = calibrated
     inputs = padded(side)
@@ -183,8 +184,7 @@ def by_pass(handle, every):
     return choices, find_decoder(handle.model).register_forward_hook(note)
 
 
-@pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every, side", [(1, "left"), (3, "left"), (3, "none")])
 def test_a_refresh_runs_dense_once_and_moves_mlps_alone(calibrated, every, side):
     model, calibration = calibrated
     inputs = padded(side)
