@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
+from tiny import FAMILIES, PARALLEL, PROBING, close, kept, masked, padded, token_ids
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from probeprune import Probe, UsageError, attach, compose
@@ -112,6 +112,49 @@ def test_candidates_from_the_prompt(family):
         got, choice = generate(model, ids, torch.ones_like(ids), **options), kept(handle)
     with masked(choice):
         same(got, generate(model, ids, torch.ones_like(ids), **options))
+
+
+ASSISTED = pytest.mark.parametrize(
+    "family, method",
+    [("llama-gqa", m) for m in ("wanda-sp", "flap", PROBING, PARALLEL, "full-batch", "best-dynamic")]
+    + [(f, m) for f in ("mistral", "opt", "phi3-gqa", "gpt-neox") for m in ("wanda-sp", PROBING)],
+)
+
+
+@ASSISTED
+@pytest.mark.parametrize("how", ["early exit", "itself", "another"])
+def test_assisted_generation_gives_the_text_of_the_models_own_units(family, method, how):
+    # A draft has a cache, and so a choice, of its own; greedy text does not depend on what was drafted.
+    model, helper = FAMILIES[family](), FAMILIES[family]()
+    calibration = token_ids(6, 16, seed=9)
+    ids = token_ids(1, 12)
+    layers = model.config.num_hidden_layers
+    if how == "early exit" and family in ("opt", "gpt-neox"):
+        with pytest.raises(IndexError):  # transformers itself runs all layers there, dense models too
+            generate(model, ids, torch.ones_like(ids), assistant_early_exit=2)
+        return
+    options = {"early exit": {"assistant_early_exit": 2}, "itself": {"assistant_model": model}}
+    more = options.get(how, {"assistant_model": helper})
+    with attach(model, method, 0.3, calibration=calibration) as handle:
+        got, choice = generate(model, ids, torch.ones_like(ids), **more), kept(handle)
+        again = model.generate(ids, **OPTIONS).sequences  # nothing of the drafts is left
+        own = kept(handle)
+    assert model.config.num_hidden_layers == layers
+    if handle.method.compensation.kind != "none":
+        return  # masking is not all that it does
+    for text, units in ((got.sequences, choice), (again, own)):
+        with masked(units):
+            assert text.equal(generate(model, ids, torch.ones_like(ids)).sequences)
+
+
+@ASSISTED
+def test_a_draft_by_an_attached_model_leaves_the_text_alone(family, method):
+    model, helper = FAMILIES[family](), FAMILIES[family]()
+    ids = token_ids(1, 12)
+    want = generate(model, ids, torch.ones_like(ids))
+    with attach(helper, method, 0.3, calibration=token_ids(6, 16, seed=9)):
+        got = generate(model, ids, torch.ones_like(ids), assistant_model=helper)
+    assert got.sequences.equal(want.sequences)
 
 
 @pytest.mark.parametrize("units", ["balanced", "query"])
