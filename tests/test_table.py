@@ -130,6 +130,26 @@ def test_a_cell_that_fails_is_a_line_and_is_tried_again(folder, tmp_path, capsys
     assert len((out / RESULTS).read_bytes().splitlines()) == before + len(failed)
 
 
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("{base: wanda-sp, name: late, skip_layers: 5}", "skip_layers=5 leaves none of the model's 5 layers"),
+        ("{base: probe, name: late, skip_layers: 7}", "skip_layers=7 leaves none of the model's 5 layers"),
+        ("{base: random+lora, name: late, skip_layers: 9}", "skip_layers=9 leaves none"),
+    ],
+)
+def test_a_method_that_a_model_takes_at_no_ratio_is_named_by_its_line_before_any_work(
+    method, says, folder, tmp_path, capsys
+):
+    text = (folder / "own.yaml").read_text().replace("  - dense\n", f"  - dense\n  - {method}\n")
+    (tmp_path / "own.yaml").write_text(text)
+    call = ["table", "--preset", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "out")]
+    assert run(lambda: app(call)) == 2
+    error = capsys.readouterr().err
+    assert f"line 4 of {tmp_path / 'own.yaml'}: method 'late' cannot prune" in error and says in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_a_failure_says_once_what_kind_of_error_it_was(folder):
     cell = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")[0]
     assert failure(cell, RuntimeError("no memory\nmore"))["error"] == "RuntimeError: no memory"
