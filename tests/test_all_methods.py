@@ -11,6 +11,7 @@ from all_methods import (
     PROBE_THE_WHOLE,
     RATIO,
     SOME_FAMILIES,
+    SPREAD,
     STATIC,
     ByHand,
     check_passes,
@@ -50,8 +51,7 @@ def test_a_refit_at_every_batch_keeps_the_units_of_its_importance(family):
     assert kept[0] == kept[1] != kept[2]
 
 
-@FAMILY
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("family, name", SPREAD)
 def test_an_exception_inside_a_pass_leaves_the_model_usable_and_restorable(family, name):
     model, calibration = prepared(family)
     ids, mask = padded("left")
@@ -68,8 +68,7 @@ def test_an_exception_inside_a_pass_leaves_the_model_usable_and_restorable(famil
         close(got, logits(model, ids, mask))
 
 
-@FAMILY
-@pytest.mark.parametrize("name", KEEP_THE_PROMPT)
+@pytest.mark.parametrize("family, name", [(f, n) for f, n in SPREAD if n in KEEP_THE_PROMPT])
 def test_generation_with_a_cache_is_that_without_under_the_prompts_units(family, name):
     model, calibration = prepared(family)
     ids, mask = padded("left")
@@ -97,8 +96,7 @@ def test_generation_with_a_cache_is_that_without_under_the_prompts_units(family,
         close(got, whole[:, ids.shape[1] - 1 + step])
 
 
-@FAMILY
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("family, name", SPREAD)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_equals_its_sequences_alone_under_the_same_units(family, name, side):
     model, calibration = prepared(family)

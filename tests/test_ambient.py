@@ -57,8 +57,18 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ALL)
+ONE_OF_EACH_KIND = (
+    *("magnitude", "wanda-sp", "flap", "llm-pruner", "best-static", "least damage"),
+    *("probe", "full-batch", "best-dynamic"),
+)
+"""What differs in the statistics it reads, in its compensation or in its schedule."""
+FAR_REACHING = ("bfloat16 by default", "inference mode")
+PAIRS = [(n, s) for s in SETTINGS for n in ALL if s in FAR_REACHING or n in ONE_OF_EACH_KIND]
+"""(method, setting): every method under the two that reach all its own tensors, and one of each kind of
+method under the others."""
+
+
+@pytest.mark.parametrize("name, setting", PAIRS)
 def test_the_settings_around_a_call_change_nothing(name, setting):
     model, calibration = prepared("llama-gqa")
     with torch.no_grad(), attach(model, ALL[name], RATIO, calibration=calibration) as handle:

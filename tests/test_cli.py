@@ -10,6 +10,7 @@ import time
 
 import pytest
 import typer
+from tiny import write_model_and_text
 
 import probeprune_command
 from probeprune.cli import app, run, values
@@ -101,6 +102,16 @@ def test_methods_and_models_are_listed(capsys):
         (["compare", "no/such/model"], "no/such/model"),
         (["compare", "--dtype", "int3"], "int3"),
         (["bench", "--methods", "prob"], "did you mean 'probe'"),
+        (["compare", "--seed", "abc"], "--seed must be a whole number from 0 to 4294967295, not 'abc'."),
+        (["recover", "--alpha", "1.5"], "--alpha must be a whole number from 1 to 1000000, not '1.5'."),
+        (["recover", "--learning-rate", "fast"], "--learning-rate must be a number in (0, 1], not 'fast'."),
+        (["bench", "--rouns", "3"], "no such option: --rouns"),
+        (["compare", "--seed=0x10"], "--seed must be a whole number from 0 to 4294967295, not '0x10'."),
+        (["compare", "one", "two"], "got unexpected extra argument"),
+        (["prune"], "missing option '--method'; `probeprune prune --help` shows what there is."),
+        (["compar"], "no such command 'compar'"),
+        (["[red]x[/red]"], "no such command '[red]x[/red]'"),
+        (["--verbos"], "no such option: --verbos; `probeprune --help` shows what there is."),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, says, tmp_path, capsys):
@@ -157,20 +168,15 @@ def test_interrupt_and_full_disk_end_in_a_sentence(capsys):
         run(bug)
 
 
-@pytest.mark.real
-def test_ctrl_c_says_how_to_go_on(tmp_path, smollm2):
-    command = [
-        sys.executable,
-        "-c",
-        "from probeprune.cli import main; main()",
-        "compare",
-        "--methods",
-        "dense,magnitude,random",
-        "--ratios",
-        "0.2",
-    ]
+def test_ctrl_c_says_how_to_go_on(tmp_path, number_tokenizer):
+    text = str(write_model_and_text(tmp_path, number_tokenizer))
+    ratios = ",".join(str(share / 100) for share in range(5, 60))  # more cells than are measured by then
+    command = [sys.executable, "-m", "probeprune", "compare", str(tmp_path / "model"), "--out", str(tmp_path)]
+    command += ["--methods", "dense,magnitude,random", "--ratios", ratios, "--skip-layers", "1"]
+    command += ["--corpus", text, "--length", "16", "--dtype", "float32"]
     process = subprocess.Popen(
-        [*command, "--windows", "16", "--length", "256", "--dtype", "float32", "--out", str(tmp_path)],
+        command,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         # In the background a shell has tests ignore SIGINT, and their children inherit that.
@@ -179,7 +185,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, smollm2):
     deadline = time.monotonic() + 120
     while not (tmp_path / "results.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command continues" in error and "Traceback" not in error

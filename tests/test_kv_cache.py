@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES, PROBING, close, kept, masked, padded, token_ids
+from tiny import FAMILIES, PARALLEL, PROBING, close, kept, masked, padded, token_ids
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from probeprune import Probe, UsageError, attach, compose
@@ -59,8 +59,9 @@ class masked_by_pass:
 # -- the units of the prompt, kept ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize("method", ["wanda-sp", PROBING, "full-batch"])
+@pytest.mark.parametrize(
+    "method, side", [("wanda-sp", "left"), (PROBING, "left"), (PROBING, "none"), ("full-batch", "left")]
+)
 def test_generation_is_that_of_the_masked_model(calibrated, method, side):
     model, calibration = calibrated
     inputs = padded(side)
@@ -111,6 +112,49 @@ def test_candidates_from_the_prompt(family):
         got, choice = generate(model, ids, torch.ones_like(ids), **options), kept(handle)
     with masked(choice):
         same(got, generate(model, ids, torch.ones_like(ids), **options))
+
+
+ASSISTED = pytest.mark.parametrize(
+    "family, method",
+    [("llama-gqa", m) for m in ("wanda-sp", "flap", PROBING, PARALLEL, "full-batch", "best-dynamic")]
+    + [(f, m) for f in ("mistral", "opt", "phi3-gqa", "gpt-neox") for m in ("wanda-sp", PROBING)],
+)
+
+
+@ASSISTED
+@pytest.mark.parametrize("how", ["early exit", "itself", "another"])
+def test_assisted_generation_gives_the_text_of_the_models_own_units(family, method, how):
+    # A draft has a cache, and so a choice, of its own; greedy text does not depend on what was drafted.
+    model, helper = FAMILIES[family](), FAMILIES[family]()
+    calibration = token_ids(6, 16, seed=9)
+    ids = token_ids(1, 12)
+    layers = model.config.num_hidden_layers
+    if how == "early exit" and family in ("opt", "gpt-neox"):
+        with pytest.raises(IndexError):  # transformers itself runs all layers there, dense models too
+            generate(model, ids, torch.ones_like(ids), assistant_early_exit=2)
+        return
+    options = {"early exit": {"assistant_early_exit": 2}, "itself": {"assistant_model": model}}
+    more = options.get(how, {"assistant_model": helper})
+    with attach(model, method, 0.3, calibration=calibration) as handle:
+        got, choice = generate(model, ids, torch.ones_like(ids), **more), kept(handle)
+        again = model.generate(ids, **OPTIONS).sequences  # nothing of the drafts is left
+        own = kept(handle)
+    assert model.config.num_hidden_layers == layers
+    if handle.method.compensation.kind != "none":
+        return  # masking is not all that it does
+    for text, units in ((got.sequences, choice), (again, own)):
+        with masked(units):
+            assert text.equal(generate(model, ids, torch.ones_like(ids)).sequences)
+
+
+@ASSISTED
+def test_a_draft_by_an_attached_model_leaves_the_text_alone(family, method):
+    model, helper = FAMILIES[family](), FAMILIES[family]()
+    ids = token_ids(1, 12)
+    want = generate(model, ids, torch.ones_like(ids))
+    with attach(helper, method, 0.3, calibration=token_ids(6, 16, seed=9)):
+        got = generate(model, ids, torch.ones_like(ids), assistant_model=helper)
+    assert got.sequences.equal(want.sequences)
 
 
 @pytest.mark.parametrize("units", ["balanced", "query"])
@@ -183,8 +227,7 @@ def by_pass(handle, every):
     return choices, find_decoder(handle.model).register_forward_hook(note)
 
 
-@pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every, side", [(1, "left"), (3, "left"), (3, "none")])
 def test_a_refresh_runs_dense_once_and_moves_mlps_alone(calibrated, every, side):
     model, calibration = calibrated
     inputs = padded(side)

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from tiny import FAMILIES, close, opened, padded, token_ids
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from tiny import FAMILIES, close, kept, masked, opened, padded, token_ids
 from torch import nn
 from transformers import (
     AutoModel,
@@ -121,6 +122,46 @@ def test_models_that_cannot_be_pruned_are_one_sentence(name, call):
     }[name]
     with pytest.raises(UsageError, match=wanted):
         calls(model())[call]()
+
+
+PROMPTS = {
+    "prompt tuning": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": lambda: PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16
+    ),
+}
+"""Learned tokens in front of the text: embeddings, with a mask that is longer by as many."""
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("name", ["wanda-sp", "probe", "full-batch"])
+@pytest.mark.parametrize("family", ["llama-gqa", "opt", "phi3-gqa", "gpt-neox"])
+def test_learned_prompts_around_an_attached_model_meet_the_units_it_keeps(family, name, prompts):
+    model, ids = FAMILIES[family](), token_ids(2, 10)
+    with attach(model, name, 0.3, calibration=token_ids(6, 16, seed=9)) as handle, torch.no_grad():
+        tuned = get_peft_model(model, PROMPTS[prompts]()).eval()
+        got, units = tuned(input_ids=ids).logits, kept(handle)
+        made, own = tuned.generate(input_ids=ids, max_new_tokens=3, do_sample=False), kept(handle)
+    assert got.shape[1] == 10 + 4
+    with masked(units), torch.no_grad():
+        close(got, tuned(input_ids=ids).logits)
+    with masked(own), torch.no_grad():
+        assert made.equal(tuned.generate(input_ids=ids, max_new_tokens=3, do_sample=False))
+
+
+@pytest.mark.parametrize("name", ["wanda-sp", "probe"])
+def test_a_learned_prefix_is_a_cache_from_elsewhere_and_refused(name):
+    """Prefix tuning brings keys and values of all heads, and some heads are gone."""
+    model = FAMILIES["llama-gqa"]()
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with torch.no_grad():
+        dense = tuned(input_ids=token_ids(2, 10)).logits
+        with attach(model, name, 0.3, calibration=token_ids(6, 16, seed=9)):
+            with pytest.raises(UsageError, match="KV cache was not filled under the method"):
+                tuned(input_ids=token_ids(2, 10))
+            with pytest.raises(UsageError, match="KV cache was not filled under the method"):
+                tuned.generate(input_ids=token_ids(2, 10), max_new_tokens=3)
+        assert tuned(input_ids=token_ids(2, 10)).logits.equal(dense)
 
 
 def test_adapters_put_around_an_attached_model_are_refused_at_the_next_pass():

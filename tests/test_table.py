@@ -91,10 +91,11 @@ def test_the_grid_is_complete(whole, folder):
     assert len({r["value"] for r in whole}) == len(whole), "every cell is a model of its own"
 
 
-def test_killed_three_times_it_ends_in_the_same_table(folder, whole, tmp_path):
-    command = [sys.executable, "-m", "probeprune", "table", *arguments(folder, tmp_path / "out")]
-    lines = 0
-    for _ in range(3):
+def test_killed_twice_it_ends_in_the_same_table(folder, whole, tmp_path):
+    """The second kill meets a run that goes on from the first."""
+    call = ["table", *arguments(folder, tmp_path / "out")]
+    command, lines = [sys.executable, "-m", "probeprune", *call], 0
+    for _ in range(2):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         file = tmp_path / "out" / RESULTS
@@ -105,8 +106,7 @@ def test_killed_three_times_it_ends_in_the_same_table(folder, whole, tmp_path):
         process.wait()
         lines = file.read_bytes().count(b"\n")
     assert lines < len(whole), "killed too late to show anything"
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert run(lambda: app(call)) == 0
     results = Results.open(tmp_path / "out")
     assert comparable(results.rows.values()) == whole
     assert results.path.read_bytes().count(b"\n") == len(whole), "measured twice"
@@ -128,6 +128,26 @@ def test_a_cell_that_fails_is_a_line_and_is_tried_again(folder, tmp_path, capsys
     before = len((out / RESULTS).read_bytes().splitlines())
     assert run(lambda: app(call)) == 1, "scripts notice that cells failed"
     assert len((out / RESULTS).read_bytes().splitlines()) == before + len(failed)
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("{base: wanda-sp, name: late, skip_layers: 5}", "skip_layers=5 leaves none of the model's 5 layers"),
+        ("{base: probe, name: late, skip_layers: 7}", "skip_layers=7 leaves none of the model's 5 layers"),
+        ("{base: random+lora, name: late, skip_layers: 9}", "skip_layers=9 leaves none"),
+    ],
+)
+def test_a_method_that_a_model_takes_at_no_ratio_is_named_by_its_line_before_any_work(
+    method, says, folder, tmp_path, capsys
+):
+    text = (folder / "own.yaml").read_text().replace("  - dense\n", f"  - dense\n  - {method}\n")
+    (tmp_path / "own.yaml").write_text(text)
+    call = ["table", "--preset", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "out")]
+    assert run(lambda: app(call)) == 2
+    error = capsys.readouterr().err
+    assert f"line 4 of {tmp_path / 'own.yaml'}: method 'late' cannot prune" in error and says in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_failure_says_once_what_kind_of_error_it_was(folder):

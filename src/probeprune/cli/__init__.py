@@ -23,10 +23,12 @@ from probeprune.cli.report import report
 from probeprune.cli.table import table
 from probeprune.cli.terminal import prepare_terminal, print_error
 from probeprune.cli.train import loraprune, recover
+from probeprune.cli.typed import Commands
 from probeprune.errors import UsageError
 
 app = typer.Typer(
     name="probeprune",
+    cls=Commands,
     help="Prune causal language models, statically or dynamically, and measure every method in the same way.",
     no_args_is_help=True,
     add_completion=False,

@@ -64,6 +64,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in flat}
+    run.ranges = ranges  # type: ignore[attr-defined]  # for what Typer finds to be no number (`typed.py`)
     return run
 
 

@@ -113,11 +113,13 @@ def table(
 ) -> None:
     """Measure a whole table: models x methods x ratios x seeds, on texts, tasks and cost.
 
-    A cell that fails becomes a line of the table and does not end the run, but the exit code is then 1. A run
-    that was interrupted continues when started again with the same options.
+    A method that a model cannot take is refused before anything runs. A cell that fails becomes a line of the
+    table and does not end the run, but the exit code is then 1. A run that was interrupted continues when
+    started again with the same options.
 
     Example: [bold]probeprune table --preset laptop --out runs/table[/bold]
     """
+    from probeprune.experiment.ahead import check_methods
     from probeprune.experiment.presets import preset_file
     from probeprune.experiment.results import Results
     from probeprune.model.machine import choose_device, choose_dtype
@@ -130,6 +132,7 @@ def table(
         return
     chosen = preset.loaded()
     device = choose_device(load.device)
+    check_methods(chosen, load.trust_remote_code)
     cells = chosen.cells(dtype_name(choose_dtype(load.dtype, device)), device.type)
     with claimed(output.out_dir), notices():
         results = Results.open(output.out_dir)

@@ -63,6 +63,8 @@ class Preset:
     budget: TrainingBudget | None = None
     training_seeds: tuple[int, ...] | None = None
     """Seeds that methods are trained with; None for all."""
+    places: tuple[str, ...] = ()
+    """Where each method stands, such as `line 4 of own.yaml`; empty where that is not known."""
 
     def __post_init__(self) -> None:
         for ratio in self.ratios:
@@ -143,7 +145,8 @@ def load_preset(name: str) -> Preset:
     for key in ("models", "methods", "ratios"):
         if key not in entries:
             root.fail(f"there is no '{key}'")
-    methods = tuple(_method(e) for e in entries["methods"].items())
+    listed = entries["methods"].items()
+    methods = tuple(map(_method, listed))
     entries["methods"].different([m.name for m in methods])
     seeds = _seeds(entries.get("seeds")) or (0,)
     budget, training_seeds = _budget(entries["training"], seeds) if "training" in entries else (None, None)
@@ -160,6 +163,7 @@ def load_preset(name: str) -> Preset:
         groups=_groups(root, entries, seeds),
         budget=budget,
         training_seeds=training_seeds,
+        places=tuple(e.place for e in listed),
     )
 
 

@@ -4,18 +4,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
-from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
+from probeprune.experiment.ahead import check_ratio
 from probeprune.experiment.cells import Cell, prunes
 from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results
 from probeprune.experiment.workbench import Unprepared, Workbench
-from probeprune.methods import without_measured_widths
-from probeprune.model.blocks import find_blocks
 from probeprune.model.machine import check_cache
-from probeprune.plan import widths
 from probeprune.result_lines import Line
-from probeprune.strategies.allocation import ALLOCATIONS
 
 Done = Callable[[Cell, Line], None]
 """Called with every cell and its row, measured just now or before."""
@@ -95,10 +91,9 @@ def measure_cells(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> 
 def _check_ratios(bench: Workbench, cells: Sequence[Cell]) -> None:
     """Raise `UsageError` before the run for a ratio that a method cannot reach."""
     for subject in dict.fromkeys(c.subject for c in cells):
-        method = without_measured_widths(subject.method)
-        if prunes(method) and not ALLOCATIONS[method.allocation].needs_scores:
-            blocks = find_blocks(bench.dense(subject).model, method.unit_kind)
-            try:
-                widths(method, subject.ratio, blocks, [], Statistics())
-            except UsageError as error:
-                raise UsageError(f"{subject.label}: {error}") from error
+        if not prunes(subject.method):
+            continue  # needs no model to be opened
+        try:
+            check_ratio(subject.method, subject.ratio, bench.dense(subject).model)
+        except UsageError as error:
+            raise UsageError(f"{subject.label}: {error}") from error

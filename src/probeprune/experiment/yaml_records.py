@@ -63,6 +63,11 @@ class Entry:
         """The last key of `field`."""
         return self.field.rpartition(".")[2]
 
+    @property
+    def place(self) -> str:
+        """The line and the file."""
+        return f"line {self.node.start_mark.line + 1} of {self.file}"
+
     def fail(self, problem: str) -> NoReturn:
         """Raise the `UsageError` of `error`."""
         raise self.error(problem)
@@ -70,8 +75,7 @@ class Entry:
     def error(self, problem: str) -> UsageError:
         """A `UsageError` with the line, the file, the field and the problem."""
         field = f"{self.field}: " if self.field else ""
-        line = self.node.start_mark.line + 1
-        return UsageError(f"line {line} of {self.file}: {field}{problem.rstrip('.')}.")
+        return UsageError(f"{self.place}: {field}{problem.rstrip('.')}.")
 
     def mapping(self, known: Collection[str]) -> dict[str, "Entry"]:
         """The entries of a mapping by key. Fails for anything else, and for an unknown or repeated key."""

@@ -1,4 +1,4 @@
-"""Values that fields of a model's config.json and generation_config.json may have, one table of ranges.
+"""Values that fields of a model's config.json and generation_config.json may have, one table.
 
 Transformers accepts many others and fails later, somewhere else. Only fields that the supported families
 read are listed; knows nothing of weights.
@@ -18,20 +18,20 @@ MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Range:
-    """The values that a field may have."""
+class Allowed:
+    """The values that a field of a file of others may have: numbers, but names, flags and lists too."""
 
     words: str
     """What they are, to follow `must be`."""
     holds: Callable[[Any], bool]
 
-    def or_none(self) -> "Range":
+    def or_none(self) -> "Allowed":
         """The same values, and null."""
-        return Range(f"{self.words} or null", lambda v: v is None or self.holds(v))
+        return Allowed(f"{self.words} or null", lambda v: v is None or self.holds(v))
 
-    def or_list(self) -> "Range":
+    def or_list(self) -> "Allowed":
         """The same values, and lists of them."""
-        return Range(
+        return Allowed(
             f"{self.words} or a list of such",
             lambda v: all(map(self.holds, v)) if isinstance(v, list) else self.holds(v),
         )
@@ -41,22 +41,24 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e30 and isfinite(value)
 
 
-COUNT = Range(f"a whole number from 1 to {MOST}", lambda v: type(v) is int and 1 <= v <= MOST)
-WHOLE = Range(f"a whole number from 0 to {MOST}", lambda v: type(v) is int and 0 <= v <= MOST)
-TOKEN = Range(f"a token id, a whole number up to {MOST}", lambda v: type(v) is int and -1 <= v <= MOST)
-POSITIVE = Range("a number above 0", lambda v: _number(v) and v > 0)
-AT_LEAST_0 = Range("a number of at least 0", lambda v: _number(v) and v >= 0)
-SHARE = Range("a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1)
-PART = Range("a number above 0 and at most 1", lambda v: _number(v) and 0 < v <= 1)
-NUMBER = Range("a number", _number)
-FLAG = Range("true or false", lambda v: isinstance(v, bool))
-NAME = Range("a name", lambda v: isinstance(v, str) and v != "")
-NAMES = Range("a list of names", lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v))
-POSITIVES = Range("a list of numbers above 0", lambda v: isinstance(v, list) and all(map(POSITIVE.holds, v)))
-OBJECT = Range("an object", lambda v: isinstance(v, dict))
+COUNT = Allowed(f"a whole number from 1 to {MOST}", lambda v: type(v) is int and 1 <= v <= MOST)
+WHOLE = Allowed(f"a whole number from 0 to {MOST}", lambda v: type(v) is int and 0 <= v <= MOST)
+TOKEN = Allowed(f"a token id, a whole number up to {MOST}", lambda v: type(v) is int and -1 <= v <= MOST)
+POSITIVE = Allowed("a number above 0", lambda v: _number(v) and v > 0)
+AT_LEAST_0 = Allowed("a number of at least 0", lambda v: _number(v) and v >= 0)
+SHARE = Allowed("a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1)
+PART = Allowed("a number above 0 and at most 1", lambda v: _number(v) and 0 < v <= 1)
+NUMBER = Allowed("a number", _number)
+FLAG = Allowed("true or false", lambda v: isinstance(v, bool))
+NAME = Allowed("a name", lambda v: isinstance(v, str) and v != "")
+NAMES = Allowed("a list of names", lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v))
+POSITIVES = Allowed(
+    "a list of numbers above 0", lambda v: isinstance(v, list) and all(map(POSITIVE.holds, v))
+)
+OBJECT = Allowed("an object", lambda v: isinstance(v, dict))
 
 
-def _table(rows: Mapping[str, Range]) -> dict[str, Range]:
+def _table(rows: Mapping[str, Allowed]) -> dict[str, Allowed]:
     return {name: allowed for names, allowed in rows.items() for name in names.split()}
 
 
@@ -89,7 +91,7 @@ FIELDS = _table(
         "eos_token_id": TOKEN.or_list().or_none(),
     }
 )
-"""Ranges by field, of config.json and the objects nested in it."""
+"""What is allowed by field, of config.json and the objects nested in it."""
 
 GENERATION_FIELDS = _table(
     {
@@ -104,11 +106,11 @@ GENERATION_FIELDS = _table(
         "eos_token_id": TOKEN.or_list().or_none(),
     }
 )
-"""Ranges by field of generation_config.json."""
+"""What is allowed by field of generation_config.json."""
 
 
-def check_fields(file: Path, fields: Mapping[str, Any], table: Mapping[str, Range]) -> None:
-    """Raise `UsageError` for the first field of a JSON object, or of one nested in it, out of its range."""
+def check_fields(file: Path, fields: Mapping[str, Any], table: Mapping[str, Allowed]) -> None:
+    """Raise `UsageError` for the first field of a JSON object, or one nested in it, with another value."""
     for path, name, value in _walk(fields):
         if name in table and not table[name].holds(value):
             # Writing out a number of thousands of digits is an error itself.

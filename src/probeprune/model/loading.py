@@ -126,6 +126,21 @@ def load_model(
     )
 
 
+def outline(name: str, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """A model of the same config without weights (device `meta`); None for a hub id, which is not looked up.
+
+    Raises `UsageError` for a model that is not there or whose config cannot be used; weights are not read.
+    """
+    path = Path(name).expanduser()
+    if name != EMBEDDED_MODEL and not path.exists():
+        return None
+    folder = _locate(name, trust_remote_code)
+    config = _load_config(name, folder, trust_remote_code)
+    with refusing(f"no model can be made from '{folder / CONFIG}'"), quiet_libraries(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
 def _locate(name: str, code: bool) -> Path:
     """A directory with config.json; a model of another kind is converted or downloaded first."""
     if name == EMBEDDED_MODEL:

@@ -270,10 +270,14 @@ class Handle:
             pruned.partition.check()
 
     def _check_passed(self) -> None:
-        """Raise `UsageError` where a block's consumer was not called, so that its follower received
-        nothing."""
+        """Raise `UsageError` where a block's consumer was not called, so that its follower received nothing.
+
+        A draft by the first layers alone (`assistant_early_exit`) lowers the config's number of layers for as
+        long as it runs; the blocks behind them are not asked for.
+        """
+        config: Any = self.model.config
         for runtime in self.runtimes:
-            if not runtime.passed:
+            if not runtime.passed and runtime.block.layer < config.num_hidden_layers:
                 raise uncalled_consumer(runtime.block)
 
     def _check_pass(self, started: Pass) -> None:
@@ -292,7 +296,7 @@ class Handle:
         if self._cuts_heads and not known:
             raise UsageError(
                 "this KV cache was not filled under the method that is attached now, or a pass on it failed; "
-                "run its prompt again."
+                "run its prompt again (a learned prefix, as prefix tuning has, needs the dense model)."
             )
 
     @property
