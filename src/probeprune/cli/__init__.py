@@ -16,6 +16,7 @@ import typer
 
 from probeprune.cli.bench import bench
 from probeprune.cli.compare import compare
+from probeprune.cli.export import export
 from probeprune.cli.generate import generate
 from probeprune.cli.lists import list_methods, list_models
 from probeprune.cli.prune import prune
@@ -35,7 +36,7 @@ app = typer.Typer(
 )
 INTERRUPTED = "interrupted; all measurements are saved, and the same command continues from there."
 
-for _command in (compare, table, report, prune, recover, loraprune, generate, bench):
+for _command in (compare, table, report, prune, export, recover, loraprune, generate, bench):
     app.command()(_command)
 app.command("methods")(list_methods)
 app.command("models")(list_models)

@@ -7,7 +7,7 @@ opened safely (pickled), and those that do not fit their config. Knows nothing o
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,33 @@ def load_model(
     """
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)
+    folder, shape, options = _open(name, trust_remote_code)
+    with quiet_libraries(bars=False), refusing(f"model '{name}' could not be loaded"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=chosen, attn_implementation=attn_implementation, **options
+        )
+    model.requires_grad_(False).eval().to(target)
+    stored = getattr(options["config"], "dtype", None)
+    return replace(
+        shape,
+        model=model,
+        dtype=chosen,
+        device=target,
+        stored_dtype=stored if isinstance(stored, torch.dtype) else chosen,
+    )
+
+
+def open_shape(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
+    """As `load_model`, with a model of all modules and no numbers (device `meta`), in the dtype on disk.
+
+    Raises as `load_model`, but for errors that only the numbers show.
+    """
+    _, shape, _ = _open(name, trust_remote_code)
+    return shape
+
+
+def _open(name: str, trust_remote_code: bool) -> tuple[Path, LoadedModel, dict[str, Any]]:
+    """The folder of a model, checked; the model without numbers; what opens the one with numbers."""
     with refusing(f"model {name[:200]!r} could not be found"):
         folder = _locate(name, trust_remote_code)
     check_files(folder)
@@ -99,27 +126,22 @@ def load_model(
     tensors = stored_tensors(weight_files(folder))
     options = {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     with quiet_libraries(bars=False):
-        _check_weights(name, folder, tensors, options)
+        empty = _check_weights(name, folder, tensors, options)
         with refusing(
             f"the tokenizer (tokenizer.json, tokenizer_config.json) of '{folder}' could not be loaded"
         ):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with refusing(f"model '{name}' could not be loaded"):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=chosen, attn_implementation=attn_implementation, **options
-            )
-    model.requires_grad_(False).eval().to(target)
-    stored = getattr(config, "dtype", None)
-    return LoadedModel(
+    shape = LoadedModel(
         name=name,
-        model=model,
+        model=empty.eval(),
         tokenizer=tokenizer,
-        dtype=chosen,
-        device=target,
-        stored_dtype=stored if isinstance(stored, torch.dtype) else chosen,
+        dtype=empty.dtype,
+        device=torch.device("meta"),
+        stored_dtype=empty.dtype,
         pruning=pruning,
         training=training,
     )
+    return folder, shape, options
 
 
 def _locate(name: str, code: bool) -> Path:
@@ -188,8 +210,11 @@ def _is_supported(model_type: object) -> bool:
 # -- weights ---------------------------------------------------------------------------------------
 
 
-def _check_weights(name: str, folder: Path, tensors: Mapping[str, Stored], options: dict[str, Any]) -> None:
-    """Raise `UsageError` unless the stored tensors are exactly those that the config asks for.
+def _check_weights(
+    name: str, folder: Path, tensors: Mapping[str, Stored], options: dict[str, Any]
+) -> PreTrainedModel:
+    """The model without numbers. Raises `UsageError` unless the stored tensors are exactly those that the
+    config asks for.
 
     The model is opened once without memory (device `meta`), so that transformers itself says which names it
     changes, ties or ignores.
@@ -230,6 +255,8 @@ def _check_weights(name: str, folder: Path, tensors: Mapping[str, Stored], optio
         )
     if model.config.model_type.startswith(PRUNED_PREFIX):
         _check_counts(file, model)
+    empty: PreTrainedModel = model
+    return empty
 
 
 def _check_sizes(file: Path, config: Any, tensors: Mapping[str, Stored]) -> None:
