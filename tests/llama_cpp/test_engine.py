@@ -25,6 +25,13 @@ TEXTS = (
     "  leading   spaces\n\n\n and 1000000 numbers, I'll don't WE'VE",
 )
 TEXT = "".join(TEXTS[:2])
+ENGLISH = (
+    "The river rises in the hills to the north of the town and flows south for about thirty miles before it "
+    "reaches the sea. In the nineteenth century it carried coal and stone, and a canal was built to join it to "
+    "the mills on the other side of the valley. After the railway came the canal fell out of use, and for many "
+    "years nobody looked after its locks. Since then volunteers have repaired most of them, and small boats "
+    "can travel the whole way again in summer."
+)
 LOGS = {"silu": 1e-4, "gelu": 0.02}
 """How far a log-probability of at least -12 may be off: the engine reads GELU from a table of float16."""
 
@@ -141,10 +148,11 @@ class TestSmolLM2:
     def test_types(self, type, llama_cpp, smollm2, tmp_path, record_property):
         """Perplexity within 2 % of the same numbers, dequantised, in torch."""
         model = load_model("smollm2-135m", dtype="float32", device="cpu").model
-        prune(model, compose("magnitude", name="magnitude", round_to=32), 0.2)
+        method = compose("wanda-sp", name="wanda-sp", blocks=("mlp",), round_to=32)
+        ids = smollm2.tokenizer(ENGLISH).input_ids
+        prune(model, method, 0.1, calibration=torch.tensor([ids]))
         file = tmp_path / "model.gguf"
         export_gguf(model, file, tokenizer=smollm2.tokenizer, type=type)
-        ids = smollm2.tokenizer(TEXT * 2).input_ids
         theirs = llama_cpp.perplexity(file, [ids])
         state = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
         for entry in plan(model, type).entries:
@@ -172,7 +180,7 @@ def put_back(model, entry, stored) -> None:
     from probeprune.model.gguf_tensors import restored
 
     shape = [int(size) for size in reversed(stored.shape)]
-    numbers = torch.from_numpy(dequantize(stored.data, stored.tensor_type)).view(shape)
+    numbers = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type))).view(shape)
     assert written(entry.place, model, entry.kind, entry.heads).shape == numbers.shape
     (path,) = entry.place.part.modules
     with torch.no_grad():

@@ -169,7 +169,11 @@ def _check_rows(entries: Sequence[Entry], type: str) -> None:
         length, row = block_length(entry.type), entry.shape[-1]
         if row % length:
             mlp = entry.name.endswith("ffn_down.weight")
-            advice = f"prune with --round-to {length}" if mlp else "keep other numbers of heads"
+            advice = (
+                f"prune with --round-to {length} (and no allocation global)"
+                if mlp
+                else "keep other numbers of heads"
+            )
             raise UsageError(
                 f"type {type} stores {length} numbers of a row together, and the rows of {entry.name} have "
                 f"{row}; {advice}, or choose type f16 or bf16."

@@ -119,7 +119,7 @@ def _changes(
 def _state(
     model: Any, found: Sequence[Place], stored: Mapping[str, ReaderTensor], heads: Sequence[Heads]
 ) -> dict[str, torch.Tensor]:
-    """The model's state dict, without a tied output matrix. Raises `ValueError` for a shape that does not fit."""
+    """The model's state dict, without a tied output matrix. Raises `ValueError` for a shape that is another."""
     state: dict[str, torch.Tensor] = {}
     for place in found:
         modules = {path: model.get_submodule(path) for path in place.part.modules}
