@@ -26,10 +26,10 @@ TEXTS = (
 )
 TEXT = "".join(TEXTS[:2])
 ENGLISH = (
-    "The river rises in the hills to the north of the town and flows south for about thirty miles before it "
-    "reaches the sea. In the nineteenth century it carried coal and stone, and a canal was built to join it to "
-    "the mills on the other side of the valley. After the railway came the canal fell out of use, and for many "
-    "years nobody looked after its locks. Since then volunteers have repaired most of them, and small boats "
+    "The river rises in the hills north of the town and flows south for about thirty miles before it "
+    "reaches the sea. In the nineteenth century it carried coal and stone, and a canal was built to join it "
+    "to the mills on the other side of the valley. After the railway came the canal fell out of use, and for "
+    "many years nobody looked after its locks. Since then volunteers have repaired most, and small boats "
     "can travel the whole way again in summer."
 )
 LOGS = {"silu": 1e-4, "gelu": 0.02}

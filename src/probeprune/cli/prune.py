@@ -132,7 +132,7 @@ class OutputOptions:
         return self.out_dir.suffix == ".gguf"
 
     def check(self) -> None:
-        """Raise `UsageError` for a place that cannot be written, and for a type where there is none to give."""
+        """Raise `UsageError` for a place that cannot be written, and for a type that is not for a file."""
         from probeprune.places import check_file, check_free, check_place
 
         if self.is_file:

@@ -1,15 +1,18 @@
 """Names of pre-tokenizers: how llama.cpp splits text before it merges bytes, one name per way.
 
-Nothing in a tokenizer says its name. llama.cpp's own converter tells them by a hash of the token ids of one text,
-and so do we; these are the entries of its table for tokenizers that come with models of our families.
+Nothing in a tokenizer says its name. llama.cpp's own converter tells them by a hash of the token ids of one
+text, and so do we; these are the entries of its table for tokenizers that come with models of our families.
 """
 
 TEXT = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis "
-    "concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិស"
-    "េសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на Български ''''''```````\"\"\"\"...."
-    "..!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D y"
-    "ou like some tea? We'Ve a'lL"
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n\U0001f680 (normal) \U0001f636\u200d"
+    "\U0001f32b\ufe0f (multiple emojis concatenated) \u2705 \U0001f999\U0001f999 3 33 333"
+    " 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 \u1780\u17b6\u1793\u17cb\u178f\u17c2"
+    "\u1796\u17b7\u179f\u17c1\u179f\u17a2\u17b6\u1785\U0001f601 ?\u6211\u60f3\u5728apple\u5de5"
+    "\u4f5c1314151\u5929\uff5e ------======= \u043d\u0435\u0449\u043e \u043d\u0430 \u0411"
+    "\u044a\u043b\u0433\u0430\u0440\u0441\u043a\u0438 ''''''```````\"\"\"\"......!!!!!!"
+    "?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D you li"
+    "ke some tea? We'Ve a'lL"
 )
 """The text of which the token ids, with the special tokens that the tokenizer adds, are hashed."""
 

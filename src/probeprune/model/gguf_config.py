@@ -179,6 +179,9 @@ def make_config(
         "vocab_size": vocabulary,
         "max_position_embeddings": fields["context_length"],
         "rope_parameters": rope,
+        "original_max_position_embeddings": rope.get(
+            "original_max_position_embeddings", fields["context_length"]
+        ),
         "tie_word_embeddings": tied,
         "hidden_act": architecture.activations[0],
         "hidden_activation": architecture.activations[0],
