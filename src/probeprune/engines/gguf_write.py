@@ -177,7 +177,7 @@ def _add_keys(writer: GGUFWriter, export: Export) -> None:
 
 
 def _append(file: IO[bytes], numbers: np.ndarray[Any, Any], writer: GGUFWriter) -> None:
-    """Write the numbers of the next tensor. Not by the writer, whose errors do not say that a disk is full."""
+    """Write the numbers of the next tensor. Not by the writer: its errors do not say that a disk is full."""
     file.write(numbers.data.cast("B"))
     writer.write_padding(file, numbers.nbytes)
 

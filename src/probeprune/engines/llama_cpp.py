@@ -4,7 +4,7 @@ The package brings llama.cpp built for Linux, macOS and Windows:
 
     npm install --ignore-scripts node-llama-cpp@3.21.1
 
-and `PROBEPRUNE_NODE_MODULES` says where that was, unless the caller does. Knows nothing of how a file was made.
+and `PROBEPRUNE_NODE_MODULES` says where that was, unless the caller does. Knows nothing of how files are made.
 """
 
 import base64
@@ -36,8 +36,8 @@ class Scores:
     next: torch.Tensor
     """Log-probability of each id but the first, after those in front of it, float32 (ids - 1)."""
     all: torch.Tensor | None = None
-    """Log-probabilities after each id, float32 (ids, vocabulary), where they were asked for. At most -103: the
-    engine gives probabilities, and smaller ones are 0 there."""
+    """Log-probabilities after each id, float32 (ids, vocabulary), where they were asked for; of probabilities
+    that are 0 in float32, minus infinity."""
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,8 @@ def _check_rows(type: FileType, model: Any, method: Method) -> None:
     length = block_length(storage(type).matrices)
     if length > 1 and "mlp" in method.blocks and method.allocation == "global":
         raise UsageError(
-            f"type {type} stores {length} numbers of a row together, and allocation global gives MLPs any width; "
-            "give another --allocation, such as uniform or damage, or choose type f16 or bf16."
+            f"type {type} stores {length} numbers of a row together, and allocation global gives MLPs any "
+            "width; give another --allocation, such as uniform or damage, or choose type f16 or bf16."
         )
     if "mlp" in method.blocks and method.round_to % length:
         raise UsageError(

@@ -14,7 +14,8 @@ Order = Literal["plain", "query pairs", "key pairs", "by head"]
 - `plain`: as in the model.
 - `query pairs`, `key pairs`: within each head the two halves interleaved, so that the numbers that RoPE turns
   together lie side by side.
-- `by head`: the model has queries, keys and values head by head, the file all queries, then keys, then values.
+- `by head`: the model has queries, keys and values head by head, the file all queries, then keys, then
+  values.
 """
 
 Width = Literal["hidden", "heads", "groups", "qkv", "mlp", "two mlps", "head", "vocabulary"]
@@ -28,8 +29,8 @@ class Part:
 
     name: str
     modules: Mapping[str, Width]
-    """The modules whose weights it holds, one below the other, with the rows of each. Their paths are relative
-    to the layer, or to the model for what is not in a layer."""
+    """The modules whose weights it holds, one below the other, with the rows of each; paths are relative to the
+    layer, or to the model for what is not in a layer."""
     columns: Width | None = None
     """None for a vector."""
     order: Order = "plain"
@@ -78,8 +79,8 @@ class Architecture:
     window: Window | None = None
     """Which layers have a sliding window; None if the engine gives none to any layer."""
     scaled_layers: int | None = None
-    """The number of layers at which the engine scales attention by hidden size over heads; at any other number
-    it scales by the head size. None for an architecture that always does the latter."""
+    """The number of layers at which the engine scales attention by hidden size over heads; at any other it
+    scales by the head size. None for an architecture that always does the latter."""
 
 
 def _norm(name: str, module: str, width: Width = "hidden", shift: float = 0.0) -> Part:

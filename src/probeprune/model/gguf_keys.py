@@ -1,7 +1,7 @@
 """Keys of a GGUF file with their types: the tokenizer's and those about where the model comes from.
 
-A model that came from a GGUF file keeps them beside its weights, in `gguf_keys.json`, so that an export writes
-them as they were: much of a tokenizer there cannot be told from the tokenizer that transformers makes of it.
+A model from a GGUF file keeps them beside its weights, in `gguf_keys.json`, so that an export writes them as
+they were: much of a tokenizer there cannot be told from the tokenizer that transformers makes of it.
 The file names the tokenizer it belongs to, and is used for no other.
 """
 

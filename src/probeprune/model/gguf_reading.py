@@ -38,7 +38,7 @@ def keys_of(reader: GGUFReader, architecture: str) -> dict[str, Any]:
 def read_model(reader: GGUFReader, architecture: Architecture) -> PreTrainedModel:
     """The model of a file, in the class and with the config that a checkpoint of it has.
 
-    Raises `ValueError`, `KeyError` or `TypeError` for tensors or keys that are missing or do not fit each other.
+    Raises `ValueError`, `KeyError` or `TypeError` for tensors or keys that are missing or do not fit.
     """
     fields = keys_of(reader, architecture.name)
     stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -119,7 +119,7 @@ def _changes(
 def _state(
     model: Any, found: Sequence[Place], stored: Mapping[str, ReaderTensor], heads: Sequence[Heads]
 ) -> dict[str, torch.Tensor]:
-    """The model's state dict, without a tied output matrix. Raises `ValueError` for a shape that is another."""
+    """The state dict, without a tied output matrix. Raises `ValueError` for a shape that does not fit."""
     state: dict[str, torch.Tensor] = {}
     for place in found:
         modules = {path: model.get_submodule(path) for path in place.part.modules}
