@@ -4,7 +4,7 @@ The package brings llama.cpp built for Linux, macOS and Windows:
 
     npm install --ignore-scripts node-llama-cpp@3.21.1
 
-and `PROBEPRUNE_NODE_MODULES` says where that was, unless the caller does. Knows nothing of how files are made.
+and `PROBEPRUNE_NODE_MODULES` says where that was, unless the caller does. Files are taken as they are.
 """
 
 import base64

@@ -29,8 +29,8 @@ class Part:
 
     name: str
     modules: Mapping[str, Width]
-    """The modules whose weights it holds, one below the other, with the rows of each; paths are relative to the
-    layer, or to the model for what is not in a layer."""
+    """The modules whose weights it holds, one below the other, with the rows of each; paths are relative to
+    the layer, or to the model for what is not in a layer."""
     columns: Width | None = None
     """None for a vector."""
     order: Order = "plain"
