@@ -28,8 +28,8 @@ COMMANDS = typer.main.get_command(app).commands
 
 def test_all_commands_are_there():
     assert set(COMMANDS) == {
-        *("compare", "table", "report", "prune", "recover", "loraprune", "generate", "bench"),
-        *("methods", "models"),
+        *("compare", "table", "report", "prune", "export", "recover", "loraprune", "generate", "bench"),
+        *("methods", "models", "engines", "quantised"),
     }
 
 

@@ -1,6 +1,7 @@
 """probeprune: structured pruning of causal language models, dynamic and static, compared on one engine."""
 
 from probeprune.data.windows import WindowSource
+from probeprune.engines.gguf_write import export_gguf
 from probeprune.errors import UsageError
 from probeprune.methods import METHODS, Method, compose, with_equal_heads, with_equal_widths
 from probeprune.model.blocks import find_blocks
@@ -39,6 +40,7 @@ __all__ = [
     "attach",
     "compose",
     "detach",
+    "export_gguf",
     "find_blocks",
     "load_model",
     "load_prepared",

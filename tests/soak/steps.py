@@ -6,13 +6,14 @@ import pickle
 import tempfile
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from all_methods import ALL, STATIC, WINDOWS
 from soak.weights import Weights
+from tiny import opened
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from probeprune import UsageError, prune, save
 
@@ -222,10 +223,8 @@ class Full(Weights):
             if layout == "uniform" and self.family.startswith(("opt", "gpt", "phi3")):
                 return  # heads tied to the hidden size
             save(smaller, f"{folder}/smaller", layout=layout)
-            opened = AutoModelForCausalLM.from_pretrained(
-                f"{folder}/smaller", attn_implementation=smaller.config._attn_implementation
-            ).eval()
-        self.agree(self._pass(opened, arguments, "no_grad").logits[real.bool()], want, "a checkpoint")
+            again = opened(Path(folder, "smaller"), attn_implementation=smaller.config._attn_implementation)
+        self.agree(self._pass(again, arguments, "no_grad").logits[real.bool()], want, "a checkpoint")
         self.counts["cut", "ran"] += 1
 
 

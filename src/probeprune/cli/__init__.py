@@ -16,9 +16,11 @@ import typer
 
 from probeprune.cli.bench import bench
 from probeprune.cli.compare import compare
+from probeprune.cli.export import export
 from probeprune.cli.generate import generate
 from probeprune.cli.lists import list_engines, list_methods, list_models
 from probeprune.cli.prune import prune
+from probeprune.cli.quantised import quantised
 from probeprune.cli.report import report
 from probeprune.cli.table import table
 from probeprune.cli.terminal import prepare_terminal, print_error
@@ -37,7 +39,7 @@ app = typer.Typer(
 )
 INTERRUPTED = "interrupted; all measurements are saved, and the same command continues from there."
 
-for _command in (compare, table, report, prune, recover, loraprune, generate, bench):
+for _command in (compare, table, report, prune, export, quantised, recover, loraprune, generate, bench):
     app.command()(_command)
 app.command("methods")(list_methods)
 app.command("models")(list_models)

@@ -38,6 +38,11 @@ Ratio = Annotated[
     typer.Option(help="Pruning ratio: share of all attention and MLP parameters to prune."),
     RANGES["ratio"],
 ]
+GGUF_TYPE = typer.Option(
+    help="How a GGUF file holds matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0. The last five need "
+    "rows of a multiple of 32 (prune with --round-to 32).",
+    show_default="f16",
+)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text and tables.")]
 Device = Annotated[
     str,

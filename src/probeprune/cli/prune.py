@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from probeprune.cli.facts import missed, with_compensation
 from probeprune.cli.groups import (
+    GGUF_TYPE,
     CalibrationOptions,
-    CheckpointOptions,
     EvaluationOptions,
+    Json,
     LoadOptions,
     Model,
     Ratio,
     WidthOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import print_saved, progress_bar, warn
+from probeprune.cli.terminal import notices, print_saved, progress_bar, warn
 from probeprune.cli.values import names, one_of
 from probeprune.data.windows import BATCH_SIZE
+from probeprune.engines.gguf_types import FileType, storage
+from probeprune.errors import UsageError
 from probeprune.methods import Method, compose, for_layout, get_method
 from probeprune.model.blocks import UnitKind
 from probeprune.model.loading import EMBEDDED_MODEL
 from probeprune.ranges import RANGES
+
+if TYPE_CHECKING:
+    from probeprune.jobs.prune import GgufFile, Output
+    from probeprune.model.described import Layout
+    from probeprune.model.loading import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -94,12 +103,55 @@ class PruningOptions:
         return compose(for_layout(method, layout), name=method.name, **changes)
 
 
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where the result goes."""
+
+    out_dir: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="Folder for the result, new or empty; or a file NAME.gguf, for llama.cpp."
+        ),
+    ]
+    type: Annotated[str | None, GGUF_TYPE] = None
+    as_json: Json = False
+
+    def target(self, layout: Layout, load: LoadOptions, loaded: LoadedModel) -> Output | GgufFile:
+        """The checkpoint or file to write."""
+        from probeprune.jobs.prune import GgufFile, Output
+
+        if self.is_file:
+            return GgufFile(self.out_dir, layout, cast(FileType, self.type or "f16"))
+        return Output(self.out_dir, layout, load.dtype_to_save(loaded))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the result is a GGUF file."""
+        return self.out_dir.suffix == ".gguf"
+
+    def check(self) -> None:
+        """Raise `UsageError` for a place that cannot be written, and for a type that is not for a file."""
+        from probeprune.places import check_file, check_free, check_place
+
+        if self.is_file:
+            if self.type is not None:
+                storage(self.type)
+            check_file(self.out_dir)
+            return
+        if self.type is not None:
+            raise UsageError(
+                "--type is for GGUF files; give --out a name that ends in .gguf, or leave it out."
+            )
+        check_place(self.out_dir)
+        check_free(self.out_dir)
+
+
 @grouped
 def prune(
     *,
     model: Model = EMBEDDED_MODEL,
     pruning: PruningOptions,
-    output: CheckpointOptions,
+    output: OutputOptions,
     widths: WidthOptions,
     calibration: CalibrationOptions,
     evaluation: EvaluationOptions,
@@ -107,24 +159,25 @@ def prune(
 ) -> None:
     """Prune a model once and for all, and save a smaller checkpoint.
 
-    Perplexity is measured before and after pruning and written on the model card.
+    Perplexity is measured before and after pruning and written on the model card. A name that ends in .gguf
+    makes a file for llama.cpp, with the layout and rounding that it likes.
 
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """
-    from probeprune.jobs.prune import Output, Texts, prune_to
-    from probeprune.places import check_free, check_place
+    from probeprune.jobs.prune import Texts, prune_to
 
-    check_place(output.out_dir)
-    check_free(output.out_dir)
+    output.check()
+    if output.is_file and widths.engine is None:
+        widths = replace(widths, engine="llama.cpp")
     method = pruning.composed(widths, calibration.seed)
     text, measured_on = calibration.text(), evaluation.text(calibration.length)
     loaded = load.open(model)
-    with progress_bar() as show:
+    with notices(), progress_bar() as show:
         record = prune_to(
             loaded,
             method,
             pruning.ratio,
-            Output(output.out_dir, widths.checked_layout(), load.dtype_to_save(loaded)),
+            output.target(widths.checked_layout(), load, loaded),
             Texts(text, measured_on, calibration.seed, pruning.batch_size),
             steps=pruning.steps,
             progress=show,

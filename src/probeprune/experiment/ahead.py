@@ -1,6 +1,6 @@
 """What can be said of a grid before any cell runs: whether each model takes each method.
 
-Knows configs alone: no weights, no text, no results.
+Knows shapes alone: no weights, no text, no results.
 """
 
 from torch import nn
@@ -11,7 +11,7 @@ from probeprune.experiment.cells import prunes
 from probeprune.experiment.presets import Preset
 from probeprune.methods import Method, without_measured_widths
 from probeprune.model.blocks import find_blocks
-from probeprune.model.loading import outline
+from probeprune.model.loading import is_local, open_shape
 from probeprune.plan import widths
 from probeprune.strategies.allocation import ALLOCATIONS
 
@@ -23,11 +23,11 @@ def check_methods(preset: Preset, trust_remote_code: bool = False) -> None:
     on this machine or cannot be opened, and methods that fail at some ratios only: there the others count.
     """
     for name in preset.models:
-        try:
-            model = outline(name, trust_remote_code)
-        except UsageError:
+        if not is_local(name):
             continue
-        if model is None:
+        try:
+            model = open_shape(name, trust_remote_code=trust_remote_code).model
+        except UsageError:
             continue
         places = preset.places or [""] * len(preset.methods)
         for method, place in zip(preset.methods, places, strict=True):

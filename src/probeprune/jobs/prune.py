@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import BATCH_SIZE, Text, WindowSource
+from probeprune.engines.gguf_types import FileType, block_length, storage
+from probeprune.engines.gguf_write import check_export, write_export
 from probeprune.errors import UsageError
 from probeprune.jobs.cards import pruning_card
 from probeprune.jobs.measure import Measure
@@ -17,10 +20,11 @@ from probeprune.methods import Method, compose, without_measured_widths
 from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import check_space, save
 from probeprune.model.cost import PeakMemory
-from probeprune.model.described import Layout, empty_like, export
+from probeprune.model.described import Layout, empty_like
+from probeprune.model.described import export as export_model
 from probeprune.model.loading import LoadedModel
 from probeprune.model.machine import cache_dir, check_cache
-from probeprune.places import check_free, claimed, resolved
+from probeprune.places import check_file, check_free, claimed, resolved
 from probeprune.plan import needs
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.progress import Progress, silent
@@ -59,30 +63,44 @@ class Output:
     """Dtype of the weights on disk; None for the dtype of the loaded model."""
 
 
+@dataclass(frozen=True)
+class GgufFile:
+    """The file for llama.cpp that a pruning job writes in place of a checkpoint."""
+
+    file: Path
+    """It is replaced if it is there."""
+    layout: Layout
+    type: FileType = "f16"
+    """How matrices are stored, see `export_gguf`."""
+
+
 def prune_to(
     loaded: LoadedModel,
     method: Method,
     ratio: float,
-    output: Output,
+    output: Output | GgufFile,
     texts: Texts,
     *,
     steps: int = 1,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Prune a loaded model and write the checkpoint; returns its record, as in pruning.json.
+    """Prune a loaded model and write the checkpoint or file; returns its record, as in pruning.json.
 
     Args:
         loaded: the model to prune, changed in place.
         method, ratio, steps: as in `surgery.prune`.
-        output: the checkpoint to write.
+        output: the checkpoint, or the GGUF file, to write.
         texts: what to calibrate on and to measure on.
         progress: called with (name of the work, parts done, parts in total).
 
     Raises:
-        UsageError: any request that `prune` or `save` refuses, a folder that cannot be written or that
-            another process writes; nothing has been written then.
+        UsageError: any request that `prune`, `save` or `export_gguf` refuses, a place that cannot be written
+            or a folder that another process writes; nothing has been written then.
         FloatingPointError: NaN statistics, gradients or losses.
     """
+    if isinstance(output, GgufFile):
+        check_file(output.file)
+        return _prune_to(loaded, method, ratio, output, texts, steps, progress)
     with claimed(output.folder):
         check_free(output.folder)
         return _prune_to(loaded, method, ratio, output, texts, steps, progress)
@@ -92,14 +110,19 @@ def _prune_to(
     loaded: LoadedModel,
     method: Method,
     ratio: float,
-    output: Output,
+    output: Output | GgufFile,
     texts: Texts,
     steps: int,
     progress: Progress,
 ) -> dict[str, Any]:
     """As `prune_to`, in a folder that is ours."""
-    parameters = rehearse(loaded.model, method, ratio, output.layout, steps)
-    check_space(output.folder, parameters * (output.dtype or loaded.dtype).itemsize)
+    shape = rehearse(loaded.model, method, ratio, output.layout, steps)
+    if isinstance(output, GgufFile):
+        _check_rows(output.type, loaded.model, method)
+        export = check_export(shape, loaded.tokenizer, output.type, name=output.file.stem)
+        check_space(output.file, export.plan.bytes)
+    else:
+        check_space(output.folder, shape.num_parameters() * (output.dtype or loaded.dtype).itemsize)
     measure = Measure(loaded, texts.evaluation, progress, texts.batch_size)
     source = _calibration(loaded, method, texts)
     measure("dense", loaded.model)
@@ -130,8 +153,35 @@ def _prune_to(
         "device": str(loaded.device),
         "versions": versions(),
     }
-    _write(loaded, output, pruning_card(done, record, resolved(output.folder).name), record)
+    if isinstance(output, GgufFile):
+        pruned = export_model(loaded.model, output.layout)
+        export = check_export(pruned, loaded.tokenizer, output.type, name=output.file.stem)
+        write_export(pruned, export, output.file, progress)
+    else:
+        _write(loaded, output, pruning_card(done, record, resolved(output.folder).name), record)
     return record
+
+
+def _check_rows(type: FileType, model: Any, method: Method) -> None:
+    """Raise `UsageError` for widths that the blocks of a GGUF type need not divide: which widths come out is
+    known only after the work."""
+    length = block_length(storage(type).matrices)
+    if length > 1 and "mlp" in method.blocks and method.allocation == "global":
+        raise UsageError(
+            f"type {type} stores {length} numbers of a row together, and allocation global gives MLPs any "
+            "width; give another --allocation, such as uniform or damage, or choose type f16 or bf16."
+        )
+    if "mlp" in method.blocks and method.round_to % length:
+        raise UsageError(
+            f"type {type} stores {length} numbers of a row together, so MLP widths must be multiples of "
+            f"{length}; give --round-to {length}, or choose type f16 or bf16."
+        )
+    head_dim = next(b.head_dim for b in find_blocks(model) if b.kind == "attention")
+    if "attention" in method.blocks and head_dim % length:
+        raise UsageError(
+            f"type {type} stores {length} numbers of a row together, and heads of {head_dim} need not add up "
+            "to a multiple; prune the MLPs alone (blocks mlp), or choose type f16 or bf16."
+        )
 
 
 def _write(loaded: LoadedModel, output: Output, card: str, record: dict[str, Any]) -> None:
@@ -147,10 +197,10 @@ def _write(loaded: LoadedModel, output: Output, card: str, record: dict[str, Any
     )
 
 
-def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: int = 1) -> int:
+def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: int = 1) -> PreTrainedModel:
     """Try a cut on a copy without weights, so that impossible requests fail before any work is done.
 
-    Returns the number of parameters that will be saved. Raises the errors of `prune` and `export`.
+    Returns the copy as it would be saved (device `meta`). Raises the errors of `prune` and `export`.
     """
     check_static(method)
     check_steps(method, steps)
@@ -162,8 +212,7 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
         for block in find_blocks(shape):
             if block.name in cut and block.consumer.bias is None:
                 block.consumer.bias = nn.Parameter(torch.empty(block.consumer.out_features, device="meta"))
-    exported = export(shape, layout)
-    return sum(p.numel() for p in exported.parameters())
+    return export_model(shape, layout)
 
 
 def _calibration(loaded: LoadedModel, method: Method, texts: Texts) -> WindowSource | None:

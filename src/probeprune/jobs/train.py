@@ -129,7 +129,7 @@ def _loraprune_to(
 ) -> dict[str, Any]:
     """As `loraprune_to`, in a folder that is ours."""
     saved = rehearse(loaded.model, cut.method(loaded.model), cut.ratio, cut.layout)
-    check_space(out, saved * (save_dtype or loaded.dtype).itemsize)
+    check_space(out, saved.num_parameters() * (save_dtype or loaded.dtype).itemsize)
     measure = Measure(loaded, job.evaluation, progress, keep=_work(out) / MEASURED)
     windows, held_out = _windows(loaded, job)
     parameters = sum(p.numel() for p in loaded.model.parameters())

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from probeprune.errors import UsageError
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.described import Layout, export
+from probeprune.model.gguf_keys import take_along
 from probeprune.model.making_records import PRUNING
 from probeprune.model.nemotron_nas import nemotron_config
 from probeprune.places import check_free, resolved, writing
@@ -69,6 +70,7 @@ def save(
                 nemotron_config(exported.config).save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+                take_along(tokenizer, folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         if record is not None:

