@@ -25,6 +25,9 @@ def llama_cpp() -> LlamaCpp:
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             pytest.skip(f"there is no '{program}' here")
+    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
+    if int(version.lstrip("v").split(".")[0]) < 20:
+        pytest.skip(f"node-llama-cpp needs Node 20, and this is {version.strip()}")
     try:
         return find_llama_cpp(os.environ.get(VARIABLE) or installed(), exact=True, context=256)
     except UsageError as error:

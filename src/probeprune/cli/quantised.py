@@ -17,9 +17,10 @@ from probeprune.data.windows import Text
 from probeprune.engines.gguf_types import FileType, storage
 from probeprune.experiment.cells import TextMeasure
 from probeprune.files import write_text
-from probeprune.methods import check_untrained, compose, get_method
+from probeprune.methods import compose, get_method
 from probeprune.model.loading import EMBEDDED_MODEL
 from probeprune.ranges import RANGES
+from probeprune.surgery import check_static
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def quantised(
     for kind in kinds:
         storage(kind)
     chosen = compose(get_method(method), round_to=round_to, seed=calibration.seed)
-    check_untrained(chosen)
+    check_static(chosen)
+    shares = numbers(ratios, "ratios", "ratio")
     from probeprune.engines.llama_cpp import find_llama_cpp
     from probeprune.jobs.quantised import Grid, Timing, make_files, measure_files, plot, table
     from probeprune.model.loading import load_model
@@ -83,9 +85,7 @@ def quantised(
     llama_cpp = find_llama_cpp(engine.node_modules, threads=engine.threads)
     with notices(), claimed(folder), progress_bar() as show:
         loaded = load_model(model, dtype="float32", device="cpu")
-        grid = Grid(
-            chosen, numbers(ratios, "ratios", "ratio"), cast("list[FileType]", kinds), calibration.text()
-        )
+        grid = Grid(chosen, shares, cast("list[FileType]", kinds), calibration.text())
         lines = make_files(loaded, grid, folder, show)
         text = Text(engine.corpus, engine.windows, calibration.length)
         timing = Timing(engine.prompt, engine.decode, engine.rounds)
