@@ -115,7 +115,8 @@ class Full(Weights):
         """An exception in a hook, in a new pass or in one that goes on."""
         name = self.places[place % len(self.places)]
         arguments, _ = self.inputs(2, 7, "left", "2d", seed)
-        if cached and self.cache is not None:
+        # The dense model cannot refuse the cache of a method that was detached: it may have fewer heads.
+        if cached and self.cache is not None and self.cache.handle is self.handle:
             ids = arguments["input_ids"][:1].repeat(self.cache.mask.shape[0], 1)
             mask = torch.cat([self.cache.mask, torch.ones_like(ids)], 1)
             arguments = {"input_ids": ids, "attention_mask": mask, "past_key_values": self.cache.own}
