@@ -1,7 +1,8 @@
 """Serve pruned checkpoints with vLLM: the same greedy tokens as transformers, and throughput beside dense.
 
 Prunes a model in every layout that vLLM can serve, continues a few prompts with transformers, and starts
-vLLM on all checkpoints in one process of its own environment, where prompts and decoding are timed in turn.
+vLLM on one checkpoint after the other, in several rounds. Idle engines keep a core busy, so only one is alive
+at a time, and a speed-up is that of the medians within a round.
 
     python benchmarks/vllm_served.py --vllm .venv-vllm/bin/python
 """
@@ -28,29 +29,22 @@ if __name__ == "__main__":
     import vllm
     request = json.load(open(sys.argv[1]))
     greedy = lambda n: vllm.SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
-    engines = {
-        name: vllm.LLM(
-            folder, dtype=request["dtype"], enforce_eager=True, max_model_len=512, trust_remote_code=True,
-            enable_prefix_caching=False, disable_log_stats=True,
-        )
-        for name, folder in request["checkpoints"].items()
-    }
-    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-    long = [{"prompt_token_ids": ids} for ids in request["long"]]
-    done = {}
-    for name, engine in engines.items():
-        made = engine.generate(prompts, greedy(request["new_tokens"]), use_tqdm=False)
-        done[name] = {"tokens": [list(o.outputs[0].token_ids) for o in made], "prompt": [], "decode": []}
+    engine = vllm.LLM(
+        sys.argv[3], dtype=request["dtype"], enforce_eager=True, max_model_len=512, trust_remote_code=True,
+        enable_prefix_caching=False, disable_log_stats=True,
+    )
+    prompts, long = ([{"prompt_token_ids": ids} for ids in request[name]] for name in ("prompts", "long"))
+    made = engine.generate(prompts, greedy(request["new_tokens"]), use_tqdm=False)
+    done = {"tokens": [list(o.outputs[0].token_ids) for o in made], "prompt": [], "decode": []}
+    engine.generate(long, greedy(1), use_tqdm=False)
+    for _ in range(request["repeats"]):
+        start = time.perf_counter()
         engine.generate(long, greedy(1), use_tqdm=False)
-    for _ in range(request["rounds"]):  # in turn, so that noise of the machine meets all alike
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            engine.generate(long, greedy(1), use_tqdm=False)
-            middle = time.perf_counter()
-            engine.generate(long[:1], greedy(64), use_tqdm=False)
-            done[name]["prompt"].append(middle - start)
-            done[name]["decode"].append(time.perf_counter() - middle)
-    json.dump({"version": vllm.__version__, "engines": done}, open(sys.argv[2], "w"))
+        middle = time.perf_counter()
+        engine.generate(long[:1], greedy(64), use_tqdm=False)
+        done["prompt"].append(middle - start)
+        done["decode"].append(time.perf_counter() - middle)
+    json.dump({"version": vllm.__version__, **done}, open(sys.argv[2], "w"))
 """
 """Runs in vLLM's environment, which has no probeprune."""
 
@@ -64,43 +58,48 @@ def main() -> int:
     parser.add_argument("--ratios", default="0.2,0.4")
     parser.add_argument("--calibration-windows", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats in each round")
     parser.add_argument("--out", type=Path, default=Path("runs/vllm"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     checkpoints, expected, prompts = prune(options)
     text = (PROMPTS[2] + " ") * 64
     request = {
-        "checkpoints": checkpoints,
         "dtype": options.dtype,
         "prompts": prompts,
         "long": [tokens(options.model, text)[i : i + 256] for i in range(8)],
         "new_tokens": NEW_TOKENS,
-        "rounds": options.rounds,
+        "repeats": options.repeats,
     }
-    asked, answered = options.out / "request.json", options.out / "answer.json"
+    asked, answered, script = (options.out / n for n in ("request.json", "answer.json", "serve.py"))
     asked.write_text(json.dumps(request))
-    script = options.out / "serve.py"
     script.write_text(SERVE)
-    subprocess.run([options.vllm, str(script), str(asked), str(answered)], check=True)
-    answer = json.loads(answered.read_text())
-    rounds = f"{options.rounds} rounds in turn, medians (lowest to highest)"
-    print(f"vLLM {answer['version']}, {options.dtype}, {rounds}\n")
+    rounds: list[dict] = []
+    for turn in range(options.rounds):
+        rounds.append({})
+        for name, folder in checkpoints.items():
+            print(f"round {turn + 1} of {options.rounds}: {name}", file=sys.stderr)
+            command = [options.vllm, str(script), str(asked), str(answered), folder]
+            with (options.out / "vllm.log").open("w") as log:
+                subprocess.run(command, check=True, stdout=log, stderr=log)
+            rounds[-1][name] = json.loads(answered.read_text())
+    print(f"vLLM {rounds[0]['dense']['version']}, {options.dtype}; medians of {options.rounds} rounds\n")
     print("| checkpoint | greedy tokens as in transformers | prompt speed-up | decode speed-up |")
     print("| --- | ---: | ---: | ---: |")
     same = True
-    for name, got in answer["engines"].items():
-        equal = sum(a == b for a, b in zip(got["tokens"], expected[name], strict=True))
+    for name in checkpoints:
+        got = rounds[0][name]["tokens"]
+        equal = sum(a == b for a, b in zip(got, expected[name], strict=True))
         same = same and equal == len(PROMPTS)
-        ratios = (speed_up(answer["engines"], name, phase) for phase in ("prompt", "decode"))
+        ratios = (speed_up(rounds, name, phase) for phase in ("prompt", "decode"))
         print(f"| {name} | {equal} of {len(PROMPTS)} texts of {NEW_TOKENS} | {' | '.join(ratios)} |")
     return 0 if same else 1
 
 
-def speed_up(engines: dict, name: str, phase: str) -> str:
+def speed_up(rounds: list[dict], name: str, phase: str) -> str:
     """Median over rounds of dense seconds over these, with the range."""
-    pairs = zip(engines["dense"][phase], engines[name][phase], strict=True)
-    ratios = [dense / own for dense, own in pairs]
+    ratios = [statistics.median(one["dense"][phase]) / statistics.median(one[name][phase]) for one in rounds]
     return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 

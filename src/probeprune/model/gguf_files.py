@@ -113,7 +113,8 @@ def _convert(gguf: Path, target: Path) -> None:
         model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    write_keys(target, read_keys(reader), AutoTokenizer.from_pretrained(target))
+    again = AutoTokenizer.from_pretrained(target, config=model.config)
+    write_keys(target, read_keys(reader), again)
 
 
 def _read_by_transformers(gguf: Path) -> Any:
