@@ -121,6 +121,8 @@ class Full(Weights):
             mask = torch.cat([self.cache.mask, torch.ones_like(ids)], 1)
             arguments = {"input_ids": ids, "attention_mask": mask, "past_key_values": self.cache.own}
             self.cache = None
+        else:
+            self._begin_prompt()
         self._mark_stale()
 
         def fails(*_: object) -> None:
@@ -142,6 +144,7 @@ class Full(Weights):
         """Two threads, a pass each at the same time: neither meets the other."""
         if self.unfit or self.model.training or self.hooks:
             return
+        self._begin_prompt()
         self._mark_stale()
         given = [self.inputs(2, 8, "left", "2d", seed + i) for i in range(2)]
         found: list[Any] = [None, None]
