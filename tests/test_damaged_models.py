@@ -408,11 +408,10 @@ def test_numbers_of_heads_of_layers(copy):
     folder = copy("per-layer")
 
     def change(config):
-        name = "model.layers.4.self_attn"
-        config["pruned"][name] = {**config["pruned"].get(name, {}), "num_key_value_groups": 7}
+        config["per_layer_config"]["4"]["num_key_value_heads"] = 4
 
     edit(folder / "config.json", change)
-    refused(folder, "model.layers.4.self_attn")
+    refused(folder, "says num_key_value_heads 4, which does not divide num_attention_heads 6")
 
 
 GENERATION = {"temperature": "x", "top_k": -1, "max_length": [], "eos_token_id": "x", "num_beams": 0}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from probeprune.errors import UsageError
+from probeprune.model.modeling_pruned import distinct_layers
 
 MOST = 2**31 - 1
 """The largest count and token id."""
@@ -139,7 +140,7 @@ def check_heads(file: Path, config: Any, fields: Mapping[str, Any]) -> None:
         config: the config of a supported family.
         fields: what the file says.
     """
-    for own in config.per_layer_config:
+    for own in distinct_layers(config):
         _check_heads_of(file, own, fields)
 
 

@@ -138,6 +138,18 @@ def _without_overrides(config: Any) -> Iterator[None]:
             config.__dict__["_heterogeneity_spec"] = overrides
 
 
+def distinct_layers(config: Any) -> list[Any]:
+    """The config of each layer that has fields of its own, and one for all the others.
+
+    No longer than what the config lists, whatever it says of the number of layers.
+    """
+    if not config.is_heterogeneous:
+        return [config]
+    own = sorted(int(index) for index in config.to_dict().get("per_layer_config", {}))
+    others = [i for i in range(min(config.num_hidden_layers, len(own) + 1)) if i not in own]
+    return [config.per_layer_config[index] for index in (*own, *others[:1])]
+
+
 def _layers(model: nn.Module, count: int) -> nn.ModuleList:
     """The list of decoder layers."""
     for module in model.modules():
@@ -191,7 +203,7 @@ def pruned_config(family: Any, prefix: str = "Pruned") -> Any:
 
     def validate(self: Any) -> None:
         # Layer by layer: the family's checks read fields that the config of all layers may not have.
-        for layer in self.per_layer_config:
+        for layer in distinct_layers(self):
             family.validate(layer)
 
     members = {
