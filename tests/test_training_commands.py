@@ -65,7 +65,7 @@ def test_recover_writes_what_opens(kind, files, tmp_path, capsys):
             after = PeftModel.from_pretrained(base, out).eval()(ids).logits
         else:
             loaded = opened(out)
-            assert type(loaded).__name__ == "PrunedLlamaForCausalLM"
+            assert type(loaded).__name__ == "PerLayerLlamaForCausalLM"
             after = loaded(ids).logits
             assert (out / "adapter/adapter_model.safetensors").exists() == (kind == "merged")
             if kind == "merged":
@@ -80,7 +80,7 @@ def test_loraprune_writes_a_plain_checkpoint(files, tmp_path, capsys):
     assert call(*arguments(files, "loraprune", "dense", out, *more)) == 0
     record = json.loads(capsys.readouterr().out)
     loaded = opened(out)
-    assert not type(loaded).__name__.startswith("Pruned")
+    assert not type(loaded).__name__.startswith(("Pruned", "PerLayer"))
     units = {b.name: b.units for b in find_blocks(loaded)}
     assert units == {n: len(k["units"]) for n, k in record["kept"].items()}
     assert record["parameters"][1] == sum(p.numel() for p in loaded.parameters())
