@@ -159,8 +159,8 @@ def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "c
             f"model = {use}",
             "```",
             "",
-            "If the layers of the base model differ in width, `import probeprune` first (or pass "
-            "`trust_remote_code=True`). `training.json` and `tensorboard/` have the losses of all steps.",
+            "If the layers of the base model differ in width, pass `trust_remote_code=True`, or open it with "
+            "`probeprune.load_model`. `training.json` and `tensorboard/` have the losses of all steps.",
             "",
         ]
     )
