@@ -49,6 +49,8 @@ _OTHER_MODELS = "a model directory, a .gguf file, a hub id (owner/name)"
 
 _GENERATION = "generation_config.json"
 
+_MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -199,6 +201,12 @@ def _load_config(name: str, folder: Path, trust_remote_code: bool) -> Pretrained
         check_fields(generation, read_object(generation), GENERATION_FIELDS)
         with refusing(f"'{generation}' could not be read"), quiet_libraries():
             GenerationConfig.from_pretrained(folder)
+    layers = fields.get("num_hidden_layers")
+    if supported and "per_layer_config" in fields and isinstance(layers, int) and layers > _MOST_LAYERS:
+        # Transformers would go through them one by one.
+        raise UsageError(
+            f"'{file}' says num_hidden_layers {layers}, more than any model has; get the checkpoint again."
+        )
     with refusing(f"'{file}' could not be read"), quiet_libraries():
         if fields.get("model_type") == NEMOTRON_NAS:
             config = from_nemotron(file, fields)
