@@ -18,7 +18,7 @@ from probeprune.engines.gguf_types import FileType, storage
 from probeprune.experiment.cells import TextMeasure
 from probeprune.files import write_text
 from probeprune.methods import compose, get_method
-from probeprune.model.loading import EMBEDDED_MODEL
+from probeprune.model.loading import EMBEDDED_MODEL, load_model
 from probeprune.ranges import RANGES
 from probeprune.surgery import check_static
 
@@ -78,7 +78,6 @@ def quantised(
     shares = numbers(ratios, "ratios", "ratio")
     from probeprune.engines.llama_cpp import find_llama_cpp
     from probeprune.jobs.quantised import Grid, Timing, make_files, measure_files, plot, table
-    from probeprune.model.loading import load_model
     from probeprune.places import check_place, claimed
 
     check_place(folder)

@@ -124,7 +124,7 @@ def _prune_to(
     else:
         check_space(output.folder, shape.num_parameters() * (output.dtype or loaded.dtype).itemsize)
     measure = Measure(loaded, texts.evaluation, progress, texts.batch_size)
-    source = _calibration(loaded, method, texts)
+    source = calibration_source(loaded, method, texts.calibration, texts.seed)
     measure("dense", loaded.model)
     started = time.monotonic()
     with PeakMemory(loaded.device) as memory:
@@ -215,18 +215,17 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
     return export_model(shape, layout)
 
 
-def _calibration(loaded: LoadedModel, method: Method, texts: Texts) -> WindowSource | None:
+def calibration_source(loaded: LoadedModel, method: Method, text: Text, seed: int) -> WindowSource | None:
     """The windows that the method's statistics are collected on; None if it needs no statistics.
 
     Raises `UsageError` for no windows, and for a cache that cannot take the statistics.
     """
-    text = texts.calibration
     if not needs(method):
         return None
     if text.windows < 1:
         raise UsageError(f"method {method.name!r} needs calibration; give at least one calibration window.")
     check_cache()
-    return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, texts.seed)
+    return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
 
 
 def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from probeprune.data.corpora import load_corpus
-from probeprune.data.windows import Text, WindowSource, evaluation_windows
+from probeprune.data.windows import Text, evaluation_windows
 from probeprune.engines.gguf_types import FileType
 from probeprune.engines.gguf_write import export_gguf
 from probeprune.engines.llama_cpp import LlamaCpp
 from probeprune.files import stored_json, write_json
+from probeprune.jobs.prune import calibration_source
 from probeprune.methods import Method
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import blocks_flops
@@ -23,7 +24,6 @@ from probeprune.model.fingerprint import source_fingerprint
 from probeprune.model.loading import LoadedModel, load_model
 from probeprune.model.machine import cache_dir
 from probeprune.places import replacing
-from probeprune.plan import needs
 from probeprune.progress import Progress, silent
 from probeprune.report.palette import style
 from probeprune.surgery import prune
@@ -119,21 +119,16 @@ def _pruned(loaded: LoadedModel, grid: Grid, ratio: float, progress: Progress) -
     if not ratio:
         return loaded.model, {"method": "dense", "ratio": 0.0, "removed": 0.0, "flops": 1.0}
     fresh = load_model(loaded.name, dtype="float32", device=str(loaded.device))
-    text = grid.calibration
-    windows = None
-    if needs(grid.method):
-        windows = WindowSource(load_corpus(text.corpus), fresh.tokenizer, text.windows, text.length, 0)
-    whole = [b.units for b in find_blocks(fresh.model)]
     blocks = find_blocks(loaded.model)
     done = prune(
         fresh.model,
         grid.method,
         ratio,
-        calibration=windows,
+        calibration=calibration_source(fresh, grid.method, grid.calibration, grid.method.seed),
         cache=cache_dir() / "statistics",
         progress=progress,
     )
-    kept = [len(k.units) for k in done.kept]
+    kept, whole = [len(k.units) for k in done.kept], [k.of for k in done.kept]
     flops = blocks_flops(blocks, kept, 1, Timing.prompt) / blocks_flops(blocks, whole, 1, Timing.prompt)
     facts = {"method": grid.method.name, "ratio": ratio, "removed": done.removed_share, "flops": flops}
     return fresh.model, facts

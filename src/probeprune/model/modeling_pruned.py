@@ -181,10 +181,9 @@ def view_layer(layer: nn.Module, own: Any, config: Any) -> None:
     fields = {name: getattr(own, name) for name in config.per_layer_attributes}
     for module in layer.modules():
         held = module.__dict__.get("config")
-        if isinstance(held, ConfigView):
-            module.config = ConfigView(held, fields)  # type: ignore[assignment]
-        elif held is not None:
-            module.config = ConfigView(config, fields)  # type: ignore[assignment]
+        if held is not None:
+            base = held if isinstance(held, ConfigView) else config
+            module.config = ConfigView(base, fields)  # type: ignore[assignment]
 
 
 @cache

@@ -147,7 +147,8 @@ def _per_layer_candidates(
     layers = _layer_fields(model, base, blocks, all if in_place else any)
     head_dim = next(b.head_dim for b in blocks if b.kind == "attention")
     yield type(base), _with_layers(fields, layers)
-    yield type(base), _with_layers({**fields, "head_dim": head_dim}, layers)
+    if fields.get("head_dim") != head_dim:
+        yield type(base), _with_layers({**fields, "head_dim": head_dim}, layers)
     twin = find_family(model).twin
     if not in_place and twin is not None:
         config_class, shared = _twin_fields(twin, fields)
