@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import FAMILIES, Given, masked, padded, token_ids
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 from probeprune import METHODS, Gradients, attach, compose, find_blocks, prepare, prune, with_equal_widths
 from probeprune.calibration.collecting import calibrate
@@ -123,9 +124,12 @@ def test_the_configs_of_other_modules_stay_as_they_were():
     # Phi-3 reads a head count in its config, which all layers share.
     model = FAMILIES["phi3"]()
     prune(model, compose("random", skip_layers=3), 0.2)
-    assert model.config.num_attention_heads == 6
     counts = [layer.self_attn.config.num_attention_heads for layer in model.model.layers]
     assert counts[:3] == [6, 6, 6] and max(counts[3:]) < 6
+    # The config of the whole model has one for each layer now, and refuses to name a single head count.
+    assert [own.num_attention_heads for own in model.config.per_layer_config] == counts
+    with pytest.raises(AmbiguousGlobalPerLayerAttributeError):
+        _ = model.config.num_attention_heads
 
 
 @pytest.mark.parametrize(
