@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block
+from probeprune.model.layers import opened
 from probeprune.ranges import plain
 from probeprune.strategies import Part, allocation
 from probeprune.strategies.allocation import ALLOCATIONS, Request
@@ -83,6 +85,17 @@ def static_scores(method: Method, block: Block, statistics: Statistics) -> Score
     )
     if not scores.is_meta and not torch.isfinite(scores).all():
         raise overflow(block)
+    return scores
+
+
+def all_scores(
+    model: nn.Module, method: Method, blocks: Sequence[Block], statistics: Statistics
+) -> list[Scores | None]:
+    """The static scores of all blocks of a model; layers that are offloaded are opened one by one."""
+    scores: list[Scores | None] = []
+    for block in blocks:
+        with opened(model, block.layer):
+            scores.append(static_scores(method, block, statistics))
     return scores
 
 
@@ -160,6 +173,17 @@ def pruned_blocks(
             p.partition.restore()
         raise
     return pruned
+
+
+def check_consumers(
+    method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], statistics: Statistics
+) -> None:
+    """Raise `UsageError` where a refitted consumer that the cuts need is missing, or was made for other
+    units."""
+    if "consumers" in method.compensation.needs:
+        for block, cut in zip(blocks, cuts, strict=True):
+            if cut.width < block.units:
+                statistics.check_consumer(block, cut.width, cut.units)
 
 
 def _batch_scorer(method: Method, block: Block) -> BatchScorer | None:

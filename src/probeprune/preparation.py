@@ -106,7 +106,7 @@ def gather(
     statistics = Statistics(**pieces)
     statistics.check(parts, blocks)
     if "consumers" in parts and ratio:
-        scores = [plan.static_scores(method, b, statistics) for b in blocks]
+        scores = plan.all_scores(model, method, blocks, statistics)
         keep = widths or plan.widths(method, ratio, blocks, scores, statistics)
         cuts = plan.first_cuts(method, blocks, scores, keep)
         pruned = [(b, c) for b, c in zip(blocks, cuts, strict=True) if c.width < b.units]

@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from probeprune.model.offloading import named_weights, origin
+
 _FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
 """By model: its state when it was hashed, and the hash."""
 
@@ -56,6 +58,10 @@ def _state(model: nn.Module) -> object:
     """
     weights: list[object] = []
     for name, p in model.named_parameters():
+        elsewhere = origin(model, name)
+        if elsewhere:
+            weights.append((name, *elsewhere, p.dtype, p.shape))
+            continue
         few = p.detach().flatten()[:: max(p.numel() // _SAMPLE, 1)].cpu().contiguous()
         version = None if p.is_inference() else p._version
         facts = (name, p.data_ptr(), version, p.dtype, p.shape, p.device)
@@ -72,7 +78,7 @@ def _hash(model: nn.Module) -> str:
     """The fingerprint, from all weights."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(_config(model).encode())
-    for name, p in model.named_parameters():
+    for name, p in named_weights(model):
         digest.update(f"{name}{p.dtype}{tuple(p.shape)}".encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(p.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -19,6 +19,8 @@ from probeprune.errors import UsageError
 from probeprune.methods import METHODS, Method, check_untrained, get_method
 from probeprune.model.blocks import Block, UnitKind, find_blocks
 from probeprune.model.described import check_described, describe
+from probeprune.model.layers import opened
+from probeprune.model.offloading import changes_of
 from probeprune.model.partition import Partition, check_can_cut
 from probeprune.model.passes import check_eval
 from probeprune.model.wrappers import unwrapped
@@ -120,11 +122,12 @@ def prune(
             cache=cache,
             progress=progress,
         )
-        scores = [plan.static_scores(method, b, statistics) for b in blocks]
+        scores = plan.all_scores(model, method, blocks, statistics)
         keep = keep or plan.widths(method, share, blocks, scores, statistics)
         if step == steps - 1:
             _check_removes(keep, blocks, whole, ratio)
-        units, consumers = _cut_all(method, blocks, plan.first_cuts(method, blocks, scores, keep), statistics)
+        cuts = plan.first_cuts(method, blocks, scores, keep)
+        units, consumers = _cut_all(model, method, blocks, cuts, statistics)
         ids = [i[units[b.name]] if b.name in units else i for i, b in zip(ids, blocks, strict=True)]
         blocks = find_blocks(model, method.unit_kind)
     describe(model)
@@ -186,20 +189,28 @@ def _planned_widths(
 
 
 def _cut_all(
-    method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], statistics: Statistics
+    model: nn.Module, method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], statistics: Statistics
 ) -> tuple[dict[str, torch.Tensor], dict[str, Consumer]]:
-    """Make the cuts permanent. Returns the ids of the kept units and the refitted consumers, by block
-    name."""
-    pruned = plan.pruned_blocks(method, blocks, cuts, statistics)
-    units = {}
-    for p in pruned:
-        p.first_cut()
-        assert p.first_units is not None
-        units[p.block.name] = (
-            torch.arange(p.width, device="cpu") if p.first_units.is_meta else p.first_units.cpu()
-        )
-        p.partition.cut()
-    return units, {p.block.name: p.consumer for p in pruned if p.consumer is not None}
+    """Make the cuts permanent, layer by layer. Returns the ids of the kept units and the refitted consumers,
+    by block name."""
+    plan.check_consumers(method, blocks, cuts, statistics)
+    units: dict[str, torch.Tensor] = {}
+    consumers: dict[str, Consumer] = {}
+    changes = changes_of(model)
+    for layer in sorted({b.layer for b, c in zip(blocks, cuts, strict=True) if c.width < b.units}):
+        here = [i for i, b in enumerate(blocks) if b.layer == layer]
+        own_blocks, own_cuts = [blocks[i] for i in here], [cuts[i] for i in here]
+        with opened(model, layer, changes):
+            for p in plan.pruned_blocks(method, own_blocks, own_cuts, statistics):
+                p.first_cut()
+                assert p.first_units is not None
+                units[p.block.name] = (
+                    torch.arange(p.width, device="cpu") if p.first_units.is_meta else p.first_units.cpu()
+                )
+                p.partition.cut()
+                if p.consumer is not None:
+                    consumers[p.block.name] = p.consumer
+    return units, consumers
 
 
 def cut(model: nn.Module, units: Mapping[str, torch.Tensor], unit_kind: UnitKind = "group") -> None:
@@ -210,11 +221,13 @@ def cut(model: nn.Module, units: Mapping[str, torch.Tensor], unit_kind: UnitKind
         units: ids of the kept units by block name, LongTensor (k,), k >= 1; other blocks stay whole.
         unit_kind: the kind of attention units.
     """
+    changes = changes_of(model)
     for block in find_blocks(model, unit_kind):
         if block.name in units and len(units[block.name]) < block.units:
-            partition = Partition(block)
-            partition.keep(units[block.name].to(block.consumer.weight.device))
-            partition.cut()
+            with opened(model, block.layer, changes):
+                partition = Partition(block)
+                partition.keep(units[block.name].to(block.consumer.weight.device))
+                partition.cut()
     describe(model)
 
 

@@ -1,14 +1,12 @@
 """Collecting: run windows of text through the dense model and collect the moments of every block.
 
-Results are cached by content (the model's weights, the windows, the settings), and a run that was killed
-continues from its last part. Knows nothing of methods: one calibration serves them all.
+Results are cached by content (the model's weights, the windows, the settings), and a run that was killed goes
+on at its layer. Knows nothing of methods: one calibration serves them all.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,57 +14,16 @@ from torch import nn
 from probeprune.algebra.moments import OWN_POSITIONS, Moments
 from probeprune.calibration import stored
 from probeprune.data.windows import batches
-from probeprune.errors import UsageError
-from probeprune.model.blocks import find_blocks, uncalled_consumer
-from probeprune.model.forwards import temporary_hooks
-from probeprune.model.passes import Pass, check_eval, find_decoder, on_pass, token_windows
+from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.layers import LayerRunner, capture
+from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent
 from probeprune.provenance import content_key
 
-_FORMAT = 2
+_FORMAT = 3
 _SAVE_EVERY = 30.0
 """Minimum number of seconds between two writes to disk."""
-
-
-@contextmanager
-def collecting(model: nn.Module, own_positions: int = OWN_POSITIONS) -> Iterator[dict[str, Moments]]:
-    """Collect moments, by block name, from every forward pass of the dense model inside the context.
-
-    Padding is read from the attention mask of the pass. Raises `UsageError` for a pass that continues a KV
-    cache, or in which a block's consumer is not called.
-    """
-    blocks = find_blocks(model)
-    moments = {b.name: Moments(b.width, own_positions, b.consumer.weight.device) for b in blocks}
-    current: list[Pass] = []
-    called: set[str] = set()
-
-    def run(started: Pass, forward: Callable[[], Any]) -> Any:
-        if started.continues:
-            raise UsageError("calibration runs whole sequences; call the model without a filled KV cache.")
-        current[:] = [started]
-        called.clear()
-        output = forward()
-        for block in blocks:
-            if block.name not in called:
-                raise uncalled_consumer(block)
-        return output
-
-    def observe(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            tokens = current[0].tokens
-            called.add(name)
-            moments[name].update(args[0].view(tokens.batch, tokens.length, -1), tokens)
-
-        return hook
-
-    hooks = (b.consumer.register_forward_pre_hook(observe(b.name)) for b in blocks)
-    stop = on_pass(model, run)
-    try:
-        with temporary_hooks(hooks):
-            yield moments
-    finally:
-        stop()
 
 
 def calibrate(
@@ -80,42 +37,69 @@ def calibrate(
 ) -> dict[str, Moments]:
     """Moments of every block of `model`, by block name, on `windows` (count, length) of token ids.
 
+    All windows run through one layer, then through the next: only that layer need be in memory, and the
+    hidden states of all windows (windows x length x hidden numbers in the model's dtype).
+
     Args:
-        model: a supported causal LM, in eval mode, nothing attached.
+        model: a supported causal LM, in eval mode, nothing attached; its layers may be offloaded.
         windows: LongTensor, for instance from `data.windows.calibration_windows`.
         batch_size: windows per forward pass.
         own_positions: number of first positions with an energy of their own (the paper: all).
-        cache: folder for results, stored by content; a run that was killed continues. None stores nothing.
-        progress: called with ("calibration", windows done, windows in total).
+        cache: folder for results, stored by content; a run that was killed goes on at the layer it was at.
+            None stores nothing.
+        progress: called with ("calibration", windows done over all layers, windows times layers).
 
-    Raises `UsageError` for windows longer than the model's positions or a model in training mode.
+    Raises `UsageError` for windows longer than the model's positions, a model in training mode, or a block
+    whose consumer is not called.
     """
     model = unwrapped(model)
     windows = token_windows(model, windows)
     check_eval(model, "calibration needs")
+    blocks = find_blocks(model)
     key = None if cache is None else content_key(model, windows, "moments", _FORMAT, own_positions)
     path = None if cache is None else cache / f"{key}.safetensors"
-    before: dict[str, Moments] = {}
-    done, entry = 0, stored.read(path, "moments")
-    if entry is not None and isinstance(entry[1].get("done"), int):
-        before, done = entry[0], entry[1]["done"]
-    progress("calibration", done, len(windows))
-    if done == len(windows):
-        return before
-    device = next(model.parameters()).device
-    decoder = find_decoder(model)
-    saved = time.monotonic()
-    with collecting(model, own_positions) as moments, torch.inference_mode():
-        merge(moments, {n: m.to(device) for n, m in before.items()})
-        for batch in batches(windows[done:], batch_size):
-            decoder(input_ids=batch.to(device), use_cache=False)
-            done += len(batch)
-            progress("calibration", done, len(windows))
-            if path is not None and (done == len(windows) or time.monotonic() - saved > _SAVE_EVERY):
-                stored.store(path, "moments", moments, done=done)
-                saved = time.monotonic()
+    entry = stored.read(path, "moments")
+    moments: dict[str, Moments] = {} if entry is None else entry[0]
+    layers = blocks[-1].layer + 1
+    progress("calibration", 0, layers * len(windows))
+    missing = [layer for layer in range(layers) if any(b.name not in moments for b in _of(blocks, layer))]
+    if missing:
+        with torch.inference_mode():
+            runner = LayerRunner(model, [*batches(windows, batch_size)])
+            saved = time.monotonic()
+            for layer in range(missing[-1] + 1):
+                observed = _of(blocks, layer) if layer in missing else []
+                with runner.opened(layer):
+                    moments |= _collect(runner, layer, observed, own_positions, progress)
+                if path is not None and (layer == missing[-1] or time.monotonic() - saved > _SAVE_EVERY):
+                    stored.store(path, "moments", moments)
+                    saved = time.monotonic()
+    progress("calibration", layers * len(windows), layers * len(windows))
     # Collected under inference mode; clones are ordinary tensors.
-    return {n: Moments.from_state({k: t.clone() for k, t in m.state().items()}) for n, m in moments.items()}
+    return {
+        b.name: Moments.from_state({k: t.clone() for k, t in moments[b.name].state().items()}) for b in blocks
+    }
+
+
+def _of(blocks: Sequence[Block], layer: int) -> list[Block]:
+    return [b for b in blocks if b.layer == layer]
+
+
+def _collect(
+    runner: LayerRunner, layer: int, observed: Sequence[Block], own_positions: int, progress: Progress
+) -> dict[str, Moments]:
+    """Advance the hidden states through one layer; returns the moments of the blocks observed on the way."""
+    moments = {b.name: Moments(b.width, own_positions, b.consumer.weight.device) for b in observed}
+    windows = sum(len(batch) for batch in runner.batches)
+    done = layer * windows
+    for i, hidden in enumerate(runner.hidden):
+        with capture(observed) as captured:
+            runner.hidden[i] = runner.run(layer, i, hidden)
+        for b in observed:
+            moments[b.name].update(captured[b.kind].z, runner.tokens(i))
+        done += len(runner.batches[i])
+        progress("calibration", done, len(runner) * windows)
+    return moments
 
 
 def merge(moments: dict[str, Moments], others: dict[str, Moments]) -> None:

@@ -64,14 +64,15 @@ def damages(
     for layer in range(len(layers)):
         progress("damage", layer, len(layers))
         here = [b for b in blocks if b.layer == layer]
-        moments = {b.kind: Gram(b.width, b.consumer.out_features, b.consumer.weight.device) for b in here}
-        for i, hidden in enumerate(stream):
-            with capture(here) as captured:
-                stream[i] = layers.run(layer, i, hidden)
-            for kind, gram in moments.items():
-                gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
-        for b in here:
-            curves[b.name] = _curve(b, moments.pop(b.kind), metrics[b.name], damping)
+        with layers.opened(layer):
+            moments = {b.kind: Gram(b.width, b.consumer.out_features, b.consumer.weight.device) for b in here}
+            for i, hidden in enumerate(stream):
+                with capture(here) as captured:
+                    stream[i] = layers.run(layer, i, hidden)
+                for kind, gram in moments.items():
+                    gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
+            for b in here:
+                curves[b.name] = _curve(b, moments.pop(b.kind), metrics[b.name], damping)
     progress("damage", len(layers), len(layers))
     return curves
 

@@ -1,7 +1,7 @@
 """Saliences: scores of every row and column of the blocks' linear maps, from the gradient of the loss.
 
-Samples are processed one by one and their gradients averaged in float32, so memory holds the model, one
-gradient of its blocks, and the activations of one sample. Knows nothing of units or ratios.
+Samples are processed one by one, a layer at a time, and their gradients averaged in float32. Memory holds one
+layer with its gradients and the activations of one sample in it. Knows nothing of units or ratios.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from probeprune.calibration.backward import Loss, backward_by_layer
 from probeprune.errors import UsageError, unknown
 from probeprune.files import cached_tensors
 from probeprune.model.blocks import Member, find_blocks
@@ -38,14 +39,14 @@ def saliences(
     The gradient is that of the mean next-token loss over all windows.
 
     Args:
-        model: a supported causal LM in eval mode, nothing attached. Its gradients are cleared.
+        model: a supported causal LM in eval mode, nothing attached; its layers may be offloaded.
         windows: LongTensor (count, length) of token ids, length at least 2.
         criterion: a key of `CRITERIA`.
         gradients: rank and number of the random matrices that `lora-guided` averages over; None for the
             published settings.
         seed: seed of these matrices.
         cache: folder for results, stored by content; None stores nothing.
-        progress: called with ("gradients", windows done, windows in total).
+        progress: called with ("gradients", windows done over all layers, windows times layers).
 
     Returns:
         Float32 tensors by the name of the linear map: (out_features,) for a producer, (in_features,) for a
@@ -63,37 +64,38 @@ def saliences(
     if windows.shape[1] < 2:
         raise UsageError("gradients need windows of at least 2 tokens: one to read, one to predict.")
     check_eval(model, "gradients for pruning need")
-    members = {m.name: m for block in find_blocks(model) for m in block.members}
+    blocks = find_blocks(model)
     path = None
     if cache is not None:
         drawn = (settings.rank, settings.draws, seed) if rule.draws else ()
         path = cache / f"{content_key(model, windows, 'saliences', _FORMAT, criterion, *drawn)}.safetensors"
 
     def take() -> dict[str, torch.Tensor]:
-        means = _GradientMeans(members, rule, len(windows))
-        _backward_passes(model, windows, means, progress)
-        return means.saliences(settings, seed)
+        found: dict[str, torch.Tensor] = {}
+
+        @contextmanager
+        def visit(layer: int) -> Iterator[Callable[[int], None]]:
+            here = {m.name: m for b in blocks if b.layer == layer for m in b.members}
+            means = _GradientMeans(here, rule, len(windows))
+            with _differentiable(means):
+                yield means.next_sample
+            found.update(means.saliences(settings, seed))
+
+        backward_by_layer(model, windows, _mean_loss(windows), visit, "gradients", progress)
+        return {m.name: found[m.name] for b in blocks for m in b.members}
 
     return cached_tensors(path, take)
 
 
-def _backward_passes(
-    model: nn.Module, windows: torch.Tensor, means: "_GradientMeans", progress: Progress
-) -> None:
-    """One backward pass per window."""
-    with torch.inference_mode(False), _differentiable(model, means.members, means.add):
-        for done, window in enumerate(windows.clone()):
-            progress("gradients", done, len(windows))
-            means.sample = done
-            ids = window[None].to(next(model.parameters()).device)
-            with torch.enable_grad():
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss of calibration window {done} is NaN or infinite; use float32 or bfloat16."
-                    )
-                loss.backward()
-        progress("gradients", len(windows), len(windows))
+def _mean_loss(windows: torch.Tensor) -> Loss:
+    """The mean next-token loss of each window."""
+
+    def loss(window: int, first: int, logits: torch.Tensor) -> torch.Tensor:
+        targets = windows[window, first + 1 : first + 1 + len(logits)].to(logits.device)
+        summed = nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum")
+        return summed / (windows.shape[1] - 1)
+
+    return loss
 
 
 class _GradientMeans:
@@ -103,6 +105,10 @@ class _GradientMeans:
         self.members, self.criterion, self.samples = members, criterion, samples
         self.sample = 0
         self._means: dict[str, list[torch.Tensor]] = {}
+
+    def next_sample(self, done: int) -> None:
+        """Called behind each sample."""
+        self.sample = done + 1
 
     def add(self, name: str, gradient: torch.Tensor) -> None:
         if not torch.isfinite(gradient).all():
@@ -129,44 +135,29 @@ class _GradientMeans:
 
 
 @contextmanager
-def _differentiable(
-    model: nn.Module, members: dict[str, Member], take: Callable[[str, torch.Tensor], None]
-) -> Iterator[None]:
-    """Require gradients of the members' weights only; pass each gradient to `take` and free it at once."""
+def _differentiable(means: _GradientMeans) -> Iterator[None]:
+    """Require gradients of the members' weights alone; pass each gradient on and free it at once."""
+    weights = {name: m.linear.weight for name, m in means.members.items()}
+    earlier = {name: w.grad for name, w in weights.items()}
     hooks: list[Any] = []
-    earlier = {p: p.grad for p in model.parameters()}
 
     def taker(name: str) -> Callable[[torch.Tensor], None]:
         def hook(p: torch.Tensor) -> None:
             gradient, p.grad = p.grad, None
             assert gradient is not None
-            take(name, gradient)
+            means.add(name, gradient)
 
         return hook
 
-    with weights_at_rest(model):
-        try:
-            for p in earlier:
-                p.grad = None
-            for name, m in members.items():
-                m.linear.weight.requires_grad_(True)
-                hooks.append(m.linear.weight.register_post_accumulate_grad_hook(taker(name)))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for p, gradient in earlier.items():
-                p.grad = gradient
-
-
-@contextmanager
-def weights_at_rest(model: nn.Module) -> Iterator[None]:
-    """Switch off gradients of all weights inside the context, and restore the settings afterwards."""
-    asked = {p: p.requires_grad for p in model.parameters()}
     try:
-        for p in asked:
-            p.requires_grad_(False)
+        for name, weight in weights.items():
+            weight.grad = None
+            weight.requires_grad_(True)
+            hooks.append(weight.register_post_accumulate_grad_hook(taker(name)))
         yield
     finally:
-        for p, wanted in asked.items():
-            p.requires_grad_(wanted)
+        for hook in hooks:
+            hook.remove()
+        for name, weight in weights.items():
+            weight.requires_grad_(False)
+            weight.grad = earlier[name]

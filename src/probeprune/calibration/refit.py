@@ -7,7 +7,8 @@ possible to the dense block's output on the first, plus a share of the error acc
 model itself is left unchanged.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,7 @@ from probeprune.data.windows import BATCH_SIZE, batches
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block, UnitKind, find_blocks
 from probeprune.model.families import find_family
+from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.layers import Captured, LayerRunner, capture
 from probeprune.model.partition import Partition
 from probeprune.model.passes import check_eval, token_windows
@@ -97,19 +99,9 @@ def refit(
         strange = request.cuts.keys() - {b.name for b in blocks}
         if strange:
             raise UsageError(f"{min(strange)} is not a block of this model; find_blocks lists them.")
-        layers = LayerRunner(model, parts)
-        partitions = {b.name: Partition(b) for b in blocks if b.name in request.cuts}
-        try:
-            for name, partition in partitions.items():
-                units = request.cuts[name].units
-                if units is not None:
-                    partition.keep(units.to(partition.order.device))
-            added = not find_family(model).norm_last
-            fitting = _LayerwiseRefit(layers, partitions, request, how, first_held, added)
-            return fitting.run(blocks, progress)
-        finally:
-            for partition in partitions.values():
-                partition.restore()
+        runner = LayerRunner(model, parts)
+        added = not find_family(model).norm_last
+        return _LayerwiseRefit(runner, request, how, first_held, added).run(blocks, progress)
 
 
 def _split(windows: torch.Tensor, how: Refit) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,41 +131,64 @@ class _LayerwiseRefit:
     def __init__(
         self,
         layers: LayerRunner,
-        partitions: Mapping[str, Partition],
         request: RefitRequest,
         how: Refit,
         first_held: int,
         added: bool,
     ) -> None:
-        self.layers, self.partitions, self.request, self.how = layers, partitions, request, how
+        self.layers, self.request, self.how = layers, request, how
         self.first_held, self.added = first_held, added
+        self.partitions: dict[str, Partition] = {}
         self.dense = self.pruned = layers.hidden
 
     def run(self, blocks: Sequence[Block], progress: Progress) -> dict[str, Consumer]:
-        """Fit every block that has a partition."""
+        """Fit every block that is cut."""
         fitted: dict[str, Consumer] = {}
-        last = max((b.layer for b in blocks if b.name in self.partitions), default=-1)
+        last = max((b.layer for b in blocks if b.name in self.request.cuts), default=-1)
         for layer in range(last + 1):
             progress("refit", layer, last + 1)
             here = [b for b in blocks if b.layer == layer]
-            cut = [b for b in here if b.name in self.partitions]
-            if cut and self.how.sequential and self.pruned is self.dense:
-                self.pruned = list(self.dense)
-            # In sequence, an MLP is fitted behind the pruned attention of its layer.
-            together = [[b] for b in cut] if self.how.sequential else [cut] if cut else []
-            for group in together:
-                moments = self._moments(here, group, leave=group is together[-1])
-                for block in group:
-                    fitted[block.name] = self._fit(block, *moments.pop(block.name))
-            if not cut:
-                self._leave(layer, self.dense)
-            if layer < last and self.pruned is not self.dense:
-                self._show(cut, dense=False)
-                self._leave(layer, self.pruned)
+            with self.layers.opened(layer), self._partitioned(here) as cut:
+                fitted |= self._fit_layer(here, cut, last)
         progress("refit", last + 1, last + 1)
         return fitted
 
-    def _leave(self, layer: int, stream: list[torch.Tensor]) -> None:
+    @contextmanager
+    def _partitioned(self, here: Sequence[Block]) -> Iterator[list[Block]]:
+        """The blocks of a layer that are cut, with a partition each inside the context."""
+        cut = [b for b in here if b.name in self.request.cuts]
+        try:
+            for block in cut:
+                partition = self.partitions[block.name] = Partition(block)
+                units = self.request.cuts[block.name].units
+                if units is not None:
+                    partition.keep(units.to(partition.order.device))
+            yield cut
+        finally:
+            for partition in self.partitions.values():
+                partition.restore()
+            self.partitions.clear()
+
+    def _fit_layer(self, here: Sequence[Block], cut: Sequence[Block], last: int) -> dict[str, Consumer]:
+        """Fit the blocks of a layer that are cut, and advance the streams through it."""
+        layer = here[0].layer
+        fitted: dict[str, Consumer] = {}
+        if cut and self.how.sequential and self.pruned is self.dense:
+            self.pruned = self.dense.copy()
+        # In sequence, an MLP is fitted behind the pruned attention of its layer.
+        together = [[b] for b in cut] if self.how.sequential else [[*cut]] if cut else []
+        for group in together:
+            moments = self._moments(here, group, leave=group is together[-1])
+            for block in group:
+                fitted[block.name] = self._fit(block, *moments.pop(block.name))
+        if not cut:
+            self._leave(layer, self.dense)
+        if layer < last and self.pruned is not self.dense:
+            self._show(cut, dense=False)
+            self._leave(layer, self.pruned)
+        return fitted
+
+    def _leave(self, layer: int, stream: HiddenStates) -> None:
         """Advance a stream through a layer."""
         for i, hidden in enumerate(stream):
             stream[i] = self.layers.run(layer, i, hidden)

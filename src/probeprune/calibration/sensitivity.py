@@ -5,7 +5,7 @@ own prediction. `F` is the Fisher information `E[g g']`, where `g` is the gradie
 labels drawn from the model. Takes one backward pass per window; the text itself is never used as a label.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from probeprune.calibration.gradients import weights_at_rest
+from probeprune.calibration.backward import backward_by_layer
 from probeprune.files import cached_tensors
 from probeprune.model.blocks import Block, find_blocks, uncalled_consumer
 from probeprune.model.forwards import temporary_hooks
@@ -66,40 +66,11 @@ def _measure(
     model: nn.Module, windows: torch.Tensor, seed: int, progress: Progress
 ) -> dict[str, torch.Tensor]:
     blocks = find_blocks(model)
-    device = next(model.parameters()).device
     total: dict[str, torch.Tensor] = {}
     generator = torch.Generator("cpu").manual_seed(seed)
-    with torch.inference_mode(False), weights_at_rest(model), _outputs(blocks) as outputs:
-        for done, window in enumerate(windows.clone()):
-            progress("sensitivities", done, len(windows))
-            _backward_from_drawn_labels(model, window[None].to(device), generator)
-            for block in blocks:
-                if block.name not in outputs:
-                    raise uncalled_consumer(block)
-            for name, output in outputs.items():
-                gradient = output.grad
-                assert gradient is not None
-                g = gradient.flatten(0, -2).float()
-                if not torch.isfinite(g).all():
-                    raise FloatingPointError(
-                        f"the gradient of {name} is NaN or infinite at calibration window {done}; use "
-                        "float32 or bfloat16."
-                    )
-                share = g.T @ g / (len(g) * len(windows))
-                total[name] = total[name] + share if name in total else share
-            outputs.clear()
-    progress("sensitivities", len(windows), len(windows))
-    for fisher in total.values():
-        diagonal = fisher.diagonal()
-        diagonal += FLOOR * diagonal.mean()
-    return total
 
-
-def _backward_from_drawn_labels(model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
-    """Draw a label at every token from the model's prediction and backpropagate its log-likelihood."""
-    with torch.enable_grad():
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+    def loss(window: int, first: int, logits: torch.Tensor) -> torch.Tensor:
+        """That of labels drawn from the model's prediction."""
         # The Gumbel trick lets one generator on the CPU draw for every device.
         uniform = (
             torch.rand(logits.shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -107,7 +78,40 @@ def _backward_from_drawn_labels(model: Any, ids: torch.Tensor, generator: torch.
             .to(logits.device)
         )
         labels = (logits.detach() - (-uniform.log()).log()).argmax(-1)
-        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+    @contextmanager
+    def visit(layer: int) -> Iterator[Callable[[int], None]]:
+        here = [b for b in blocks if b.layer == layer]
+        with _outputs(here) as outputs:
+
+            def add(window: int) -> None:
+                for block in here:
+                    if block.name not in outputs:
+                        raise uncalled_consumer(block)
+                    gradient = outputs.pop(block.name).grad
+                    assert gradient is not None
+                    share = _second_moment(gradient, block.name, window) / len(windows)
+                    total[block.name] = total[block.name] + share if block.name in total else share
+
+            yield add
+
+    backward_by_layer(model, windows, loss, visit, "sensitivities", progress)
+    for fisher in total.values():
+        diagonal = fisher.diagonal()
+        diagonal += FLOOR * diagonal.mean()
+    return {b.name: total[b.name] for b in blocks}
+
+
+def _second_moment(gradient: torch.Tensor, name: str, window: int) -> torch.Tensor:
+    """`E[g g']` over the tokens of one window: (d, d)."""
+    g = gradient.flatten(0, -2).float()
+    if not torch.isfinite(g).all():
+        raise FloatingPointError(
+            f"the gradient of {name} is NaN or infinite at calibration window {window}; use float32 or "
+            "bfloat16."
+        )
+    return g.T @ g / len(g)
 
 
 @contextmanager

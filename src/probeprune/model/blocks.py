@@ -136,7 +136,7 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
 
     Raises:
         UsageError: an unsupported family, an unknown unit kind, or weights that cannot be permuted in place
-            (quantised, offloaded, or shared between modules).
+            (quantised, or shared between modules).
     """
     if units not in get_args(UnitKind):
         raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
@@ -282,11 +282,6 @@ def _linear(root: nn.Module, path: str, name: str) -> nn.Linear:
         raise UsageError(
             f"{where} was made under torch.inference_mode(), and its weight cannot be permuted in place; "
             "load the model outside."
-        )
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None and getattr(hook, "offload", False):
-        raise UsageError(
-            f"{where} is offloaded, and pruning needs its weight in place; load the model without offloading."
         )
     return module
 

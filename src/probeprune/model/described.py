@@ -12,6 +12,7 @@ from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import find_blocks, find_layers
 from probeprune.model.modeling_pruned import MODEL_TYPES, ConfigView, pruned_model, view_layer
 from probeprune.model.nemotron_nas import llama_config
+from probeprune.model.offloading import share_offloading
 from probeprune.model.pruned_configs import (
     Unfit,
     class_like,
@@ -170,14 +171,17 @@ def _fitted(model: Any, config: PretrainedConfig) -> PreTrainedModel:
     """
     exported = empty_model(class_like(model, type(config)), config, model)
     state = dict(model.state_dict())
+    added: dict[str, torch.Tensor] = {}
     linears = {n for n, m in exported.named_modules() if isinstance(m, nn.Linear)}
     for name, tensor in exported.state_dict().items():
         owner, _, part = name.rpartition(".")
         if name not in state and part == "bias" and f"{owner}.weight" in state and owner in linears:
             weight = state[f"{owner}.weight"]
-            state[name] = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
+            added[name] = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
+    state |= added
     _check_fits(state, exported)
     exported.load_state_dict(state, strict=True, assign=True)
+    share_offloading(model, exported, added)
     exported.tie_weights()
     for name, buffer in list(exported.named_buffers()):
         if buffer.is_meta:  # not in the state dict: rotary frequencies, scales

@@ -4,60 +4,106 @@ The other arguments of a layer (positions, rotary angles, masks) are recorded fr
 Knows nothing of the work done between two layers.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from probeprune.model.blocks import Block, uncalled_consumer
+from probeprune.algebra.moments import Tokens
+from probeprune.model.blocks import Block, find_layers, uncalled_consumer
 from probeprune.model.families import find_family
 from probeprune.model.forwards import replaced_forward, temporary_hooks
+from probeprune.model.hidden_states import HiddenStates
+from probeprune.model.offloading import device_of, in_memory, room_of
 from probeprune.model.passes import find_decoder
 
 
+def opened(model: nn.Module, layer: int, changes: Path | None = None) -> AbstractContextManager[None]:
+    """Keep the weights of one decoder layer in place inside the context; see `offloading.in_memory`."""
+    path = f"{find_family(model).layers}.{layer}"
+    return in_memory(model.get_submodule(path), path, changes)
+
+
 class LayerRunner:
-    """The decoder layers of a model, for batches of whole windows (no padding, no cache).
+    """The decoder layers of a model, for batches of whole sequences (no cache).
 
     Attributes:
-        hidden: the first layer's input, one tensor (batch, length, hidden) for each batch of windows, in the
-            model's dtype. In total windows x length x hidden numbers.
+        hidden: the first layer's input, one tensor (batch, length, hidden) for each batch, in the model's
+            dtype. In total tokens x hidden numbers.
+        batches: the token ids, as given.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, batches: Sequence[torch.Tensor]) -> None:
-        self._layers = cast(nn.ModuleList, model.get_submodule(find_family(model).layers))
-        self._sizes = [len(b) for b in batches]
-        self._arguments: dict[int, list[dict[str, Any]]] = {}
-        self.hidden: list[torch.Tensor] = []
-        decoder = find_decoder(model)
-        device = next(model.parameters()).device
-        calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
+        """Run everything in front of the first layer.
 
-        def record(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-            calls.append((hidden_states, arguments))
-            return hidden_states
+        Args:
+            model: a supported causal LM; its layers may be offloaded.
+            batches: token ids, LongTensor (batch, length) each.
+            masks: attention mask (batch, length) of each batch; None for no padding.
+        """
+        self._model, self._layers = model, find_layers(model)
+        self._decoder, self._device = find_decoder(model), device_of(model)
+        self.batches, self._masks = batches, masks or [None] * len(batches)
+        self._arguments: dict[object, list[dict[str, Any]]] = {}
+        self.hidden = HiddenStates(room_of(model), len(batches))
+        for i in range(len(batches)):
+            calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
-        with ExitStack() as stack:
-            for layer in self._layers:
-                stack.enter_context(replaced_forward(layer, record))
-            for batch in batches:
-                calls.clear()
-                decoder(input_ids=batch.to(device), use_cache=False)
-                self.hidden.append(calls[0][0])
-                # Windows have no padding, so batches of one size get the same arguments.
-                self._arguments.setdefault(len(batch), [arguments for _, arguments in calls])
+            def record(hidden_states: torch.Tensor, calls: Any = calls, **arguments: Any) -> torch.Tensor:
+                calls.append((hidden_states, arguments))
+                return hidden_states
+
+            self._decode(i, [record] * len(self._layers))
+            self.hidden[i] = calls[0][0]
+            self._arguments.setdefault(self._like(i), [arguments for _, arguments in calls])
 
     def __len__(self) -> int:
         return len(self._layers)
 
+    def _like(self, batch: int) -> object:
+        """A key that batches share whose layers get the same arguments: without padding, of one shape."""
+        return tuple(self.batches[batch].shape) if self._masks[batch] is None else batch
+
+    def _decode(self, batch: int, forwards: Sequence[Callable[..., Any]]) -> torch.Tensor:
+        """The decoder's output with these forwards in place of its layers'."""
+        ids, mask = self.batches[batch].to(self._device), self._masks[batch]
+        with ExitStack() as stack:
+            for layer, forward in zip(self._layers, forwards, strict=True):
+                stack.enter_context(replaced_forward(layer, forward))
+            padding = {} if mask is None else {"attention_mask": mask.to(self._device)}
+            out: torch.Tensor = self._decoder(input_ids=ids, use_cache=False, **padding)[0]
+        return out
+
+    def tokens(self, batch: int) -> Tokens:
+        """Which tokens of a batch are real."""
+        mask = self._masks[batch]
+        valid = None if mask is None or bool(mask.all()) else mask.bool()
+        count, length = self.batches[batch].shape
+        return Tokens(count, length, valid)
+
+    def opened(self, layer: int) -> AbstractContextManager[None]:
+        """Keep one layer's weights in place inside the context."""
+        return opened(self._model, layer)
+
     def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of one layer for the hidden states of one batch, both by index."""
-        arguments = self._arguments[self._sizes[batch]][layer]
+        arguments = self._arguments[self._like(batch)][layer]
         out: torch.Tensor = self._layers[layer](hidden, **arguments)
         return out
+
+    def finish(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the decoder makes of the last layer's output, behind its norm: (batch, length, hidden)."""
+        return self._decode(batch, [lambda *args, **kwargs: hidden] * len(self._layers))
 
 
 class Captured:

@@ -16,6 +16,7 @@ from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
 from probeprune.model.modeling_pruned import ConfigView
 from probeprune.model.narrow_linear import View, close_view, open_view
+from probeprune.model.offloading import fetching_hook
 from probeprune.model.query_heads import attention_overrides
 
 _ABSENT = object()
@@ -44,6 +45,13 @@ class Partition:
     """
 
     def __init__(self, block: Block) -> None:
+        """Raises `UsageError` for a block whose weights are offloaded, and not opened (`in_memory`)."""
+        for m in block.members:
+            if fetching_hook(m.linear) is not None:
+                raise UsageError(
+                    f"{m.name} is offloaded, and this needs its weight in place; load the model without "
+                    "offloading."
+                )
         self.block = block
         device = block.consumer.weight.device
         with torch.inference_mode(False):

@@ -133,7 +133,7 @@ class Handle:
         self._running: Choice | None = None
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
-        scores = [plan.static_scores(method, b, statistics) for b in blocks]
+        scores = plan.all_scores(model, method, blocks, statistics)
         self.widths = plan.widths(method, ratio, blocks, scores, statistics)
         cuts = plan.first_cuts(method, blocks, scores, self.widths)
         self.pruned = plan.pruned_blocks(method, blocks, cuts, statistics)

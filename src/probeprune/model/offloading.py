@@ -1,0 +1,204 @@
+"""Models whose weights are not all in memory: accelerate keeps some on disk, or in slower memory.
+
+By itself accelerate fetches the weights of one module for every call of it and drops them behind. Here a
+whole layer is fetched once, worked on, and put back; where the work changed it, what it has become is written
+to a folder. The model stays an ordinary one: accelerate finds the new weights there.
+"""
+
+import sys
+import uuid
+from collections import ChainMap
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from torch import nn
+
+from probeprune.files import save_tensors
+from probeprune.model.hidden_states import Room
+
+_ROOM = "_probeprune_room"
+"""Attribute of an offloaded model: where hidden states of many batches go."""
+_CHANGES = "_probeprune_changes"
+"""Attribute of an offloaded model: the folder of its changed layers."""
+
+
+def fetching_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """What accelerate fetches a module's own weights by; None where they are in place."""
+    return _fetching(module.__dict__.get("_hf_hook"))
+
+
+def _fetching(hook: object) -> AlignDevicesHook | None:
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload), None)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether any weights of a module, or of one inside it, are out of place until they are called."""
+    return any(fetching_hook(module) is not None for module in model.modules())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that takes the token ids of a model."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    hook = fetching_hook(embedding)
+    return embedding.weight.device if hook is None else torch.device(hook.execution_device)
+
+
+def room_of(model: nn.Module) -> Room:
+    """Where hidden states go that many batches have between two layers.
+
+    In memory, but for an offloaded model: there as much as `set_room` gave it, or a quarter of what is free.
+    """
+    room = model.__dict__.get(_ROOM)
+    if isinstance(room, Room):
+        return room
+    return Room(psutil.virtual_memory().available // 4 if is_offloaded(model) else sys.maxsize)
+
+
+def set_room(model: nn.Module, room: Room) -> None:
+    """Say where the hidden states of an offloaded model go."""
+    model.__dict__[_ROOM] = room
+
+
+def changes_of(model: nn.Module) -> Path | None:
+    """The folder of the layers of an offloaded model that work has changed; it lives as long as the model.
+
+    Beside its hidden states, where `set_room` gave those a folder. None for a model in memory.
+    """
+    if not is_offloaded(model):
+        return None
+    if not isinstance(model.__dict__.get(_CHANGES), TemporaryDirectory):
+        folder = room_of(model).folder
+        model.__dict__[_CHANGES] = TemporaryDirectory(prefix="probeprune-layers-", dir=folder)
+    return Path(model.__dict__[_CHANGES].name)
+
+
+def share_offloading(model: nn.Module, other: nn.Module, zeros: Collection[str] = ()) -> None:
+    """Let another model with the same weights, by name, fetch them from where an offloaded one does.
+
+    Args:
+        model: the offloaded model; where it is none, nothing happens.
+        other: the model that holds its weights.
+        zeros: parameters of `other` alone, which are zero.
+    """
+    if not is_offloaded(model):
+        return
+    for path, module in model.named_modules():
+        hook = fetching_hook(module)
+        if hook is None:
+            continue
+        target = other.get_submodule(path)
+        new = {
+            key: torch.zeros(own.shape, dtype=own.dtype)
+            for key, own in target._parameters.items()
+            if own is not None and f"{path}.{key}" in zeros
+        }
+        weights = ChainMap(new, hook.weights_map) if new else hook.weights_map
+        add_hook_to_module(target, AlignDevicesHook(hook.execution_device, offload=True, weights_map=weights))
+    for name in ("hf_device_map", _ROOM, _CHANGES):
+        if name in model.__dict__:
+            other.__dict__[name] = model.__dict__[name]
+
+
+@contextmanager
+def in_memory(module: nn.Module, name: str = "", changes: Path | None = None) -> Iterator[None]:
+    """Keep the weights of a module, and of all modules inside it, in place inside the context.
+
+    They are on the device where accelerate runs them. Weights that are in place anyway are left as they are.
+    Where the context ends by an exception nothing is written, and the module is as before.
+
+    Args:
+        module: a decoder layer, for example.
+        name: its path in the model, which begins the names of its weights in a file.
+        changes: a folder to write the weights to when the context ends, for work that changes them; from then
+            on they are read from there. None drops every change.
+    """
+    hooks = {m: m._hf_hook for m in module.modules() if fetching_hook(m) is not None}
+    before = {m: dict(m._parameters) for m in hooks}
+    try:
+        for m in hooks:
+            _fetch(m)
+        yield
+        if hooks and changes is not None:
+            _write(module, name, hooks, changes)
+            before = {m: _without_numbers(m) for m in hooks}
+    finally:
+        for m, hook in hooks.items():
+            m._parameters.clear()
+            m._parameters.update(before[m])
+            add_hook_to_module(m, hook)
+
+
+def _fetch(module: nn.Module) -> None:
+    """Put a module's own weights in place, as copies, and take accelerate's hook off."""
+    hook = fetching_hook(module)
+    assert hook is not None
+    fetched = {
+        key: nn.Parameter(
+            hook.weights_map[key].to(hook.execution_device, copy=True), requires_grad=own.requires_grad
+        )
+        for key, own in module._parameters.items()
+        if own is not None
+    }
+    remove_hook_from_module(module)
+    module._parameters.update(fetched)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All parameters of a model by name, each fetched when its turn comes."""
+    for name, own in model.named_parameters():
+        path, _, key = name.rpartition(".")
+        hook = fetching_hook(model.get_submodule(path))
+        yield name, own.detach() if hook is None else hook.weights_map[key]
+
+
+def origin(model: nn.Module, name: str) -> tuple[object, ...]:
+    """Where a parameter is fetched from: another value where its file is another, or has changed. Empty for a
+    parameter in place."""
+    path, _, key = name.rpartition(".")
+    hook = fetching_hook(model.get_submodule(path))
+    if hook is None:
+        return ()
+    weights, dataset = hook.weights_map, getattr(hook.weights_map, "dataset", None)
+    entry = getattr(dataset, "index", {}).get(f"{getattr(weights, 'prefix', '')}{key}")
+    if entry is None or not entry.get("safetensors_file"):
+        value = weights[key]
+        return value.data_ptr(), value._version
+    state = Path(entry["safetensors_file"]).stat()
+    return entry["safetensors_file"], entry.get("weight_name"), state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _without_numbers(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    return {
+        key: None if own is None else nn.Parameter(own.detach().to("meta"), requires_grad=own.requires_grad)
+        for key, own in module._parameters.items()
+    }
+
+
+def _write(module: nn.Module, name: str, hooks: Mapping[nn.Module, Any], folder: Path) -> None:
+    """Write the weights of hooked modules to a file in `folder`, and let their hooks read them there."""
+    paths = {m: f"{name}.{path}" if path else name for path, m in module.named_modules()}
+    tensors = {
+        f"{paths[m]}.{key}": own.detach()
+        for m in hooks
+        for key, own in m._parameters.items()
+        if own is not None
+    }
+    file = folder / f"{name}-{uuid.uuid4().hex[:8]}.safetensors"
+    save_tensors(file, tensors, {})
+    index = {
+        key: {"safetensors_file": str(file), "weight_name": key, "dtype": str(t.dtype).removeprefix("torch.")}
+        for key, t in tensors.items()
+    }
+    stored = OffloadedWeightsLoader(index=index)
+    for m, hook in hooks.items():
+        fetching = _fetching(hook)
+        assert fetching is not None
+        fetching.weights_map = PrefixedDataset(stored, f"{paths[m]}.")
