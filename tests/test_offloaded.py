@@ -1,19 +1,35 @@
 """Models whose layers are on disk: the same results, one layer in memory at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import FAMILIES, opened, token_ids
+from tiny import FAMILIES, PARALLEL, opened, token_ids
 from transformers import AutoModelForCausalLM
 
-from probeprune import METHODS, attach, prepare, prune, save
+from probeprune import METHODS, attach, compose, prune, save
 from probeprune.calibration.collecting import calibrate
 from probeprune.errors import UsageError
+from probeprune.evaluation.likelihood import Request, make_batches, score
+from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.families import find_family
-from probeprune.model.offloading import fetching_hook, in_memory, is_offloaded, named_weights
+from probeprune.model.offloading import in_memory, is_offloaded, named_weights
+from probeprune.plan import needs
 from probeprune.provenance import model_fingerprint
+from probeprune.strategies.schedule import Once
 
 WINDOWS = token_ids(10, 64, seed=3)
-STATIC = [name for name, m in METHODS.items() if m.when.prunes and not m.when.every_batch]
+TEXT = token_ids(10, 40, seed=9)
+STATIC = [name for name, m in METHODS.items() if m.when == Once()]
+DYNAMIC = [name for name, m in METHODS.items() if m.when.every_batch]
+
+
+def small(method):
+    """The method, with gradients on the windows there are."""
+    plain = METHODS[method]
+    if "saliences" not in needs(plain):
+        return plain
+    return compose(plain, gradients=replace(plain.gradient_settings, length=64))
 
 
 def on_disk(model, folder):
@@ -58,19 +74,68 @@ def test_statistics_are_those_of_the_model_in_memory(family, tmp_path):
             assert value.equal(there[name].state()[key])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", STATIC)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [*((m, "llama-gqa") for m in STATIC), *(("flap", f) for f in FAMILIES), ("best-static", "opt")],
+)
 def test_pruned_and_saved_a_layer_at_a_time(method, family, tmp_path):
-    if METHODS[method].when.__class__.__name__ == "DuringTraining":
-        pytest.skip("trains")
     model = FAMILIES[family]()
     other = on_disk(model, tmp_path / "dense")
     for m, folder in ((model, "here"), (other, "there")):
-        done = prune(m, method, 0.3, calibration=WINDOWS)
+        done = prune(m, small(method), 0.3, calibration=WINDOWS)
         save(m, tmp_path / folder)
-        assert done.removed_share > 0.2
+        assert done.removed_share > 0.1
     assert is_offloaded(other)
     assert torch.equal(model(WINDOWS).logits, other(WINDOWS).logits)
     here, there = opened(tmp_path / "here"), opened(tmp_path / "there")
     for (name, p), (same, q) in zip(here.named_parameters(), there.named_parameters(), strict=True):
         assert name == same and p.equal(q)
+
+
+@pytest.mark.parametrize("method", ["dense", *STATIC, *DYNAMIC])
+def test_perplexity_under_a_method_is_that_in_memory(method, tmp_path):
+    model = FAMILIES["llama-gqa"]()
+    other = on_disk(model, tmp_path)
+    found = []
+    for m in (model, other):
+        with attach(m, small(method), 0.3, calibration=WINDOWS) as handle:
+            found.append((perplexity(m, TEXT, batch_size=4), handle.removed_share, handle.widths))
+    (here, share, widths), (there, same_share, same_widths) = found
+    # Not to the last bit: kernels round by the alignment of the memory they get.
+    assert here.losses == pytest.approx(there.losses, rel=1e-6)
+    assert here.flops_per_token == there.flops_per_token
+    assert share == same_share and widths == same_widths
+    assert perplexity(other, TEXT, batch_size=4).losses == perplexity(model, TEXT, batch_size=4).losses
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_padded_rows_are_those_in_memory(family, tmp_path):
+    model = FAMILIES[family]()
+    other = on_disk(model, tmp_path)
+    requests = [Request([5] * n, [7, 9, 11][: n % 3 + 1]) for n in (3, 9, 14, 6, 2)]
+    order = make_batches(requests, 2, "length")
+    found = []
+    for m in (model, other):
+        with attach(m, "probe", 0.3, calibration=WINDOWS):
+            found.append(score(m, requests, order, max_length=64))
+    assert found[0].loglikelihoods == pytest.approx(found[1].loglikelihoods, rel=1e-5)
+    assert found[0].greedy == found[1].greedy and found[0].tokens == found[1].tokens
+
+
+def test_what_needs_all_layers_in_memory_is_refused(tmp_path):
+    other = on_disk(FAMILIES["llama-gqa"](), tmp_path)
+    with attach(other, "probe", 0.3, calibration=WINDOWS) as handle:
+        with pytest.raises(UsageError, match="offloaded"):
+            other(WINDOWS)
+        with pytest.raises(UsageError, match="offloaded"):
+            handle.kept_units()
+        with pytest.raises(UsageError, match="already has a method attached"):
+            attach(other, "probe", 0.3, calibration=WINDOWS)
+    assert torch.isfinite(other(WINDOWS).logits).all()
+    with pytest.raises(UsageError, match="in parallel"):
+        attach(
+            other,
+            PARALLEL,
+            0.3,
+            calibration=WINDOWS,
+        )

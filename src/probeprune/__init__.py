@@ -8,7 +8,8 @@ from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import save
 from probeprune.model.loading import load_model
 from probeprune.prepare import Prepared, load_prepared, prepare
-from probeprune.runtime.handle import Handle, attach, detach
+from probeprune.runtime.attaching import attach, detach
+from probeprune.runtime.handle import Handle
 from probeprune.strategies.compensation import Bias, Compensation, Refit
 from probeprune.strategies.criteria import Gradients
 from probeprune.strategies.probe import Probe

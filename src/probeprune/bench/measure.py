@@ -24,7 +24,8 @@ from probeprune.prepare import Calibration
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
 from probeprune.ranges import check_fields, plain
-from probeprune.runtime.handle import Handle, attach
+from probeprune.runtime.attaching import attach
+from probeprune.runtime.handle import Handle
 from probeprune.stages import OVERHEAD
 from probeprune.strategies.allocation import removed_parameters
 

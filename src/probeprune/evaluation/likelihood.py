@@ -16,7 +16,7 @@ from torch import nn
 
 from probeprune.data.windows import pad_batch
 from probeprune.errors import UsageError, unknown
-from probeprune.model.passes import find_decoder
+from probeprune.model.decoding import decoded
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
 
@@ -107,26 +107,25 @@ def score(
         raise UsageError(
             f"an option has {longest} tokens and this model takes at most {max_length}; shorten the option."
         )
-    device = next(model.parameters()).device
     likelihoods, greedy = [math.nan] * len(requests), [False] * len(requests)
+    rows = [[_inputs(requests[i], max_length) for i in batch] for batch in batches]
+    padded = [pad_batch(own, pad_id=0, side="right") for own in rows]
     tokens = positions = done = 0
-    seconds = 0.0
-    for batch in batches:
-        rows = [_inputs(requests[i], max_length) for i in batch]
-        ids, mask = pad_batch(rows, pad_id=0, side="right")
-        started = time.perf_counter()
-        results = _score_batch(
-            model, ids.to(device), mask.to(device), [requests[i].continuation for i in batch]
-        )
-        seconds += time.perf_counter() - started
-        for i, (likelihood, likeliest) in zip(batch, results, strict=True):
-            if not math.isfinite(likelihood):
-                raise FloatingPointError("a log-likelihood is NaN or infinite; try another dtype.")
-            likelihoods[i], greedy[i] = likelihood, likeliest
-        tokens += sum(map(len, rows))
-        positions += ids.numel()
-        done += len(batch)
-        progress("scoring", done, len(requests))
+    ids, masks = [i for i, _ in padded], [m for _, m in padded]
+    found = decoded(model, ids, masks, progress)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for batch, mask, states in zip(batches, masks, found, strict=True):
+            results = _score_batch(model, states.hidden, mask, [requests[i].continuation for i in batch])
+            for i, (likelihood, likeliest) in zip(batch, results, strict=True):
+                if not math.isfinite(likelihood):
+                    raise FloatingPointError("a log-likelihood is NaN or infinite; try another dtype.")
+                likelihoods[i], greedy[i] = likelihood, likeliest
+            tokens += int(mask.sum())
+            positions += mask.numel()
+            done += len(batch)
+            progress("scoring", done, len(requests))
+    seconds = time.perf_counter() - started
     return Scores(
         loglikelihoods=tuple(likelihoods),
         greedy=tuple(greedy),
@@ -143,17 +142,15 @@ def _inputs(request: Request, max_length: int) -> list[int]:
     return [*request.context, *request.continuation][-(max_length + 1) : -1]
 
 
-@torch.inference_mode()
 def _score_batch(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, continuations: Sequence[Sequence[int]]
+    model: nn.Module, hidden: torch.Tensor, mask: torch.Tensor, continuations: Sequence[Sequence[int]]
 ) -> Iterator[tuple[float, bool]]:
-    """Log-likelihood and greediness of each row; `ids` and `mask` are (batch, longest)."""
-    hidden: torch.Tensor = find_decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    """Log-likelihood and greediness of each row, from its last hidden states (batch, longest, hidden)."""
     lengths = mask.sum(1).tolist()
     counts = [len(c) for c in continuations]
     # The hidden state at one position predicts the token at the next.
     wanted = torch.cat([h[n - k : n] for h, n, k in zip(hidden, lengths, counts, strict=True)])
-    targets = torch.tensor([t for c in continuations for t in c], dtype=torch.long, device=ids.device)
+    targets = torch.tensor([t for c in continuations for t in c], dtype=torch.long, device=hidden.device)
     likelihoods, hits = [], []
     for h, target in zip(wanted.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
         logits = next_token_logits(model, h)

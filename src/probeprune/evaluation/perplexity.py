@@ -7,7 +7,6 @@ a time, because the logits of a whole batch would be by far the largest tensor. 
 
 import math
 import statistics
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,8 +16,8 @@ from torch import nn
 from probeprune.data.windows import batches
 from probeprune.errors import UsageError, unknown
 from probeprune.evaluation.likelihood import HEAD_TOKENS, next_token_logits
-from probeprune.model.cost import counting_flops, synced_clock
-from probeprune.model.passes import find_decoder, token_windows
+from probeprune.model.decoding import decoded
+from probeprune.model.passes import token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
@@ -74,23 +73,18 @@ def perplexity(
     """
     model, batch_size = unwrapped(model), plain("batch_size", batch_size)
     windows = _scored_windows(model, windows, batch_size, averaging)
-    decoder, device = find_decoder(model), next(model.parameters()).device
+    parts = [*batches(windows, batch_size)]
     losses: list[float] = []
     rates: list[float] = []
     seconds = 0.0
     flops_per_token = math.nan
     with torch.inference_mode():
-        for batch in batches(windows, batch_size):
-            ids = batch.to(device)
-            with nullcontext() if losses else counting_flops() as count:
-                started = synced_clock(device)
-                hidden = decoder(input_ids=ids, use_cache=False)[0]
-                elapsed = synced_clock(device) - started
-            if count is not None:
-                flops_per_token = count.flops / ids.numel()
-            seconds += elapsed
-            rates.append(ids.numel() / elapsed)
-            losses += window_losses(model, hidden, ids).tolist()
+        for batch, found in zip(parts, decoded(model, parts, progress=progress), strict=True):
+            if found.flops is not None:
+                flops_per_token = found.flops / batch.numel()
+            seconds += found.seconds
+            rates.append(batch.numel() / found.seconds)
+            losses += window_losses(model, found.hidden, batch.to(found.hidden.device)).tolist()
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError("the model's loss is NaN or infinite; try another dtype.")
             progress("perplexity", len(losses), len(windows))

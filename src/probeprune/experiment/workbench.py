@@ -22,7 +22,8 @@ from probeprune.model.making_records import TRAINING
 from probeprune.preparation import Preparation
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
-from probeprune.runtime.handle import Handle, attach
+from probeprune.runtime.attaching import attach
+from probeprune.runtime.handle import Handle
 from probeprune.strategies.schedule import DuringTraining, Once
 from probeprune.surgery import prune
 from probeprune.training.loraprune import LoraPruneCut

@@ -19,13 +19,33 @@ from probeprune.model.families import find_family
 from probeprune.model.forwards import replaced_forward, temporary_hooks
 from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.offloading import device_of, in_memory, room_of
-from probeprune.model.passes import find_decoder
+from probeprune.model.passes import Pass, find_decoder
 
 
 def opened(model: nn.Module, layer: int, changes: Path | None = None) -> AbstractContextManager[None]:
     """Keep the weights of one decoder layer in place inside the context; see `offloading.in_memory`."""
     path = f"{find_family(model).layers}.{layer}"
     return in_memory(model.get_submodule(path), path, changes)
+
+
+RunPass = Callable[[Pass, Callable[[], Any]], Any]
+"""Runs one pass, whose forward it is given, and returns the forward's output."""
+
+_ON_LAYERS = "_probeprune_on_layers"
+"""Attribute of a model: gives, for a layer that has been opened, what its passes go through."""
+
+
+def on_layers(
+    model: nn.Module, visit: Callable[[int], AbstractContextManager[RunPass]]
+) -> Callable[[], None]:
+    """Route the passes of every layer, in `LayerRunner.visited`, until the returned function is called.
+
+    Args:
+        model: a model whose layers are offloaded.
+        visit: entered for each layer, by index, while it is in memory.
+    """
+    model.__dict__[_ON_LAYERS] = visit
+    return lambda: model.__dict__.pop(_ON_LAYERS, None) and None
 
 
 class LayerRunner:
@@ -54,6 +74,7 @@ class LayerRunner:
         self._model, self._layers = model, find_layers(model)
         self._decoder, self._device = find_decoder(model), device_of(model)
         self.batches, self._masks = batches, masks or [None] * len(batches)
+        self._run_pass: RunPass = _straight
         self._arguments: dict[object, list[dict[str, Any]]] = {}
         self.hidden = HiddenStates(room_of(model), len(batches))
         for i in range(len(batches)):
@@ -95,15 +116,32 @@ class LayerRunner:
         """Keep one layer's weights in place inside the context."""
         return opened(self._model, layer)
 
+    @contextmanager
+    def visited(self, layer: int) -> Iterator[None]:
+        """As `opened`, with what `on_layers` put there: `run` goes through it inside the context."""
+        visit = self._model.__dict__.get(_ON_LAYERS)
+        with self.opened(layer):
+            if visit is None:
+                yield
+                return
+            with visit(layer) as self._run_pass:
+                yield
+            self._run_pass = _straight
+
     def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of one layer for the hidden states of one batch, both by index."""
         arguments = self._arguments[self._like(batch)][layer]
-        out: torch.Tensor = self._layers[layer](hidden, **arguments)
+        started = Pass(self.tokens(batch), continues=False, cache=None)
+        out: torch.Tensor = self._run_pass(started, lambda: self._layers[layer](hidden, **arguments))
         return out
 
     def finish(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the decoder makes of the last layer's output, behind its norm: (batch, length, hidden)."""
         return self._decode(batch, [lambda *args, **kwargs: hidden] * len(self._layers))
+
+
+def _straight(started: Pass, forward: Callable[[], Any]) -> Any:
+    return forward()
 
 
 class Captured:

@@ -123,8 +123,9 @@ def in_memory(module: nn.Module, name: str = "", changes: Path | None = None) ->
     hooks = {m: m._hf_hook for m in module.modules() if fetching_hook(m) is not None}
     before = {m: dict(m._parameters) for m in hooks}
     try:
-        for m in hooks:
-            _fetch(m)
+        with torch.inference_mode(False):  # inference tensors could not be written outside
+            for m in hooks:
+                _fetch(m)
         yield
         if hooks and changes is not None:
             _write(module, name, hooks, changes)

@@ -1,4 +1,4 @@
-"""The handle: `attach` a method to a model, run the model's own forward on the kept units, `detach`.
+"""The handle: runs a model's own forward on the kept units until it is detached.
 
 Static methods order and cut once and then cost nothing. Dynamic methods probe every batch, block by block
 (`block.py`); a pass that continues a KV cache keeps the units that its prompt chose. This file handles the
@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,88 +18,23 @@ from torch import nn
 
 from probeprune import plan
 from probeprune.calibration.statistics import Statistics
-from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
-from probeprune.methods import Method, check_untrained, get_method
-from probeprune.model.blocks import Block, find_blocks, uncalled_consumer
+from probeprune.methods import Method
+from probeprune.model.blocks import Block, uncalled_consumer
 from probeprune.model.narrow_linear import refuse_to_copy
 from probeprune.model.passes import Pass, check_eval, on_pass
-from probeprune.model.wrappers import unwrapped
 from probeprune.plan import Kept
-from probeprune.prepare import Calibration, statistics_for
-from probeprune.progress import Progress, silent
-from probeprune.ranges import plain
 from probeprune.runtime import ownership
 from probeprune.runtime.block import BlockRuntime
 from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of, mark
 from probeprune.runtime.current_pass import CurrentPass
 from probeprune.runtime.refusals import refuse_continuous_batching, refuse_loading
 from probeprune.strategies import allocation
+from probeprune.strategies.pruned_block import Cut
 from probeprune.strategies.schedule import EveryBatch
 
-_HANDLE = "_probeprune_handle"
+HANDLE = "_probeprune_handle"
 """Attribute of an attached model: its handle."""
-
-
-def attach(
-    model: nn.Module,
-    method: str | Method,
-    ratio: float = 0.0,
-    *,
-    calibration: Calibration | None = None,
-    batch_size: int = BATCH_SIZE,
-    cache: Path | None = None,
-    progress: Progress = silent,
-) -> Handle:
-    """Prune `model` while it runs, until the handle is detached.
-
-    Example:
-        >>> with probeprune.attach(model, "best-dynamic", ratio=0.4, calibration=windows):
-        ...     model(**batch)
-
-    Args:
-        model: a transformers causal LM of a supported family, in eval mode, with sdpa or eager attention
-            for dynamic methods. Its weights are permuted in place; `detach` restores them. Under a dynamic
-            method, passes from several threads run one after the other.
-        method: a name from `METHODS`, or a `Method`.
-        ratio: share of the method's budget (by default the parameters of all blocks) to prune, in [0, 1).
-        calibration: windows of token ids (count, length) or a `WindowSource`, where the method needs
-            calibration; or the result of `prepare` for this model, method and ratio.
-        batch_size, cache, progress: as in `prepare`, for calibration from text.
-
-    Raises:
-        UsageError: unsupported model, method, ratio or calibration; a model in training mode, or one that
-            already has a method attached.
-        FloatingPointError: NaN or infinite statistics.
-    """
-    method, model = get_method(method), unwrapped(model)
-    check_untrained(method)
-    ratio, batch_size = plain("ratio", ratio), plain("batch_size", batch_size)
-    check_eval(model)
-    if _HANDLE in model.__dict__:
-        raise UsageError(
-            "this model already has a method attached; detach it first: probeprune.detach(model)."
-        )
-    blocks = find_blocks(model, method.unit_kind)
-    if method.when.every_batch and _attention(model) not in ("sdpa", "eager"):
-        raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
-    statistics = statistics_for(
-        model, method, ratio, calibration, batch_size=batch_size, cache=cache, progress=progress
-    )
-    with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
-        return Handle(model, method, ratio, blocks, statistics)
-
-
-def detach(model: nn.Module) -> None:
-    """Detach the method that is attached to `model`, if any; for use without its handle."""
-    handle = unwrapped(model).__dict__.get(_HANDLE)
-    if handle is not None:
-        handle.detach()
-
-
-def _attention(model: nn.Module) -> str:
-    config: Any = model.config
-    return str(config._attn_implementation)
 
 
 class Handle:
@@ -121,10 +55,11 @@ class Handle:
         method: Method,
         ratio: float,
         blocks: Sequence[Block],
+        cuts: Sequence[Cut],
         statistics: Statistics,
     ) -> None:
         self.model, self.method, self.ratio = model, method, ratio
-        self.blocks = blocks
+        self.blocks, self.widths = blocks, [cut.width for cut in cuts]
         self.current = CurrentPass(layer_types=getattr(model.config, "layer_types", None) or ())
         self._lock = threading.RLock()
         self._owner = object()
@@ -133,30 +68,31 @@ class Handle:
         self._running: Choice | None = None
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
-        scores = plan.all_scores(model, method, blocks, statistics)
-        self.widths = plan.widths(method, ratio, blocks, scores, statistics)
-        cuts = plan.first_cuts(method, blocks, scores, self.widths)
         self.pruned = plan.pruned_blocks(method, blocks, cuts, statistics)
         self.runtimes: list[BlockRuntime] = []
-        model.__dict__[_HANDLE] = self
         try:
             ownership.claim(self)
             self._places = _places(model, [p.block for p in self.pruned])
-            self._undo += refuse_loading(model, [p.block for p in self.pruned])
-            self._undo.append(refuse_continuous_batching(model))
             self._start()
+            self._hook_model()
         except BaseException:
             self.detach()
             raise
 
+    def _hook_model(self) -> None:
+        """Be there in every pass of the model."""
+        self.model.__dict__[HANDLE] = self
+        self._undo += refuse_loading(self.model, [p.block for p in self.pruned])
+        self._undo.append(refuse_continuous_batching(self.model))
+        self._undo.append(on_pass(self.model, self.run_pass))
+
     def _start(self) -> None:
-        """Make the first cuts and hook the model."""
+        """Make the first cuts and hook the blocks."""
         when = self.method.when
         if not isinstance(when, EveryBatch):
             for pruned in self.pruned:
                 pruned.first_cut()
             self._running = Choice(self._owner)  # stays until detached
-            self._undo.append(on_pass(self.model, self._run_static))
             return
         for pruned in self.pruned:
             follower = when.follower(pruned)
@@ -167,7 +103,6 @@ class Handle:
             i = self.blocks.index(pruned.block)
             beside = self.blocks[i - 1] if i and when.probe.parallel else None
             self.runtimes.append(BlockRuntime(pruned, follower, when, self.current, beside))
-        self._undo.append(on_pass(self.model, self._run))
         for runtime in self.runtimes:
             self._undo += [hook.remove for hook in runtime.hooks()]
 
@@ -215,7 +150,8 @@ class Handle:
                 pruned.partition.restore()
             self.pruned, self.runtimes = [], []
             ownership.release(self)
-            self.model.__dict__.pop(_HANDLE, None)
+            if self.model.__dict__.get(HANDLE) is self:
+                del self.model.__dict__[HANDLE]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         refuse_to_copy()
@@ -227,6 +163,11 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    def run_pass(self, started: Pass, forward: Callable[[], Any]) -> Any:
+        """One pass of the decoder, or of the layers with these blocks: `forward` runs it."""
+        run = self._run if isinstance(self.method.when, EveryBatch) else self._run_static
+        return run(started, forward)
 
     def _run_static(self, started: Pass, forward: Callable[[], Any]) -> Any:
         """One pass of the decoder under a static method."""

@@ -1,0 +1,83 @@
+"""The decoder's output for many batches, whether the model is in memory or its layers are offloaded."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from probeprune.model.cost import counting_flops, synced_clock
+from probeprune.model.layers import LayerRunner
+from probeprune.model.offloading import device_of, is_offloaded
+from probeprune.model.passes import find_decoder
+from probeprune.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the decoder makes of one batch.
+
+    Attributes:
+        hidden: its last hidden states (batch, length, hidden).
+        seconds: time of the pass, without the time that weights take to come.
+        flops: matrix-product FLOPs of the pass; counted for the first batch alone, else None.
+    """
+
+    hidden: torch.Tensor
+    seconds: float
+    flops: int | None
+
+
+def decoded(
+    model: nn.Module,
+    batches: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor | None] | None = None,
+    progress: Progress = silent,
+) -> Iterator[Decoded]:
+    """Run batches through the decoder of a model, in order, with the method that is attached, if any.
+
+    A model in memory runs batch by batch. Of a model whose layers are offloaded, each layer comes into memory
+    once, for all batches, and the results come at the end.
+
+    Args:
+        model: a supported causal LM in eval mode.
+        batches: token ids, LongTensor (batch, length) each.
+        masks: attention mask (batch, length) of each batch; None for no padding.
+        progress: called with ("layers", layers done, layers in total) where layers are offloaded.
+    """
+    masks = masks or [None] * len(batches)
+    if is_offloaded(model):
+        yield from _by_layer(model, batches, masks, progress)
+        return
+    decoder, device = find_decoder(model), device_of(model)
+    for i, (batch, mask) in enumerate(zip(batches, masks, strict=True)):
+        ids, padding = batch.to(device), {} if mask is None else {"attention_mask": mask.to(device)}
+        with nullcontext() if i else counting_flops() as count:
+            started = synced_clock(device)
+            hidden = decoder(input_ids=ids, use_cache=False, **padding)[0]
+            seconds = synced_clock(device) - started
+        yield Decoded(hidden, seconds, None if count is None else count.flops)
+
+
+def _by_layer(
+    model: nn.Module,
+    batches: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor | None],
+    progress: Progress,
+) -> Iterator[Decoded]:
+    runner, device = LayerRunner(model, batches, masks), device_of(model)
+    seconds, flops = [0.0] * len(batches), 0
+    for layer in range(len(runner)):
+        progress("layers", layer, len(runner))
+        with runner.visited(layer):
+            for i, hidden in enumerate(runner.hidden):
+                with nullcontext() if i else counting_flops() as count:
+                    started = synced_clock(device)
+                    out = runner.run(layer, i, hidden)
+                    seconds[i] += synced_clock(device) - started
+                runner.hidden[i] = out
+                flops += 0 if count is None else count.flops
+    progress("layers", len(runner), len(runner))
+    for i, hidden in enumerate(runner.hidden):
+        yield Decoded(runner.finish(i, hidden), seconds[i], None if i else flops)

@@ -1,0 +1,112 @@
+"""A method attached to a model whose layers are offloaded: each layer has a handle while it is in memory."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from probeprune.calibration.statistics import Statistics
+from probeprune.errors import UsageError
+from probeprune.methods import Method
+from probeprune.model.blocks import Block, find_layers
+from probeprune.model.forwards import replace_forward
+from probeprune.model.layers import RunPass, on_layers
+from probeprune.plan import Kept
+from probeprune.runtime.handle import HANDLE, Handle
+from probeprune.strategies.pruned_block import Cut
+from probeprune.strategies.schedule import EveryBatch
+
+
+class OffloadedHandle(Handle):
+    """A method attached to a model whose layers are offloaded, for `passes.decoded`: a layer at a time.
+
+    Every layer has a handle of its own while it is in memory. Its state (the history of the probe, the choice
+    of units) follows the batches of one call of `decoded`; the next call begins from calibration again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        ratio: float,
+        blocks: Sequence[Block],
+        cuts: Sequence[Cut],
+        statistics: Statistics,
+    ) -> None:
+        when = method.when
+        if isinstance(when, EveryBatch) and when.probe.parallel:
+            raise UsageError(
+                "a probe that runs in parallel with the previous block needs all layers in memory; set "
+                "parallel to False, or load the model without offloading."
+            )
+        super().__init__(model, method, ratio, [], [], Statistics())
+        self.blocks, self.widths = blocks, [cut.width for cut in cuts]
+        self._cuts, self._statistics = cuts, statistics
+
+    def _hook_model(self) -> None:
+        self.model.__dict__[HANDLE] = self
+        self._undo.append(on_layers(self.model, self._on_layer))
+        self._refuse_calls()
+        self._undo.append(lambda: self._allow_calls())
+
+    def _refuse_calls(self) -> None:
+        """Refuse calls of the model by others: without the layers' handles they would give dense results."""
+        self._allow_calls = replace_forward(find_layers(self.model)[0], _refuse)
+
+    def weights(self) -> list[torch.Tensor]:
+        """None: those of a layer in memory are held by its own handle."""
+        return []
+
+    @property
+    def probed(self) -> tuple[list[Block], list[int]]:
+        """Refused: it is known while a layer is in memory alone."""
+        raise _not_in_memory()
+
+    def kept_units(self) -> list[Kept]:
+        """The units that every block keeps. Raises `UsageError` for a method that chooses at every batch."""
+        if isinstance(self.method.when, EveryBatch):
+            raise _not_in_memory()
+        units = [range(c.width) if c.units is None else sorted(c.units.tolist()) for c in self._cuts]
+        return [Kept(b.name, b.kind, tuple(u), b.units) for b, u in zip(self.blocks, units, strict=True)]
+
+    @contextmanager
+    def _on_layer(self, layer: int) -> Iterator[RunPass]:
+        """What runs the passes of one layer, while that is in memory."""
+        self._allow_calls()
+        try:
+            with self._layer_handle(layer) as handle:
+                yield handle.run_pass
+        finally:
+            self._refuse_calls()
+
+    def _layer_handle(self, layer: int) -> "_LayerHandle":
+        here = [i for i, b in enumerate(self.blocks) if b.layer == layer]
+        with torch.inference_mode(False), torch.no_grad():
+            return _LayerHandle(
+                self.model,
+                self.method,
+                self.ratio,
+                [self.blocks[i] for i in here],
+                [self._cuts[i] for i in here],
+                self._statistics,
+            )
+
+
+class _LayerHandle(Handle):
+    """A method attached to the blocks of one layer."""
+
+    def _hook_model(self) -> None:
+        """Its passes come from `OffloadedHandle`."""
+
+
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    raise _not_in_memory()
+
+
+def _not_in_memory() -> UsageError:
+    return UsageError(
+        "layers of this model are offloaded, so the attached method runs in perplexity and in task scores "
+        "alone, a layer at a time; to call the model, load it without offloading, or prune it."
+    )
