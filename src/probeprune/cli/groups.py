@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 import typer
 
 from probeprune.cli.terminal import err
-from probeprune.cli.values import one_of
+from probeprune.cli.values import one_of, size
 from probeprune.data.windows import CALIBRATION, Text
 from probeprune.engines.wishes import Engine, get_engine
 from probeprune.errors import UsageError
@@ -71,6 +71,13 @@ class LoadOptions:
         ),
     ] = "auto"
     device: Device = "auto"
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory to take, such as 6GiB; a larger model is worked on a layer at a time, from disk.",
+            show_default="most of what is free",
+        ),
+    ] = None
     trust_remote_code: TrustRemoteCode = False
 
     def open(self, model: str) -> LoadedModel:
@@ -79,7 +86,11 @@ class LoadOptions:
 
         with err.status("loading the model"):
             return load_model(
-                model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
+                model,
+                dtype=self.dtype,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+                memory=None if self.memory is None else size("memory", self.memory),
             )
 
     def dtype_to_save(self, loaded: LoadedModel) -> torch.dtype:

@@ -1,9 +1,10 @@
 """Reads the values of options: lists separated by commas, numbers, names. All errors name the option."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
-from probeprune.errors import UsageError, unknown
+from probeprune.errors import UsageError, quoted, unknown
 from probeprune.ranges import RANGES, plain
 
 
@@ -25,6 +26,18 @@ def numbers(text: str, option: str, name: str) -> list[Any]:
     found = [plain(name, _number(entry, allowed.whole), f"--{option}") for entry in names(text, option)]
     _check_different(found, text, option)
     return found
+
+
+_BASES = (("B", 1000), ("iB", 1024))
+_UNITS = {f"{prefix}{unit}": base**power for power, prefix in enumerate("KMGT", 1) for unit, base in _BASES}
+
+
+def size(option: str, text: str) -> int:
+    """The bytes that a text such as `6GiB` or `800 MB` means. Raises `UsageError` for any other."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?B)", text.strip())
+    if found is None or not (number := float(found[1])):
+        raise UsageError(f"--{option} {quoted(text)} is no size; write a number and a unit, such as 6GiB.")
+    return int(number * _UNITS[found[2]])
 
 
 def one_of(what: str, given: str, known: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ from probeprune.model.described import Layout, empty_like
 from probeprune.model.described import export as export_model
 from probeprune.model.loading import LoadedModel
 from probeprune.model.machine import cache_dir, check_cache
+from probeprune.model.offloading import cast
 from probeprune.places import check_file, check_free, claimed, resolved
 from probeprune.plan import needs
 from probeprune.preparation import DAMAGE_WINDOWS
@@ -186,7 +187,7 @@ def _check_rows(type: FileType, model: Any, method: Method) -> None:
 
 def _write(loaded: LoadedModel, output: Output, card: str, record: dict[str, Any]) -> None:
     if output.dtype is not None:
-        loaded.model.to(output.dtype)
+        cast(loaded.model, output.dtype)
     save(
         loaded.model,
         output.folder,

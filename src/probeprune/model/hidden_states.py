@@ -14,12 +14,10 @@ from probeprune.errors import UsageError
 
 @dataclass(frozen=True)
 class Room:
-    """Where hidden states go."""
+    """Where hidden states go: those that find none in memory into files in the folder for temporary files."""
 
     memory: int
     """Bytes that one set of them may take in memory."""
-    folder: Path | None = None
-    """Where the others go, a file each; None for the system's folder for temporary files."""
 
 
 class HiddenStates:
@@ -54,7 +52,7 @@ class HiddenStates:
             self._kept[batch] = states
             return
         if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="probeprune-states-", dir=self._room.folder)
+            self._folder = TemporaryDirectory(prefix="probeprune-states-")
             self._check_disk(size * (len(self) - batch))
         self._kept[batch] = _Stored.write(Path(self._folder.name) / f"{batch}.bin", states)
 

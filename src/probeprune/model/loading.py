@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ from probeprune.model.machine import choose_device, choose_dtype
 from probeprune.model.making_records import read_pruning, read_training
 from probeprune.model.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
 from probeprune.model.nemotron_nas import from_nemotron
+from probeprune.model.offloading import set_scratch
+from probeprune.model.placing import place
 from probeprune.model.pruned_configs import read_config
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -77,8 +80,12 @@ def load_model(
     device: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    memory: int | None = None,
 ) -> LoadedModel:
     """Open a causal language model and its tokenizer.
+
+    A model that does not fit into memory is opened with its decoder layers on disk: everything that works a
+    layer at a time (`prepare`, `prune`, `save`, perplexity and scores, under a method too) works as usual.
 
     Args:
         name: `smollm2-135m` (embedded), a local directory, a `.gguf` file, or a hub id, tried in this order.
@@ -87,20 +94,35 @@ def load_model(
         device: `auto` (CUDA if available, otherwise CPU) or a name for `torch.device`.
         attn_implementation: as in transformers; None for its default (sdpa if the family supports it).
         trust_remote_code: run code that comes with the model. Only for sources you trust.
+        memory: bytes that this process may take, or its part of an accelerator; None for most that is free.
 
     Raises:
         UsageError: no such model, a file in it that is damaged or leads out of its folder, no safetensors
             weights, quantised weights, tensors that are not those of the config, a model that is no causal
-            language model, an unknown dtype, or a device that this machine does not have.
+            language model, an unknown dtype, a device that this machine does not have, or less memory than
+            a layer at a time takes.
     """
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)
     folder, shape, options = _open(name, trust_remote_code)
+    placing = place(name, shape.model, chosen, target, memory)
     with quiet_libraries(bars=False), refusing(f"model '{name}' could not be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=chosen, attn_implementation=attn_implementation, **options
-        )
-    model.requires_grad_(False).eval().to(target)
+        if placing.places is None:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=chosen, attn_implementation=attn_implementation, **options
+            ).to(target)
+        else:
+            scratch = TemporaryDirectory(prefix="probeprune-layers-")
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=chosen,
+                attn_implementation=attn_implementation,
+                device_map=placing.places,
+                offload_folder=scratch.name,
+                **options,
+            )
+            set_scratch(model, scratch, placing.room)
+    model.requires_grad_(False).eval()
     stored = getattr(options["config"], "dtype", None)
     return replace(
         shape,

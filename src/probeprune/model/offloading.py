@@ -54,7 +54,7 @@ def device_of(model: nn.Module) -> torch.device:
 def room_of(model: nn.Module) -> Room:
     """Where hidden states go that many batches have between two layers.
 
-    In memory, but for an offloaded model: there as much as `set_room` gave it, or a quarter of what is free.
+    In memory, but for an offloaded model: there as much as `set_scratch` said, or a quarter of what is free.
     """
     room = model.__dict__.get(_ROOM)
     if isinstance(room, Room):
@@ -62,21 +62,20 @@ def room_of(model: nn.Module) -> Room:
     return Room(psutil.virtual_memory().available // 4 if is_offloaded(model) else sys.maxsize)
 
 
-def set_room(model: nn.Module, room: Room) -> None:
-    """Say where the hidden states of an offloaded model go."""
-    model.__dict__[_ROOM] = room
+def set_scratch(model: nn.Module, folder: "TemporaryDirectory[str]", room: Room | None) -> None:
+    """Say where the changed layers of an offloaded model go, and its hidden states."""
+    model.__dict__[_CHANGES], model.__dict__[_ROOM] = folder, room
 
 
 def changes_of(model: nn.Module) -> Path | None:
     """The folder of the layers of an offloaded model that work has changed; it lives as long as the model.
 
-    Beside its hidden states, where `set_room` gave those a folder. None for a model in memory.
+    None for a model in memory.
     """
     if not is_offloaded(model):
         return None
     if not isinstance(model.__dict__.get(_CHANGES), TemporaryDirectory):
-        folder = room_of(model).folder
-        model.__dict__[_CHANGES] = TemporaryDirectory(prefix="probeprune-layers-", dir=folder)
+        model.__dict__[_CHANGES] = TemporaryDirectory(prefix="probeprune-layers-")
     return Path(model.__dict__[_CHANGES].name)
 
 
@@ -174,6 +173,36 @@ def origin(model: nn.Module, name: str) -> tuple[object, ...]:
         return value.data_ptr(), value._version
     state = Path(entry["safetensors_file"]).stat()
     return entry["safetensors_file"], entry.get("weight_name"), state.st_ino, state.st_size, state.st_mtime_ns
+
+
+class _Cast(Mapping[str, torch.Tensor]):
+    """Weights in another dtype."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        self._weights, self._dtype = weights, dtype
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._weights[key].to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of a model, those that are offloaded too."""
+    if not is_offloaded(model):
+        model.to(dtype)
+        return
+    for module in model.modules():
+        hook = fetching_hook(module)
+        if hook is not None:
+            hook.weights_map = _Cast(hook.weights_map, dtype)
+        for own in module._parameters.values():
+            if own is not None:
+                own.data = own.data.to(dtype)
 
 
 def _without_numbers(module: nn.Module) -> dict[str, nn.Parameter | None]:
