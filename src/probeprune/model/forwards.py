@@ -38,16 +38,6 @@ def replace_method(module: nn.Module, name: str, method: Callable[..., Any]) -> 
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace `module.forward` inside the context; see `replace_forward`."""
-    undo = replace_forward(module, forward)
-    try:
-        yield
-    finally:
-        undo()
-
-
-@contextmanager
 def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Remove hooks when the context ends.
 

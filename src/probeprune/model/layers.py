@@ -5,7 +5,7 @@ Knows nothing of the work done between two layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from probeprune.algebra.moments import Tokens
 from probeprune.model.blocks import Block, find_layers, uncalled_consumer
 from probeprune.model.families import find_family
-from probeprune.model.forwards import replaced_forward, temporary_hooks
+from probeprune.model.forwards import temporary_hooks
 from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.offloading import device_of, in_memory, room_of
 from probeprune.model.passes import Pass, find_decoder
@@ -98,11 +98,15 @@ class LayerRunner:
     def _decode(self, batch: int, forwards: Sequence[Callable[..., Any]]) -> torch.Tensor:
         """The decoder's output with these forwards in place of its layers'."""
         ids, mask = self.batches[batch].to(self._device), self._masks[batch]
-        with ExitStack() as stack:
-            for layer, forward in zip(self._layers, forwards, strict=True):
-                stack.enter_context(replaced_forward(layer, forward))
-            padding = {} if mask is None else {"attention_mask": mask.to(self._device)}
+        padding = {} if mask is None else {"attention_mask": mask.to(self._device)}
+        own = dict(self._layers._modules)
+        try:
+            # Not their forwards: hooks that others have put on the layers would see passes that are none.
+            for key, forward in zip(own, forwards, strict=True):
+                self._layers._modules[key] = _StandIn(own[key], forward)
             out: torch.Tensor = self._decoder(input_ids=ids, use_cache=False, **padding)[0]
+        finally:
+            self._layers._modules.update(own)
         return out
 
     def tokens(self, batch: int) -> Tokens:
@@ -138,6 +142,17 @@ class LayerRunner:
     def finish(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the decoder makes of the last layer's output, behind its norm: (batch, length, hidden)."""
         return self._decode(batch, [lambda *args, **kwargs: hidden] * len(self._layers))
+
+
+class _StandIn(nn.Module):
+    """In the place of a layer: has its attributes, and another forward."""
+
+    def __init__(self, layer: nn.Module | None, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__.update(layer=layer, forward=forward)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
 
 
 def _straight(started: Pass, forward: Callable[[], Any]) -> Any:
