@@ -10,7 +10,7 @@ from probeprune import UsageError, attach, prepare
 from probeprune.algebra.moments import Moments
 from probeprune.calibration import collecting
 from probeprune.calibration.collecting import calibrate, merge
-from probeprune.provenance import model_fingerprint
+from probeprune.model.identity import model_fingerprint
 
 WINDOWS = token_ids(10, 12)
 

@@ -27,11 +27,11 @@ from probeprune.errors import UsageError
 from probeprune.files import cached_tensors
 from probeprune.methods import Method
 from probeprune.model.blocks import find_blocks
+from probeprune.model.identity import content_key
 from probeprune.model.passes import token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.places import check_writable
 from probeprune.progress import Progress, silent
-from probeprune.provenance import content_key
 from probeprune.ranges import plain
 from probeprune.strategies import Part
 from probeprune.strategies.compensation import Consumer, Refit

@@ -17,10 +17,10 @@ from probeprune.data.windows import BATCH_SIZE, WindowSource
 from probeprune.errors import UsageError
 from probeprune.files import load_tensors, save_tensors
 from probeprune.methods import TABLES, Method, check_untrained, get_method
+from probeprune.model.identity import model_fingerprint
 from probeprune.model.wrappers import unwrapped
 from probeprune.preparation import Piece, Preparation, gather
 from probeprune.progress import Progress, silent
-from probeprune.provenance import model_fingerprint
 from probeprune.ranges import plain
 from probeprune.strategies import Part
 from probeprune.strategies.refit_every_batch import RefitEveryBatch

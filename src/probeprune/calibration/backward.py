@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from probeprune.evaluation.likelihood import HEAD_TOKENS, next_token_logits
+from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
 from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.layers import LayerRunner
 from probeprune.model.offloading import room_of

@@ -15,11 +15,11 @@ from probeprune.algebra.moments import OWN_POSITIONS, Moments
 from probeprune.calibration import stored
 from probeprune.data.windows import batches
 from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.identity import content_key
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent
-from probeprune.provenance import content_key
 
 _FORMAT = 3
 _SAVE_EVERY = 30.0

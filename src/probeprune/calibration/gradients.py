@@ -16,9 +16,9 @@ from probeprune.calibration.backward import Loss, backward_by_layer
 from probeprune.errors import UsageError, unknown
 from probeprune.files import cached_tensors
 from probeprune.model.blocks import Member, find_blocks
+from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.progress import Progress, silent
-from probeprune.provenance import content_key
 from probeprune.strategies.criteria import CRITERIA, Criterion, Gradients, Settled
 
 _FORMAT = 1

@@ -17,9 +17,9 @@ from probeprune.calibration.backward import backward_by_layer
 from probeprune.files import cached_tensors
 from probeprune.model.blocks import Block, find_blocks, uncalled_consumer
 from probeprune.model.forwards import temporary_hooks
+from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.progress import Progress, silent
-from probeprune.provenance import content_key
 
 _FORMAT = 1
 FLOOR = 0.1

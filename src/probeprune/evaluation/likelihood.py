@@ -9,23 +9,20 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from probeprune.data.windows import pad_batch
 from probeprune.errors import UsageError, unknown
-from probeprune.model.decoding import decoded
+from probeprune.model.decoding import HEAD_TOKENS, decoded, next_token_logits
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
 
 Order = Literal["length", "given"]
 Batch = list[int]
 """The indices of the requests that run in one forward pass."""
-
-HEAD_TOKENS = 2048
-"""Number of tokens whose logits are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -158,15 +155,3 @@ def _score_batch(
         hits.append(logits.argmax(-1) == target)
     per_row = zip(torch.cat(likelihoods).split(counts), torch.cat(hits).split(counts), strict=True)
     return iter([(float(row.sum()), bool(hit.all())) for row, hit in per_row])
-
-
-def next_token_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (..., vocabulary) in float32 from a decoder's last hidden states (..., hidden).
-
-    Applies the model's output head and, for Gemma, its soft cap on logits.
-    """
-    config: Any = model.config
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    logits: torch.Tensor = head(hidden).float()
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap

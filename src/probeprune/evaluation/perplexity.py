@@ -15,8 +15,7 @@ from torch import nn
 
 from probeprune.data.windows import batches
 from probeprune.errors import UsageError, unknown
-from probeprune.evaluation.likelihood import HEAD_TOKENS, next_token_logits
-from probeprune.model.decoding import decoded
+from probeprune.model.decoding import HEAD_TOKENS, decoded, next_token_logits
 from probeprune.model.passes import token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from probeprune.model.layers import LayerRunner
 from probeprune.model.offloading import device_of, is_offloaded
 from probeprune.model.passes import find_decoder
 from probeprune.progress import Progress, silent
+
+HEAD_TOKENS = 2048
+"""Number of tokens whose logits are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,15 @@ def _by_layer(
     progress("layers", len(runner), len(runner))
     for i, hidden in enumerate(runner.hidden):
         yield Decoded(runner.finish(i, hidden), seconds[i], None if i else flops)
+
+
+def next_token_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (..., vocabulary) in float32 from a decoder's last hidden states (..., hidden).
+
+    Applies the model's output head and, for Gemma, its soft cap on logits.
+    """
+    config: Any = model.config
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    logits: torch.Tensor = head(hidden).float()
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -24,10 +24,10 @@ from probeprune.files import stored_json, write_json
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import PeakMemory
+from probeprune.model.identity import model_fingerprint
 from probeprune.model.passes import token_windows
 from probeprune.places import clear
 from probeprune.progress import Progress, silent
-from probeprune.provenance import model_fingerprint
 from probeprune.training import processes
 from probeprune.training.checkpoints import last_checkpoint, step_of
 from probeprune.training.settings import Lora, Training

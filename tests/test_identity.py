@@ -6,20 +6,20 @@ import pytest
 import torch
 from tiny import FAMILIES
 
-from probeprune import provenance
-from probeprune.provenance import model_fingerprint
+from probeprune.model import identity
+from probeprune.model.identity import model_fingerprint
 
 
 @pytest.fixture
 def hashed(monkeypatch):
     """The models whose weights were all hashed, in order."""
-    calls, real = [], provenance._hash
+    calls, real = [], identity._hash
 
     def counted(model):
         calls.append(id(model))
         return real(model)
 
-    monkeypatch.setattr(provenance, "_hash", counted)
+    monkeypatch.setattr(identity, "_hash", counted)
     return calls
 
 
@@ -57,10 +57,10 @@ def test_a_change_is_seen_and_weights_are_hashed_once(change, hashed):
 def test_equal_models_have_equal_fingerprints_and_leave_nothing_behind(hashed):
     one, two = FAMILIES["llama-gqa"](), FAMILIES["llama-gqa"]()
     assert model_fingerprint(one) == model_fingerprint(two) and len(hashed) == 2
-    remembered = len(provenance._FINGERPRINTS)
+    remembered = len(identity._FINGERPRINTS)
     del one
     gc.collect()
-    assert len(provenance._FINGERPRINTS) < remembered
+    assert len(identity._FINGERPRINTS) < remembered
 
 
 def test_weights_made_in_inference_mode_are_hashed_too(hashed):
