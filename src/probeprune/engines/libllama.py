@@ -127,6 +127,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # the result and the arguments
     "llama_model_load_from_file": (c_void_p, [c_char_p, ModelParams]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
+    "llama_attach_threadpool": (None, [c_void_p, c_void_p, c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
@@ -137,9 +138,16 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # the result and the arguments
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, c_void_p, c_int32, c_bool, c_bool]),
 }
 
+_GGML: dict[str, tuple[Any, list[Any]]] = {  # in libraries beside it
+    "ggml_backend_load_all_from_path": (None, [c_char_p]),
+    "ggml_backend_reg_by_name": (c_void_p, [c_char_p]),
+    "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
+    "ggml_threadpool_params_init": (None, [c_void_p, c_int]),
+}
+
 
 def library_file(folder: Path, name: str) -> Path | None:
-    """The shared library `llama` or `ggml` in a folder, whatever the platform and the version call it."""
+    """The shared library `llama`, `ggml` or `ggml-base` in a folder, whatever its platform calls it."""
     pattern = re.compile(rf"(lib)?{name}(\.v?\d[\d.]*)?\.(so|dylib|dll)(\.[\d.]+)?")
     found = sorted(file for file in folder.glob(f"*{name}*") if pattern.fullmatch(file.name))
     return found[0] if found else None
@@ -153,16 +161,36 @@ def open_library(file: Path) -> Any:
     """
     try:
         library = ctypes.CDLL(str(file))
-        beside = library_file(file.parent, "ggml")
-        load = (ctypes.CDLL(str(beside)) if beside else library).ggml_backend_load_all_from_path
+        beside = [library_file(file.parent, name) for name in ("ggml", "ggml-base")]
+        libraries = [library, *(ctypes.CDLL(str(other)) for other in beside if other)]
+        for name, (result, arguments) in _GGML.items():
+            # Windows looks for a name in one library alone, other systems in those that it needs too.
+            function = getattr(next((one for one in libraries if hasattr(one, name)), library), name)
+            function.restype, function.argtypes = result, arguments
+            setattr(library, name, function)
     except (OSError, AttributeError) as error:
         raise _other(file, f"cannot be loaded ({' '.join(str(error).split())})") from None
     check(library, file)
-    load.restype, load.argtypes = None, [c_char_p]
     library.llama_log_set(_log_errors, None)
-    load(os.fsencode(file.parent))
+    library.ggml_backend_load_all_from_path(os.fsencode(file.parent))
     library.llama_backend_init()
     return library
+
+
+def thread_pool(library: Any, threads: int) -> int | None:
+    """Threads that wait for work, as llama.cpp's own programs keep them; None where the library has no such.
+
+    Without them the engine starts threads for every token, and decodes several times slower while other
+    processes want the same cores.
+    """
+    cpu = library.ggml_backend_reg_by_name(b"CPU")
+    new = cpu and library.ggml_backend_reg_get_proc_address(cpu, b"ggml_threadpool_new")
+    if not new:
+        return None
+    settings = ctypes.create_string_buffer(4096)  # 528 bytes in this release; we set none of them
+    library.ggml_threadpool_params_init(settings, threads)
+    pool: int | None = ctypes.CFUNCTYPE(c_void_p, c_void_p)(new)(ctypes.addressof(settings))
+    return pool
 
 
 def check(library: Any, file: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from libllama import REFUSED, OtherLibrary, open_library
+from libllama import REFUSED, OtherLibrary, open_library, thread_pool
 
 _ROWS = 512  # positions whose logits are held at once; also the most that the engine computes at once
 _F32, _NEVER = 0, 0  # ggml_type, llama_flash_attn_type
@@ -56,6 +56,9 @@ class Run:
         self._context = library.llama_init_from_model(self._model, settings)
         if not self._context:
             raise EngineError("there is no room to run the file")
+        pool = thread_pool(library, request["threads"])
+        if pool:
+            library.llama_attach_threadpool(self._context, pool, pool)
 
     def clear(self) -> None:
         """Begin a sequence anew."""
