@@ -16,7 +16,7 @@ from test_cli import call
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from probeprune import compose, export_gguf, prune, save
-from probeprune.engines import gguf_tokenizer, gguf_write, llama_cpp
+from probeprune.engines import gguf_tokenizer, gguf_write
 from probeprune.engines.gguf_plan import plan
 from probeprune.errors import Notice, UsageError
 from probeprune.model import gguf_rope
@@ -211,18 +211,6 @@ def test_the_command(smollm2, tmp_path, capsys):
     reader = gguf.GGUFReader(file)
     assert reader.fields["general.architecture"].contents() in ("deci", "llama")
     assert reader.tensors[0].tensor_type == gguf.GGMLQuantizationType.Q8_0
-
-
-def test_without_the_engine(monkeypatch, tmp_path):
-    monkeypatch.delenv(llama_cpp.VARIABLE, raising=False)
-    monkeypatch.setattr("shutil.which", lambda program: "/usr/bin/node")
-    with pytest.raises(UsageError, match=r"npm install .* PROBEPRUNE_NODE_MODULES"):
-        llama_cpp.find_llama_cpp()
-    with pytest.raises(UsageError, match="there is no node-llama-cpp in"):
-        llama_cpp.find_llama_cpp(tmp_path)
-    monkeypatch.setattr("shutil.which", lambda program: None)
-    with pytest.raises(UsageError, match="install Node"):
-        llama_cpp.find_llama_cpp(tmp_path)
 
 
 def test_stored_numbers(tokens, tmp_path):

@@ -1,10 +1,12 @@
-"""llama.cpp itself, installed once from npm and kept beside converted models; its tests skip without it."""
+"""llama.cpp itself, fetched once by npm and kept beside converted models; its tests skip without it."""
 
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from probeprune.engines import gguf_pre_tokenizers
 from probeprune.engines.llama_cpp import VARIABLE, LlamaCpp, find_llama_cpp
-from probeprune.errors import UsageError
 from probeprune.model.machine import cache_dir
 
 PACKAGE = Path(__file__).with_name("package.json")
@@ -22,28 +23,23 @@ PACKAGE = Path(__file__).with_name("package.json")
 @pytest.fixture(scope="session")
 def llama_cpp() -> LlamaCpp:
     """The engine, with keys and values in float32 so that it can be compared."""
-    for program in ("node", "npm"):
-        if shutil.which(program) is None:
-            pytest.skip(f"there is no '{program}' here")
-    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
-    if int(version.lstrip("v").split(".")[0]) < 20:
-        pytest.skip(f"node-llama-cpp needs Node 20, and this is {version.strip()}")
-    try:
-        return find_llama_cpp(os.environ.get(VARIABLE) or installed(), exact=True, context=256)
-    except UsageError as error:
-        pytest.skip(str(error))
+    return find_llama_cpp(os.environ.get(VARIABLE) or installed(), exact=True, context=256)
 
 
 def installed() -> Path:
-    """The folder node_modules of the pinned packages; skips where npm cannot bring them."""
-    folder = cache_dir() / "node-llama-cpp-3.21.1"
+    """The folder node_modules of the pinned package; skips where npm cannot bring it."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip(f"package.json names llama.cpp for Linux on x86-64; set {VARIABLE}")
+    if shutil.which("npm") is None:
+        pytest.skip("there is no 'npm' here to fetch llama.cpp")
+    folder = cache_dir() / "llama-cpp-linux-x64-3.21.1"
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "done"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process of several installs
         if not done.exists():
             shutil.copy(PACKAGE, folder)
-            command = ["npm", "install", "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund"]
+            command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"]
             ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             if ended.returncode:
                 pytest.skip(f"npm could not install llama.cpp: {ended.stderr.strip()[-300:]}")

@@ -153,7 +153,7 @@ class TestSmolLM2:
 
     @pytest.mark.parametrize("type", ["bf16", "q5_0", "q4_1"])
     def test_other_types_open(self, type, narrowed, llama_cpp, smollm2, tmp_path):
-        """They are stored by the same code as those below; the engine is slow to give whole probabilities."""
+        """They are stored by the same code as those below, whose numbers are compared."""
         file = tmp_path / "model.gguf"
         export_gguf(narrowed, file, tokenizer=smollm2.tokenizer, type=type)
         ids = smollm2.tokenizer("The capital of France is").input_ids

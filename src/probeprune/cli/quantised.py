@@ -28,10 +28,11 @@ class EngineOptions:
     """How files are measured in llama.cpp."""
 
     panel: ClassVar[str] = "llama.cpp"
-    node_modules: Annotated[
+    llama_cpp: Annotated[
         Path | None,
         typer.Option(
-            help="Folder node_modules that holds node-llama-cpp.", show_default="$PROBEPRUNE_NODE_MODULES"
+            help="Folder that holds llama.cpp's library, or a node_modules that npm put it into.",
+            show_default="$PROBEPRUNE_LLAMA_CPP",
         ),
     ] = None
     threads: Annotated[int, typer.Option(help="Threads of llama.cpp."), RANGES["threads"]] = 2
@@ -81,7 +82,7 @@ def quantised(
     from probeprune.places import check_place, claimed
 
     check_place(folder)
-    llama_cpp = find_llama_cpp(engine.node_modules, threads=engine.threads)
+    llama_cpp = find_llama_cpp(engine.llama_cpp, threads=engine.threads)
     with notices(), claimed(folder), progress_bar() as show:
         loaded = load_model(model, dtype="float32", device="cpu")
         grid = Grid(chosen, shares, cast("list[FileType]", kinds), calibration.text())

@@ -1,17 +1,19 @@
-"""Run a GGUF file in llama.cpp itself, through Node and the npm package node-llama-cpp.
+"""Run a GGUF file in llama.cpp itself, by the library that an npm package brings.
 
-The package brings llama.cpp built for Linux, macOS and Windows:
+The package is node-llama-cpp's of one platform; npm fetches it, and nothing of it but the library is used:
 
-    npm install --ignore-scripts node-llama-cpp@3.21.1
+    npm install --ignore-scripts @node-llama-cpp/linux-x64@3.21.1
 
-and `PROBEPRUNE_NODE_MODULES` says where that was, unless the caller does. Files are taken as they are.
+`PROBEPRUNE_LLAMA_CPP` says where that was, unless the caller does. Another build of the same release serves
+too. Files are taken as they are.
 """
 
-import base64
+import io
 import json
 import os
-import shutil
+import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +22,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from probeprune.engines.libllama import REFUSED, VERSION, library_file
 from probeprune.errors import UsageError
 
-VARIABLE = "PROBEPRUNE_NODE_MODULES"
-"""The environment variable with the folder `node_modules` in which node-llama-cpp is installed."""
+VARIABLE = "PROBEPRUNE_LLAMA_CPP"
+"""The environment variable with the folder that holds llama.cpp's library, or a `node_modules`."""
 
-_SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
-_INSTALL = "npm install --ignore-scripts node-llama-cpp@3.21.1"
+_SCRIPT = Path(__file__).with_name("llama_child.py")
+_BUILDS = {  # by sys.platform and platform.machine(): those that need no accelerator
+    ("linux", "x86_64"): "linux-x64",
+    ("linux", "aarch64"): "linux-arm64",
+    ("darwin", "x86_64"): "mac-x64",
+    ("darwin", "arm64"): "mac-arm64-metal",
+    ("win32", "AMD64"): "win-x64",
+    ("win32", "ARM64"): "win-arm64",
+}
 
 
 @dataclass(frozen=True)
@@ -36,38 +46,46 @@ class Scores:
     next: torch.Tensor
     """Log-probability of each id but the first, after those in front of it, float32 (ids - 1)."""
     all: torch.Tensor | None = None
-    """Log-probabilities after each id, float32 (ids, vocabulary), where they were asked for; of probabilities
-    that are 0 in float32, minus infinity."""
+    """Log-probabilities after each id, float32 (ids, vocabulary), where they were asked for."""
 
 
 @dataclass(frozen=True)
 class LlamaCpp:
     """llama.cpp on the CPU.
 
-    Every call starts a process of its own and opens the file, which it maps into memory.
+    Every call starts a process of its own and opens the file, which it maps into memory. A call raises
+    `UsageError`, with the engine's own words, where the engine cannot run the file.
     """
 
-    node_modules: Path
+    library: Path
+    """Its shared library, with those that it needs beside it."""
     threads: int = 1
     exact: bool = False
-    """Keep keys and values in float32, as other engines do; the engine's own way is float16."""
+    """Keep keys and values in float32 and leave out flash attention, as other engines do; llama.cpp's default
+    is float16, and flash attention where it finds that of use."""
     context: int = 512
     """The most tokens of a sequence."""
 
     def tokens(self, file: Path, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of texts; special tokens in them are recognised, and none are added."""
         (found,) = self._run(file, [{"kind": "tokens", "texts": list(texts)}])
-        return [list(map(int, ids)) for ids in found]
+        return [found[str(index)].tolist() for index in range(len(texts))]
 
     def scores(self, file: Path, ids: Sequence[Sequence[int]], whole: bool = False) -> list[Scores]:
         """What the file says of sequences of token ids; `whole` adds the whole vocabulary."""
-        tasks = [{"kind": "scores", "ids": list(map(int, i)), "all": whole} for i in ids]
-        return [_scores(answer, len(i)) for answer, i in zip(self._run(file, tasks), ids, strict=True)]
+        self._check_length(max(map(len, ids), default=0))
+        tasks = [{"kind": "scores", "ids": list(map(int, i)), "whole": whole} for i in ids]
+        return [
+            Scores(torch.from_numpy(a["next"]), torch.from_numpy(a["all"]) if whole else None)
+            for a in self._run(file, tasks)
+        ]
 
     def greedy(self, file: Path, ids: Sequence[int], count: int) -> list[int]:
-        """The likeliest continuation, of `count` tokens or up to the end of the text."""
+        """The likeliest continuation, of `count` tokens or up to and with one that ends the text."""
+        self._check_length(len(ids) + count)
         (found,) = self._run(file, [{"kind": "greedy", "ids": list(map(int, ids)), "count": count}])
-        return list(map(int, found))
+        made: list[int] = found["ids"].tolist()
+        return made
 
     def perplexity(self, file: Path, windows: Sequence[Sequence[int]]) -> float:
         """Perplexity over windows of token ids, every id but the first of each counted."""
@@ -77,58 +95,92 @@ class LlamaCpp:
     def speed(
         self, file: Path, prompt: Sequence[int], count: int, repeats: int = 1
     ) -> list[tuple[float, float]]:
-        """Seconds for the prompt but its last token, and for `count` tokens after it, of each repeat."""
+        """Seconds for the prompt but its last token, and for `count` tokens after it, of each repeat.
+
+        The engine's alone: opening the file and choosing tokens are not in them. As llama-bench does, it runs
+        the prompt and one token before the first repeat, so that no repeat waits for pages of the file.
+        """
+        self._check_length(len(prompt) + count)
         task = {"kind": "speed", "prompt": list(map(int, prompt)), "count": count, "repeats": repeats}
         (found,) = self._run(file, [task])
-        return [(float(run["prompt_seconds"]), float(run["decode_seconds"])) for run in found]
+        return [(float(prompt), float(decode)) for prompt, decode in found["seconds"]]
 
-    def _run(self, file: Path, tasks: list[dict[str, Any]]) -> list[Any]:
-        """The answers to the tasks. Raises `UsageError` with the engine's own words where it fails."""
+    def check(self) -> None:
+        """Raise `UsageError` where the library cannot be loaded or is of another release."""
+        self._answers(None, [])
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.context:
+            raise UsageError(f"{tokens} tokens are more than the context of {self.context}; give it more.")
+
+    def _run(self, file: Path, tasks: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
+        """The answers to the tasks, arrays by name."""
+        answers: list[dict[str, np.ndarray]] = [{} for _ in tasks]
+        for key, array in self._answers(file, tasks).items():
+            index, name = key.split(".")
+            answers[int(index)][name] = array
+        return answers
+
+    def _answers(self, file: Path | None, tasks: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         request = {
-            "model": str(Path(file).resolve()),
+            "library": str(self.library),
+            "model": file and str(Path(file).resolve()),
             "threads": self.threads,
             "context": self.context,
             "exact": self.exact,
             "tasks": tasks,
         }
         done = subprocess.run(
-            ["node", str(_SCRIPT), str(self.node_modules)],
-            input=json.dumps(request),
+            [sys.executable, str(_SCRIPT)],
+            input=json.dumps(request).encode(),
             capture_output=True,
-            text=True,
             check=False,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # else it calls a debugger before it aborts
         )
-        if done.returncode:
-            said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            reason = next(
-                (line for line in said if "error" in line.lower()), said[-1] if said else "no reason"
-            )
-            raise UsageError(f"llama.cpp could not run {file}: {reason[:300].rstrip('.')}.")
-        answers: list[Any] = json.loads(done.stdout)
-        return answers
+        if done.returncode == 0:
+            with np.load(io.BytesIO(done.stdout), allow_pickle=False) as arrays:
+                return dict(arrays)
+        said = [line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+        if done.returncode == REFUSED:
+            raise UsageError(said[-1])
+        if not said:
+            said = [f"its process ended with code {done.returncode}"]
+        # The engine names the cause first and then what failed by it; a traceback has it at the end.
+        reason = said[-1] if said[0].startswith("Traceback") else said[0]
+        raise UsageError(f"llama.cpp could not run {file or self.library}: {reason[:300].rstrip('.')}.")
 
 
-def find_llama_cpp(node_modules: str | Path | None = None, **settings: Any) -> LlamaCpp:
-    """llama.cpp in that folder `node_modules`, or in the one that `PROBEPRUNE_NODE_MODULES` names.
+def find_llama_cpp(folder: str | Path | None = None, **settings: Any) -> LlamaCpp:
+    """llama.cpp in that folder, or in the one that `PROBEPRUNE_LLAMA_CPP` names.
 
-    Raises `UsageError` where there is none, or no Node to run it.
+    Args:
+        folder: what holds the library itself, or a `node_modules` with the package of this platform.
+        settings: fields of `LlamaCpp`.
+
+    Raises:
+        UsageError: there is none, or it is of another release.
     """
-    if shutil.which("node") is None:
-        raise UsageError("llama.cpp is run by Node, and there is no 'node' here; install Node 20 or newer.")
-    given = node_modules or os.environ.get(VARIABLE)
+    given = folder or os.environ.get(VARIABLE)
     if not given:
-        raise UsageError(
-            f"llama.cpp was not found; run `{_INSTALL}` in a folder and set {VARIABLE} to its node_modules."
-        )
-    folder = Path(given).expanduser()
-    if not (folder / "node-llama-cpp" / "package.json").is_file():
-        raise UsageError(f"there is no node-llama-cpp in {folder}; run `{_INSTALL}` in the folder above it.")
-    return LlamaCpp(folder.resolve(), **settings)
+        raise UsageError(f"llama.cpp was not found; {_how_to_get_it()}.")
+    there = Path(given).expanduser().resolve()
+    build = _build()
+    places = [there, *([there / "@node-llama-cpp" / build / "bins" / build] if build else [])]
+    library = next((file for place in places if (file := library_file(place, "llama"))), None)
+    if library is None:
+        raise UsageError(f"there is no library of llama.cpp in {given}; {_how_to_get_it()}.")
+    engine = LlamaCpp(library, **settings)
+    engine.check()
+    return engine
 
 
-def _scores(answer: dict[str, Any], length: int) -> Scores:
-    whole = None
-    if "all" in answer:
-        values = np.frombuffer(base64.b64decode(answer["all"]), dtype=np.float32)
-        whole = torch.from_numpy(values.copy()).view(length, -1)
-    return Scores(torch.tensor(answer["next"], dtype=torch.float32), whole)
+def _build() -> str | None:
+    return _BUILDS.get((sys.platform, platform.machine()))
+
+
+def _how_to_get_it() -> str:
+    build = _build()
+    if build is None:
+        return f"build llama.cpp {VERSION} with shared libraries and set {VARIABLE} to their folder"
+    command = f"npm install --ignore-scripts @node-llama-cpp/{build}@3.21.1"
+    return f"run `{command}` in a folder and set {VARIABLE} to its node_modules"

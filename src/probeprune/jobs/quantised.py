@@ -72,8 +72,10 @@ class FileLine(TypedDict):
     decode_seconds: list[float]
     prompt_tokens: int
     decode_tokens: int
+    kept: list[int]
+    """Units that every block keeps."""
     flops: float
-    """FLOPs of the blocks on the prompt, as a share of the dense model's."""
+    """FLOPs of the blocks on the tokens of the timed prompt, as a share of the dense model's."""
 
 
 def make_files(loaded: LoadedModel, grid: Grid, folder: Path, progress: Progress = silent) -> list[FileLine]:
@@ -89,6 +91,7 @@ def make_files(loaded: LoadedModel, grid: Grid, folder: Path, progress: Progress
         UsageError: requests that `prune` or `export_gguf` refuses.
     """
     source = {
+        "record": 2,  # the first held FLOPs on a prompt that need not be the one timed, and no widths
         "model": loaded.name,
         "weights": source_fingerprint(loaded.name),
         "method": grid.method.record(),
@@ -117,9 +120,9 @@ def _name(method: Method, ratio: float, type: FileType) -> str:
 def _pruned(loaded: LoadedModel, grid: Grid, ratio: float, progress: Progress) -> tuple[Any, dict[str, Any]]:
     """A pruned model and what is known of it before it is measured."""
     if not ratio:
-        return loaded.model, {"method": "dense", "ratio": 0.0, "removed": 0.0, "flops": 1.0}
+        whole = [block.units for block in find_blocks(loaded.model)]
+        return loaded.model, {"method": "dense", "ratio": 0.0, "removed": 0.0, "kept": whole}
     fresh = load_model(loaded.name, dtype="float32", device=str(loaded.device))
-    blocks = find_blocks(loaded.model)
     done = prune(
         fresh.model,
         grid.method,
@@ -128,9 +131,8 @@ def _pruned(loaded: LoadedModel, grid: Grid, ratio: float, progress: Progress) -
         cache=cache_dir() / "statistics",
         progress=progress,
     )
-    kept, whole = [len(k.units) for k in done.kept], [k.of for k in done.kept]
-    flops = blocks_flops(blocks, kept, 1, Timing.prompt) / blocks_flops(blocks, whole, 1, Timing.prompt)
-    facts = {"method": grid.method.name, "ratio": ratio, "removed": done.removed_share, "flops": flops}
+    kept = [len(k.units) for k in done.kept]
+    facts = {"method": grid.method.name, "ratio": ratio, "removed": done.removed_share, "kept": kept}
     return fresh.model, facts
 
 
@@ -170,14 +172,17 @@ def measure_files(
         for index, line in enumerate(lines):
             progress("speed in llama.cpp", turn * len(lines) + index, timing.rounds * len(lines))
             seconds[index] += timed.speed(folder / line["file"], prompt, timing.decode)
+    blocks, tokens = find_blocks(loaded.model), timing.prompt - 1  # the last one begins the decoding
+    dense = blocks_flops(blocks, [block.units for block in blocks], 1, tokens)
     return [
         {
             **line,
             "perplexity": figure,
             "prompt_seconds": [p for p, _ in own],
             "decode_seconds": [d for _, d in own],
-            "prompt_tokens": timing.prompt - 1,  # the last one begins the decoding
+            "prompt_tokens": tokens,
             "decode_tokens": timing.decode,
+            "flops": blocks_flops(blocks, line["kept"], 1, tokens) / dense,
         }
         for line, figure, own in zip(lines, figures, seconds, strict=True)
     ]
