@@ -22,11 +22,10 @@ from probeprune.model.gguf_keys import take_along
 from probeprune.model.making_records import PRUNING
 from probeprune.model.nemotron_nas import nemotron_config
 from probeprune.model.offloading import is_offloaded
+from probeprune.model.shards import save_by_layer
 from probeprune.places import check_free, resolved, writing
 
 MODELLING_FILE = "modeling_pruned.py"
-
-_SHARD = "1GB"
 
 _HEADROOM = 64 << 20
 """Bytes that a save may need besides the weights: tokenizer, configs, the file system's own."""
@@ -103,8 +102,10 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
     generation: Any = model.generation_config
     model.generation_config = generation and GenerationConfig()
     try:
-        # Of an offloaded model the shards pass through memory one after the other.
-        model.save_pretrained(folder, **({"max_shard_size": _SHARD} if is_offloaded(model) else {}))
+        if is_offloaded(model):
+            save_by_layer(model, folder)
+        else:
+            model.save_pretrained(folder)
     finally:
         model.generation_config = generation
     if generation is not None:

@@ -101,7 +101,7 @@ def share_offloading(model: nn.Module, other: nn.Module, zeros: Collection[str] 
         }
         weights = ChainMap(new, hook.weights_map) if new else hook.weights_map
         add_hook_to_module(target, AlignDevicesHook(hook.execution_device, offload=True, weights_map=weights))
-    for name in ("hf_device_map", _ROOM, _CHANGES):
+    for name in (_ROOM, _CHANGES):
         if name in model.__dict__:
             other.__dict__[name] = model.__dict__[name]
 
@@ -151,12 +151,17 @@ def _fetch(module: nn.Module) -> None:
     module._parameters.update(fetched)
 
 
+def fetched(model: nn.Module, name: str) -> torch.Tensor:
+    """The numbers of one parameter, given by its path, from wherever they are."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    hook = fetching_hook(module)
+    return module.get_parameter(key).detach() if hook is None else hook.weights_map[key]
+
+
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """All parameters of a model by name, each fetched when its turn comes."""
-    for name, own in model.named_parameters():
-        path, _, key = name.rpartition(".")
-        hook = fetching_hook(model.get_submodule(path))
-        yield name, own.detach() if hook is None else hook.weights_map[key]
+    return ((name, fetched(model, name)) for name, _ in model.named_parameters())
 
 
 def origin(model: nn.Module, name: str) -> tuple[object, ...]:
@@ -222,7 +227,7 @@ def _write(module: nn.Module, name: str, hooks: Mapping[nn.Module, Any], folder:
         if own is not None
     }
     file = folder / f"{name}-{uuid.uuid4().hex[:8]}.safetensors"
-    save_tensors(file, tensors, {})
+    save_tensors(file, tensors, {"format": "pt"})
     index = {
         key: {"safetensors_file": str(file), "weight_name": key, "dtype": str(t.dtype).removeprefix("torch.")}
         for key, t in tensors.items()
