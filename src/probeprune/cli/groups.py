@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 import typer
 
 from probeprune.cli.terminal import err
-from probeprune.cli.values import one_of, size
+from probeprune.cli.values import one_of
 from probeprune.data.windows import CALIBRATION, Text
 from probeprune.engines.wishes import Engine, get_engine
 from probeprune.errors import UsageError
@@ -71,16 +71,9 @@ class LoadOptions:
         ),
     ] = "auto"
     device: Device = "auto"
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory to take, such as 6GiB; a larger model is worked on a layer at a time, from disk.",
-            show_default="most of what is free",
-        ),
-    ] = None
     trust_remote_code: TrustRemoteCode = False
 
-    def open(self, model: str) -> LoadedModel:
+    def open(self, model: str, memory: int | None = None) -> LoadedModel:
         """The model, opened while the terminal shows that it is loading. Raises as `load_model` does."""
         from probeprune.model.loading import load_model
 
@@ -90,7 +83,7 @@ class LoadOptions:
                 dtype=self.dtype,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
-                memory=None if self.memory is None else size("memory", self.memory),
+                memory=memory,
             )
 
     def dtype_to_save(self, loaded: LoadedModel) -> torch.dtype:

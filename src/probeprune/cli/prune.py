@@ -21,7 +21,7 @@ from probeprune.cli.groups import (
 )
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, print_saved, progress_bar, warn
-from probeprune.cli.values import names, one_of
+from probeprune.cli.values import names, one_of, size
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.engines.gguf_types import FileType, storage
 from probeprune.errors import UsageError
@@ -156,6 +156,13 @@ def prune(
     calibration: CalibrationOptions,
     evaluation: EvaluationOptions,
     load: LoadOptions,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory to take, such as 6GiB; a larger model is pruned a layer at a time, from disk.",
+            show_default="most of what is free",
+        ),
+    ] = None,
 ) -> None:
     """Prune a model once and for all, and save a smaller checkpoint.
 
@@ -171,7 +178,8 @@ def prune(
         widths = replace(widths, engine="llama.cpp")
     method = pruning.composed(widths, calibration.seed)
     text, measured_on = calibration.text(), evaluation.text(calibration.length)
-    loaded = load.open(model)
+    with notices():
+        loaded = load.open(model, None if memory is None else size("memory", memory))
     with notices(), progress_bar() as show:
         record = prune_to(
             loaded,

@@ -24,6 +24,7 @@ from probeprune.result_lines import (
     UnitRecord,
 )
 from probeprune.runtime.handle import Handle
+from probeprune.runtime.offloaded import OffloadedHandle
 from probeprune.strategies.probe import probe_flops
 from probeprune.strategies.schedule import EveryBatch
 
@@ -87,7 +88,9 @@ def _on_text(measure: TextMeasure, prepared: Ready, progress: Progress) -> TextL
         sampling=measure.sampling,
         seed=measure.seed,
     )
-    units = None if handle is None else UnitCounter(handle)
+    # Of a model whose layers are offloaded, units that a batch chooses are gone when its layer leaves.
+    hidden = isinstance(handle, OffloadedHandle) and handle.method.when.every_batch
+    units = None if handle is None or hidden else UnitCounter(handle)
 
     def after_batch(what: str, done: int, total: int) -> None:
         if units is not None:

@@ -95,10 +95,10 @@ class Handle:
             self._running = Choice(self._owner)  # stays until detached
             return
         for pruned in self.pruned:
-            follower = when.follower(pruned)
-            if follower is None:
+            if not when.follows(pruned.block):
                 pruned.first_cut()
                 continue
+            follower = when.follower(pruned)
             follower.start()
             i = self.blocks.index(pruned.block)
             beside = self.blocks[i - 1] if i and when.probe.parallel else None

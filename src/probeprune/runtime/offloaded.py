@@ -61,8 +61,12 @@ class OffloadedHandle(Handle):
 
     @property
     def probed(self) -> tuple[list[Block], list[int]]:
-        """Refused: it is known while a layer is in memory alone."""
-        raise _not_in_memory()
+        """Blocks that follow the batch, and the number of units that each keeps."""
+        when, pruned = self.method.when, zip(self.blocks, self.widths, strict=True)
+        if not isinstance(when, EveryBatch):
+            return [], []
+        followed = [(b, k) for b, k in pruned if k < b.units and when.follows(b)]
+        return [b for b, _ in followed], [k for _, k in followed]
 
     def kept_units(self) -> list[Kept]:
         """The units that every block keeps. Raises `UsageError` for a method that chooses at every batch."""

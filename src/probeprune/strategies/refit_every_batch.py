@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from probeprune.algebra.batch_refit import Sample, refit_to_batch
 from probeprune.algebra.moments import Tokens
 from probeprune.errors import UsageError
+from probeprune.model.blocks import Block
 from probeprune.ranges import check_fields
 from probeprune.strategies.probe import Probe, Selection
 from probeprune.strategies.pruned_block import PrunedBlock
@@ -42,8 +43,11 @@ class RefitEveryBatch(EveryBatch):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def follower(self, block: PrunedBlock) -> "BatchRefit | None":
-        return BatchRefit(self, block) if block.block.kind == "mlp" else None
+    def follows(self, block: Block) -> bool:
+        return block.kind == "mlp"
+
+    def follower(self, block: PrunedBlock) -> "BatchRefit":
+        return BatchRefit(self, block)
 
 
 class BatchRefit:

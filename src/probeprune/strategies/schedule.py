@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 
 from probeprune.algebra.moments import Tokens
+from probeprune.model.blocks import Block
 from probeprune.strategies import Part
 from probeprune.strategies.probe import Probe, Selection
 from probeprune.strategies.pruned_block import PrunedBlock
@@ -98,8 +99,12 @@ class EveryBatch(When):
     refresh: ClassVar[int] = 0
     """Number of tokens between two refreshes while decoding; 0 for none."""
 
-    def follower(self, block: PrunedBlock) -> "Follower | None":
-        """New state for one block, before its first cut; None for a block that does not follow the batch."""
+    def follows(self, block: Block) -> bool:
+        """Whether a block that loses units follows the batch; it keeps its first cut otherwise."""
+        return True
+
+    def follower(self, block: PrunedBlock) -> "Follower":
+        """New state for one block that follows the batch, before its first cut."""
         raise NotImplementedError
 
 
