@@ -40,8 +40,10 @@ def rope_fields(config: Any) -> dict[str, Any]:
 
 
 def _scaling(model_type: str, full: Mapping[str, Any]) -> dict[str, Any]:
-    """The field `rope_scaling`, if there is a scaling. transformers 5 prefers it to `rope_parameters`, so it is
-    left out where it could not say the same."""
+    """The field `rope_scaling`, if there is a scaling.
+
+    transformers 5 prefers it to `rope_parameters`, so it is left out where it could not say the same.
+    """
     kind = full.get("rope_type", "default")
     if kind == "default":
         return {}
@@ -62,9 +64,11 @@ def add_rope_fields(folder: Path, config: Any) -> None:
 
 
 def rename_tokenizer(folder: Path) -> None:
-    """Write the older name of a tokenizer's class, if it has none of its own, which transformers 5 knows too."""
+    """Write the older name of a tokenizer's class, if it has none of its own; transformers 5 knows both."""
     file = folder / "tokenizer_config.json"
-    if file.exists() and json.loads(file.read_text("utf-8")).get("tokenizer_class") == "TokenizersBackend":
+    if not file.exists():
+        return
+    if json.loads(file.read_text("utf-8")).get("tokenizer_class") == "TokenizersBackend":
         _change(file, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
