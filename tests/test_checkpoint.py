@@ -2,18 +2,20 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tiny import FAMILIES, SHAPE, opened, token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from probeprune import compose, find_blocks, load_model, prune, save, with_equal_widths
 from probeprune.errors import UsageError
-from probeprune.model import checkpoint
+from probeprune.model import checkpoint, modeling_pruned
 from probeprune.model.described import export
 from probeprune.model.modeling_pruned import pruned_config
 
@@ -167,6 +169,12 @@ def test_a_per_layer_config_is_the_one_of_transformers(family, tmp_path):
     # Without our file nothing opens it with other widths: transformers says what it cannot read.
     with pytest.raises(Exception, match=r"per-layer attribute|not a multiple"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_transformers_that_is_too_old_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(transformers, "PretrainedConfig", object)
+    with pytest.raises(ImportError, match=r"needs transformers 5\.14 or newer, and this is"):
+        runpy.run_path(modeling_pruned.__file__)
 
 
 def test_layers_with_different_heads_open_with_their_tokenizer(tmp_path, number_tokenizer):

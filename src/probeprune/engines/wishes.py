@@ -39,8 +39,9 @@ ENGINES: dict[str, Engine] = {
         ),
         Engine("sglang", "uniform", 128, "It reads one width for all layers; GPTQ groups want 128."),
         Engine("tensorrt-llm", "uniform", 128, "It reads one width for all layers."),
-        Engine("openvino", "uniform", 64, "Its own model code reads one width for all layers."),
-        Engine("onnx", "uniform", 64, "ONNX Runtime GenAI reads one width for all layers."),
+        Engine("openvino", "uniform", 64, "Its exporter takes no transformers with widths per layer."),
+        Engine("onnx", "uniform", 64, "Its exporter takes no transformers with widths per layer."),
+        Engine("mistral.rs", "uniform", 64, "It reads one width for all layers, also from a GGUF file."),
         Engine("mlx", "uniform", 64, "It reads one width for all layers; quantised groups are 64 wide."),
     )
 }

@@ -22,6 +22,7 @@ from probeprune.model.gguf_keys import take_along
 from probeprune.model.making_records import PRUNING
 from probeprune.model.nemotron_nas import nemotron_config
 from probeprune.model.offloading import is_offloaded
+from probeprune.model.older_names import add_rope_fields, rename_tokenizer
 from probeprune.model.shards import save_by_layer
 from probeprune.places import check_free, resolved, writing
 
@@ -70,8 +71,11 @@ def save(
             if layout == "nemotron-nas":
                 (folder / MODELLING_FILE).unlink()
                 nemotron_config(exported.config).save_pretrained(folder)
+            if not (folder / MODELLING_FILE).exists():
+                add_rope_fields(folder, exported.config)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+                rename_tokenizer(folder)
                 take_along(tokenizer, folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")

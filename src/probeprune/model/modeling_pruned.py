@@ -25,6 +25,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
 
+if not hasattr(transformers.PretrainedConfig, "is_heterogeneous"):
+    raise ImportError(
+        "a checkpoint whose layers differ in width needs transformers 5.14 or newer, and this is "
+        f"{transformers.__version__}."
+    )
+
 MODEL_TYPES = {"PerLayer": "", "Pruned": "pruned_"}
 """By prefix of a class's name, the prefix of its `model_type`."""
 
