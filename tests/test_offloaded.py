@@ -7,8 +7,9 @@ import torch
 from tiny import FAMILIES, PARALLEL, opened, token_ids
 from transformers import AutoModelForCausalLM
 
-from probeprune import METHODS, attach, compose, prune, save
+from probeprune import METHODS, attach, compose, export_gguf, prune, save, with_equal_widths
 from probeprune.calibration.collecting import calibrate
+from probeprune.engines import gguf_write
 from probeprune.errors import UsageError
 from probeprune.evaluation.likelihood import Request, make_batches, score
 from probeprune.evaluation.perplexity import perplexity
@@ -139,3 +140,16 @@ def test_what_needs_all_layers_in_memory_is_refused(tmp_path):
             0.3,
             calibration=WINDOWS,
         )
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-bias", "gpt-neox"])
+def test_a_gguf_file_of_it_is_that_of_the_model_in_memory(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_write, "tokenizer_keys", lambda tokenizer, vocabulary: {})
+    model = FAMILIES[family]()
+    other = on_disk(model, tmp_path / "dense")
+    for m, folder in ((model, "here"), (other, "there")):
+        (tmp_path / folder).mkdir()
+        prune(m, with_equal_widths(compose("wanda-sp", blocks=["mlp"])), 0.3, calibration=WINDOWS)
+        export_gguf(m, tmp_path / folder / "model.gguf", tokenizer=object(), type="f32")
+    here, there = ((tmp_path / f / "model.gguf").read_bytes() for f in ("here", "there"))
+    assert here == there

@@ -5,6 +5,7 @@ converted and written one tensor at a time, so an export needs little memory bes
 """
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,7 @@ from probeprune.model.checkpoint import check_space
 from probeprune.model.gguf_keys import Key
 from probeprune.model.gguf_tensors import written
 from probeprune.model.loading import load_model, open_shape
+from probeprune.model.offloading import in_memory
 from probeprune.model.wrappers import unwrapped
 from probeprune.places import check_file, replacing
 from probeprune.progress import Progress, silent
@@ -184,7 +186,10 @@ def _append(file: IO[bytes], numbers: np.ndarray[Any, Any], writer: GGUFWriter) 
 
 def _stored(model: Any, entry: Entry) -> np.ndarray[Any, Any]:
     """The numbers of an entry as the file holds them."""
-    numbers = written(entry.place, model, entry.kind, entry.heads)
+    with ExitStack() as stack:
+        for path in entry.place.part.modules:
+            stack.enter_context(in_memory(model.get_submodule(path)))
+        numbers = written(entry.place, model, entry.kind, entry.heads)
     assert numbers is not None
     values = numbers.cpu().contiguous()
     if entry.type == GGMLQuantizationType.F16 and values.abs().max() > _HALF:
