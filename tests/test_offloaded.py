@@ -1,9 +1,11 @@
 """Models whose layers are on disk: the same results, one layer in memory at a time."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny import FAMILIES, PARALLEL, opened, token_ids
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +16,7 @@ from probeprune.errors import UsageError
 from probeprune.evaluation.likelihood import Request, make_batches, score
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.families import find_family
+from probeprune.model.hidden_states import HiddenStates, Room
 from probeprune.model.identity import model_fingerprint
 from probeprune.model.offloading import in_memory, is_offloaded, named_weights
 from probeprune.plan import needs
@@ -153,3 +156,44 @@ def test_a_gguf_file_of_it_is_that_of_the_model_in_memory(family, tmp_path, monk
         export_gguf(m, tmp_path / folder / "model.gguf", tokenizer=object(), type="f32")
     here, there = ((tmp_path / f / "model.gguf").read_bytes() for f in ("here", "there"))
     assert here == there
+
+
+def test_a_model_that_accelerate_offloads_to_memory(tmp_path):
+    model, other = FAMILIES["llama-gqa"](), FAMILIES["llama-gqa"]()
+    cpu_offload(other, torch.device("cpu"))
+    assert is_offloaded(other) and model_fingerprint(other) == model_fingerprint(model)
+    for m in (model, other):
+        prune(m, "best-static", 0.3, calibration=WINDOWS)
+    assert torch.equal(model(WINDOWS).logits, other(WINDOWS).logits)
+    save(other, tmp_path / "there")
+    for (name, p), q in zip(model.named_parameters(), opened(tmp_path / "there").parameters(), strict=True):
+        assert p.equal(q), name
+
+
+def test_work_that_fails_leaves_the_layers_as_they_were(tmp_path):
+    model = FAMILIES["llama-gqa"]()
+    other = on_disk(model, tmp_path)
+    before = model_fingerprint(other)
+    layer = other.model.layers[1]
+    with pytest.raises(KeyboardInterrupt), in_memory(layer, "model.layers.1", tmp_path):
+        layer.mlp.up_proj.weight.zero_()
+        layer.mlp.down_proj.bias = torch.nn.Parameter(torch.ones(48))
+        raise KeyboardInterrupt
+    assert model_fingerprint(other) == before and layer.mlp.down_proj.bias is None
+    assert torch.equal(model(WINDOWS).logits, other(WINDOWS).logits)
+
+
+def test_hidden_states_that_find_no_room_go_to_disk_and_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    states = [torch.randn(2, 3, 5), torch.randn(1, 3, 5).bfloat16()]
+    kept = HiddenStates(Room(2 * 3 * 5 * 4), 2)
+    for i, s in enumerate(states):
+        kept[i] = s
+    copied = kept.copy()
+    copied[0] = copied[0] * 2
+    assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(kept, states, strict=True))
+    assert copied[0].equal(states[0] * 2) and copied[1].equal(states[1])
+    assert list(tmp_path.rglob("*.bin"))
+    del kept, copied
+    gc.collect()
+    assert not list(tmp_path.iterdir())

@@ -181,11 +181,11 @@ def _fitted(model: Any, config: PretrainedConfig) -> PreTrainedModel:
     state |= added
     _check_fits(state, exported)
     exported.load_state_dict(state, strict=True, assign=True)
-    share_offloading(model, exported, added)
     exported.tie_weights()
     for name, buffer in list(exported.named_buffers()):
         if buffer.is_meta:  # not in the state dict: rotary frequencies, scales
             owner, _, part = name.rpartition(".")
             exported.get_submodule(owner)._buffers[part] = model.get_buffer(name)
+    share_offloading(model, exported, added)
     exported.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return exported.eval()
