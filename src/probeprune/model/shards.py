@@ -21,20 +21,21 @@ def save_by_layer(model: PreTrainedModel, folder: Path) -> None:
     A layer that work has changed lies in a file of its own already: it becomes the shard, without a copy
     where both are on one file system.
     """
-    state = model.state_dict()
+    state = {n: t for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
     model.save_pretrained(folder, state_dict={n: t for n, t in state.items() if not t.is_meta})
     layers = f"{find_family(model).layers}."
     groups: dict[str, list[str]] = {}
-    for name in (n for n, t in state.items() if t.is_meta):
+    for name, tensor in state.items():
         inside = name.startswith(layers)
         group = name.removeprefix(layers).partition(".")[0] if inside else name.rpartition(".")[0]
-        groups.setdefault(group, []).append(name)
-    files = [f"model-{i + 1:05}-of-{len(groups) + 1:05}.safetensors" for i in range(len(groups) + 1)]
-    (folder / SAFE_WEIGHTS_NAME).rename(folder / files[0])
-    with safe_open(folder / files[0], framework="pt") as first:
-        places = dict.fromkeys(first.keys(), files[0])
-    for file, names in zip(files[1:], groups.values(), strict=True):
-        _write(model, names, folder / file)
+        groups.setdefault(group if tensor.is_meta else "", []).append(name)
+    places: dict[str, str] = {}
+    for number, (group, names) in enumerate(groups.items(), 1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        if group:
+            _write(model, names, folder / file)
+        else:
+            (folder / SAFE_WEIGHTS_NAME).rename(folder / file)
         places |= dict.fromkeys(names, file)
     index = {
         "metadata": {"total_size": sum(state[name].nbytes for name in places)},
