@@ -74,7 +74,7 @@ def quantised(
     kinds = names(types, "types")
     for kind in kinds:
         storage(kind)
-    chosen = compose(get_method(method), round_to=round_to, seed=calibration.seed)
+    chosen = compose(get_method(method), name=method, round_to=round_to, seed=calibration.seed)
     check_static(chosen)
     shares = numbers(ratios, "ratios", "ratio")
     from probeprune.engines.llama_cpp import find_llama_cpp
