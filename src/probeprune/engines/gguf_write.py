@@ -5,6 +5,7 @@ converted and written one tensor at a time, so an export needs little memory bes
 """
 
 import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from probeprune.provenance import dtype_name
 
 _HALF = 65504.0
 """The largest number of float16."""
+_ROWS = 1024
+"""Rows of a matrix that are converted at a time."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def write_export(model: Any, export: Export, path: Path, progress: Progress = si
             (file,) = writer.fout
             writer.write_padding(file, file.tell())
             for tensor in factors.values():
-                _append(file, tensor.numpy(), writer)
+                _append(file, [tensor.numpy()], writer)
             for done, entry in enumerate(export.plan.entries):
                 progress("writing the file", done, len(export.plan.entries))
                 _append(file, _stored(model, entry), writer)
@@ -178,24 +181,30 @@ def _add_keys(writer: GGUFWriter, export: Export) -> None:
             writer.add_key_value(name, value, kind, item)
 
 
-def _append(file: IO[bytes], numbers: np.ndarray[Any, Any], writer: GGUFWriter) -> None:
+def _append(file: IO[bytes], parts: Iterable[np.ndarray[Any, Any]], writer: GGUFWriter) -> None:
     """Write the numbers of the next tensor. Not by the writer: its errors do not say that a disk is full."""
-    file.write(numbers.data.cast("B"))
-    writer.write_padding(file, numbers.nbytes)
+    size = 0
+    for numbers in parts:
+        file.write(numbers.data.cast("B"))
+        size += numbers.nbytes
+    writer.write_padding(file, size)
 
 
-def _stored(model: Any, entry: Entry) -> np.ndarray[Any, Any]:
-    """The numbers of an entry as the file holds them."""
+def _stored(model: Any, entry: Entry) -> Iterator[np.ndarray[Any, Any]]:
+    """The numbers of an entry as the file holds them, some rows at a time."""
     with ExitStack() as stack:
         for path in entry.place.part.modules:
             stack.enter_context(in_memory(model.get_submodule(path)))
         numbers = written(entry.place, model, entry.kind, entry.heads)
     assert numbers is not None
-    values = numbers.cpu().contiguous()
-    if entry.type == GGMLQuantizationType.F16 and values.abs().max() > _HALF:
-        raise UsageError(
-            f"{entry.name} holds numbers beyond {_HALF:.0f}, the largest of float16; choose type bf16."
-        )
-    stored: np.ndarray[Any, Any] = np.ascontiguousarray(quantize(values.numpy(), entry.type))
-    assert stored.nbytes == entry.bytes
-    return stored
+    size = 0
+    for values in numbers.split(_ROWS):
+        values = values.cpu().contiguous()
+        if entry.type == GGMLQuantizationType.F16 and values.abs().max() > _HALF:
+            raise UsageError(
+                f"{entry.name} holds numbers beyond {_HALF:.0f}, the largest of float16; choose type bf16."
+            )
+        stored: np.ndarray[Any, Any] = np.ascontiguousarray(quantize(values.numpy(), entry.type))
+        size += stored.nbytes
+        yield stored
+    assert size == entry.bytes
