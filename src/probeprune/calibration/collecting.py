@@ -96,7 +96,8 @@ def _collect(
         with capture(observed) as captured:
             runner.hidden[i] = runner.run(layer, i, hidden)
         for b in observed:
-            moments[b.name].update(captured[b.kind].z, runner.tokens(i))
+            # Some layers flatten batch and sequence before their MLP.
+            moments[b.name].update(captured[b.kind].z.view(*hidden.shape[:2], -1), runner.tokens(i))
         done += len(runner.batches[i])
         progress("calibration", done, len(runner) * windows)
     return moments
