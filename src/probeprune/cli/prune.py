@@ -159,7 +159,8 @@ def prune(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory to take, such as 6GiB; a larger model is pruned a layer at a time, from disk.",
+            help="Memory for weights and hidden states, such as 6GiB; a larger model is pruned a layer at a "
+            "time, from disk.",
             show_default="most of what is free",
         ),
     ] = None,

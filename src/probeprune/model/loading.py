@@ -94,7 +94,8 @@ def load_model(
         device: `auto` (CUDA if available, otherwise CPU) or a name for `torch.device`.
         attn_implementation: as in transformers; None for its default (sdpa if the family supports it).
         trust_remote_code: run code that comes with the model. Only for sources you trust.
-        memory: bytes that this process may take, or its part of an accelerator; None for most that is free.
+        memory: bytes that weights and hidden states may take, with what this process (or its part of an
+            accelerator) has in use; None for most that is free. Activations of a batch come on top.
 
     Raises:
         UsageError: no such model, a file in it that is damaged or leads out of its folder, no safetensors
