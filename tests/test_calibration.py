@@ -55,13 +55,13 @@ def test_a_broken_run_goes_on_where_it_was(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, WINDOWS, batch_size=2, cache=tmp_path, progress=kill)
     collected = []
-    take = collecting._collect
+    take = collecting.collect
 
     def counted(runner, layer, observed, *args):
         collected.append((layer, len(observed)))
         return take(runner, layer, observed, *args)
 
-    monkeypatch.setattr(collecting, "_collect", counted)
+    monkeypatch.setattr(collecting, "collect", counted)
     resumed = calibrate(model, WINDOWS, batch_size=2, cache=tmp_path)
     assert collected == [(0, 0), (1, 0), (2, 2), (3, 2), (4, 2)], "layers that were done are only run through"
     same(resumed, whole, rtol=0, atol=0)

@@ -422,3 +422,20 @@ def test_a_cache_laid_out_for_all_heads_is_refused(llama):
         with pytest.raises(UsageError, match="laid out for 2 key-value heads"):
             generate(model, *padded("left"), cache_implementation="static", prefill_chunk_size=8)
         generate(model, *padded("left"), cache_implementation="static")
+
+
+@pytest.mark.parametrize("method", ["probe", "best-dynamic"])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_one_token_on_a_cache_that_was_reset_is_a_prompt(kind, method):
+    model, ids = FAMILIES["llama-gqa"](), token_ids(2, 10, seed=4)
+    cache = kind(config=model.config, **({"max_cache_len": 24} if kind is StaticCache else {}))
+    stages = []
+    with attach(model, method, 0.3, calibration=token_ids(6, 16, seed=9)) as handle, torch.no_grad():
+        entry = handle.runtimes[0].block.entry
+        entry.register_forward_pre_hook(lambda *_: stages.append(handle.current.stage))
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+    assert stages == ["choose", "keep", "choose", "keep"]

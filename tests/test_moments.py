@@ -5,7 +5,10 @@ import torch
 from tiny import FAMILIES, activations, padded, token_ids
 
 from probeprune.algebra.moments import History, Moments, Tokens, position_sums
-from probeprune.calibration.collecting import collecting
+from probeprune.calibration.collecting import collect
+from probeprune.model.blocks import find_blocks
+from probeprune.model.layers import LayerRunner
+from probeprune.progress import silent
 
 SIDES = ("none", "left", "right")
 OWN = (0, 1, 3, 50)
@@ -83,26 +86,32 @@ def test_history_against_loops(side, own):
             assert float(history.energy[row, j]) == pytest.approx(moved, rel=1e-4), (row, j)
 
 
+@torch.no_grad()
+def collected(model, batches, masks, own):
+    """Moments of all blocks on batches of sequences."""
+    runner = LayerRunner(model, batches, masks)
+    found = {}
+    for layer in range(len(runner)):
+        here = [b for b in find_blocks(model) if b.layer == layer]
+        found |= collect(runner, layer, here, own, silent)
+    return found
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_changes_no_statistics(family, side):
     model = FAMILIES[family]()
     ids, mask = padded(side)
-    with torch.no_grad(), collecting(model, own_positions=5) as together:
-        model(input_ids=ids, attention_mask=mask)
-    with torch.no_grad(), collecting(model, own_positions=5) as alone:
-        for row, real_tokens in zip(ids, mask.bool(), strict=True):
-            model(input_ids=row[real_tokens][None])
+    together = collected(model, [ids], [mask], 5)
+    rows = [row[real_tokens][None] for row, real_tokens in zip(ids, mask.bool(), strict=True)]
+    alone = collected(model, rows, None, 5)
     for name, moments in together.items():
         for key, value in moments.state().items():
             torch.testing.assert_close(value, alone[name].state()[key], rtol=2e-4, atol=2e-4)
 
 
 def test_sequences_shorter_and_longer_than_the_own_positions_mix():
-    model = FAMILIES["llama-gqa"]()
-    with torch.no_grad(), collecting(model, own_positions=10) as statistics:
-        model(token_ids(2, 6))
-        model(token_ids(2, 20))
+    statistics = collected(FAMILIES["llama-gqa"](), [token_ids(2, 6), token_ids(2, 20)], None, 10)
     moments = next(iter(statistics.values()))
     assert moments.tokens.tolist() == [4.0] * 6 + [2.0] * 4 + [20.0]
 

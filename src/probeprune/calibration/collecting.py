@@ -70,7 +70,7 @@ def calibrate(
             for layer in range(missing[-1] + 1):
                 observed = _of(blocks, layer) if layer in missing else []
                 with runner.opened(layer):
-                    moments |= _collect(runner, layer, observed, own_positions, progress)
+                    moments |= collect(runner, layer, observed, own_positions, progress)
                 if path is not None and (layer == missing[-1] or time.monotonic() - saved > _SAVE_EVERY):
                     stored.store(path, "moments", moments)
                     saved = time.monotonic()
@@ -85,7 +85,7 @@ def _of(blocks: Sequence[Block], layer: int) -> list[Block]:
     return [b for b in blocks if b.layer == layer]
 
 
-def _collect(
+def collect(
     runner: LayerRunner, layer: int, observed: Sequence[Block], own_positions: int, progress: Progress
 ) -> dict[str, Moments]:
     """Advance the hidden states through one layer; returns the moments of the blocks observed on the way."""

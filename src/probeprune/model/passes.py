@@ -123,12 +123,29 @@ def read_pass(arguments: dict[str, Any]) -> Pass:
     return Pass(Tokens(batch, length, valid), past > 0, cache, heads)
 
 
+_LENGTH = "_probeprune_length"
+"""Attribute of a cache: the tensor with its length, and its version when `remember_length` saw it."""
+
+
+def remember_length(cache: Any) -> None:
+    """Note, after a pass that filled a cache, that its length is not zero: where others leave it, nobody need
+    read it again, which would wait for the device."""
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor) and not length.is_inference():
+        setattr(cache, _LENGTH, (length, length._version))
+
+
 def _past(cache: Any, length: int) -> int:
     """Number of cached tokens. For a one-token pass only zero or non-zero matters, so 1 may mean "some"."""
     cached = cache.get_seq_length()
     if isinstance(cached, int) or length > 1:
         return int(cached)
-    return 1  # a static cache in use: reading its length would wait for the device
+    if cached.is_inference():  # it counts no versions
+        return 1
+    seen, version = getattr(cache, _LENGTH, (None, 0))
+    if version == cached._version and seen is cached:
+        return 1  # a static cache in use
+    return int(cached)  # it may have been reset
 
 
 def _valid(mask: torch.Tensor, past: int, length: int) -> torch.Tensor | None:

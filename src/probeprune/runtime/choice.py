@@ -9,7 +9,7 @@ import torch
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
 from probeprune.model.partition import Snapshot
-from probeprune.model.passes import Pass
+from probeprune.model.passes import Pass, remember_length
 
 _ATTRIBUTE = "_probeprune_choice"
 
@@ -47,6 +47,7 @@ def mark(caches: Any, choice: Choice | None) -> None:
     for cache in caches:
         if hasattr(cache, "get_seq_length"):
             setattr(cache, _ATTRIBUTE, choice)
+            remember_length(cache)
 
 
 def caches_of(started: Pass, output: Any) -> tuple[Any, ...]:
