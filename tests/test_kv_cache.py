@@ -439,3 +439,17 @@ def test_one_token_on_a_cache_that_was_reset_is_a_prompt(kind, method):
         model(ids[:, :1], past_key_values=cache)
         model(ids[:, :1], past_key_values=cache)
     assert stages == ["choose", "keep", "choose", "keep"]
+
+
+@pytest.mark.parametrize(
+    "method", ["dense", compose("wanda-sp", blocks=["mlp"])], ids=["dense", "MLPs alone"]
+)
+def test_a_method_that_cuts_no_heads_refuses_the_cache_of_one_that_does(method):
+    model, ids, windows = FAMILIES["llama-gqa"](), token_ids(2, 10, seed=4), token_ids(6, 16, seed=9)
+    cache = DynamicCache(config=model.config)
+    with attach(model, "wanda-sp", 0.3, calibration=windows), torch.no_grad():
+        model(ids, past_key_values=cache)
+    with attach(model, method, 0.2, calibration=windows), torch.no_grad():
+        with pytest.raises(UsageError, match="filled under another method"):
+            model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], past_key_values=model(ids, use_cache=True).past_key_values)

@@ -56,8 +56,13 @@ def caches_of(started: Pass, output: Any) -> tuple[Any, ...]:
     return started.cache, *parts
 
 
-def check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int]) -> None:
-    """Raise `UsageError` for an empty cache that was allocated for a different number of heads."""
+def check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int], filled: bool = False) -> None:
+    """Raise `UsageError` for a cache that was allocated, or filled, for a different number of heads."""
+    what_to_do = (
+        "it was filled under another method; run its prompt again"
+        if filled
+        else "let the first pass lay it out (no prefill_chunk_size with a static cache)"
+    )
     layers = getattr(cache, "layers", ())
     for block, keep in zip(blocks, widths, strict=True):
         if block.kind == "mlp" or block.layer >= len(layers):
@@ -67,5 +72,5 @@ def check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int]) -> 
         if isinstance(keys, torch.Tensor) and keys.ndim == 4 and keys.shape[1] != heads:
             raise UsageError(
                 f"the KV cache was laid out for {keys.shape[1]} key-value heads in {block.name}, which keeps "
-                f"{heads}; let the first pass lay it out (no prefill_chunk_size with a static cache)."
+                f"{heads}; {what_to_do}."
             )

@@ -239,6 +239,8 @@ class Handle:
                 "this KV cache was not filled under the method that is attached now, or a pass on it failed; "
                 "run its prompt again (a learned prefix, as prefix tuning has, needs the dense model)."
             )
+        if not known:
+            check_layout(started.cache, self.blocks, self.widths, filled=True)
 
     @property
     def _cuts_heads(self) -> bool:
