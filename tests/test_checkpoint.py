@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import FAMILIES, SHAPE, opened, token_ids
+from tiny import FAMILIES, LLAMA3, SHAPE, opened, token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from probeprune import compose, find_blocks, load_model, prune, save, with_equal_widths
@@ -245,14 +245,7 @@ def test_heads_that_do_not_divide_the_hidden_size_make_a_llama_a_mistral(tmp_pat
 
 def test_rotary_scaling_survives_the_change_of_family(tmp_path):
     torch.manual_seed(0)
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    }
+    rope = {**LLAMA3, "original_max_position_embeddings": 16}
     shape = {**SHAPE, "num_key_value_heads": 6}
     model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope, tie_word_embeddings=True)).eval()
     prune(model, with_equal_widths("random"), 0.2)

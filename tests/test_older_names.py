@@ -17,14 +17,6 @@ from transformers import (
 from probeprune import compose, load_model, prune, save
 from probeprune.model.older_names import rope_fields
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -44,8 +36,8 @@ def phi3(**more) -> Phi3Config:
 CASES = {
     "default": (LlamaConfig(rope_parameters=THETA), {"rope_theta": 123.0}),
     "llama3": (
-        LlamaConfig(rope_parameters=LLAMA3),
-        {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+        LlamaConfig(rope_parameters=tiny.LLAMA3),
+        {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in tiny.LLAMA3.items() if k != "rope_theta"}},
     ),
     "gpt-neox": (
         GPTNeoXConfig(rope_parameters={**THETA, "partial_rotary_factor": 0.5}),

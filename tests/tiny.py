@@ -40,6 +40,16 @@ from probeprune.prepare import Calibration, statistics_for
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.pruned_block import Cut
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""RoPE scaled as in LLaMA 3."""
+
 SHAPE = {
     "hidden_size": 48,
     "intermediate_size": 100,

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -93,9 +94,9 @@ def all_scores(
 ) -> list[Scores | None]:
     """The static scores of all blocks of a model; layers that are offloaded are opened one by one."""
     scores: list[Scores | None] = []
-    for block in blocks:
-        with opened(model, block.layer):
-            scores.append(static_scores(method, block, statistics))
+    for layer, here in groupby(blocks, lambda block: block.layer):
+        with opened(model, layer):
+            scores += [static_scores(method, block, statistics) for block in here]
     return scores
 
 

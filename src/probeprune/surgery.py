@@ -6,6 +6,7 @@ permanent.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +223,10 @@ def cut(model: nn.Module, units: Mapping[str, torch.Tensor], unit_kind: UnitKind
         unit_kind: the kind of attention units.
     """
     changes = changes_of(model)
-    for block in find_blocks(model, unit_kind):
-        if block.name in units and len(units[block.name]) < block.units:
-            with opened(model, block.layer, changes):
+    smaller = [b for b in find_blocks(model, unit_kind) if len(units.get(b.name, range(b.units))) < b.units]
+    for layer, here in groupby(smaller, lambda block: block.layer):
+        with opened(model, layer, changes):
+            for block in here:
                 partition = Partition(block)
                 partition.keep(units[block.name].to(block.consumer.weight.device))
                 partition.cut()

@@ -30,14 +30,6 @@ from probeprune.engines.llama_cpp import LlamaCpp
 from probeprune.model.gguf_files import embedded_gguf
 
 SHAPE = {**tiny.SHAPE, "vocab_size": 400, "max_position_embeddings": 256}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -70,7 +62,7 @@ DENSE = {
         "llama-tied": llama(tie_word_embeddings=True),
         "llama-bias": llama(attention_bias=True, mlp_bias=True),
         "llama-wide-heads": llama(head_dim=16),
-        "llama-llama3": llama(rope_parameters=LLAMA3, max_position_embeddings=16384),
+        "llama-llama3": llama(rope_parameters=tiny.LLAMA3, max_position_embeddings=16384),
         "llama-linear": llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
         "llama-yarn": llama(rope_parameters=YARN),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),

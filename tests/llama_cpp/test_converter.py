@@ -22,7 +22,7 @@ SHAPE = {**made.SHAPE, **WORDS}
 # Not Qwen2: transformers opens any tokenizer beside it as Qwen2's own, and the one here is another.
 FAMILIES = {
     "llama": made.llama(**WORDS),
-    "llama3": made.llama(**WORDS, rope_parameters=made.LLAMA3, max_position_embeddings=16384),
+    "llama3": made.llama(**WORDS, rope_parameters=tiny.LLAMA3, max_position_embeddings=16384),
     "mistral": lambda: made.MistralForCausalLM(made.MistralConfig(**SHAPE, sliding_window=None)),
     "qwen3": lambda: made.Qwen3ForCausalLM(made.Qwen3Config(**SHAPE)),
     "gemma2": lambda: made.Gemma2ForCausalLM(

@@ -181,16 +181,16 @@ def prune(
     text, measured_on = calibration.text(), evaluation.text(calibration.length)
     with notices():
         loaded = load.open(model, None if memory is None else size("memory", memory))
-    with notices(), progress_bar() as show:
-        record = prune_to(
-            loaded,
-            method,
-            pruning.ratio,
-            output.target(widths.checked_layout(), load, loaded),
-            Texts(text, measured_on, calibration.seed, pruning.batch_size),
-            steps=pruning.steps,
-            progress=show,
-        )
+        with progress_bar() as show:
+            record = prune_to(
+                loaded,
+                method,
+                pruning.ratio,
+                output.target(widths.checked_layout(), load, loaded),
+                Texts(text, measured_on, calibration.seed, pruning.batch_size),
+                steps=pruning.steps,
+                progress=show,
+            )
     print_saved(record, output.out_dir, _summary(record), ("dense", "pruned"), output.as_json)
     warn(filter(None, [missed(method.name, record["method"], pruning.ratio, record["removed_share"])]))
 

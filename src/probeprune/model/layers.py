@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from probeprune.algebra.moments import Tokens
 from probeprune.model.blocks import Block, find_layers, uncalled_consumer
 from probeprune.model.families import find_family
-from probeprune.model.forwards import temporary_hooks
+from probeprune.model.forwards import replace_method, temporary_hooks
 from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.offloading import device_of, in_memory, room_of
 from probeprune.model.passes import Pass, find_decoder
@@ -44,8 +44,7 @@ def on_layers(
         model: a model whose layers are offloaded.
         visit: entered for each layer, by index, while it is in memory.
     """
-    model.__dict__[_ON_LAYERS] = visit
-    return lambda: model.__dict__.pop(_ON_LAYERS, None) and None
+    return replace_method(model, _ON_LAYERS, visit)
 
 
 class LayerRunner:

@@ -107,22 +107,18 @@ def load_model(
     chosen = choose_dtype(dtype, target)
     folder, shape, options = _open(name, trust_remote_code)
     placing = place(name, shape.model, chosen, target, memory)
+    where: dict[str, Any] = {}
+    if placing is not None:
+        scratch = TemporaryDirectory(prefix="probeprune-layers-")
+        where = {"device_map": placing.places, "offload_folder": scratch.name}
     with quiet_libraries(bars=False), refusing(f"model '{name}' could not be loaded"):
-        if placing.places is None:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=chosen, attn_implementation=attn_implementation, **options
-            ).to(target)
-        else:
-            scratch = TemporaryDirectory(prefix="probeprune-layers-")
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=chosen,
-                attn_implementation=attn_implementation,
-                device_map=placing.places,
-                offload_folder=scratch.name,
-                **options,
-            )
-            set_scratch(model, scratch, placing.room)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=chosen, attn_implementation=attn_implementation, **where, **options
+        )
+    if placing is None:
+        model.to(target)
+    else:
+        set_scratch(model, scratch, placing.room)
     model.requires_grad_(False).eval()
     stored = getattr(options["config"], "dtype", None)
     return replace(

@@ -22,6 +22,7 @@ from torch import nn
 
 from probeprune.files import save_tensors
 from probeprune.model.hidden_states import Room
+from probeprune.provenance import dtype_name
 
 _ROOM = "_probeprune_room"
 """Attribute of an offloaded model: where hidden states of many batches go."""
@@ -62,7 +63,7 @@ def room_of(model: nn.Module) -> Room:
     return Room(psutil.virtual_memory().available // 4 if is_offloaded(model) else sys.maxsize)
 
 
-def set_scratch(model: nn.Module, folder: "TemporaryDirectory[str]", room: Room | None) -> None:
+def set_scratch(model: nn.Module, folder: "TemporaryDirectory[str]", room: Room) -> None:
     """Say where the changed layers of an offloaded model go, and its hidden states."""
     model.__dict__[_CHANGES], model.__dict__[_ROOM] = folder, room
 
@@ -171,13 +172,25 @@ def origin(model: nn.Module, name: str) -> tuple[object, ...]:
     hook = fetching_hook(model.get_submodule(path))
     if hook is None:
         return ()
-    weights, dataset = hook.weights_map, getattr(hook.weights_map, "dataset", None)
-    entry = getattr(dataset, "index", {}).get(f"{getattr(weights, 'prefix', '')}{key}")
-    if entry is None or not entry.get("safetensors_file"):
-        value = weights[key]
+    place = stored_in(model, name)
+    if place is None:
+        value = hook.weights_map[key]
         return value.data_ptr(), value._version
-    state = Path(entry["safetensors_file"]).stat()
-    return entry["safetensors_file"], entry.get("weight_name"), state.st_ino, state.st_size, state.st_mtime_ns
+    state = place[0].stat()
+    return *place, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def stored_in(model: nn.Module, name: str) -> tuple[Path, str] | None:
+    """The safetensors file that an offloaded parameter is read from, and its name there; None for one that is
+    in place, in memory, or cast by `cast`."""
+    path, _, key = name.rpartition(".")
+    hook = fetching_hook(model.get_submodule(path))
+    weights = None if hook is None else hook.weights_map
+    if not isinstance(weights, PrefixedDataset) or not isinstance(weights.dataset, OffloadedWeightsLoader):
+        return None
+    entry = weights.dataset.index.get(f"{weights.prefix}{key}", {})
+    file = entry.get("safetensors_file")
+    return None if not file else (Path(file), entry.get("weight_name", f"{weights.prefix}{key}"))
 
 
 class _Cast(Mapping[str, torch.Tensor]):
@@ -229,7 +242,7 @@ def _write(module: nn.Module, name: str, hooks: Mapping[nn.Module, Any], folder:
     file = folder / f"{name}-{uuid.uuid4().hex[:8]}.safetensors"
     save_tensors(file, tensors, {"format": "pt"})
     index = {
-        key: {"safetensors_file": str(file), "weight_name": key, "dtype": str(t.dtype).removeprefix("torch.")}
+        key: {"safetensors_file": str(file), "weight_name": key, "dtype": dtype_name(t.dtype)}
         for key, t in tensors.items()
     }
     stored = OffloadedWeightsLoader(index=index)

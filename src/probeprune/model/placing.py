@@ -3,13 +3,13 @@
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
 from probeprune.errors import Notice, UsageError
+from probeprune.model.blocks import find_layers
 from probeprune.model.families import find_family
 from probeprune.model.hidden_states import Room
 
@@ -34,15 +34,15 @@ class Weights:
 
 @dataclass(frozen=True)
 class Placing:
-    """Where a model's weights go when it is opened.
+    """Where the weights of a model go whose layers stay on disk.
 
     Attributes:
-        places: a `device_map` for transformers; None for everything on one device.
-        room: where the hidden states of many batches go, if layers are on disk.
+        places: a `device_map` for transformers.
+        room: where the hidden states of many batches go.
     """
 
-    places: dict[str, str] | None
-    room: Room | None
+    places: dict[str, str]
+    room: Room
 
 
 def weights_of(model: nn.Module, dtype: torch.dtype) -> Weights:
@@ -56,7 +56,7 @@ def weights_of(model: nn.Module, dtype: torch.dtype) -> Weights:
 
     whole = size(model.parameters())
     try:
-        layers = [size(layer.parameters()) for layer in _layers(model)]
+        layers = [size(layer.parameters()) for layer in find_layers(model)]
     except UsageError:
         return Weights(0, 0, whole)
     return Weights(sum(layers), max(layers), whole - sum(layers))
@@ -64,8 +64,8 @@ def weights_of(model: nn.Module, dtype: torch.dtype) -> Weights:
 
 def place(
     name: str, shape: nn.Module, dtype: torch.dtype, device: torch.device, memory: int | None
-) -> Placing:
-    """Decide where the weights of a model go.
+) -> Placing | None:
+    """Decide where the weights of a model go; None for all in memory, on its device.
 
     Args:
         name: what the model was opened by, for messages.
@@ -81,7 +81,7 @@ def place(
     used, free = _memory(device)
     limit = used + int(_SHARE * free) if memory is None else memory
     if used + sizes.layers + sizes.rest <= limit or not sizes.layers:
-        return Placing(None, None)
+        return None
     least = used + sizes.rest + _WORK * sizes.largest
     if limit < least:
         raise UsageError(
@@ -96,15 +96,11 @@ def place(
         Notice,
         stacklevel=3,
     )
-    layers = find_family(shape).layers
-    places = {n: str(device) for n, _ in shape.named_modules() if not f"{layers}.".startswith(f"{n}.") and n}
-    places = {n: p for n, p in places.items() if not n.startswith(f"{layers}.")}
-    places |= {f"{layers}.{i}": "disk" for i in range(len(_layers(shape)))}
+    layers = f"{find_family(shape).layers}."
+    others = (n for n, _ in shape.named_modules() if not n.startswith(layers))
+    places = {n: str(device) for n in others if n and not layers.startswith(f"{n}.")}
+    places |= {f"{layers}{i}": "disk" for i in range(len(find_layers(shape)))}
     return Placing(places, Room((limit - least) // 4))
-
-
-def _layers(model: nn.Module) -> Any:
-    return model.get_submodule(find_family(model).layers)
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from probeprune.model.families import find_family
-from probeprune.model.offloading import changes_of, fetched, origin
+from probeprune.model.offloading import changes_of, fetched, stored_in
 
 
 def save_by_layer(model: PreTrainedModel, folder: Path) -> None:
@@ -46,8 +46,8 @@ def save_by_layer(model: PreTrainedModel, folder: Path) -> None:
 
 def _write(model: PreTrainedModel, names: Sequence[str], shard: Path) -> None:
     """Write one shard with these parameters."""
-    sources = {str(origin(model, name)[0]) for name in names}
-    changed = Path(sources.pop()) if len(sources) == 1 else None
+    sources = {place and place[0] for place in (stored_in(model, name) for name in names)}
+    changed = sources.pop() if len(sources) == 1 else None
     if changed is not None and changed.parent == changes_of(model):
         with safe_open(changed, framework="pt") as file:
             same = set(file.keys()) == set(names)

@@ -30,7 +30,7 @@ from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of
 from probeprune.runtime.current_pass import CurrentPass
 from probeprune.runtime.refusals import refuse_continuous_batching, refuse_loading
 from probeprune.strategies import allocation
-from probeprune.strategies.pruned_block import Cut
+from probeprune.strategies.pruned_block import Cut, PrunedBlock
 from probeprune.strategies.schedule import EveryBatch
 
 HANDLE = "_probeprune_handle"
@@ -68,7 +68,7 @@ class Handle:
         self._running: Choice | None = None
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
-        self.pruned = plan.pruned_blocks(method, blocks, cuts, statistics)
+        self.pruned = self._take(cuts, statistics)
         self.runtimes: list[BlockRuntime] = []
         try:
             ownership.claim(self)
@@ -78,6 +78,10 @@ class Handle:
         except BaseException:
             self.detach()
             raise
+
+    def _take(self, cuts: Sequence[Cut], statistics: Statistics) -> list[PrunedBlock]:
+        """The blocks that lose units, ready for their first cut."""
+        return plan.pruned_blocks(self.method, self.blocks, cuts, statistics)
 
     def _hook_model(self) -> None:
         """Be there in every pass of the model."""

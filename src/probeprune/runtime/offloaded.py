@@ -5,45 +5,35 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
-from probeprune.methods import Method
 from probeprune.model.blocks import Block, find_layers
 from probeprune.model.forwards import replace_forward
 from probeprune.model.layers import RunPass, on_layers
 from probeprune.plan import Kept
 from probeprune.runtime.handle import HANDLE, Handle
-from probeprune.strategies.pruned_block import Cut
+from probeprune.strategies.pruned_block import Cut, PrunedBlock
 from probeprune.strategies.schedule import EveryBatch
 
 
 class OffloadedHandle(Handle):
-    """A method attached to a model whose layers are offloaded, for `passes.decoded`: a layer at a time.
+    """A method attached to a model whose layers are offloaded, for `decoding.decoded`: a layer at a time.
 
     Every layer has a handle of its own while it is in memory. Its state (the history of the probe, the choice
     of units) follows the batches of one call of `decoded`; the next call begins from calibration again.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        ratio: float,
-        blocks: Sequence[Block],
-        cuts: Sequence[Cut],
-        statistics: Statistics,
-    ) -> None:
-        when = method.when
+    def _take(self, cuts: Sequence[Cut], statistics: Statistics) -> list[PrunedBlock]:
+        """None in place yet: the cuts wait for their layers."""
+        when = self.method.when
         if isinstance(when, EveryBatch) and when.probe.parallel:
             raise UsageError(
                 "a probe that runs in parallel with the previous block needs all layers in memory; set "
                 "parallel to False, or load the model without offloading."
             )
-        super().__init__(model, method, ratio, [], [], Statistics())
-        self.blocks, self.widths = blocks, [cut.width for cut in cuts]
         self._cuts, self._statistics = cuts, statistics
+        return []
 
     def _hook_model(self) -> None:
         self.model.__dict__[HANDLE] = self
