@@ -27,6 +27,9 @@ class Caching(World):
         """More tokens behind the cache of an earlier pass."""
         cached = self.cache
         assert cached is not None
+        if self.model.training and self.model.is_gradient_checkpointing:
+            self.cache = None  # transformers leaves the cache out, and some models then compute nonsense
+            return
         batch = cached.mask.shape[0]
         ids = torch.randint(3, 120, (batch, length), generator=torch.Generator().manual_seed(seed))
         mask = torch.cat([cached.mask, torch.ones_like(ids)], 1)
