@@ -31,6 +31,23 @@ RUNS = (
     ("llm-pruner", 0.2, ["--calibration-windows", "10", "--length", "64"]),
 )
 
+PROBE = """
+import sys
+
+import probeprune
+from probeprune.cli.values import size
+from probeprune.data.corpora import load_corpus
+from probeprune.data.windows import calibration_windows, evaluation_windows
+from probeprune.evaluation.perplexity import perplexity
+
+loaded = probeprune.load_model(sys.argv[1], dtype="bfloat16", memory=size("memory", sys.argv[2]))
+text = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=4, length=64, seed=0)
+windows = evaluation_windows(load_corpus("wikitext2"), loaded.tokenizer, length=64, limit=2)
+with probeprune.attach(loaded.model, "probe", 0.4, calibration=text):
+    print(f"perplexity {perplexity(loaded.model, windows).value:.1f}")
+"""
+"""Measures Probe Pruning, from the arguments MODEL MEMORY."""
+
 
 def main() -> None:
     """Print one line a command."""
@@ -39,11 +56,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="13b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--memory", default="6GiB")
+    parser.add_argument("--runs", default="wanda-sp,llm-pruner,probe", help="which of these to run")
     options = parser.parse_args()
     dense = make(options.folder, options.shape, options.layers)
     size = sum(f.stat().st_size for f in dense.glob("*.safetensors"))
     print(f"{dense.name}: {size / 2**30:.1f} GiB", flush=True)
+    runs = options.runs.split(",")
     for method, ratio, more in RUNS:
+        if method not in runs:
+            continue
         out = options.folder / "pruned"
         shutil.rmtree(out, ignore_errors=True)
         command = [
@@ -53,6 +74,9 @@ def main() -> None:
         ]
         print(f"{method} {ratio:.0%}: {measured(command, options.folder)}", flush=True)
     shutil.rmtree(options.folder / "pruned", ignore_errors=True)
+    if "probe" in runs:
+        command = [sys.executable, "-c", PROBE, str(dense), options.memory]
+        print(f"probe 40%: {measured(command, options.folder)}", flush=True)
 
 
 def make(folder: Path, shape: str, layers: int | None) -> Path:
