@@ -133,6 +133,8 @@ class Full(Weights):
             self._pass(self.model, arguments, "no_grad")
         except (ZeroDivisionError, UsageError):
             pass
+        except FloatingPointError:  # the dense model's, of rows that are masked throughout
+            assert self.dtype in (torch.float16, torch.float64)
         except RuntimeError as error:  # a static cache that inference mode made, before the hook's turn
             assert "Inplace update to inference tensor" in str(error), error
         finally:
