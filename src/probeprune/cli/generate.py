@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from probeprune.cli.facts import is_dense, missed, with_refresh
-from probeprune.cli.groups import CalibrationOptions, Json, LoadOptions, Model, Ratio
+from probeprune.cli.groups import CalibrationOptions, DeviceMap, Json, LoadOptions, Model, Ratio
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, print_line, print_text, progress_bar, warn
 from probeprune.errors import UsageError
@@ -149,6 +149,7 @@ def generate(
     decoding: DecodingOptions,
     calibration: CalibrationOptions,
     load: LoadOptions,
+    device_map: DeviceMap = None,
 ) -> None:
     """Continue prompts with a pruned model; a dynamic method chooses heads and channels for the prompt.
 
@@ -163,7 +164,7 @@ def generate(
     sampling, text = decoding.decoding(calibration.seed), calibration.text()
     if compare and is_dense(method):
         raise UsageError("--compare measures a method beside the dense model; choose another than dense.")
-    loaded = load.open(model)
+    loaded = load.open(model, device_map=device_map)
     request = Request(
         loaded,
         method,

@@ -48,6 +48,14 @@ Device = Annotated[
     str,
     typer.Option(help="Device to run on: cpu, cuda, mps or auto (CUDA if available, else CPU)."),
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Spread the layers over all GPUs, then memory, then disk: auto, balanced or sequential; in "
+        "place of --device.",
+        show_default="one device",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
@@ -73,7 +81,7 @@ class LoadOptions:
     device: Device = "auto"
     trust_remote_code: TrustRemoteCode = False
 
-    def open(self, model: str, memory: int | None = None) -> LoadedModel:
+    def open(self, model: str, memory: int | None = None, device_map: str | None = None) -> LoadedModel:
         """The model, opened while the terminal shows that it is loading. Raises as `load_model` does."""
         from probeprune.model.loading import load_model
 
@@ -84,6 +92,7 @@ class LoadOptions:
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
                 memory=memory,
+                device_map=device_map,
             )
 
     def dtype_to_save(self, loaded: LoadedModel) -> torch.dtype:

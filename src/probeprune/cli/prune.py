@@ -12,6 +12,7 @@ from probeprune.cli.facts import missed, with_compensation
 from probeprune.cli.groups import (
     GGUF_TYPE,
     CalibrationOptions,
+    DeviceMap,
     EvaluationOptions,
     Json,
     LoadOptions,
@@ -164,6 +165,7 @@ def prune(
             show_default="most of what is free",
         ),
     ] = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Prune a model once and for all, and save a smaller checkpoint.
 
@@ -180,7 +182,7 @@ def prune(
     method = pruning.composed(widths, calibration.seed)
     text, measured_on = calibration.text(), evaluation.text(calibration.length)
     with notices():
-        loaded = load.open(model, None if memory is None else size("memory", memory))
+        loaded = load.open(model, None if memory is None else size("memory", memory), device_map)
         with progress_bar() as show:
             record = prune_to(
                 loaded,

@@ -41,7 +41,7 @@ from probeprune.model.machine import choose_device, choose_dtype
 from probeprune.model.making_records import read_pruning, read_training
 from probeprune.model.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
 from probeprune.model.nemotron_nas import from_nemotron
-from probeprune.model.offloading import set_scratch
+from probeprune.model.offloading import device_of, room_of, set_scratch
 from probeprune.model.placing import place
 from probeprune.model.pruned_configs import read_config
 
@@ -81,6 +81,7 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     memory: int | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
 ) -> LoadedModel:
     """Open a causal language model and its tokenizer.
 
@@ -96,6 +97,9 @@ def load_model(
         trust_remote_code: run code that comes with the model. Only for sources you trust.
         memory: bytes that weights and hidden states may take, with what this process (or its part of an
             accelerator) has in use; None for most that is free. Activations of a batch come on top.
+        device_map: spreads the layers over several devices, as in transformers: `auto`, `balanced`,
+            `sequential`, or a device (`cpu` and `disk` too) for each module by name. In place of `device`
+            and `memory`.
 
     Raises:
         UsageError: no such model, a file in it that is damaged or leads out of its folder, no safetensors
@@ -103,22 +107,28 @@ def load_model(
             language model, an unknown dtype, a device that this machine does not have, or less memory than
             a layer at a time takes.
     """
+    if device_map is not None and (device != "auto" or memory is not None):
+        raise UsageError("device_map says where the layers go; leave device and memory out.")
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)
     folder, shape, options = _open(name, trust_remote_code)
-    placing = place(name, shape.model, chosen, target, memory)
+    placing = None if device_map is not None else place(name, shape.model, chosen, target, memory)
     where: dict[str, Any] = {}
-    if placing is not None:
+    if placing is not None or device_map is not None:
         scratch = TemporaryDirectory(prefix="probeprune-layers-")
-        where = {"device_map": placing.places, "offload_folder": scratch.name}
+        where = {
+            "device_map": device_map if placing is None else placing.places,
+            "offload_folder": scratch.name,
+        }
     with quiet_libraries(bars=False), refusing(f"model '{name}' could not be loaded"):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=chosen, attn_implementation=attn_implementation, **where, **options
         )
-    if placing is None:
-        model.to(target)
+    if where:
+        set_scratch(model, scratch, room_of(model) if placing is None else placing.room)
+        target = device_of(model)
     else:
-        set_scratch(model, scratch, placing.room)
+        model.to(target)
     model.requires_grad_(False).eval()
     stored = getattr(options["config"], "dtype", None)
     return replace(
