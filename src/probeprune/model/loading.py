@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -44,6 +43,7 @@ from probeprune.model.nemotron_nas import from_nemotron
 from probeprune.model.offloading import set_scratch
 from probeprune.model.placing import place
 from probeprune.model.pruned_configs import read_config
+from probeprune.model.scratch import Scratch
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0): LLaMA architecture, grouped-query attention, 30 layers."""
@@ -109,8 +109,8 @@ def load_model(
     placing = place(name, shape.model, chosen, target, memory)
     where: dict[str, Any] = {}
     if placing is not None:
-        scratch = TemporaryDirectory(prefix="probeprune-layers-")
-        where = {"device_map": placing.places, "offload_folder": scratch.name}
+        scratch = Scratch("probeprune-layers")
+        where = {"device_map": placing.places, "offload_folder": scratch.path}
     with quiet_libraries(bars=False), refusing(f"model '{name}' could not be loaded"):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=chosen, attn_implementation=attn_implementation, **where, **options
