@@ -255,9 +255,8 @@ def test_a_gradient_that_overflows_names_its_map():
 @pytest.mark.parametrize("criterion", ["param_first", "vectorize", "param_second"])
 def test_a_narrow_model_is_differentiated_in_float32(criterion, monkeypatch):
     # One layer: its input is the same in both dtypes.
-    make = lively(
-        lambda: OPTForCausalLM(OPTConfig(**{**OPT_SHAPE, "num_hidden_layers": 1}, word_embed_proj_dim=48))
-    )
+    config = OPTConfig(**{**OPT_SHAPE, "num_hidden_layers": 1}, word_embed_proj_dim=48)
+    make = lively(lambda: OPTForCausalLM(config))
     narrow, same = make().bfloat16(), make().bfloat16().float()
     before, dtypes = snapshot(narrow), set()
     hook = narrow.model.decoder.layers[0].register_forward_hook(

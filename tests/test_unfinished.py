@@ -25,13 +25,17 @@ WINDOWS = token_ids(10, 64, seed=3)
 METHODS = ["flap", "llm-pruner", "best-static"]
 
 
+ROOM = {"disk": 2**30, "some": 100_000, "files": 0}
+
+
 @pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
-    """Write behind every layer; temporary files go to `temporary`."""
+def temporary(tmp_path_factory, monkeypatch):
+    """Write behind every layer; the folder of temporary files."""
     monkeypatch.setattr(unfinished, "EVERY", 0.0)
     monkeypatch.setattr(unfinished, "COST", 0.0)
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
 
 
 def opened(where, folder):
@@ -40,14 +44,12 @@ def opened(where, folder):
     if where == "memory":
         return model
     model = on_disk(model, folder)
-    set_scratch(
-        model, Scratch("probeprune-layers"), Room({"disk": 2**30, "some": 100_000, "files": 0}[where])
-    )
+    set_scratch(model, Scratch("probeprune-layers"), Room(ROOM[where]))
     return model
 
 
 class Watch:
-    """The passes of a model through its layers, and whether they had gradients; one of them can be stopped."""
+    """The passes of a model through its layers, and whether they had gradients; one can be stopped."""
 
     def __init__(self, model, stop=None):
         self.passes = []
@@ -61,11 +63,9 @@ class Watch:
             layer.register_forward_pre_hook(hook)
 
 
-def work(model, method, cache=None, progress=lambda *_: None):
+def work(model, method, cache=None):
     """Everything that a method computes before the cut, as tensors and values."""
-    found = Preparation(model, WINDOWS, batch_size=4, cache=cache, progress=progress).statistics(
-        small(method), 0.3
-    )
+    found = Preparation(model, WINDOWS, batch_size=4, cache=cache).statistics(small(method), 0.3)
     return [stored.CODECS[part].pack(getattr(found, part)) for part in stored.CODECS]
 
 
@@ -75,8 +75,10 @@ def assert_same(found, wanted):
         assert all(t.dtype == others[n].dtype and t.equal(others[n]) for n, t in tensors.items())
 
 
-@pytest.mark.parametrize("where", ["memory", "disk", "some", "files"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [*((m, "memory") for m in METHODS), *((m, "some") for m in METHODS), ("flap", "files")],
+)
 def test_work_that_was_stopped_goes_on_at_its_layer(method, where, tmp_path):
     model = opened(where, tmp_path / "model")
     watched = Watch(model)
@@ -85,16 +87,16 @@ def test_work_that_was_stopped_goes_on_at_its_layer(method, where, tmp_path):
     assert names and all(n.endswith(".safetensors") and n[0] != "." for n in names)
     del model, watched
     layers = [len(list(run)) for _, run in groupby(passes)]
-    for stop in range(3, len(passes), len(passes) // 4):
+    for stop in range(len(passes) // 3, len(passes), len(passes) // 3):
         cache = tmp_path / f"cache-{stop}"
         model = opened(where, tmp_path / "model")
         Watch(model, stop)
         with pytest.raises(KeyboardInterrupt):
             work(model, method, cache)
         del model
-        model, begun = opened(where, tmp_path / "model"), []
+        model = opened(where, tmp_path / "model")
         watched = Watch(model)
-        found = work(model, method, cache, lambda what, done, total: begun.append(done))
+        found = work(model, method, cache)
         first = next(sum(layers[:i]) for i in range(len(layers)) if sum(layers[: i + 1]) >= stop)
         assert watched.passes == passes[first:], "layers that were done are not run through again"
         assert_same(found, whole)
@@ -194,7 +196,7 @@ def test_work_that_nobody_goes_on_with_is_deleted_after_a_week(tmp_path):
     assert other.exists()
     long_ago = time.time() - 8 * 86400
     os.utime(other, (long_ago, long_ago))
-    passes_of(tmp_path, own_positions=0)
+    passes_of(tmp_path, own_positions=4)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -222,7 +224,6 @@ def test_an_error_that_would_come_again_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("how", ["gone", "cut", "other"])
 def test_a_shard_that_goes_in_the_middle_is_one_sentence_and_the_rest_stays(how, tmp_path):
     model = FAMILIES["llama-gqa"]()
-    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     whole = calibrate(on_disk(model, tmp_path / "model"), WINDOWS, batch_size=4)
     shards = tmp_path / "model"
     other = on_disk(model, shards)
@@ -230,7 +231,7 @@ def test_a_shard_that_goes_in_the_middle_is_one_sentence_and_the_rest_stays(how,
     shutil.copyfile(file, aside)
 
     def break_it(what, done, total):
-        if done == 25:  # inside the third layer
+        if done == 24:  # inside the third layer
             if how == "gone":
                 file.unlink()
             elif how == "cut":
@@ -238,9 +239,7 @@ def test_a_shard_that_goes_in_the_middle_is_one_sentence_and_the_rest_stays(how,
             else:
                 FAMILIES["opt"]().save_pretrained(shards)
 
-    with pytest.raises(
-        UsageError, match=r"layers\.3\..* of layer 3 cannot be read from .*model\.safeten.*back"
-    ):
+    with pytest.raises(UsageError, match=r"of layer 3 cannot be read from .*model\.safetensors.* back"):
         calibrate(other, WINDOWS, batch_size=4, cache=cache, progress=break_it)
     shutil.copyfile(aside, file)
     model.save_pretrained(tmp_path / "again")
@@ -267,7 +266,7 @@ def test_a_disk_too_small_for_hidden_states_is_refused_before_the_first_layer(tm
         monkeypatch.setattr("shutil.disk_usage", shutil.disk_usage)
         with monkeypatch.context() as patch:
             full(patch, states * sets // 2)
-            with pytest.raises(UsageError, match="hidden states of .* take .* GiB of disk"):
+            with pytest.raises(UsageError, match=r"hidden states of .* take .* GiB of disk"):
                 work(model, method)
         assert not watched.passes
 
@@ -276,10 +275,7 @@ def test_a_disk_too_small_to_go_on_later_is_said(tmp_path, monkeypatch):
     model = FAMILIES["llama-gqa"]()
     Watch(model, 8)
     full(monkeypatch, 1000)
-    with (
-        pytest.warns(Notice, match="if this one is stopped, it begins anew"),
-        pytest.raises(KeyboardInterrupt),
-    ):
+    with pytest.warns(Notice, match="stopped, it begins anew"), pytest.raises(KeyboardInterrupt):
         calibrate(model, WINDOWS, batch_size=4, cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").glob(".*"))
 
@@ -309,10 +305,10 @@ def test_a_copy_shares_files_and_changes_nothing_of_the_other(tmp_path):
     assert copied[1].equal(torch.zeros(3)) and len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_a_file_of_hidden_states_that_goes_is_one_sentence(tmp_path):
+def test_a_file_of_hidden_states_that_goes_is_one_sentence(temporary, tmp_path):
     model = opened("files", tmp_path / "model")
     runner = LayerRunner(model, [WINDOWS])
-    (file,) = (tmp_path / "temporary").rglob("states-*.safetensors")
+    (file,) = temporary.rglob("states-*.safetensors")
     file.unlink()
     with pytest.raises(UsageError, match="holds hidden states of the work under way, cannot be read"):
         runner.hidden[0]
