@@ -10,7 +10,7 @@ import torch
 from test_offloaded import on_disk, small
 from tiny import FAMILIES, token_ids
 
-from probeprune import prune
+from probeprune import prune, save
 from probeprune.calibration import stored, unfinished
 from probeprune.calibration.collecting import calibrate
 from probeprune.calibration.gradients import saliences
@@ -242,14 +242,21 @@ def test_a_shard_that_goes_in_the_middle_is_one_sentence_and_the_rest_stays(how,
     with pytest.raises(UsageError, match=r"of layer 3 cannot be read from .*model\.safetensors.* back"):
         calibrate(other, WINDOWS, batch_size=4, cache=cache, progress=break_it)
     shutil.copyfile(aside, file)
-    model.save_pretrained(tmp_path / "again")
-    shutil.copyfile(tmp_path / "again/config.json", shards / "config.json")
-    other = on_disk(model, shards)
     watched = Watch(other)
     found = calibrate(other, WINDOWS, batch_size=4, cache=cache)
     assert watched.passes == [(layer, False) for layer in (3, 4) for _ in range(3)]
     for name, moments in whole.items():
         assert all(t.equal(found[name].state()[k]) for k, t in moments.state().items())
+
+
+def test_a_cut_layer_that_goes_before_it_is_saved_is_one_sentence(temporary, tmp_path):
+    model = opened("disk", tmp_path / "model")
+    prune(model, "magnitude", 0.3)
+    for file in temporary.rglob("model.layers.4-*.safetensors"):
+        file.unlink()
+    with pytest.raises(UsageError, match=r"of layer 4 cannot be read from .*model\.layers\.4"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def full(monkeypatch, free):

@@ -87,19 +87,20 @@ def codec(part: Part | Codec) -> Codec:
     return part if isinstance(part, Codec) else CODECS[part]
 
 
-def store(path: Path, part: Part | Codec, value: Mapping[str, Any], **more: object) -> None:
-    """Write a part and additional JSON values; the file appears under its name only when complete."""
+def store(path: Path, part: Part | Codec, value: Mapping[str, Any]) -> None:
+    """Write a part, in the same bytes each time; the file appears under its name only when complete."""
     tensors, values = codec(part).pack(value)
-    save_tensors(path, tensors, {"values": json.dumps(values), "more": json.dumps(more)})
+    # Under one key: safetensors writes several in any order.
+    save_tensors(path, tensors, {"values": json.dumps(values)})
 
 
-def read(path: Path | None, part: Part | Codec) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Read the part and the values written by `store`; None if the file is missing or damaged."""
-    stored = None if path is None else load_tensors(path)
+def read(path: Path, part: Part | Codec) -> dict[str, Any] | None:
+    """Read the part written by `store`; None if the file is missing or damaged."""
+    stored = load_tensors(path)
     if stored is None:
         return None
     tensors, metadata = stored
     try:
-        return codec(part).unpack(tensors, json.loads(metadata["values"])), json.loads(metadata["more"])
+        return codec(part).unpack(tensors, json.loads(metadata["values"]))
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

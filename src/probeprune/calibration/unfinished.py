@@ -152,7 +152,7 @@ class Unfinished:
             found = stored.read(folder / Path(name).name, self._codec)
             if found is None:
                 raise ValueError(name)
-            results |= found[0]
+            results |= found
         device = device_of(self._model)
         files = {
             name: [None if f is None else StatesFile.found(folder / Path(f).name, device) for f in each]
@@ -202,7 +202,7 @@ def resumed(
         if folder.exists():  # a kill came between the result and the end of the folder
             with held(folder):
                 pass
-        return entry[0]
+        return entry
     _forget(path.parent)
     with held(folder) as mine:
         unfinished = Unfinished(
