@@ -3,12 +3,14 @@
 On a tiny random model on the CPU. Every start is a fork of this process, in which the libraries are imported
 already, so that a moment is rarely one of importing. A trial is one run that is killed, often on the way back
 too, and then ends. It passes if weights, records and result lines are those of the unbroken run, and nothing
-else is left in its folder or its cache.
+else is left in its folder, its cache or among temporary files. `streamed` and `streamed-refit` prune with the
+layers and most hidden states on disk, and store them behind every layer.
 
     python benchmarks/kills.py --trials 20 --commands prune,recover
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -33,11 +35,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.tensorboard import SummaryWriter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
+import probeprune.calibration.unfinished
 import probeprune.experiment.executors
 import probeprune.jobs.prune
+import probeprune.model.loading
 import probeprune.report
 import probeprune.training.loraprune
 from probeprune.cli import app, run
+from probeprune.model.hidden_states import Room
+from probeprune.model.placing import Placing
+from probeprune.places import partial
 
 IMPORTED = (matplotlib.figure, peft, SummaryWriter, Trainer, probeprune.report)
 
@@ -49,7 +56,7 @@ def main() -> None:
     """Run all trials and print a table of their outcomes; exit with 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20, help="kills of each command")
-    parser.add_argument("--commands", default="prune,compare,recover,loraprune,table")
+    parser.add_argument("--commands", default=",".join(LINES))
     parser.add_argument("--seed", type=int, default=0, help="draws the moments")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -103,6 +110,9 @@ def outcome(trial: Path, wanted: dict[str, Any], code: int | None, killed: int) 
     # Killed behind its last write, a command that makes a checkpoint finds it made.
     if code != 0 and not (code == 2 and killed and "exists and is not empty" in log):
         return f"exit code {code} ({log.strip().splitlines()[-1:]})"
+    if code == 2:  # it needed no temporary files; whoever needs some first deletes those of the dead
+        with partial(trial / "place/temporary", "next"):
+            pass
     found = result(trial)
     if found.keys() != wanted.keys():
         return f"files {sorted(found.keys() ^ wanted.keys())}"
@@ -128,7 +138,7 @@ def result(trial: Path) -> dict[str, Any]:
         elif path.name in ("training.json", "pruning.json"):
             found |= {f"{name}: {k}": v for k, v in untimed(json.loads(path.read_text())).items()}
         else:
-            assert path.stat().st_size, f"{path} is empty"
+            assert path.stat().st_size or path.suffix == ".lock", f"{path} is empty"
             found[name] = None
     return found
 
@@ -147,9 +157,23 @@ def launch(folder: Path, command: str, trial: Path) -> int:
 
     def work() -> int:
         os.environ["PROBEPRUNE_CACHE"] = str(trial / "place/cache")
-        return run(lambda: app(arguments(folder, command, trial / "place/out")))
+        tempfile.tempdir = str(trial / "place/temporary")
+        os.makedirs(tempfile.tempdir, exist_ok=True)
+        if command.startswith("streamed"):
+            stream()
+        code = run(lambda: app(arguments(folder, command, trial / "place/out")))
+        gc.collect()  # `_exit` ends no object, and what lies in temporary folders goes with its own
+        return code
 
     return start(work, trial / "log")
+
+
+def stream() -> None:
+    """Put the layers of all models on disk, and most hidden states: no memory limit is as exact as that."""
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" for i in range(4)}
+    probeprune.model.loading.place = lambda *request: Placing(places, Room(4000))
+    probeprune.calibration.unfinished.EVERY = probeprune.calibration.unfinished.COST = 0.0
 
 
 def start(work: Callable[[], int | None], log: Path) -> int:
@@ -189,28 +213,34 @@ def end(pid: int, wait: float | None = None) -> int | None:
 # -- what is run -----------------------------------------------------------------------------------
 
 
+_CALIBRATED = "--calibration TEXT --calibration-windows 4 --length 16"
+_MEASURED = "--corpus TEXT --windows 4 --dtype float32 --device cpu --out OUT"
+_PRUNING = "--ratio 0.3 --round-to 4"
+_TRAINING = "--steps 6 --batch-size 4 --micro-batch 4 --length 16 --evaluate-every 2 --text TEXT"
+_BUDGET = "--train-steps 4 --train-batch-size 4 --train-length 16 --train-text TEXT"
+
+LINES = {
+    "prune": f"prune MODEL {_PRUNING} --method wanda-sp {_CALIBRATED} {_MEASURED}",
+    "streamed": f"prune MODEL {_PRUNING} --method llm-pruner {_CALIBRATED} {_MEASURED}",
+    "streamed-refit": f"prune MODEL {_PRUNING} --method best-static {_CALIBRATED} {_MEASURED}",
+    "compare": "compare MODEL --methods dense,probe,random+lora --ratios 0.3 --skip-layers 1 "
+    f"{_BUDGET} {_CALIBRATED} {_MEASURED}",
+    "recover": f"recover MODEL --merge --warmup-steps 1 {_TRAINING} {_MEASURED}",
+    "loraprune": f"loraprune MODEL {_PRUNING} {_TRAINING} {_MEASURED}",
+    "table": "table --preset GRID --dtype float32 --device cpu --out OUT",
+}
+"""Command lines by the name of the command."""
+
+
 def arguments(folder: Path, command: str, out: Path) -> list[str]:
     """The command line of a command."""
-    pruning = f"--ratio 0.3 --round-to 4 {'' if command == 'loraprune' else '--method wanda-sp'}"
-    training = "--steps 6 --batch-size 4 --micro-batch 4 --length 16 --evaluate-every 2 --text TEXT"
-    budget = "--train-steps 4 --train-batch-size 4 --train-length 16 --train-text TEXT"
-    calibrated = "--calibration TEXT --calibration-windows 4 --length 16"
-    measured = "--corpus TEXT --windows 4 --dtype float32 --device cpu --out OUT"
-    line = {
-        "prune": f"prune MODEL {pruning} {calibrated} {measured}",
-        "compare": "compare MODEL --methods dense,probe,random+lora --ratios 0.3 --skip-layers 1 "
-        f"{budget} {calibrated} {measured}",
-        "recover": f"recover MODEL --merge --warmup-steps 1 {training} {measured}",
-        "loraprune": f"loraprune MODEL {pruning} {training} {measured}",
-        "table": "table --preset GRID --dtype float32 --device cpu --out OUT",
-    }[command]
     places = {
         "MODEL": folder / "model",
         "TEXT": folder / "text.jsonl",
         "GRID": folder / "grid.yaml",
         "OUT": out,
     }
-    return [str(places.get(word, word)) for word in line.split()]
+    return [str(places.get(word, word)) for word in LINES[command].split()]
 
 
 def write_files(folder: Path) -> None:
@@ -225,7 +255,7 @@ def write_files(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     text = folder / "text.jsonl"
-    lines = [" ".join(str((7 * i + j * j) % 120) for j in range(60)) for i in range(60)]
+    lines = [" ".join(str((7 * i + j * j) % 120) for j in range(90)) for i in range(60)]
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     (folder / "grid.yaml").write_text(
         f"models: [{folder / 'model'}]\n"

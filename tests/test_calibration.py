@@ -8,7 +8,7 @@ from tiny import FAMILIES, token_ids
 
 from probeprune import UsageError, attach, prepare
 from probeprune.algebra.moments import Moments
-from probeprune.calibration import collecting
+from probeprune.calibration import collecting, unfinished
 from probeprune.calibration.collecting import calibrate, merge
 from probeprune.model.identity import model_fingerprint
 
@@ -44,7 +44,8 @@ def test_a_second_calibration_reads_the_first(tmp_path):
 
 
 def test_a_broken_run_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(collecting, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(unfinished, "EVERY", 0.0)
+    monkeypatch.setattr(unfinished, "COST", 0.0)
     model = FAMILIES["llama-gqa"]()
     whole = calibrate(model, WINDOWS, batch_size=2)
 
@@ -63,7 +64,7 @@ def test_a_broken_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(collecting, "collect", counted)
     resumed = calibrate(model, WINDOWS, batch_size=2, cache=tmp_path)
-    assert collected == [(0, 0), (1, 0), (2, 2), (3, 2), (4, 2)], "layers that were done are only run through"
+    assert collected == [(2, 2), (3, 2), (4, 2)], "layers that are done are not run through again"
     same(resumed, whole, rtol=0, atol=0)
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".safetensors"], "half a file left behind"
 

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FAMILIES, OPT_SHAPE, SHAPE, Given, token_ids
+from tiny import FAMILIES, OPT_SHAPE, SHAPE, Given, lively, snapshot, token_ids
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from probeprune import Gradients, attach, compose, find_blocks, prune
+from probeprune.calibration import gradients
+from probeprune.calibration.backward import backward_by_layer
 from probeprune.calibration.gradients import saliences
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
@@ -241,13 +243,51 @@ def test_an_overflow_is_an_error_and_cuts_nothing(criterion):
 
 
 def test_a_gradient_that_overflows_names_its_map():
-    model = two_layers("llama").to(torch.float16)
-    with torch.no_grad():  # the loss stays finite, its gradient in front of the last layer's norm does not
+    model = two_layers("llama")
+    with torch.no_grad():  # the MLP's output is zero, its gradient is not
         model.model.layers[0].mlp.up_proj.weight.zero_()
-        model.model.layers[0].mlp.down_proj.weight.fill_(6e4)
-        model.model.layers[0].mlp.gate_proj.weight.fill_(10.0)
-    with pytest.raises(FloatingPointError, match=r"(gradient of model.layers|loss of calibration)"):
+        model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
+        model.model.layers[0].mlp.gate_proj.weight.fill_(1e3)
+    with pytest.raises(FloatingPointError, match=r"gradient of model.layers.0.mlp.up_proj.* is NaN or inf"):
         saliences(model, WINDOWS)
+
+
+@pytest.mark.parametrize("criterion", ["param_first", "vectorize", "param_second"])
+def test_a_narrow_model_is_differentiated_in_float32(criterion, monkeypatch):
+    # One layer: its input is the same in both dtypes.
+    config = OPTConfig(**{**OPT_SHAPE, "num_hidden_layers": 1}, word_embed_proj_dim=48)
+    make = lively(lambda: OPTForCausalLM(config))
+    narrow, same = make().bfloat16(), make().bfloat16().float()
+    before, dtypes = snapshot(narrow), set()
+    hook = narrow.model.decoder.layers[0].register_forward_hook(
+        lambda _, args, out: dtypes.add((args[0].dtype, out.dtype))
+    )
+    with torch.inference_mode():
+        got = saliences(narrow, WINDOWS, criterion)
+    hook.remove()
+    before.assert_untouched()
+    assert dtypes == {(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)}
+    exact = saliences(same, WINDOWS, criterion)
+    monkeypatch.setattr(gradients, "backward_by_layer", lambda *a, wide, **k: backward_by_layer(*a, **k))
+    rounded = saliences(narrow, WINDOWS, criterion)
+    errors = [
+        torch.stack([(found[n] - exact[n]).norm() / exact[n].norm() for n in exact]).mean()
+        for found in (got, rounded)
+    ]
+    assert errors[0] < 0.01 and errors[0] < 0.25 * errors[1]
+
+
+def test_a_narrow_model_is_as_before_where_its_gradients_fail():
+    model = two_layers("llama").bfloat16()
+
+    def stop(what, done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        saliences(model, WINDOWS, progress=stop)
+    before.assert_untouched()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Text, JSON and tensors in files, which appear under their names only when complete."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +76,3 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] |
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError):
         return None
-
-
-def cached_tensors(path: Path | None, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors stored at `path`. If there are none, call `make` and store its result.
-
-    Without a path, `make` is always called and nothing is stored.
-    """
-    stored = None if path is None else load_tensors(path)
-    if stored is not None:
-        return stored[0]
-    made = make()
-    if path is not None:
-        save_tensors(path, made, {})
-    return made

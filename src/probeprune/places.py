@@ -150,7 +150,7 @@ def writing(target: Path) -> Iterator[Path]:
     check_free(target)
     real = resolved(target)
     there = real.is_dir()
-    with _full_disk(target), _partial(real if there else real.parent, real.name) as (folder, lock):
+    with full_disk(target), _partial(real if there else real.parent, real.name) as (folder, lock):
         yield folder
         _settle(folder)
         if there:
@@ -159,7 +159,7 @@ def writing(target: Path) -> Iterator[Path]:
             _move_in(folder)
         else:
             os.replace(folder, real)
-            _sync(real.parent)
+            sync(real.parent)
 
 
 @contextmanager
@@ -169,11 +169,11 @@ def replacing(file: Path) -> Iterator[Path]:
     Makes the folders above it. A symbolic link stays one. Raises as `writing`.
     """
     real = resolved(file)
-    with _full_disk(file), partial(real.parent, real.name) as folder:
+    with full_disk(file), partial(real.parent, real.name) as folder:
         yield folder / real.name
         _settle(folder)
         os.replace(folder / real.name, real)
-        _sync(real.parent)
+        sync(real.parent)
 
 
 @contextmanager
@@ -192,10 +192,35 @@ def discard(folder: Path) -> None:
         os.replace(folder, grave)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a folder of unfinished work, which another process goes on with where this one dies.
+
+    It need not exist. Deleted where the context ends without an exception; gives False, and leaves it,
+    where another process holds it.
+    """
+    with _explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _lock(_lock_of(folder))
+        except BlockingIOError:
+            lock = -1
+    try:
+        yield lock >= 0
+        if lock >= 0 and folder.exists():
+            discard(folder)
+    finally:
+        if lock >= 0:
+            _release(lock, _lock_of(folder))
+
+
 def clear(folder: Path) -> None:
-    """Delete what processes that died left unfinished in `folder`, and move what they had completed."""
+    """Delete what processes that died left unfinished in `folder`, and move what they had completed.
+
+    In a folder that everybody may write, such as that for temporary files, only what is the user's own.
+    """
     for file in sorted(folder.glob(f".*{_LOCK}")):
-        if not _PARTIAL.fullmatch(file.stem):
+        if not _PARTIAL.fullmatch(file.stem) or _of_others(folder, file):
             continue
         try:
             lock = _lock(file, new=False)
@@ -212,15 +237,33 @@ def clear(folder: Path) -> None:
 @contextmanager
 def _partial(parent: Path, name: str) -> Iterator[tuple[Path, int]]:
     """As `partial`, with the descriptor of the lock."""
+    folder, lock = take_folder(parent, name)
+    try:
+        yield folder, lock
+    finally:
+        drop_folder(folder, lock)
+
+
+def take_folder(parent: Path, name: str) -> tuple[Path, int]:
+    """As `partial`, for a folder that lives until `drop_folder` or the end of the process; with its lock."""
     with _explained(parent):
         parent.mkdir(parents=True, exist_ok=True)
         clear(parent)
         lock, folder = _new_folder(parent, name)
-    try:
-        yield folder, lock
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _release(lock, _lock_of(folder))
+    return folder, lock
+
+
+def drop_folder(folder: Path, lock: int) -> None:
+    """Delete a folder that `take_folder` made, and let go of its lock."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _release(lock, _lock_of(folder))
+
+
+def _of_others(folder: Path, file: Path) -> bool:
+    """Whether a file is somebody else's, in a folder that everybody may write."""
+    with suppress(FileNotFoundError):
+        return bool(folder.stat().st_mode & stat.S_ISVTX) and file.lstat().st_uid != os.getuid()
+    return True
 
 
 def _new_folder(parent: Path, name: str) -> tuple[int, Path]:
@@ -253,11 +296,12 @@ def _settle(folder: Path) -> None:
     mode = stat.S_IMODE(folder.stat().st_mode)
     for path in folder.rglob("*"):
         path.chmod(mode if path.is_dir() else mode & 0o666)
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -271,7 +315,7 @@ def _move_in(folder: Path) -> None:
         return
     for path in sorted(folder.iterdir(), key=lambda p: (p.name in _LAST, p.name)):
         os.replace(path, folder.parent / path.name)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 # -- locks -----------------------------------------------------------------------------------------
@@ -329,7 +373,7 @@ def _explained(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _full_disk(place: Path) -> Iterator[None]:
+def full_disk(place: Path) -> Iterator[None]:
     """Raise errors of a disk that is full or fails as `UsageError` about `place`; all others pass."""
     try:
         yield

@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from probeprune import plan, records
-from probeprune.calibration import stored
 from probeprune.calibration.collecting import calibrate
 from probeprune.calibration.damage import damages, unit_flops, unit_nanoseconds
 from probeprune.calibration.gradients import saliences
 from probeprune.calibration.refit import RefitRequest, refit
 from probeprune.calibration.sensitivity import sensitivities
 from probeprune.calibration.statistics import Statistics
+from probeprune.calibration.stored import TENSORS
+from probeprune.calibration.unfinished import Unfinished, resumed, states_bytes
 from probeprune.data.windows import BATCH_SIZE, WindowSource
 from probeprune.errors import UsageError
-from probeprune.files import cached_tensors
 from probeprune.methods import Method
 from probeprune.model.blocks import find_blocks
 from probeprune.model.identity import content_key
@@ -275,7 +275,7 @@ class Preparation:
             key = content_key(self.model, used, "damages", _FORMAT, *settings.values())
             path = self.cache / f"{key}.safetensors"
 
-        def measure() -> dict[str, torch.Tensor]:
+        def measure(kept: Unfinished) -> dict[str, torch.Tensor]:
             return damages(
                 self.model,
                 self.windows[:DAMAGE_WINDOWS],
@@ -284,9 +284,11 @@ class Preparation:
                 damping=settings["damping"],
                 batch_size=self.batch_size,
                 progress=self.progress,
+                kept=kept,
             )
 
-        curves = cached_tensors(path, measure)
+        states = states_bytes(self.model, self.windows[:DAMAGE_WINDOWS])
+        curves = resumed(path, TENSORS, self.model, measure, states=states, settings=self.batch_size)
         blocks = find_blocks(self.model, method.unit_kind)
         if method.budget == "parameters":
             savings = [b.unit_parameters for b in blocks]
@@ -317,18 +319,22 @@ class Preparation:
         if self.cache is not None:
             key = content_key(self.model, windows, "consumers", _FORMAT, dict(piece.settings), following)
             path = self.cache / f"{key}.safetensors"
-            entry = stored.read(path, "consumers")
-            if entry is not None:
-                return entry[0]
-        blocks = find_blocks(self.model, method.unit_kind)
-        metrics: dict[str, torch.Tensor] = {}
-        if how.sensitivity and method.ordered_by_refit:
-            metrics = self._sensitivities(min(how.sensitivity, len(windows)), method.seed)
-        cuts = {b.name: c for b, c in zip(blocks, piece.cuts, strict=True) if c.width < b.units}
-        request = RefitRequest(cuts, method.unit_kind, metrics, following)
-        consumers: dict[str, Consumer] = refit(
-            self.model, request, windows, how, batch_size=self.batch_size, progress=self.progress
-        )
-        if path is not None:
-            stored.store(path, "consumers", consumers)
-        return dict(consumers)
+
+        def fit(kept: Unfinished) -> dict[str, Consumer]:
+            blocks = find_blocks(self.model, method.unit_kind)
+            metrics: dict[str, torch.Tensor] = {}
+            if how.sensitivity and method.ordered_by_refit:
+                metrics = self._sensitivities(min(how.sensitivity, len(windows)), method.seed)
+            cuts = {b.name: c for b, c in zip(blocks, piece.cuts, strict=True) if c.width < b.units}
+            return refit(
+                self.model,
+                RefitRequest(cuts, method.unit_kind, metrics, following),
+                windows,
+                how,
+                batch_size=self.batch_size,
+                progress=self.progress,
+                kept=kept,
+            )
+
+        states = (2 if how.sequential else 1) * states_bytes(self.model, windows)
+        return resumed(path, "consumers", self.model, fit, states=states, settings=self.batch_size)

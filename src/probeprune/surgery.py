@@ -18,10 +18,10 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import METHODS, Method, check_untrained, get_method
-from probeprune.model.blocks import Block, UnitKind, find_blocks
+from probeprune.model.blocks import Block, UnitKind, find_blocks, find_layers
 from probeprune.model.described import check_described, describe
 from probeprune.model.layers import opened
-from probeprune.model.offloading import changes_of
+from probeprune.model.offloading import changes_of, check_changes
 from probeprune.model.partition import Partition, check_can_cut
 from probeprune.model.passes import check_eval
 from probeprune.model.wrappers import unwrapped
@@ -108,6 +108,8 @@ def prune(
     blocks = _checked_blocks(model, method, steps, calibration)
     before, whole, total = _parameters(model), blocks, _total(blocks)  # a cut changes the blocks' sizes
     planned = _planned_widths(method, ratio, steps, blocks)
+    if planned:
+        _check_scratch(model, blocks, planned[-1])
     ids = [torch.arange(b.units, device="cpu") for b in blocks]
     consumers: dict[str, Consumer] = {}
     for step in range(steps):
@@ -195,6 +197,7 @@ def _cut_all(
     """Make the cuts permanent, layer by layer. Returns the ids of the kept units and the refitted consumers,
     by block name."""
     plan.check_consumers(method, blocks, cuts, statistics)
+    _check_scratch(model, blocks, [c.width for c in cuts])
     units: dict[str, torch.Tensor] = {}
     consumers: dict[str, Consumer] = {}
     changes = changes_of(model)
@@ -212,6 +215,17 @@ def _cut_all(
                 if p.consumer is not None:
                     consumers[p.block.name] = p.consumer
     return units, consumers
+
+
+def _check_scratch(model: nn.Module, blocks: Sequence[Block], keep: Sequence[int]) -> None:
+    """Raise `UsageError` unless the disk takes the layers that a cut to these widths changes."""
+    lost = [(b.units - k) * b.unit_parameters for b, k in zip(blocks, keep, strict=True)]
+    size = 0
+    for number, layer in enumerate(find_layers(model)):
+        own = sum(n for b, n in zip(blocks, lost, strict=True) if b.layer == number)
+        if own:
+            size += (sum(p.numel() for p in layer.parameters()) - own) * next(layer.parameters()).itemsize
+    check_changes(model, size)
 
 
 def cut(model: nn.Module, units: Mapping[str, torch.Tensor], unit_kind: UnitKind = "group") -> None:

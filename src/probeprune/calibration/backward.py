@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from probeprune.calibration.unfinished import Unfinished, states_bytes
+from probeprune.model.blocks import find_layers
 from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
 from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.layers import LayerRunner
-from probeprune.model.offloading import room_of
+from probeprune.model.offloading import widened
 from probeprune.progress import Progress, silent
 
 Loss = Callable[[int, int, torch.Tensor], torch.Tensor]
@@ -34,10 +36,14 @@ def backward_by_layer(
     visit: Visit,
     what: str,
     progress: Progress = silent,
+    *,
+    kept: Unfinished | None = None,
+    wide: bool = False,
 ) -> None:
     """One backward pass for each window, through all layers, last layer first.
 
-    Memory: the inputs of all layers, layers x windows x length x hidden numbers in the model's dtype.
+    Memory: the inputs of all layers, layers x windows x length x hidden numbers in the model's dtype, and the
+    gradient of one.
 
     Args:
         model: a supported causal LM in eval mode, nothing attached; its layers may be offloaded.
@@ -46,44 +52,63 @@ def backward_by_layer(
         visit: what is done in each layer.
         what: name of the work, for `progress`, which is called with (what, windows done over all layers,
             windows times layers).
+        kept: where the pass begins, and takes down how far it has come; None for the beginning.
+        wide: differentiate each layer in float32 where the model's dtype is narrower: its weights, and its
+            arguments, are float32 copies while it is open. The inputs of layers stay those of the model's
+            own forward pass.
 
     Raises:
         FloatingPointError: a NaN or infinite loss.
+        UsageError: no room for the inputs of all layers in memory or on disk.
     """
+    kept = Unfinished(model) if kept is None else kept
+    layers, count = len(find_layers(model)), len(windows)
     with torch.inference_mode(False), weights_at_rest(model):
-        runner = LayerRunner(model, list(windows.clone().split(1)))
-        layers, count = len(runner), len(windows)
-        inputs = _inputs(model, runner)
-        gradients = [_from_head(model, runner, i, loss) for i in range(count)]
-        for layer in reversed(range(layers)):
-            with runner.opened(layer), visit(layer) as after:
+        # The output of the last layer is the last part, the input of the head.
+        inputs, gradients = kept.stream("inputs", (layers + 1) * count), kept.stream("gradients", count)
+        runner = LayerRunner(model, list(windows.clone().split(1)), hidden=inputs)
+        if not kept.done:
+            inputs.check_disk(layers * inputs.nbytes)
+        for layer in range(kept.done, layers):
+            _forwards(runner, layer, inputs)
+            kept.step(layer + 1)
+        if kept.done == layers:
+            for i in range(count):
+                gradients[i] = _from_head(model, runner, i, inputs[layers * count + i], loss)
+                del inputs[layers * count + i]
+            kept.step(layers + 1)
+        for behind in range(kept.done - layers - 1, layers):
+            layer = layers - 1 - behind
+            with runner.opened(layer, wide), visit(layer) as after:
                 for i in range(count):
-                    progress(what, (layers - 1 - layer) * count + i, layers * count)
-                    hidden = inputs[layer * count + i].detach().requires_grad_(True)
+                    progress(what, behind * count + i, layers * count)
+                    hidden = inputs[layer * count + i].detach()
+                    hidden = (widened(hidden) if wide else hidden).requires_grad_(True)
                     with torch.enable_grad():
-                        runner.run(layer, i, hidden).backward(gradients[i])
+                        out = runner.run(layer, i, hidden)
+                        out.backward(gradients[i].to(out.dtype))
                     assert hidden.grad is not None
                     gradients[i] = hidden.grad
+                    del inputs[layer * count + i]
                     after(i)
+            kept.step(layers + 2 + behind)
         progress(what, layers * count, layers * count)
 
 
 @torch.no_grad()
-def _inputs(model: nn.Module, runner: LayerRunner) -> HiddenStates:
-    """The inputs of all layers, all windows of the first in front; leaves the last layer's output behind."""
+def _forwards(runner: LayerRunner, layer: int, inputs: HiddenStates) -> None:
+    """Run all windows through a layer; its outputs are the inputs of the next."""
     count = len(runner.batches)
-    inputs = HiddenStates(room_of(model), len(runner) * count)
-    for layer in range(len(runner)):
-        with runner.opened(layer):
-            for i, hidden in enumerate(runner.hidden):
-                inputs[layer * count + i] = hidden
-                runner.hidden[i] = runner.run(layer, i, hidden)
-    return inputs
+    with runner.opened(layer):
+        for i in range(count):
+            inputs[(layer + 1) * count + i] = runner.run(layer, i, inputs[layer * count + i])
 
 
-def _from_head(model: nn.Module, runner: LayerRunner, window: int, loss: Loss) -> torch.Tensor:
+def _from_head(
+    model: nn.Module, runner: LayerRunner, window: int, output: torch.Tensor, loss: Loss
+) -> torch.Tensor:
     """The gradient of the last layer's output. The logits of a few tokens are in memory at a time."""
-    hidden = runner.hidden[window].detach().requires_grad_(True)
+    hidden = output.detach().requires_grad_(True)
     with torch.enable_grad():
         states = runner.finish(window, hidden)
         top = states.detach().requires_grad_(True)
@@ -98,6 +123,11 @@ def _from_head(model: nn.Module, runner: LayerRunner, window: int, loss: Loss) -
         states.backward(top.grad)
     assert hidden.grad is not None
     return hidden.grad
+
+
+def backward_bytes(model: nn.Module, windows: torch.Tensor) -> int:
+    """Bytes of the hidden states and gradients that a backward pass keeps between two layers."""
+    return (len(find_layers(model)) + 3) * states_bytes(model, windows)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ Results are cached by content (the model's weights, the windows, the settings), 
 on at its layer. Knows nothing of methods: one calibration serves them all.
 """
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from probeprune.algebra.moments import OWN_POSITIONS, Moments
-from probeprune.calibration import stored
+from probeprune.calibration.unfinished import Unfinished, resumed, states_bytes
 from probeprune.data.windows import batches
 from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.identity import content_key
@@ -21,9 +20,7 @@ from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent
 
-_FORMAT = 3
-_SAVE_EVERY = 30.0
-"""Minimum number of seconds between two writes to disk."""
+_FORMAT = 4
 
 
 def calibrate(
@@ -58,31 +55,27 @@ def calibrate(
     blocks = find_blocks(model)
     key = None if cache is None else content_key(model, windows, "moments", _FORMAT, own_positions)
     path = None if cache is None else cache / f"{key}.safetensors"
-    entry = stored.read(path, "moments")
-    moments: dict[str, Moments] = {} if entry is None else entry[0]
     layers = blocks[-1].layer + 1
-    progress("calibration", 0, layers * len(windows))
-    missing = [layer for layer in range(layers) if any(b.name not in moments for b in _of(blocks, layer))]
-    if missing:
+
+    def take(kept: Unfinished) -> dict[str, Moments]:
+        progress("calibration", kept.done * len(windows), layers * len(windows))
+        parts = batches(windows, batch_size)
         with torch.inference_mode():
-            runner = LayerRunner(model, [*batches(windows, batch_size)])
-            saved = time.monotonic()
-            for layer in range(missing[-1] + 1):
-                observed = _of(blocks, layer) if layer in missing else []
+            runner = LayerRunner(model, parts, hidden=kept.stream("hidden", len(parts)))
+            for layer in range(kept.done, layers):
                 with runner.opened(layer):
-                    moments |= collect(runner, layer, observed, own_positions, progress)
-                if path is not None and (layer == missing[-1] or time.monotonic() - saved > _SAVE_EVERY):
-                    stored.store(path, "moments", moments)
-                    saved = time.monotonic()
+                    here = [b for b in blocks if b.layer == layer]
+                    kept.results |= collect(runner, layer, here, own_positions, progress)
+                kept.step(layer + 1)
+        return kept.results
+
+    states = states_bytes(model, windows)
+    moments = resumed(path, "moments", model, take, states=states, settings=batch_size)
     progress("calibration", layers * len(windows), layers * len(windows))
     # Collected under inference mode; clones are ordinary tensors.
     return {
         b.name: Moments.from_state({k: t.clone() for k, t in moments[b.name].state().items()}) for b in blocks
     }
-
-
-def _of(blocks: Sequence[Block], layer: int) -> list[Block]:
-    return [b for b in blocks if b.layer == layer]
 
 
 def collect(

@@ -13,6 +13,7 @@ from torch import nn
 
 from probeprune.algebra.elimination import eliminate
 from probeprune.algebra.least_squares import Gram, normal_equations
+from probeprune.calibration.unfinished import Unfinished
 from probeprune.data.windows import batches
 from probeprune.model.blocks import Block, UnitKind, find_blocks
 from probeprune.model.cost import block_flops, synced_clock
@@ -32,6 +33,7 @@ def damages(
     damping: float = 0.1,
     batch_size: int = 16,
     progress: Progress = silent,
+    kept: Unfinished | None = None,
 ) -> dict[str, torch.Tensor]:
     """Damage of cutting each block, in nats per token, by the number of units removed.
 
@@ -46,6 +48,7 @@ def damages(
         damping: damping of the moments, as in `least_squares.solve`.
         batch_size: windows per forward pass.
         progress: called with (`damage`, layers done, layers in all).
+        kept: where the pass begins, and takes down how far it has come; None for the beginning.
 
     Returns:
         By block name (units + 1,), float64, never decreasing: entry i is the damage after the first i units
@@ -58,10 +61,10 @@ def damages(
     check_eval(model)
     windows = token_windows(model, windows)
     blocks = find_blocks(model, units)
-    layers = LayerRunner(model, [*batches(windows, batch_size)])
-    stream = layers.hidden
-    curves: dict[str, torch.Tensor] = {}
-    for layer in range(len(layers)):
+    kept, parts = Unfinished(model) if kept is None else kept, batches(windows, batch_size)
+    stream, curves = kept.stream("hidden", len(parts)), kept.results
+    layers = LayerRunner(model, parts, hidden=stream)
+    for layer in range(kept.done, len(layers)):
         progress("damage", layer, len(layers))
         here = [b for b in blocks if b.layer == layer]
         with layers.opened(layer):
@@ -73,6 +76,7 @@ def damages(
                     gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
             for b in here:
                 curves[b.name] = _curve(b, moments.pop(b.kind), metrics[b.name], damping)
+        kept.step(layer + 1)
     progress("damage", len(layers), len(layers))
     return curves
 

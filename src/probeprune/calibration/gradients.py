@@ -1,7 +1,9 @@
 """Saliences: scores of every row and column of the blocks' linear maps, from the gradient of the loss.
 
-Samples are processed one by one, a layer at a time, and their gradients averaged in float32. Memory holds one
-layer with its gradients and the activations of one sample in it. Knows nothing of units or ratios.
+Samples are processed one by one, a layer at a time. Each layer is differentiated in float32, whatever the
+dtype of the model: gradients of narrower dtypes lose bits, and CPUs without units for them take many times
+longer. Memory holds one layer and its gradients in float32, and the activations of one sample in it. Knows
+nothing of units or ratios.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,16 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from probeprune.calibration.backward import Loss, backward_by_layer
+from probeprune.calibration.backward import Loss, backward_by_layer, backward_bytes
+from probeprune.calibration.unfinished import Unfinished, resumed
 from probeprune.errors import UsageError, unknown
-from probeprune.files import cached_tensors
 from probeprune.model.blocks import Member, find_blocks
 from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.progress import Progress, silent
 from probeprune.strategies.criteria import CRITERIA, Criterion, Gradients, Settled
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def saliences(
@@ -70,21 +72,20 @@ def saliences(
         drawn = (settings.rank, settings.draws, seed) if rule.draws else ()
         path = cache / f"{content_key(model, windows, 'saliences', _FORMAT, criterion, *drawn)}.safetensors"
 
-    def take() -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-
+    def take(kept: Unfinished) -> dict[str, torch.Tensor]:
         @contextmanager
         def visit(layer: int) -> Iterator[Callable[[int], None]]:
             here = {m.name: m for b in blocks if b.layer == layer for m in b.members}
             means = _GradientMeans(here, rule, len(windows))
             with _differentiable(means):
                 yield means.next_sample
-            found.update(means.saliences(settings, seed))
+            kept.results |= means.saliences(settings, seed)
 
-        backward_by_layer(model, windows, _mean_loss(windows), visit, "gradients", progress)
-        return {m.name: found[m.name] for b in blocks for m in b.members}
+        loss = _mean_loss(windows)
+        backward_by_layer(model, windows, loss, visit, "gradients", progress, kept=kept, wide=True)
+        return {m.name: kept.results[m.name] for b in blocks for m in b.members}
 
-    return cached_tensors(path, take)
+    return resumed(path, "saliences", model, take, states=backward_bytes(model, windows))
 
 
 def _mean_loss(windows: torch.Tensor) -> Loss:

@@ -23,6 +23,7 @@ from probeprune.algebra.least_squares import (
     squared_error,
     target_variance,
 )
+from probeprune.calibration.unfinished import Unfinished
 from probeprune.data.windows import BATCH_SIZE, batches
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block, UnitKind, find_blocks
@@ -61,6 +62,7 @@ def refit(
     *,
     batch_size: int = BATCH_SIZE,
     progress: Progress = silent,
+    kept: Unfinished | None = None,
 ) -> dict[str, Consumer]:
     """Fit the consumers of blocks that keep only some units to the dense model's outputs.
 
@@ -77,6 +79,7 @@ def refit(
         how: see `Refit`; None for its defaults.
         batch_size: windows per forward pass.
         progress: called with ("refit", layers done, layers in total).
+        kept: where the pass begins, and takes down how far it has come; None for the beginning.
 
     Returns:
         Consumers by block name, for the blocks in `request.cuts`; weights in the model's dtype. With
@@ -99,9 +102,10 @@ def refit(
         strange = request.cuts.keys() - {b.name for b in blocks}
         if strange:
             raise UsageError(f"{min(strange)} is not a block of this model; find_blocks lists them.")
-        runner = LayerRunner(model, parts)
+        kept = Unfinished(model) if kept is None else kept
+        runner = LayerRunner(model, parts, hidden=kept.stream("dense", len(parts)))
         added = not find_family(model).norm_last
-        return _LayerwiseRefit(runner, request, how, first_held, added).run(blocks, progress)
+        return _LayerwiseRefit(runner, request, how, first_held, added, kept).run(blocks, progress)
 
 
 def _split(windows: torch.Tensor, how: Refit) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +127,7 @@ class _LayerwiseRefit:
     Attributes:
         request, how: as in `refit`. A block whose units elimination chooses is whole until its turn.
         first_held: index of the first held-out batch.
+        kept: where the pass begins, and takes down how far it has come.
         added: whether consumers' outputs are added to the residual stream without a norm.
         dense, pruned: hidden states in front of the current layer, by batch; the same list until the first
             cut.
@@ -135,23 +140,28 @@ class _LayerwiseRefit:
         how: Refit,
         first_held: int,
         added: bool,
+        kept: Unfinished,
     ) -> None:
         self.layers, self.request, self.how = layers, request, how
-        self.first_held, self.added = first_held, added
+        self.first_held, self.added, self.kept = first_held, added, kept
         self.partitions: dict[str, Partition] = {}
         self.dense = self.pruned = layers.hidden
+        if kept.has("pruned"):
+            self.pruned = kept.stream("pruned", len(self.dense))
+        elif how.sequential:
+            self.dense.check_disk_for_copy()
 
     def run(self, blocks: Sequence[Block], progress: Progress) -> dict[str, Consumer]:
         """Fit every block that is cut."""
-        fitted: dict[str, Consumer] = {}
         last = max((b.layer for b in blocks if b.name in self.request.cuts), default=-1)
-        for layer in range(last + 1):
+        for layer in range(self.kept.done, last + 1):
             progress("refit", layer, last + 1)
             here = [b for b in blocks if b.layer == layer]
             with self.layers.opened(layer), self._partitioned(here) as cut:
-                fitted |= self._fit_layer(here, cut, last)
+                self.kept.results |= self._fit_layer(here, cut, last)
+            self.kept.step(layer + 1)
         progress("refit", last + 1, last + 1)
-        return fitted
+        return self.kept.results
 
     @contextmanager
     def _partitioned(self, here: Sequence[Block]) -> Iterator[list[Block]]:
@@ -174,7 +184,8 @@ class _LayerwiseRefit:
         layer = here[0].layer
         fitted: dict[str, Consumer] = {}
         if cut and self.how.sequential and self.pruned is self.dense:
-            self.pruned = self.dense.copy()
+            self.pruned = self.kept.stream("pruned", len(self.dense))
+            self.pruned.take(self.dense)
         # In sequence, an MLP is fitted behind the pruned attention of its layer.
         together = [[b] for b in cut] if self.how.sequential else [[*cut]] if cut else []
         for group in together:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from probeprune.calibration.backward import backward_by_layer
-from probeprune.files import cached_tensors
+from probeprune.calibration.backward import backward_by_layer, backward_bytes
+from probeprune.calibration.stored import TENSORS
+from probeprune.calibration.unfinished import Unfinished, resumed
 from probeprune.model.blocks import Block, find_blocks, uncalled_consumer
 from probeprune.model.forwards import temporary_hooks
 from probeprune.model.identity import content_key
@@ -59,14 +60,19 @@ def sensitivities(
     path = None
     if cache is not None:
         path = cache / f"{content_key(model, windows, 'sensitivities', _FORMAT, seed)}.safetensors"
-    return cached_tensors(path, lambda: _measure(model, windows, seed, progress))
+    return resumed(
+        path,
+        TENSORS,
+        model,
+        lambda kept: _measure(model, windows, seed, progress, kept),
+        states=backward_bytes(model, windows),
+    )
 
 
 def _measure(
-    model: nn.Module, windows: torch.Tensor, seed: int, progress: Progress
+    model: nn.Module, windows: torch.Tensor, seed: int, progress: Progress, kept: Unfinished
 ) -> dict[str, torch.Tensor]:
     blocks = find_blocks(model)
-    total: dict[str, torch.Tensor] = {}
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def loss(window: int, first: int, logits: torch.Tensor) -> torch.Tensor:
@@ -83,6 +89,7 @@ def _measure(
     @contextmanager
     def visit(layer: int) -> Iterator[Callable[[int], None]]:
         here = [b for b in blocks if b.layer == layer]
+        total: dict[str, torch.Tensor] = {}
         with _outputs(here) as outputs:
 
             def add(window: int) -> None:
@@ -95,12 +102,13 @@ def _measure(
                     total[block.name] = total[block.name] + share if block.name in total else share
 
             yield add
+        for fisher in total.values():
+            diagonal = fisher.diagonal()
+            diagonal += FLOOR * diagonal.mean()
+        kept.results |= total
 
-    backward_by_layer(model, windows, loss, visit, "sensitivities", progress)
-    for fisher in total.values():
-        diagonal = fisher.diagonal()
-        diagonal += FLOOR * diagonal.mean()
-    return {b.name: total[b.name] for b in blocks}
+    backward_by_layer(model, windows, loss, visit, "sensitivities", progress, kept=kept)
+    return {b.name: kept.results[b.name] for b in blocks}
 
 
 def _second_moment(gradient: torch.Tensor, name: str, window: int) -> torch.Tensor:

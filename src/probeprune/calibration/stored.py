@@ -70,28 +70,37 @@ def _unpack_consumers(tensors: Tensors, values: Values) -> dict[str, Consumer]:
     return {name: Consumer(**{"bias": None, **parts[name], **figures}) for name, figures in values.items()}
 
 
+TENSORS = Codec(lambda tensors: (dict(tensors), {}), lambda tensors, values: dict(tensors))
+"""One tensor for each name."""
+
 CODECS: Mapping[Part, Codec] = {
     "moments": Codec(_pack_moments, _unpack_moments),
-    "saliences": Codec(lambda saliences: (dict(saliences), {}), lambda tensors, values: dict(tensors)),
+    "saliences": TENSORS,
     "damages": Codec(_pack_damages, _unpack_damages),
     "consumers": Codec(_pack_consumers, _unpack_consumers),
 }
 """Codecs by part."""
 
 
-def store(path: Path, part: Part, value: Mapping[str, Any], **more: object) -> None:
-    """Write a part and additional JSON values; the file appears under its name only when complete."""
-    tensors, values = CODECS[part].pack(value)
-    save_tensors(path, tensors, {"values": json.dumps(values), "more": json.dumps(more)})
+def codec(part: Part | Codec) -> Codec:
+    """The codec of a part, or one that is given."""
+    return part if isinstance(part, Codec) else CODECS[part]
 
 
-def read(path: Path | None, part: Part) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Read the part and the values written by `store`; None if the file is missing or damaged."""
-    stored = None if path is None else load_tensors(path)
+def store(path: Path, part: Part | Codec, value: Mapping[str, Any]) -> None:
+    """Write a part, in the same bytes each time; the file appears under its name only when complete."""
+    tensors, values = codec(part).pack(value)
+    # Under one key: safetensors writes several in any order.
+    save_tensors(path, tensors, {"values": json.dumps(values)})
+
+
+def read(path: Path, part: Part | Codec) -> dict[str, Any] | None:
+    """Read the part written by `store`; None if the file is missing or damaged."""
+    stored = load_tensors(path)
     if stored is None:
         return None
     tensors, metadata = stored
     try:
-        return CODECS[part].unpack(tensors, json.loads(metadata["values"])), json.loads(metadata["more"])
+        return codec(part).unpack(tensors, json.loads(metadata["values"]))
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -17,14 +17,14 @@ from probeprune.errors import UsageError
 from probeprune.jobs.cards import pruning_card
 from probeprune.jobs.measure import Measure
 from probeprune.methods import Method, compose, without_measured_widths
-from probeprune.model.blocks import find_blocks
+from probeprune.model.blocks import find_blocks, find_layers
 from probeprune.model.checkpoint import check_space, save
 from probeprune.model.cost import PeakMemory
 from probeprune.model.described import Layout, empty_like
 from probeprune.model.described import export as export_model
 from probeprune.model.loading import LoadedModel
 from probeprune.model.machine import cache_dir, check_cache
-from probeprune.model.offloading import cast
+from probeprune.model.offloading import cast, check_changes
 from probeprune.places import check_file, check_free, claimed, resolved
 from probeprune.plan import needs
 from probeprune.preparation import DAMAGE_WINDOWS
@@ -118,6 +118,7 @@ def _prune_to(
 ) -> dict[str, Any]:
     """As `prune_to`, in a folder that is ours."""
     shape = rehearse(loaded.model, method, ratio, output.layout, steps)
+    check_changes(loaded.model, _changed(loaded.model, shape) * loaded.dtype.itemsize)
     if isinstance(output, GgufFile):
         _check_rows(output.type, loaded.model, method)
         export = check_export(shape, loaded.tokenizer, output.type, name=output.file.stem)
@@ -161,6 +162,12 @@ def _prune_to(
     else:
         _write(loaded, output, pruning_card(done, record, resolved(output.folder).name), record)
     return record
+
+
+def _changed(model: Any, shape: Any) -> int:
+    """The number of parameters of the layers that a cut to this shape changes, as they are then."""
+    sizes = ([sum(p.numel() for p in layer.parameters()) for layer in find_layers(m)] for m in (model, shape))
+    return sum(after for before, after in zip(*sizes, strict=True) if after != before)
 
 
 def _check_rows(type: FileType, model: Any, method: Method) -> None:

@@ -18,14 +18,16 @@ from probeprune.model.blocks import Block, find_layers, uncalled_consumer
 from probeprune.model.families import find_family
 from probeprune.model.forwards import replace_method, temporary_hooks
 from probeprune.model.hidden_states import HiddenStates
-from probeprune.model.offloading import device_of, in_memory, room_of
+from probeprune.model.offloading import device_of, in_memory, room_of, widened
 from probeprune.model.passes import Pass, find_decoder
 
 
-def opened(model: nn.Module, layer: int, changes: Path | None = None) -> AbstractContextManager[None]:
+def opened(
+    model: nn.Module, layer: int, changes: Path | None = None, *, wide: bool = False
+) -> AbstractContextManager[None]:
     """Keep the weights of one decoder layer in place inside the context; see `offloading.in_memory`."""
     path = f"{find_family(model).layers}.{layer}"
-    return in_memory(model.get_submodule(path), path, changes)
+    return in_memory(model.get_submodule(path), path, changes, wide=wide)
 
 
 RunPass = Callable[[Pass, Callable[[], Any]], Any]
@@ -62,6 +64,7 @@ class LayerRunner:
         model: nn.Module,
         batches: Sequence[torch.Tensor],
         masks: Sequence[torch.Tensor | None] | None = None,
+        hidden: HiddenStates | None = None,
     ) -> None:
         """Run everything in front of the first layer.
 
@@ -69,13 +72,17 @@ class LayerRunner:
             model: a supported causal LM; its layers may be offloaded.
             batches: token ids, LongTensor (batch, length) each.
             masks: attention mask (batch, length) of each batch; None for no padding.
+            hidden: where hidden states go; those that it holds already stay.
+
+        Raises `UsageError` where the hidden states find no room on the disk.
         """
         self._model, self._layers = model, find_layers(model)
         self._decoder, self._device = find_decoder(model), device_of(model)
         self.batches, self._masks = batches, masks or [None] * len(batches)
         self._run_pass: RunPass = _straight
         self._arguments: dict[object, list[dict[str, Any]]] = {}
-        self.hidden = HiddenStates(room_of(model), len(batches))
+        self._wide = False
+        self.hidden = HiddenStates(room_of(model), len(batches)) if hidden is None else hidden
         for i in range(len(batches)):
             calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
@@ -84,7 +91,10 @@ class LayerRunner:
                 return hidden_states
 
             self._decode(i, [record] * len(self._layers))
-            self.hidden[i] = calls[0][0]
+            if i == 0 and not self.hidden.holds(i):
+                self.hidden.check_disk(calls[0][0][0, 0].nbytes * sum(ids.numel() for ids in batches))
+            if not self.hidden.holds(i):
+                self.hidden[i] = calls[0][0]
             self._arguments.setdefault(self._like(i), [arguments for _, arguments in calls])
 
     def __len__(self) -> int:
@@ -115,9 +125,15 @@ class LayerRunner:
         count, length = self.batches[batch].shape
         return Tokens(count, length, valid)
 
-    def opened(self, layer: int) -> AbstractContextManager[None]:
-        """Keep one layer's weights in place inside the context."""
-        return opened(self._model, layer)
+    @contextmanager
+    def opened(self, layer: int, wide: bool = False) -> Iterator[None]:
+        """Keep one layer's weights in place inside the context; with `wide`, it computes in float32."""
+        with opened(self._model, layer, wide=wide):
+            self._wide = wide
+            try:
+                yield
+            finally:
+                self._wide = False
 
     @contextmanager
     def visited(self, layer: int) -> Iterator[None]:
@@ -134,6 +150,8 @@ class LayerRunner:
     def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of one layer for the hidden states of one batch, both by index."""
         arguments = self._arguments[self._like(batch)][layer]
+        if self._wide:
+            hidden, arguments = widened(hidden), widened(arguments)
         started = Pass(self.tokens(batch), continues=False, cache=None)
         out: torch.Tensor = self._run_pass(started, lambda: self._layers[layer](hidden, **arguments))
         return out

@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -44,6 +43,7 @@ from probeprune.model.nemotron_nas import from_nemotron
 from probeprune.model.offloading import device_of, room_of, set_scratch
 from probeprune.model.placing import place
 from probeprune.model.pruned_configs import read_config
+from probeprune.model.scratch import Scratch
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0): LLaMA architecture, grouped-query attention, 30 layers."""
@@ -115,10 +115,10 @@ def load_model(
     placing = None if device_map is not None else place(name, shape.model, chosen, target, memory)
     where: dict[str, Any] = {}
     if placing is not None or device_map is not None:
-        scratch = TemporaryDirectory(prefix="probeprune-layers-")
+        scratch = Scratch("probeprune-layers")
         where = {
             "device_map": device_map if placing is None else placing.places,
-            "offload_folder": scratch.name,
+            "offload_folder": scratch.path,
         }
     with quiet_libraries(bars=False), refusing(f"model '{name}' could not be loaded"):
         model = AutoModelForCausalLM.from_pretrained(

@@ -5,23 +5,27 @@ whole layer is fetched once, worked on, and put back; where the work changed it,
 to a folder. The model stays an ordinary one: accelerate finds the new weights there.
 """
 
+import shutil
 import sys
+import tempfile
 import uuid
 from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from safetensors import SafetensorError
 from torch import nn
 
+from probeprune.errors import UsageError, first_line
 from probeprune.files import save_tensors
 from probeprune.model.hidden_states import Room
+from probeprune.model.scratch import Scratch
 from probeprune.provenance import dtype_name
 
 _ROOM = "_probeprune_room"
@@ -63,7 +67,7 @@ def room_of(model: nn.Module) -> Room:
     return Room(psutil.virtual_memory().available // 4 if is_offloaded(model) else sys.maxsize)
 
 
-def set_scratch(model: nn.Module, folder: "TemporaryDirectory[str]", room: Room) -> None:
+def set_scratch(model: nn.Module, folder: Scratch, room: Room) -> None:
     """Say where the changed layers of an offloaded model go, and its hidden states."""
     model.__dict__[_CHANGES], model.__dict__[_ROOM] = folder, room
 
@@ -75,9 +79,21 @@ def changes_of(model: nn.Module) -> Path | None:
     """
     if not is_offloaded(model):
         return None
-    if not isinstance(model.__dict__.get(_CHANGES), TemporaryDirectory):
-        model.__dict__[_CHANGES] = TemporaryDirectory(prefix="probeprune-layers-")
-    return Path(model.__dict__[_CHANGES].name)
+    if not isinstance(model.__dict__.get(_CHANGES), Scratch):
+        model.__dict__[_CHANGES] = Scratch("probeprune-layers")
+    path: Path = model.__dict__[_CHANGES].path
+    return path
+
+
+def check_changes(model: nn.Module, size: int) -> None:
+    """Raise `UsageError` unless the disk takes `size` bytes of changed layers of an offloaded model."""
+    folder = changes_of(model)
+    free = sys.maxsize if folder is None else shutil.disk_usage(folder).free
+    if free < size:
+        raise UsageError(
+            f"the layers that are cut take {size / 2**30:.2f} GiB, and the disk of {tempfile.gettempdir()} "
+            f"has {free / 2**30:.2f} GiB left; free some space, or set TMPDIR to a folder on another disk."
+        )
 
 
 def share_offloading(model: nn.Module, other: nn.Module, zeros: Collection[str] = ()) -> None:
@@ -108,7 +124,9 @@ def share_offloading(model: nn.Module, other: nn.Module, zeros: Collection[str] 
 
 
 @contextmanager
-def in_memory(module: nn.Module, name: str = "", changes: Path | None = None) -> Iterator[None]:
+def in_memory(
+    module: nn.Module, name: str = "", changes: Path | None = None, *, wide: bool = False
+) -> Iterator[None]:
     """Keep the weights of a module, and of all modules inside it, in place inside the context.
 
     They are on the device where accelerate runs them. Weights that are in place anyway are left as they are.
@@ -119,22 +137,55 @@ def in_memory(module: nn.Module, name: str = "", changes: Path | None = None) ->
         name: its path in the model, which begins the names of its weights in a file.
         changes: a folder to write the weights to when the context ends, for work that changes them; from then
             on they are read from there. None drops every change.
+        wide: put float32 copies of narrower weights and buffers in their place, which are dropped.
+
+    Raises:
+        UsageError: a file that weights are read from has gone, or was changed.
     """
     hooks = {m: m._hf_hook for m in module.modules() if fetching_hook(m) is not None}
-    before = {m: dict(m._parameters) for m in hooks}
+    before = {m: dict(m._parameters) for m in (module.modules() if wide else hooks)}
+    buffers = {m: dict(m._buffers) for m in before} if wide else {}
     try:
         with torch.inference_mode(False):  # inference tensors could not be written outside
-            for m in hooks:
-                _fetch(m)
+            for m in before:
+                if m in hooks:
+                    _fetch(m)
+                if wide:
+                    _widen(m)
         yield
         if hooks and changes is not None:
             _write(module, name, hooks, changes)
             before = {m: _without_numbers(m) for m in hooks}
     finally:
-        for m, hook in hooks.items():
+        for m, own in before.items():
             m._parameters.clear()
-            m._parameters.update(before[m])
+            m._parameters.update(own)
+            m._buffers.update(buffers.get(m, {}))
+        for m, hook in hooks.items():
             add_hook_to_module(m, hook)
+
+
+def widened(value: Any) -> Any:
+    """A tensor in float32 where it has a narrower floating dtype; all those in tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() and value.itemsize < 4 else value
+    if isinstance(value, dict):
+        return {key: widened(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [widened(part) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    return value
+
+
+def _widen(module: nn.Module) -> None:
+    """Put float32 copies in the place of a module's own narrower weights and buffers."""
+    for key, own in module._parameters.items():
+        if own is None:
+            continue
+        wide = widened(own.detach())
+        if wide.dtype != own.dtype:
+            module._parameters[key] = nn.Parameter(wide, requires_grad=own.requires_grad)
+    module._buffers.update(widened(module._buffers))
 
 
 def _fetch(module: nn.Module) -> None:
@@ -143,7 +194,8 @@ def _fetch(module: nn.Module) -> None:
     assert hook is not None
     fetched = {
         key: nn.Parameter(
-            hook.weights_map[key].to(hook.execution_device, copy=True), requires_grad=own.requires_grad
+            _numbers(hook.weights_map, key, own.shape).to(hook.execution_device, copy=True),
+            requires_grad=own.requires_grad,
         )
         for key, own in module._parameters.items()
         if own is not None
@@ -157,7 +209,36 @@ def fetched(model: nn.Module, name: str) -> torch.Tensor:
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     hook = fetching_hook(module)
-    return module.get_parameter(key).detach() if hook is None else hook.weights_map[key]
+    own = module.get_parameter(key)
+    return own.detach() if hook is None else _numbers(hook.weights_map, key, own.shape)
+
+
+def _numbers(weights: Mapping[str, torch.Tensor], key: str, shape: torch.Size) -> torch.Tensor:
+    """One parameter from where accelerate keeps it."""
+    try:
+        found = weights[key]
+        if found.shape == shape:
+            return found
+        problem = f"it has shape {tuple(found.shape)}, and had {tuple(shape)}"
+    except (OSError, SafetensorError) as error:
+        problem = first_line(error)
+    name, file = _place(weights, key)
+    layer = next((f" of layer {part}" for part in name.split(".") if part.isdecimal()), "")
+    raise UsageError(
+        f"{name or key}{layer} cannot be read from {file or 'its file'} any more: {problem}; put the file "
+        "back as it was, and start again."
+    )
+
+
+def _place(weights: object, key: str) -> tuple[str, str]:
+    """The name of a parameter and the file it is read from, as far as they are known."""
+    while isinstance(weights, _Cast | ChainMap):
+        weights = weights.weights if isinstance(weights, _Cast) else weights.maps[-1]
+    if not isinstance(weights, PrefixedDataset):
+        return "", ""
+    name = f"{weights.prefix}{key}"
+    index = getattr(weights.dataset, "index", {})
+    return name, str(index.get(name, {}).get("safetensors_file") or "")
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -176,7 +257,10 @@ def origin(model: nn.Module, name: str) -> tuple[object, ...]:
     if place is None:
         value = hook.weights_map[key]
         return value.data_ptr(), value._version
-    state = place[0].stat()
+    try:
+        state = place[0].stat()
+    except OSError:  # it has gone, as whoever reads it will hear
+        return *place, None
     return *place, state.st_ino, state.st_size, state.st_mtime_ns
 
 
@@ -197,16 +281,16 @@ class _Cast(Mapping[str, torch.Tensor]):
     """Weights in another dtype."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-        self._weights, self._dtype = weights, dtype
+        self.weights, self._dtype = weights, dtype
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self._weights[key].to(self._dtype)
+        return self.weights[key].to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
+        return iter(self.weights)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self.weights)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -13,8 +13,9 @@ from probeprune.model.blocks import find_layers
 from probeprune.model.families import find_family
 from probeprune.model.hidden_states import Room
 
-_WORK = 3
-"""Memory that work on one layer takes, in layers: its weights, what they become, what is computed."""
+_WORK, _NARROW_WORK = 3, 5
+"""Memory that work on one layer takes, in layers: its weights, what they become, what is computed. In a dtype
+narrower than float32, gradients take its weights and what is computed in float32."""
 
 _SHARE = 0.8
 """Share of the free memory that a model takes where no limit is given."""
@@ -82,7 +83,8 @@ def place(
     limit = used + int(_SHARE * free) if memory is None else memory
     if used + sizes.layers + sizes.rest <= limit or not sizes.layers:
         return None
-    least = used + sizes.rest + _WORK * sizes.largest
+    work = _WORK if dtype.itemsize >= 4 else _NARROW_WORK
+    least = used + sizes.rest + work * sizes.largest
     if limit < least:
         raise UsageError(
             f"model {name[:200]!r} takes {_gib(least)} even a layer at a time ({_gib(sizes.rest)} of "

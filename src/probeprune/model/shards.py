@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -49,9 +50,10 @@ def _write(model: PreTrainedModel, names: Sequence[str], shard: Path) -> None:
     sources = {place and place[0] for place in (stored_in(model, name) for name in names)}
     changed = sources.pop() if len(sources) == 1 else None
     if changed is not None and changed.parent == changes_of(model):
-        with safe_open(changed, framework="pt") as file:
+        same = False
+        with suppress(OSError, SafetensorError), safe_open(changed, framework="pt") as file:
             same = set(file.keys()) == set(names)
-        if same:
+        if same:  # a file that has gone is said below
             try:
                 os.link(changed, shard)
             except OSError:  # another file system, or one without links
