@@ -199,7 +199,7 @@ def arguments(folder: Path, command: str, out: Path) -> list[str]:
     line = {
         "prune": f"prune MODEL {pruning} {calibrated} {measured}",
         "compare": "compare MODEL --methods dense,probe,random+lora --ratios 0.3 --skip-layers 1 "
-        f"{budget} {calibrated} {measured}",
+        f"--speed-rounds 0 {budget} {calibrated} {measured}",
         "recover": f"recover MODEL --merge --warmup-steps 1 {training} {measured}",
         "loraprune": f"loraprune MODEL {pruning} {training} {measured}",
         "table": "table --preset GRID --dtype float32 --device cpu --out OUT",
