@@ -224,7 +224,7 @@ LINES = {
     "streamed": f"prune MODEL {_PRUNING} --method llm-pruner {_CALIBRATED} {_MEASURED}",
     "streamed-refit": f"prune MODEL {_PRUNING} --method best-static {_CALIBRATED} {_MEASURED}",
     "compare": "compare MODEL --methods dense,probe,random+lora --ratios 0.3 --skip-layers 1 "
-    f"{_BUDGET} {_CALIBRATED} {_MEASURED}",
+    f"--speed-rounds 0 {_BUDGET} {_CALIBRATED} {_MEASURED}",
     "recover": f"recover MODEL --merge --warmup-steps 1 {_TRAINING} {_MEASURED}",
     "loraprune": f"loraprune MODEL {_PRUNING} {_TRAINING} {_MEASURED}",
     "table": "table --preset GRID --dtype float32 --device cpu --out OUT",

@@ -173,7 +173,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, number_tokenizer):
     ratios = ",".join(str(share / 100) for share in range(5, 60))  # more cells than are measured by then
     command = [sys.executable, "-m", "probeprune", "compare", str(tmp_path / "model"), "--out", str(tmp_path)]
     command += ["--methods", "dense,magnitude,random", "--ratios", ratios, "--skip-layers", "1"]
-    command += ["--corpus", text, "--length", "16", "--dtype", "float32"]
+    command += ["--corpus", text, "--length", "16", "--dtype", "float32", "--speed-rounds", "0"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,

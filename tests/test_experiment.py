@@ -144,7 +144,7 @@ def compare(folder: Path, out: Path, *more: str) -> int:
     arguments = ["compare", str(folder / "model"), "--out", str(out), "--dtype", "float32", "--ratios", "0.3"]
     arguments += ["--corpus", text, "--calibration", text, "--calibration-windows", "8", "--windows", "4"]
     arguments += ["--length", "16", "--batch-size", "4", "--train-text", text, "--train-length", "16"]
-    arguments += ["--skip-layers", "1", "--train-steps", "6"]
+    arguments += ["--skip-layers", "1", "--train-steps", "6", "--speed-rounds", "0"]
     return run(lambda: app([*arguments, *more]))
 
 
@@ -198,6 +198,7 @@ def test_trained_models_go_when_asked(tiny_folder, tmp_path, capsys):
 
 SMALL = ["compare", "smollm2-135m", "--methods", "dense,random,probe", "--ratios", "0.3", "--windows", "4"]
 SMALL += ["--length", "32", "--batch-size", "4", "--calibration-windows", "8", "--dtype", "float32"]
+SMALL += ["--speed-rounds", "2"]
 
 
 @pytest.mark.real
@@ -206,9 +207,15 @@ def test_compare_killed_half_way_ends_in_the_same_table(tmp_path, smollm2, capsy
         assert run(lambda: app([*SMALL, "--out", str(out)])) == 0
         # Timings and memory differ from run to run; everything else must not.
         lines = (out / "table.md").read_text().splitlines()
-        return [line.rsplit(" | ", 2)[0] for line in lines if line.startswith("|")]
+        assert lines[2].endswith("| prefill | memory | KV cache |"), lines[2]
+        return [line.rsplit(" | ", 3)[0] for line in lines if line.startswith("|")]
 
     whole = compare(tmp_path / "whole")
+    costs = [
+        line for line in map(json.loads, (tmp_path / "whole" / RESULTS).open()) if line["task"] == "cost"
+    ]
+    assert [c["name"] for c in costs] == ["dense", "random", "probe"]
+    assert all(len(c["prefill"]["speedup_range"]) == 2 and "decode" not in c for c in costs)
     broken = tmp_path / "broken"
     command = [sys.executable, "-m", "probeprune", *SMALL, "--out", str(broken)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

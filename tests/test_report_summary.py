@@ -196,9 +196,31 @@ def test_pareto_front_against_brute_force():
 
 def test_prr_is_the_papers():
     # LLaMA-2-7B at 40 %: perplexity 6.0 -> 16.8 (PP) and 38.9 (FLAP); the paper's ratios are 37.37 and 95.65.
-    assert prr(16.8 - 6.0, Speed(1 / (1 - 0.289), 1, 2)) == pytest.approx(37.37, rel=1e-3)
-    assert prr(38.9 - 6.0, Speed(1 / (1 - 0.344), 1, 2)) == pytest.approx(95.65, rel=1e-3)
+    assert prr(16.8 - 6.0, Speed(1 / (1 - 0.289), 1.3, 1.5)) == pytest.approx(37.37, rel=1e-3)
+    assert prr(38.9 - 6.0, Speed(1 / (1 - 0.344), 1.5, 1.6)) == pytest.approx(95.65, rel=1e-3)
     assert prr(1.0, Speed(1.0, 1, 1)) is None and prr(1.0, None) is None
+    assert prr(1.0, Speed(1.5, 0.6, 3.2)) is None, "no figure where the rounds disagree"
+
+
+@pytest.mark.parametrize(
+    ("lowest", "shown"), [(1.1, "1.20x (1.10-1.30)"), (0.62, "unclear (0.62-1.30)"), (1.3, "1.20x")]
+)
+def test_a_speed_is_a_figure_where_the_rounds_agree(lowest, shown):
+    rows = [dict(r) for r in ROWS if r["name"] in ("dense", "flap") and r["task"] == "cost"]
+    for row in rows:
+        if row["name"] == "flap":
+            row["prefill"] = {**row["prefill"], "speedup": 1.2, "speedup_range": [lowest, 1.3]}
+    (made,) = report.summarise(rows)
+    column = {c.key: c for c in columns([made])}["prefill"]
+    cells = [c for e, c in zip(made.entries, column.cells, strict=True) if not e.dense]
+    assert {c.plain for c in cells} == {shown}
+    assert all((c.value is None) == shown.startswith("unclear") for c in cells)
+
+
+def test_no_speed_of_methods_that_were_timed_one_after_the_other():
+    rows = [r for r in ROWS if r["task"] != "cost"]
+    (made,) = report.summarise(rows)
+    assert {"prefill", "decode", "speed"}.isdisjoint(c.key for c in columns([made]))
 
 
 def test_best_is_the_smallest_or_largest_and_none_where_all_are_alike(summary):

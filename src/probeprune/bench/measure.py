@@ -88,9 +88,7 @@ def measure_point(
                 # Warm up on the previous batch, so that the swaps measured here are those of steady use.
                 _prefill(target, previous[: max(1, point.batch_size // 4), : point.length])
                 if done:
-                    with PeakMemory(target.device) as peak:
-                        _round(target, batch, point.length, run)
-                    run.memory = max(run.memory, peak.bytes)
+                    _round(target, batch, point.length, run)
                 else:
                     _first_round(target, handle.blocks, batch, point.length, run)
                     run.weights = _weight_bytes(target, handle)
@@ -150,11 +148,11 @@ def _round(target: Target, batch: torch.Tensor, length: int, run: _Run) -> None:
 def _first_round(
     target: Target, blocks: Sequence[Block], batch: torch.Tensor, length: int, run: _Run
 ) -> None:
-    """Count FLOPs and profile. Both slow a pass down, so they are off in the timed rounds."""
+    """Count FLOPs, measure memory and profile. All slow a pass down, so they are off in the timed rounds."""
     prompt, token = batch[:, :length], batch[:, -1:]
-    with counting_flops() as counted:
+    with PeakMemory(target.device) as peak, counting_flops() as counted:
         _prefill(target, prompt)
-    run.flops = counted.flops
+    run.flops, run.memory = counted.flops, peak.bytes
     profile, cache = profiled(blocks, target.device, lambda: _prefill(target, prompt))
     run.profile = {"prefill": profile}
     run.cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

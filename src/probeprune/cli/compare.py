@@ -15,7 +15,15 @@ from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, print_line, print_rows, print_written, progress_bar, warn
 from probeprune.cli.values import names, numbers, one_of
 from probeprune.data.windows import Sampling, Text
-from probeprune.experiment.cells import Cell, Setting, TextMeasure, TrainingBudget
+from probeprune.experiment.cells import (
+    Cell,
+    CostMeasure,
+    Measure,
+    Setting,
+    TextMeasure,
+    TrainingBudget,
+    trains,
+)
 from probeprune.methods import Method, compose, get_method
 from probeprune.model.blocks import UnitKind
 from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
@@ -27,6 +35,9 @@ if TYPE_CHECKING:
 
 METHODS = "dense,wanda-sp,flap,llm-pruner,loraprune,probe,full-batch,best-static,best-dynamic"
 """Compared by default: every published method of the table, and this project's own."""
+
+SPEED_BATCH = 4
+"""Largest number of prompts that are timed at once: a few rounds take long enough to be measured."""
 
 OUTPUT = ResultOptions(Path("runs/compare"))
 
@@ -94,6 +105,22 @@ class MeasureOptions:
             "batch, as in the published code of Probe Pruning)."
         ),
     ] = TextMeasure.sampling
+    speed_rounds: Annotated[
+        int,
+        typer.Option(
+            help="Number of rounds in which the prompts of each method are timed in turn with the dense "
+            "model's; 0 times nothing."
+        ),
+        RANGES["speed_rounds"],
+    ] = 3
+
+    def measures(self, length: int, seed: int) -> list[Measure]:
+        """Perplexity, and the speed of a few windows at once where there are rounds to time."""
+        measures: list[Measure] = [self.measure(length, seed)]
+        if self.speed_rounds:
+            few = min(self.batch_size, SPEED_BATCH)
+            measures.append(CostMeasure(few, length, 0, self.speed_rounds, time_calibration=False))
+        return measures
 
     def measure(self, length: int, seed: int) -> TextMeasure:
         """The measure, on windows of `length` tokens. Raises `UsageError` for an unknown sampling."""
@@ -160,19 +187,25 @@ def compare(
     Example: [bold]probeprune compare smollm2-135m --methods dense,probe --ratios 0.2,0.4,0.6[/bold]
     """
     from probeprune import report
-    from probeprune.experiment.cells import grid as cells_of
     from probeprune.experiment.results import Results
     from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
     from probeprune.files import write_text
     from probeprune.places import claimed
 
-    measure = evaluation.measure(calibration.length, calibration.seed)
+    measures = evaluation.measures(calibration.length, calibration.seed)
     methods, ratios = grid.composed(), grid.checked_ratios()
     text, budget = calibration.text(), training.budget()
     with claimed(output.out_dir), notices():
         loaded = load.open(model)
-        cells = cells_of(_subjects(loaded, methods, ratios, text, calibration.seed, budget), [measure])
+        subjects = _subjects(loaded, methods, ratios, text, calibration.seed, budget)
+        # A trained model is as fast as the same cut without training.
+        cells = [
+            Cell(s, m)
+            for s in dict.fromkeys(subjects)
+            for m in measures
+            if not (trains(s.method) and isinstance(m, CostMeasure))
+        ]
         results = Results.open(output.out_dir)
         warn(results.problems)
         with progress_bar() as show:
@@ -206,7 +239,12 @@ def _subjects(
 
 
 def _print_done(cell: Cell, row: Line) -> None:
-    print_line(f"{cell.subject.label:<16} perplexity {row['value']:.2f}", "green", mark="done")
+    if isinstance(cell.measure, CostMeasure):
+        low, high = (f(row["prefill"].get("speedup_range", [1.0])) for f in (min, max))
+        figure = f"speed {low:.2f}x to {high:.2f}x in {cell.measure.rounds} rounds"
+    else:
+        figure = f"perplexity {row['value']:.2f}"
+    print_line(f"{cell.subject.label:<16} {figure}", "green", mark="done")
 
 
 def _title(model: str, row: Line, calibration: Text) -> str:

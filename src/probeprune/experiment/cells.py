@@ -195,6 +195,8 @@ class CostMeasure:
     """Tokens decoded after the prompt."""
     rounds: int = 3
     """Repetitions; figures are medians over them."""
+    time_calibration: bool = True
+    """Whether to measure the time to calibrate, on a few windows."""
 
     def __post_init__(self) -> None:
         check_fields(self)

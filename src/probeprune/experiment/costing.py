@@ -59,7 +59,7 @@ def cost_line(bench: Workbench, cell: Cell, progress: Progress) -> CostLine:
         "kv_cache_bytes_per_token": prefill["cache_bytes"] // (measure.batch_size * measure.length),
         "kv_cache_share": prefill["cache_over_dense"],
         "parameters": [parameters, parameters - removed],
-        "calibration_seconds": _calibration_seconds(bench, cell),
+        "calibration_seconds": _calibration_seconds(bench, cell) if measure.time_calibration else None,
     }
     if "decode" in phases:
         result["decode"] = _phase(phases["decode"])

@@ -4,6 +4,8 @@ Only matrix products count, a multiply-add as two FLOPs. Attention counts all qu
 counter does, though a causal kernel may skip half. The tests check counts and formulas against each other.
 """
 
+import ctypes
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -88,8 +90,17 @@ def synced_clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def give_back_freed() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc); it keeps some else."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 class PeakMemory:
     """Context that measures peak memory: of this process on the CPU (sampled), or of its GPU.
+
+    Memory that earlier work has freed, and that the C library has kept, is given back first.
 
     Args:
         device: where the work runs.
@@ -116,6 +127,7 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
+            give_back_freed()
             self._thread.start()
         return self
 

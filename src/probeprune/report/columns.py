@@ -145,17 +145,10 @@ def _accuracy_columns(
 def _cost_columns(entries: Sequence[Entry]) -> list[Column]:
     flops = "of the decoder, including the probe, counted, over dense"
     probe = "FLOPs of the probe over those of the dense blocks"
-    speed = "measured speed over dense, of prompts and token by token: median (range) of interleaved rounds"
-    ratio = "decoder tokens per second over dense, measured in this run, one method after the other"
-    if any(e.cost.prefill or e.cost.decode for e in entries):
-        speeds = [
-            _column(
-                entries, "cost", "prefill", "prefill", speed, 1, lambda e: _speed_cell(e, e.cost.prefill)
-            ),
-            _column(entries, "cost", "decode", "decode", speed, 1, lambda e: _speed_cell(e, e.cost.decode)),
-        ]
-    else:
-        speeds = [_column(entries, "cost", "speed", "speed-up", ratio, 1, _throughput_cell)]
+    speed = (
+        "measured speed over dense, of prompts and token by token: median (range) of rounds, dense and "
+        "pruned in turn; unclear where the rounds disagree"
+    )
     return [
         _column(entries, "cost", "flops", "FLOPs", flops, -1, lambda e: share_cell(e.cost.flops_share)),
         _column(
@@ -167,7 +160,8 @@ def _cost_columns(entries: Sequence[Entry]) -> list[Column]:
             -1,
             lambda e: share_cell(e.cost.probe_flops_share or None),
         ),
-        *speeds,
+        _column(entries, "cost", "prefill", "prefill", speed, 1, lambda e: _speed_cell(e, e.cost.prefill)),
+        _column(entries, "cost", "decode", "decode", speed, 1, lambda e: _speed_cell(e, e.cost.decode)),
         _column(entries, "cost", "memory", "memory", "peak (over dense)", -1, _memory_cell),
         _column(
             entries,
@@ -276,11 +270,9 @@ def _speed_cell(entry: Entry, speed: Speed | None) -> TableCell:
     if speed is None or entry.dense:
         return TableCell()
     note = f"({speed.low:.2f}-{speed.high:.2f})" if speed.low < speed.high else ""
+    if not speed.clear:
+        return TableCell("unclear", note)
     return TableCell(f"{speed.value:.2f}x", note, speed.value)
-
-
-def _throughput_cell(entry: Entry) -> TableCell:
-    return TableCell() if entry.dense else number_cell(entry.cost.throughput_ratio, 2, "x")
 
 
 def _memory_cell(entry: Entry) -> TableCell:

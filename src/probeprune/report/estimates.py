@@ -24,6 +24,10 @@ class Estimate:
     seeds: int = 1
 
 
+WIDEST = 1.5
+"""Largest ratio of the fastest round to the slowest at which a speed is a figure."""
+
+
 @dataclass(frozen=True)
 class Speed:
     """Measured speed over dense: the median of interleaved rounds, and the range of the rounds."""
@@ -31,6 +35,11 @@ class Speed:
     value: float
     low: float
     high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the rounds agree well enough for the median to mean anything."""
+        return self.high <= WIDEST * self.low
 
 
 def estimate(lines: Sequence[Line]) -> Estimate:
@@ -100,13 +109,13 @@ def with_any(lines: Sequence[Line], others: Sequence[Line]) -> list[tuple[Line, 
 def prr(lost: float, speed: Speed | None) -> float | None:
     """PRR, Probe Pruning's measure of cost: performance lost per share of run time saved; lower is better.
 
-    None where no time was saved or none was measured.
+    None where no time was saved, or none was measured clearly.
 
     Args:
         lost: perplexity above dense, or points of accuracy below it.
         speed: measured prefill speed over dense; 1.25 saves a fifth of the time.
     """
-    return None if speed is None or speed.value <= 1 else lost / (1 - 1 / speed.value)
+    return None if speed is None or not speed.clear or speed.value <= 1 else lost / (1 - 1 / speed.value)
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -160,7 +160,7 @@ def _beside_dense(entry: Entry, text: str) -> str:
     parts = [
         "" if factor is None else f"{factor.value:.2f} times dense",
         "" if share is None else f"{100 * share:.1f}% of the FLOPs",
-        "" if speed is None else f"{speed.value:.2f}x as fast",
+        "" if speed is None or not speed.clear else f"{speed.value:.2f}x as fast",
     ]
     return ", ".join(filter(None, parts))
 

@@ -58,7 +58,9 @@ def _flops(entry: Entry) -> Interval | None:
 
 def _time(entry: Entry) -> Interval | None:
     speed: Speed | None = entry.cost.prefill
-    return None if speed is None else Interval(100 / speed.value, 100 / speed.high, 100 / speed.low)
+    if speed is None or not speed.clear:
+        return None
+    return Interval(100 / speed.value, 100 / speed.high, 100 / speed.low)
 
 
 FLOPS = CostAxis("FLOPs", "decoder FLOPs with the probe, % of dense (cheaper to the right)", _flops)

@@ -65,7 +65,6 @@ class Cost:
         flops_share: of the decoder, the probe included.
         probe_flops_share: of the probe, over all dense blocks.
         prefill, decode: speed, from interleaved rounds.
-        throughput_ratio: tokens per second over dense while perplexity was measured, one after the other.
         memory: peak in bytes.
         memory_over_dense: peak over dense.
         kv_cache_share: of its bytes.
@@ -77,7 +76,6 @@ class Cost:
     probe_flops_share: float | None
     prefill: Speed | None
     decode: Speed | None
-    throughput_ratio: float | None
     memory: float | None
     memory_over_dense: float | None
     kv_cache_share: float | None
@@ -284,7 +282,6 @@ def _cost(lines: Sequence[Line], context: _Context) -> Cost:
         probe_flops_share=mean(_values(texts, "probe_flops_share")),
         prefill=_speed(costs, "prefill"),
         decode=_speed(costs, "decode"),
-        throughput_ratio=mean(_ratios(matched, "tokens_per_second")),
         memory=max(memory, default=None),
         memory_over_dense=mean(_values(costs, "memory_over_dense")),
         kv_cache_share=mean(_values(costs, "kv_cache_share")),
@@ -308,7 +305,6 @@ _Number = Literal[
     "flops_share",
     "flops_per_token",
     "probe_flops_share",
-    "tokens_per_second",
     "peak_memory",
     "memory_over_dense",
     "kv_cache_share",
