@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from probeprune.errors import BadValue, quoted
 from probeprune.places import replacing
+from probeprune.processes import shares
 
 RESULTS = "results.jsonl"
 """Name of the file with result lines in an experiment's folder."""
@@ -82,12 +83,13 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] |
 def cached_tensors(path: Path | None, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tensors stored at `path`. If there are none, call `make` and store its result.
 
-    Without a path, `make` is always called and nothing is stored.
+    Without a path, `make` is always called and nothing is stored. Where work is shared out, the first process
+    reads and writes, and all get what it has.
     """
-    stored = None if path is None else load_tensors(path)
-    if stored is not None:
-        return stored[0]
+    stored = load_tensors(path) if path is not None and shares.leads() else None
+    if shares.agreed(stored is not None):
+        return shares.agreed_tensors(stored[0] if stored is not None else {})
     made = make()
-    if path is not None:
+    if path is not None and shares.leads():
         save_tensors(path, made, {})
     return made

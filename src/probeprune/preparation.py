@@ -31,6 +31,7 @@ from probeprune.model.identity import content_key
 from probeprune.model.passes import token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.places import check_writable
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
 from probeprune.strategies import Part
@@ -292,7 +293,9 @@ class Preparation:
             savings = [b.unit_parameters for b in blocks]
             wholes = [b.parameters for b in blocks]  # not all belong to a unit
         else:
-            savings = self._savings(method)
+            with shares.alike():
+                savings = self._savings(method)
+            savings = shares.agreed(savings)  # measured times differ
             wholes = [b.units * s for b, s in zip(blocks, savings, strict=True)]
         return {
             b.name: Damage(curves[b.name], saving, whole)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from probeprune.data.windows import batches
 from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
 from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.layers import LayerRunner
 from probeprune.model.offloading import room_of
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
 Loss = Callable[[int, int, torch.Tensor], torch.Tensor]
@@ -37,6 +39,9 @@ def backward_by_layer(
 ) -> None:
     """One backward pass for each window, through all layers, last layer first.
 
+    Where work is shared out, for each window that is this process's. What `visit` does when it is left is
+    done by all processes together.
+
     Memory: the inputs of all layers, layers x windows x length x hidden numbers in the model's dtype.
 
     Args:
@@ -51,12 +56,14 @@ def backward_by_layer(
         FloatingPointError: a NaN or infinite loss.
     """
     with torch.inference_mode(False), weights_at_rest(model):
-        runner = LayerRunner(model, list(windows.clone().split(1)))
-        layers, count = len(runner), len(windows)
-        inputs = _inputs(model, runner)
-        gradients = [_from_head(model, runner, i, loss) for i in range(count)]
+        mine = shares.own(len(windows))
+        with shares.alike():
+            runner = LayerRunner(model, [*batches(shares.own_rows(windows).clone(), 1)])
+            layers, count = len(runner), len(mine)
+            inputs = _inputs(model, runner)
+            gradients = [_from_head(model, runner, i, mine[i], loss) for i in range(count)]
         for layer in reversed(range(layers)):
-            with runner.opened(layer), visit(layer) as after:
+            with runner.opened(layer), visit(layer) as after, shares.alike():
                 for i in range(count):
                     progress(what, (layers - 1 - layer) * count + i, layers * count)
                     hidden = inputs[layer * count + i].detach().requires_grad_(True)
@@ -64,7 +71,7 @@ def backward_by_layer(
                         runner.run(layer, i, hidden).backward(gradients[i])
                     assert hidden.grad is not None
                     gradients[i] = hidden.grad
-                    after(i)
+                    after(mine[i])
         progress(what, layers * count, layers * count)
 
 
@@ -81,11 +88,11 @@ def _inputs(model: nn.Module, runner: LayerRunner) -> HiddenStates:
     return inputs
 
 
-def _from_head(model: nn.Module, runner: LayerRunner, window: int, loss: Loss) -> torch.Tensor:
+def _from_head(model: nn.Module, runner: LayerRunner, batch: int, window: int, loss: Loss) -> torch.Tensor:
     """The gradient of the last layer's output. The logits of a few tokens are in memory at a time."""
-    hidden = runner.hidden[window].detach().requires_grad_(True)
+    hidden = runner.hidden[batch].detach().requires_grad_(True)
     with torch.enable_grad():
-        states = runner.finish(window, hidden)
+        states = runner.finish(batch, hidden)
         top = states.detach().requires_grad_(True)
         for first in range(0, top.shape[1], HEAD_TOKENS):
             few = top[0, first : first + HEAD_TOKENS]

@@ -19,6 +19,7 @@ from probeprune.model.identity import content_key
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
 _FORMAT = 3
@@ -65,12 +66,15 @@ def calibrate(
     missing = [layer for layer in range(layers) if any(b.name not in moments for b in _of(blocks, layer))]
     if missing:
         with torch.inference_mode():
-            runner = LayerRunner(model, [*batches(windows, batch_size)])
+            with shares.alike():
+                runner = LayerRunner(model, [*batches(shares.own_rows(windows), batch_size)])
             saved = time.monotonic()
             for layer in range(missing[-1] + 1):
                 observed = _of(blocks, layer) if layer in missing else []
-                with runner.opened(layer):
-                    moments |= collect(runner, layer, observed, own_positions, progress)
+                with shares.alike(), runner.opened(layer):
+                    found = collect(runner, layer, observed, own_positions, progress)
+                shares.pool(found.values())
+                moments |= found
                 if path is not None and (layer == missing[-1] or time.monotonic() - saved > _SAVE_EVERY):
                     stored.store(path, "moments", moments)
                     saved = time.monotonic()

@@ -19,6 +19,7 @@ from probeprune.model.cost import block_flops, synced_clock
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.partition import Partition
 from probeprune.model.passes import check_eval, token_windows
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
 
@@ -58,7 +59,8 @@ def damages(
     check_eval(model)
     windows = token_windows(model, windows)
     blocks = find_blocks(model, units)
-    layers = LayerRunner(model, [*batches(windows, batch_size)])
+    with shares.alike():
+        layers = LayerRunner(model, [*batches(shares.own_rows(windows), batch_size)])
     stream = layers.hidden
     curves: dict[str, torch.Tensor] = {}
     for layer in range(len(layers)):
@@ -66,15 +68,18 @@ def damages(
         here = [b for b in blocks if b.layer == layer]
         with layers.opened(layer):
             moments = {b.kind: Gram(b.width, b.consumer.out_features, b.consumer.weight.device) for b in here}
-            for i, hidden in enumerate(stream):
-                with capture(here) as captured:
-                    stream[i] = layers.run(layer, i, hidden)
-                for kind, gram in moments.items():
-                    gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
-            for b in here:
-                curves[b.name] = _curve(b, moments.pop(b.kind), metrics[b.name], damping)
+            with shares.alike():
+                for i, hidden in enumerate(stream):
+                    with capture(here) as captured:
+                        stream[i] = layers.run(layer, i, hidden)
+                    for kind, gram in moments.items():
+                        gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
+            shares.pool(moments.values())
+            with shares.alike():
+                for b in here:
+                    curves[b.name] = _curve(b, moments.pop(b.kind), metrics[b.name], damping)
     progress("damage", len(layers), len(layers))
-    return curves
+    return shares.agreed_tensors(curves)
 
 
 def _curve(block: Block, moments: Gram, metric: torch.Tensor, damping: float) -> torch.Tensor:

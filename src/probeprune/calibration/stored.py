@@ -10,6 +10,7 @@ import torch
 
 from probeprune.algebra.moments import Moments
 from probeprune.files import load_tensors, save_tensors
+from probeprune.processes import shares
 from probeprune.strategies import Part
 from probeprune.strategies.compensation import Consumer
 from probeprune.strategies.widths import Damage
@@ -80,17 +81,32 @@ CODECS: Mapping[Part, Codec] = {
 
 
 def store(path: Path, part: Part, value: Mapping[str, Any], **more: object) -> None:
-    """Write a part and additional JSON values; the file appears under its name only when complete."""
+    """Write a part and additional JSON values; the file appears under its name only when complete.
+
+    Where work is shared out, the first process writes.
+    """
+    if not shares.leads():
+        return
     tensors, values = CODECS[part].pack(value)
     save_tensors(path, tensors, {"values": json.dumps(values), "more": json.dumps(more)})
 
 
 def read(path: Path | None, part: Part) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Read the part and the values written by `store`; None if the file is missing or damaged."""
-    stored = None if path is None else load_tensors(path)
-    if stored is None:
+    """Read the part and the values written by `store`; None if the file is missing or damaged.
+
+    Where work is shared out, the first process reads, and all get what it has.
+    """
+    stored = load_tensors(path) if path is not None and shares.leads() else None
+    found = None if stored is None else _unpacked(part, *stored)
+    if not shares.active() or path is None:
+        return found
+    if not shares.agreed(found is not None):
         return None
-    tensors, metadata = stored
+    tensors, metadata = stored or ({}, {})
+    return _unpacked(part, shares.agreed_tensors(tensors), shares.agreed(metadata))
+
+
+def _unpacked(part: Part, tensors: Tensors, metadata: Mapping[str, str]) -> tuple[Values, Values] | None:
     try:
         return CODECS[part].unpack(tensors, json.loads(metadata["values"])), json.loads(metadata["more"])
     except (AttributeError, KeyError, TypeError, ValueError):
