@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import save_file
 from tiny import FAMILIES, token_ids
 
@@ -49,6 +50,12 @@ def work(cache: Path | None = None) -> Found:
     keep("scores", {"of options": scores.loglikelihoods, "tokens": scores.tokens, "padding": scores.padding})
     with attach(model, compose(METHODS["probe"], skip_layers=1), 0.4, calibration=WINDOWS):
         keep("probe", {"losses": perplexity(model, WINDOWS, batch_size=2).losses})
+    away = FAMILIES["llama-gqa"]()
+    cpu_offload(away, torch.device("cpu"))
+    for count in (7, 1):
+        keep(f"offloaded, {count}", {"losses": perplexity(away, WINDOWS[:count], batch_size=2).losses})
+    done = prune(away, compose(METHODS["wanda-sp"], skip_layers=1), 0.4, calibration=WINDOWS, batch_size=2)
+    keep("offloaded", {k.name: k.units for k in done.kept})
     for name in ("best-static", "flap"):
         method = compose(METHODS[name], skip_layers=1)
         if method.refit is not None:

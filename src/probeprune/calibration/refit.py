@@ -90,7 +90,8 @@ def refit(
     how = how or Refit()
     check_eval(model)
     windows = token_windows(model, windows)
-    fitted_on, held = _split(windows, how)
+    with shares.alike():
+        fitted_on, held = _split(windows, how)
     parts = [*batches(shares.own_rows(fitted_on), batch_size)]
     first_held = len(parts)
     parts += batches(shares.own_rows(held), batch_size)

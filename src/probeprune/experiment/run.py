@@ -42,7 +42,7 @@ def run_cells(
         UsageError, FloatingPointError: the error of a cell, unless `keep_going`. Rows measured before stay.
     """
     with shares.alike():
-        if any(c.subject.calibration is not None for c in cells):
+        if shares.leads() and any(c.subject.calibration is not None for c in cells):
             check_cache()
         if not keep_going:
             _check_ratios(bench, [c for c in cells if results.find(c) is None])

@@ -239,7 +239,8 @@ def calibration_source(loaded: LoadedModel, method: Method, text: Text, seed: in
         return None
     if text.windows < 1:
         raise UsageError(f"method {method.name!r} needs calibration; give at least one calibration window.")
-    check_cache()
+    if shares.leads():
+        check_cache()
     return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
 
 
