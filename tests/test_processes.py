@@ -37,6 +37,7 @@ def call(*parts):
 @pytest.mark.parametrize(("total", "count"), [(7, 2), (1, 2), (0, 3), (8, 3), (5, 5)])
 def test_shares_are_everything_once_in_order(total, count, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: count)
+    monkeypatch.setattr(processes, "is_connected", lambda: True)
     found = []
     with shares.sharing():
         for rank in range(count):
@@ -104,6 +105,11 @@ def test_what_takes_one_process_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert processes.count() == 2 and processes.is_first()
+    with (
+        pytest.raises(UsageError, match="not connected yet; call probeprune.processes.join"),
+        shares.sharing(),
+    ):
+        pass
     assert call("table", "--out", str(tmp_path / "out")) == 2
     assert "start it without torchrun" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"flap\+lora train, which compare does in one process"):

@@ -31,21 +31,26 @@ def join(device: str = "auto") -> None:
     Args:
         device: device of the models; `auto` means CUDA if available, else CPU.
     """
-    if _launched() and not _connected():
+    if _launched() and not is_connected():
         on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
         PartialState(cpu=on_cpu, timeout=_PATIENCE)
 
 
+def is_connected() -> bool:
+    """Whether `join`, or another library, has connected this process to others."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def count() -> int:
     """Number of processes that work together."""
-    if _connected():
+    if is_connected():
         return distributed.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if _launched() else 1
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    if _connected():
+    if is_connected():
         return distributed.get_rank()
     return int(os.environ.get("RANK", "0")) if _launched() else 0
 
@@ -119,11 +124,7 @@ def is_told(error: BaseException) -> bool:
 
 def says(error: BaseException) -> bool:
     """Whether this process is to say its error: of one that all raise, as for what was typed, the first."""
-    return is_first() or (_connected() and not is_told(error))
-
-
-def _connected() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return is_first() or (is_connected() and not is_told(error))
 
 
 def _launched() -> bool:

@@ -29,6 +29,8 @@ def sharing() -> Iterator[None]:
     result, that of one process to rounding. The first process reads and writes caches. `processes.join` comes
     first. With one process this changes nothing.
 
+    Raises `UsageError` where the processes are not connected.
+
     Example:
         >>> processes.join()
         >>> loaded = probeprune.load_model(name)
@@ -38,6 +40,10 @@ def sharing() -> Iterator[None]:
         ...     probeprune.save(loaded.model, "out", tokenizer=loaded.tokenizer)
     """
     global _active
+    if processes.count() > 1 and not processes.is_connected():
+        raise UsageError(
+            "the processes are not connected yet; call probeprune.processes.join() before a model is loaded."
+        )
     before, _active = _active, processes.count() > 1
     try:
         yield
