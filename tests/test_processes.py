@@ -106,7 +106,7 @@ def test_what_takes_one_process_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert processes.count() == 2 and processes.is_first()
     with (
-        pytest.raises(UsageError, match="not connected yet; call probeprune.processes.join"),
+        pytest.raises(UsageError, match="not connected yet; call"),
         shares.sharing(),
     ):
         pass
