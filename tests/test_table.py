@@ -216,6 +216,8 @@ def test_a_cluster_has_room_for_so_many_workers():
         assert _room(nodes, Cluster(memory=7 << 30).resources("cpu"), 9) == 3
     with pytest.raises(UsageError, match="there is: 2 CPU, 0 GPU; 4 CPU, 1 GPU"):
         _room(nodes, Cluster(gpus=2).resources("cpu"), 1)
+    with pytest.raises(UsageError, match="give --cell-gpus above 0"):
+        Cluster(gpus=0).resources("cuda")
     with pytest.raises(UsageError, match="none is alive"):
         _room([], Cluster().resources("cpu"), 1)
 

@@ -55,8 +55,17 @@ class Cluster:
             )
 
     def resources(self, device: str) -> dict[str, float]:
-        """What each process asks Ray for, by Ray's own names."""
-        gpus = self.gpus if self.gpus is not None else float(device.startswith("cuda"))
+        """What each process asks Ray for, by Ray's own names; `device` is where models run.
+
+        Raises `UsageError` for no GPU where they run on CUDA.
+        """
+        on_cuda = device.startswith("cuda")
+        if on_cuda and self.gpus == 0:
+            raise UsageError(
+                "models run on CUDA, and no worker is to have a GPU; give --cell-gpus above 0, or choose "
+                "--device cpu."
+            )
+        gpus = float(on_cuda) if self.gpus is None else self.gpus
         return {"CPU": 1.0, "GPU": gpus, "memory": float(self.memory or 0)}
 
 

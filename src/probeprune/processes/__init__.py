@@ -92,15 +92,15 @@ def agreed(value: Any) -> Any:
 
 @contextmanager
 def exchanging() -> Iterator[None]:
-    """Around every exchange: `UsageError` where another process has ended meanwhile."""
+    """Around every exchange: `UsageError` where it breaks off, above all because a process has ended."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo has no class of its own for it
         raise UsageError(
-            f"another of the {count()} processes has ended ({_reason(error)}); what is stored stays, and the "
-            "same command goes on from there."
+            f"the {count()} processes have lost each other, one may have ended ({_reason(error)}); what is "
+            "stored stays, and the same command goes on from there."
         ) from error
 
 
