@@ -10,10 +10,9 @@ from short_training import HELD_OUT, SHORT, TEXT, KillAt, Killed
 from tiny import FAMILIES, token_ids
 from transformers import TrainerCallback
 
-from probeprune import find_blocks
+from probeprune import find_blocks, processes
 from probeprune.data.windows import training_windows
 from probeprune.errors import UsageError
-from probeprune.training import processes
 from probeprune.training.checkpoints import last_checkpoint
 from probeprune.training.loraprune import LoraPrune
 from probeprune.training.recovery import merged, recover

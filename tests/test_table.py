@@ -11,8 +11,8 @@ import pytest
 from tiny import write_model_and_text
 
 from probeprune.cli import app, run
-from probeprune.errors import UsageError
-from probeprune.experiment.executors import Cluster, run_on_ray
+from probeprune.errors import Notice, UsageError
+from probeprune.experiment.executors import Cluster, _room, run_on_ray
 from probeprune.experiment.measuring import failure
 from probeprune.experiment.presets import load_preset
 from probeprune.experiment.results import RESULTS, Results
@@ -179,7 +179,7 @@ def test_a_model_that_cannot_be_opened_fails_its_cells_alone(folder, tmp_path, c
 def test_ray_gives_the_same_lines_though_a_worker_is_killed(folder, whole, tmp_path):
     cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")
     results = Results.open(tmp_path)
-    two = Cluster(workers=2)
+    two = Cluster(workers=2, gpus=0, memory=1 << 20)
     workers: list[int] = []
     killed: list[int] = []
 
@@ -194,6 +194,32 @@ def test_ray_gives_the_same_lines_though_a_worker_is_killed(folder, whole, tmp_p
     # And what is there is not measured again.
     again = run_on_ray(tmp_path, Results.open(tmp_path), cells, cluster=two, started=pytest.fail)
     assert comparable(again) == whole and results.path.read_bytes().count(b"\n") == len(whole)
+
+
+def test_a_cell_that_no_node_of_a_cluster_can_hold_is_refused_at_once(folder, tmp_path):
+    cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")
+    much = Cluster(workers=1, gpus=2, memory=1 << 60)
+    with pytest.raises(
+        UsageError, match=r"no node .* has 1 CPU, 2 GPU, 1073741824\.00 GiB of memory .*there"
+    ):
+        run_on_ray(tmp_path, Results.open(tmp_path), cells, cluster=much)
+    assert not (tmp_path / RESULTS).exists()
+
+
+def test_a_cluster_has_room_for_so_many_workers():
+    nodes = [{"CPU": 4, "GPU": 1, "memory": 8 << 30}, {"CPU": 2, "memory": 64 << 30}]
+    assert _room(nodes, Cluster().resources("cpu"), 6) == 6
+    assert _room(nodes, Cluster(gpus=0.1).resources("cpu"), 4) == 4, "a node's CPUs are fewer than its tenths"
+    with pytest.warns(Notice, match="room for 1 of 2 workers"):
+        assert _room(nodes, Cluster().resources("cuda"), 2) == 1
+    with pytest.warns(Notice, match="room for 3 of 9 workers"):
+        assert _room(nodes, Cluster(memory=7 << 30).resources("cpu"), 9) == 3
+    with pytest.raises(UsageError, match="there is: 2 CPU, 0 GPU; 4 CPU, 1 GPU"):
+        _room(nodes, Cluster(gpus=2).resources("cpu"), 1)
+    with pytest.raises(UsageError, match="give --cell-gpus above 0"):
+        Cluster(gpus=0).resources("cuda")
+    with pytest.raises(UsageError, match="none is alive"):
+        _room([], Cluster().resources("cpu"), 1)
 
 
 def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
@@ -215,6 +241,10 @@ def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
         (["--ratios", "x"], "--ratios must be a number in [0, 1), not 'x'"),
         (["--workers", "0"], "--workers"),
         (["--executor", "ray", "--no-keep-trained"], "--executor local"),
+        (["--cell-gpus", "1"], "add --executor ray"),
+        (["--executor", "ray", "--cell-gpus", "1.5"], "a part of one GPU or a whole number of them, not 1.5"),
+        (["--executor", "ray", "--cell-gpus", "-1"], "--cell-gpus must be a number of GPUs in [0, 4096]"),
+        (["--executor", "ray", "--cell-memory", "much"], "--cell-memory 'much' is no size"),
     ],
 )
 def test_bad_input_is_one_sentence(more, says, tmp_path, capsys):

@@ -16,6 +16,7 @@ from probeprune.errors import UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block
 from probeprune.model.layers import opened
+from probeprune.processes import shares
 from probeprune.ranges import plain
 from probeprune.strategies import Part, allocation
 from probeprune.strategies.allocation import ALLOCATIONS, Request
@@ -92,12 +93,19 @@ def static_scores(method: Method, block: Block, statistics: Statistics) -> Score
 def all_scores(
     model: nn.Module, method: Method, blocks: Sequence[Block], statistics: Statistics
 ) -> list[Scores | None]:
-    """The static scores of all blocks of a model; layers that are offloaded are opened one by one."""
+    """The static scores of all blocks of a model; layers that are offloaded are opened one by one.
+
+    Where work is shared out, all processes get those of the first: all that is chosen follows from them.
+    """
     scores: list[Scores | None] = []
-    for layer, here in groupby(blocks, lambda block: block.layer):
-        with opened(model, layer):
-            scores += [static_scores(method, block, statistics) for block in here]
-    return scores
+    with shares.alike():
+        for layer, here in groupby(blocks, lambda block: block.layer):
+            with opened(model, layer):
+                scores += [static_scores(method, block, statistics) for block in here]
+    # Without numbers, where only shapes are tried, there is nothing to agree on.
+    known = {str(i): s for i, s in enumerate(scores) if s is not None and not s.is_meta}
+    same = shares.agreed_tensors(known) if known else {}
+    return [same.get(str(i), s) for i, s in enumerate(scores)]
 
 
 def widths(

@@ -31,6 +31,7 @@ from probeprune.model.identity import content_key
 from probeprune.model.passes import token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.places import check_writable
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
 from probeprune.strategies import Part
@@ -175,8 +176,9 @@ class Preparation:
         progress: Progress = silent,
         following: bool = False,
     ) -> None:
-        if cache is not None:
-            check_writable(cache)
+        with shares.alike():
+            if cache is not None and shares.leads():
+                check_writable(cache)
         self.model, self.calibration = unwrapped(model), calibration
         self.batch_size = plain("batch_size", batch_size)
         self.cache, self.progress, self.following = cache, progress, following
@@ -199,8 +201,9 @@ class Preparation:
         """The calibration windows, LongTensor (count, length)."""
         if self._windows is None:
             source = self.calibration
-            windows = source.draw() if isinstance(source, WindowSource) else source
-            self._windows = token_windows(self.model, windows)
+            with shares.alike():
+                windows = source.draw() if isinstance(source, WindowSource) else source
+                self._windows = token_windows(self.model, windows)
         return self._windows
 
     def get(self, piece: Piece) -> dict[str, Any]:
@@ -241,10 +244,12 @@ class Preparation:
 
     def _saliences(self, piece: Piece) -> dict[str, Any]:
         method = piece.method
+        with shares.alike():
+            windows = self.gradient_windows(method)
         return dict(
             saliences(
                 self.model,
-                self.gradient_windows(method),
+                windows,
                 piece.settings["criterion"],
                 gradients=method.gradient_settings,
                 seed=method.seed,
@@ -294,7 +299,9 @@ class Preparation:
             savings = [b.unit_parameters for b in blocks]
             wholes = [b.parameters for b in blocks]  # not all belong to a unit
         else:
-            savings = self._savings(method)
+            with shares.alike():
+                savings = self._savings(method)
+            savings = shares.agreed(savings)  # measured times differ
             wholes = [b.units * s for b, s in zip(blocks, savings, strict=True)]
         return {
             b.name: Damage(curves[b.name], saving, whole)

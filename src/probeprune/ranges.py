@@ -121,6 +121,7 @@ RANGES: dict[str, Range] = {
     "layers": _count("layers", 1, 10_000),
     "threads": _count("threads", 0, 4096),
     "workers": _count("processes", 1, 4096),
+    "gpus": Range(0, 4096, "GPUs", whole=False),
 }
 """By the name of the parameter or field; where one name means two things, with its record or function in
 front (`Text.windows`)."""

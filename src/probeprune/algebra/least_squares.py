@@ -3,6 +3,7 @@
 Tensors in, tensors out. Knows nothing of models, blocks or text.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,28 @@ class Gram:
     def merge(self, other: "Gram") -> None:
         """Add the moments of other tokens."""
         self._add(other.count, other.z_mean, other.t_mean, other.zz, other.tz, other.tt)
+
+    @torch.no_grad()
+    def pool(self, add_up: Callable[..., None]) -> None:
+        """Merge with the moments that others hold of other tokens, all at once, in place.
+
+        Args:
+            add_up: replaces tensors by their sums over all holders, in place; called by each of them, also by
+                one without tokens.
+        """
+        own, z_own, t_own = self.count, self.z_mean, self.t_mean
+        count = torch.tensor([own], dtype=torch.long, device=self.zz.device)
+        z_sum, t_sum = z_own * own, t_own * own
+        add_up(count, z_sum, t_sum)
+        self.count = int(count)
+        if not self.count:
+            return
+        self.z_mean, self.t_mean = z_sum / self.count, t_sum / self.count
+        dz, dt = z_own - self.z_mean, t_own - self.t_mean
+        self.zz.addr_(dz, dz, alpha=own)
+        self.tz.addr_(dt, dz, alpha=own)
+        self.tt = self.tt + own * dt.square().sum()
+        add_up(self.zz, self.tz, self.tt)
 
     def part(self, columns: torch.Tensor) -> "Gram":
         """The moments of the inputs in `columns`, a LongTensor (k',)."""

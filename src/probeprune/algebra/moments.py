@@ -7,7 +7,7 @@ is 0 by default: keeping positions separate was measured to gain nothing. Knows 
 pruned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +90,20 @@ class Moments:
         self.samples = self.samples + other.samples
         self.energy += other.energy
         self.tokens += other.tokens
+
+    @torch.no_grad()
+    def pool(self, add_up: Callable[..., None]) -> None:
+        """Merge with the moments that others hold of other tokens, all at once, in place.
+
+        Args:
+            add_up: replaces tensors by their sums over all holders, in place; called by each of them, also by
+                one without tokens.
+        """
+        count, mean, total = self.count.clone(), self.mean, self.mean * self.count
+        add_up(self.count, self.samples, self.energy, self.tokens, total)
+        self.mean = total / self.count.clamp_min(1)
+        self.m2 += count * (mean - self.mean).square()
+        add_up(self.m2)
 
     @property
     def variance(self) -> torch.Tensor:

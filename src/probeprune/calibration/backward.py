@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from probeprune.calibration.unfinished import Unfinished, states_bytes
+from probeprune.data.windows import batches
 from probeprune.model.blocks import find_layers
 from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
 from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.layers import LayerRunner
 from probeprune.model.offloading import widened
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
 Loss = Callable[[int, int, torch.Tensor], torch.Tensor]
@@ -42,6 +44,9 @@ def backward_by_layer(
 ) -> None:
     """One backward pass for each window, through all layers, last layer first.
 
+    Where work is shared out, for each window that is this process's. What `visit` does when it is left is
+    done by all processes together.
+
     Memory: the inputs of all layers, layers x windows x length x hidden numbers in the model's dtype, and the
     gradient of one.
 
@@ -62,24 +67,30 @@ def backward_by_layer(
         UsageError: no room for the inputs of all layers in memory or on disk.
     """
     kept = Unfinished(model) if kept is None else kept
-    layers, count = len(find_layers(model)), len(windows)
+    layers = len(find_layers(model))
     with torch.inference_mode(False), weights_at_rest(model):
-        # The output of the last layer is the last part, the input of the head.
-        inputs, gradients = kept.stream("inputs", (layers + 1) * count), kept.stream("gradients", count)
-        runner = LayerRunner(model, list(windows.clone().split(1)), hidden=inputs)
-        if not kept.done:
-            inputs.check_disk(layers * inputs.nbytes)
+        mine = shares.own(len(windows))
+        count = len(mine)
+        with shares.alike():
+            # The output of the last layer is the last part, the input of the head.
+            inputs, gradients = kept.stream("inputs", (layers + 1) * count), kept.stream("gradients", count)
+            parts = [*batches(shares.own_rows(windows).clone(), 1)]
+            runner = LayerRunner(model, parts, hidden=inputs)
+            if not kept.done:
+                inputs.check_disk(layers * inputs.nbytes)
         for layer in range(kept.done, layers):
-            _forwards(runner, layer, inputs)
+            with shares.alike():
+                _forwards(runner, layer, inputs)
             kept.step(layer + 1)
         if kept.done == layers:
-            for i in range(count):
-                gradients[i] = _from_head(model, runner, i, inputs[layers * count + i], loss)
-                del inputs[layers * count + i]
+            with shares.alike():
+                for i in range(count):
+                    gradients[i] = _from_head(model, runner, i, mine[i], inputs[layers * count + i], loss)
+                    del inputs[layers * count + i]
             kept.step(layers + 1)
         for behind in range(kept.done - layers - 1, layers):
             layer = layers - 1 - behind
-            with runner.opened(layer, wide), visit(layer) as after:
+            with runner.opened(layer, wide), visit(layer) as after, shares.alike():
                 for i in range(count):
                     progress(what, behind * count + i, layers * count)
                     hidden = inputs[layer * count + i].detach()
@@ -90,7 +101,7 @@ def backward_by_layer(
                     assert hidden.grad is not None
                     gradients[i] = hidden.grad
                     del inputs[layer * count + i]
-                    after(i)
+                    after(mine[i])
             kept.step(layers + 2 + behind)
         progress(what, layers * count, layers * count)
 
@@ -105,12 +116,12 @@ def _forwards(runner: LayerRunner, layer: int, inputs: HiddenStates) -> None:
 
 
 def _from_head(
-    model: nn.Module, runner: LayerRunner, window: int, output: torch.Tensor, loss: Loss
+    model: nn.Module, runner: LayerRunner, batch: int, window: int, output: torch.Tensor, loss: Loss
 ) -> torch.Tensor:
     """The gradient of the last layer's output. The logits of a few tokens are in memory at a time."""
     hidden = output.detach().requires_grad_(True)
     with torch.enable_grad():
-        states = runner.finish(window, hidden)
+        states = runner.finish(batch, hidden)
         top = states.detach().requires_grad_(True)
         for first in range(0, top.shape[1], HEAD_TOKENS):
             few = top[0, first : first + HEAD_TOKENS]

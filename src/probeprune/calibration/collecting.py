@@ -18,6 +18,7 @@ from probeprune.model.identity import content_key
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
 _FORMAT = 4
@@ -59,13 +60,16 @@ def calibrate(
 
     def take(kept: Unfinished) -> dict[str, Moments]:
         progress("calibration", kept.done * len(windows), layers * len(windows))
-        parts = batches(windows, batch_size)
+        parts = [*batches(shares.own_rows(windows), batch_size)]
         with torch.inference_mode():
-            runner = LayerRunner(model, parts, hidden=kept.stream("hidden", len(parts)))
+            with shares.alike():
+                runner = LayerRunner(model, parts, hidden=kept.stream("hidden", len(parts)))
             for layer in range(kept.done, layers):
-                with runner.opened(layer):
-                    here = [b for b in blocks if b.layer == layer]
-                    kept.results |= collect(runner, layer, here, own_positions, progress)
+                here = [b for b in blocks if b.layer == layer]
+                with shares.alike(), runner.opened(layer):
+                    found = collect(runner, layer, here, own_positions, progress)
+                shares.pool(found.values())
+                kept.results |= found
                 kept.step(layer + 1)
         return kept.results
 

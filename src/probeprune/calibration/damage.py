@@ -20,6 +20,7 @@ from probeprune.model.cost import block_flops, synced_clock
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.partition import Partition
 from probeprune.model.passes import check_eval, token_windows
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
 
@@ -61,24 +62,29 @@ def damages(
     check_eval(model)
     windows = token_windows(model, windows)
     blocks = find_blocks(model, units)
-    kept, parts = Unfinished(model) if kept is None else kept, batches(windows, batch_size)
+    kept = Unfinished(model) if kept is None else kept
+    parts = [*batches(shares.own_rows(windows), batch_size)]
     stream, curves = kept.stream("hidden", len(parts)), kept.results
-    layers = LayerRunner(model, parts, hidden=stream)
+    with shares.alike():
+        layers = LayerRunner(model, parts, hidden=stream)
     for layer in range(kept.done, len(layers)):
         progress("damage", layer, len(layers))
         here = [b for b in blocks if b.layer == layer]
         with layers.opened(layer):
             moments = {b.kind: Gram(b.width, b.consumer.out_features, b.consumer.weight.device) for b in here}
-            for i, hidden in enumerate(stream):
-                with capture(here) as captured:
-                    stream[i] = layers.run(layer, i, hidden)
-                for kind, gram in moments.items():
-                    gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
-            for b in here:
-                curves[b.name] = _curve(b, moments.pop(b.kind), metrics[b.name], damping)
+            with shares.alike():
+                for i, hidden in enumerate(stream):
+                    with capture(here) as captured:
+                        stream[i] = layers.run(layer, i, hidden)
+                    for kind, gram in moments.items():
+                        gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
+            shares.pool(moments.values())
+            with shares.alike():
+                for b in here:
+                    curves[b.name] = _curve(b, moments.pop(b.kind), metrics[b.name], damping)
         kept.step(layer + 1)
     progress("damage", len(layers), len(layers))
-    return curves
+    return shares.agreed_tensors(curves)
 
 
 def _curve(block: Block, moments: Gram, metric: torch.Tensor, damping: float) -> torch.Tensor:

@@ -20,6 +20,7 @@ from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import Member, find_blocks
 from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.strategies.criteria import CRITERIA, Criterion, Gradients, Settled
 
@@ -79,6 +80,7 @@ def saliences(
             means = _GradientMeans(here, rule, len(windows))
             with _differentiable(means):
                 yield means.next_sample
+            shares.pool([means])
             kept.results |= means.saliences(settings, seed)
 
         loss = _mean_loss(windows)
@@ -104,7 +106,7 @@ class _GradientMeans:
 
     def __init__(self, members: dict[str, Member], criterion: Criterion, samples: int) -> None:
         self.members, self.criterion, self.samples = members, criterion, samples
-        self.sample = 0
+        self.sample = shares.own(samples).start
         self._means: dict[str, list[torch.Tensor]] = {}
 
     def next_sample(self, done: int) -> None:
@@ -123,6 +125,15 @@ class _GradientMeans:
                 mean.add_(value, alpha=1 / self.samples)
         else:
             self._means[name] = [value / self.samples for value in observed]
+
+    @torch.no_grad()
+    def pool(self, add_up: Callable[..., None]) -> None:
+        """Add what the other processes have of their samples."""
+        for name, m in self.members.items():
+            if name not in self._means:  # this process has no sample
+                nothing = torch.zeros_like(m.linear.weight, dtype=torch.float32)
+                self._means[name] = [x.zero_() for x in self.criterion.observe(nothing, m)]
+            add_up(*self._means[name])
 
     @torch.no_grad()
     def saliences(self, gradients: Gradients, seed: int) -> dict[str, torch.Tensor]:

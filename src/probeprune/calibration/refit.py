@@ -32,6 +32,7 @@ from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.layers import Captured, LayerRunner, capture
 from probeprune.model.partition import Partition
 from probeprune.model.passes import check_eval, token_windows
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.strategies import allocation
 from probeprune.strategies.compensation import Consumer, Refit
@@ -92,18 +93,19 @@ def refit(
     how = how or Refit()
     check_eval(model)
     windows = token_windows(model, windows)
-    fitted_on, held = _split(windows, how)
-    parts = [*batches(fitted_on, batch_size)]
+    with shares.alike():
+        fitted_on, held = _split(windows, how)
+    parts = [*batches(shares.own_rows(fitted_on), batch_size)]
     first_held = len(parts)
-    if len(held):
-        parts += batches(held, batch_size)
+    parts += batches(shares.own_rows(held), batch_size)
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
         blocks = find_blocks(model, request.unit_kind)
         strange = request.cuts.keys() - {b.name for b in blocks}
         if strange:
             raise UsageError(f"{min(strange)} is not a block of this model; find_blocks lists them.")
         kept = Unfinished(model) if kept is None else kept
-        runner = LayerRunner(model, parts, hidden=kept.stream("dense", len(parts)))
+        with shares.alike():
+            runner = LayerRunner(model, parts, hidden=kept.stream("dense", len(parts)))
         added = not find_family(model).norm_last
         return _LayerwiseRefit(runner, request, how, first_held, added, kept).run(blocks, progress)
 
@@ -119,6 +121,18 @@ def _split(windows: torch.Tensor, how: Refit) -> tuple[torch.Tensor, torch.Tenso
             "leaves none to fit; give more windows, or one damping."
         )
     return windows[:-held], windows[-held:]
+
+
+@contextmanager
+def _explained(block: Block) -> Iterator[None]:
+    """Say of which block's refit a `FloatingPointError` is, and what to do."""
+    try:
+        yield
+    except FloatingPointError as problem:
+        raise FloatingPointError(
+            f"the refit of {block.name} failed: {problem}; give more calibration windows or more damping, or "
+            "load the model in float32."
+        ) from None
 
 
 class _LayerwiseRefit:
@@ -189,7 +203,9 @@ class _LayerwiseRefit:
         # In sequence, an MLP is fitted behind the pruned attention of its layer.
         together = [[b] for b in cut] if self.how.sequential else [[*cut]] if cut else []
         for group in together:
-            moments = self._moments(here, group, leave=group is together[-1])
+            with shares.alike():
+                moments = self._moments(here, group, leave=group is together[-1])
+            shares.pool(gram for pair in moments.values() for gram in pair)
             for block in group:
                 fitted[block.name] = self._fit(block, *moments.pop(block.name))
         if not cut:
@@ -252,19 +268,21 @@ class _LayerwiseRefit:
         here on."""
         partition = self.partitions[block.name]
         own_bias = block.consumer.bias
-        try:
-            if self.request.cuts[block.name].units is None:
-                fit, held = self._eliminate(block, fit, held)
-            own = partition.consumer_weight
-            weight = own[:, : len(fit.zz)]
-            bias = (
-                torch.zeros(len(own), dtype=torch.float32, device=own.device)
-                if self.how.bias and own_bias is None
-                else own_bias
-            )
-            judge = held if held.count else fit
+        if self.request.cuts[block.name].units is None:
+            fit, held = self._eliminate(block, fit, held)
+        own = partition.consumer_weight
+        weight = own[:, : len(fit.zz)]
+        bias = (
+            torch.zeros(len(own), dtype=torch.float32, device=own.device)
+            if self.how.bias and own_bias is None
+            else own_bias
+        )
+        judge = held if held.count else fit
+        with shares.alike(), _explained(block):
             before = squared_error(judge, weight, own_bias)
             error, damping = self._best_damping(fit, judge, weight, bias)
+        before, error, damping = shares.agreed((before, error, damping))
+        with shares.alike(), _explained(block):
             if held.count:
                 fit.merge(held)
             best = solve(fit, weight, bias, damping) if error < before else (weight.clone(), own_bias)
@@ -272,11 +290,6 @@ class _LayerwiseRefit:
             if self.request.following and block.kind == "mlp":
                 inverse = inverse_moment(fit, bias is not None, damping).cpu()
                 mean = None if bias is None else fit.z_mean.cpu()
-        except FloatingPointError as problem:
-            raise FloatingPointError(
-                f"the refit of {block.name} failed: {problem}; give more calibration windows or more "
-                "damping, or load the model in float32."
-            ) from None
         partition.replace_consumer(*best)
         scale = target_variance(judge) or 1.0
         return Consumer(
@@ -301,16 +314,18 @@ class _LayerwiseRefit:
         partition = self.partitions[block.name]
         weight, bias = partition.consumer_weight, block.consumer.bias
         damping = self.how.damping[0]
-        if held.count:  # several candidates
-            _, damping = self._best_damping(fit, held, weight, bias)
-        found = eliminate(
-            normal_equations(fit, weight, bias is not None, damping)[0],
-            solve(fit, weight, bias, damping)[0],
-            block.unit_width,
-            metric=self.request.metrics.get(block.name),
-        )
+        with shares.alike(), _explained(block):
+            if held.count:  # several candidates
+                _, damping = self._best_damping(fit, held, weight, bias)
+            found = eliminate(
+                normal_equations(fit, weight, bias is not None, damping)[0],
+                solve(fit, weight, bias, damping)[0],
+                block.unit_width,
+                metric=self.request.metrics.get(block.name),
+            )
+        scores = shares.agreed_tensors({"scores": found.scores})["scores"]
         keep = self.request.cuts[block.name].width
-        partition.keep(allocation.choose_units(found.scores.to(partition.order.device), keep, block))
+        partition.keep(allocation.choose_units(scores.to(partition.order.device), keep, block))
         channels = partition.channels[: keep * block.unit_width]
         return fit.part(channels), held.part(channels)
 

@@ -17,9 +17,11 @@ from probeprune.calibration.backward import backward_by_layer, backward_bytes
 from probeprune.calibration.stored import TENSORS
 from probeprune.calibration.unfinished import Unfinished, resumed
 from probeprune.model.blocks import Block, find_blocks, uncalled_consumer
+from probeprune.model.decoding import HEAD_TOKENS
 from probeprune.model.forwards import temporary_hooks
 from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
 _FORMAT = 1
@@ -74,9 +76,15 @@ def _measure(
 ) -> dict[str, torch.Tensor]:
     blocks = find_blocks(model)
     generator = torch.Generator("cpu").manual_seed(seed)
+    passed_over = shares.own(len(windows)).start
 
     def loss(window: int, first: int, logits: torch.Tensor) -> torch.Tensor:
         """That of labels drawn from the model's prediction."""
+        nonlocal passed_over
+        for _ in range(passed_over):  # those of other processes: a window has the same labels in all
+            for tokens in torch.arange(windows.shape[1]).split(HEAD_TOKENS):
+                torch.rand(len(tokens), logits.shape[1], generator=generator, device="cpu")
+        passed_over = 0
         # The Gumbel trick lets one generator on the CPU draw for every device.
         uniform = (
             torch.rand(logits.shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -102,8 +110,12 @@ def _measure(
                     total[block.name] = total[block.name] + share if block.name in total else share
 
             yield add
-        for fisher in total.values():
-            diagonal = fisher.diagonal()
+        for b in here:
+            d, device = b.consumer.out_features, b.consumer.weight.device
+            if b.name not in total:  # this process has no window
+                total[b.name] = torch.zeros(d, d, dtype=torch.float32, device=device)
+            shares.add_up(total[b.name])
+            diagonal = total[b.name].diagonal()
             diagonal += FLOOR * diagonal.mean()
         kept.results |= total
 

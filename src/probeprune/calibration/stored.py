@@ -10,6 +10,7 @@ import torch
 
 from probeprune.algebra.moments import Moments
 from probeprune.files import load_tensors, save_tensors
+from probeprune.processes import shares
 from probeprune.strategies import Part
 from probeprune.strategies.compensation import Consumer
 from probeprune.strategies.widths import Damage
@@ -97,9 +98,23 @@ def store(path: Path, part: Part | Codec, value: Mapping[str, Any]) -> None:
 def read(path: Path, part: Part | Codec) -> dict[str, Any] | None:
     """Read the part written by `store`; None if the file is missing or damaged."""
     stored = load_tensors(path)
-    if stored is None:
+    return None if stored is None else _unpacked(part, *stored)
+
+
+def read_by_first(path: Path, part: Part | Codec) -> dict[str, Any] | None:
+    """As `read`; where work is shared out, the first process reads, and all get what it has."""
+    if not shares.active():
+        return read(path, part)
+    stored = load_tensors(path) if shares.leads() else None
+    if stored is not None and _unpacked(part, *stored) is None:
+        stored = None
+    if not shares.agreed(stored is not None):
         return None
-    tensors, metadata = stored
+    tensors, metadata = stored or ({}, {})
+    return _unpacked(part, shares.agreed_tensors(tensors), shares.agreed(metadata))
+
+
+def _unpacked(part: Part | Codec, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     try:
         return codec(part).unpack(tensors, json.loads(metadata["values"]))
     except (AttributeError, KeyError, TypeError, ValueError):

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from probeprune import processes
 from probeprune.calibration import stored
 from probeprune.calibration.stored import Codec
 from probeprune.errors import Notice
@@ -26,6 +27,7 @@ from probeprune.files import stored_json, write_json
 from probeprune.model.hidden_states import HiddenStates, StatesFile
 from probeprune.model.offloading import device_of, room_of
 from probeprune.places import discard, held
+from probeprune.processes import shares
 from probeprune.strategies import Part
 
 _FORMAT = 1
@@ -67,16 +69,22 @@ class Unfinished:
             codec: of the results.
             settings: a JSON value: work with others begins anew.
         """
-        self.done = 0
-        self.results: dict[str, Any] = {}
         self._model, self._folder, self._codec, self._settings = model, folder, codec, [_FORMAT, settings]
         self._streams: dict[str, HiddenStates] = {}
+        self._last, self._took, self._speed = time.monotonic(), 0.0, _SPEED
+        self._begin()
+        if folder is not None and folder.is_dir():
+            self._find(folder)
+        if len({*shares.gathered([self.done])}) > 1:  # a kill came when not all processes had written
+            self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is done yet."""
+        self.done = 0
+        self.results: dict[str, Any] = {}
         self._result_files: list[str] = []
         self._known: set[str] = set()
         self._files: dict[str, list[StatesFile | None]] = {}
-        self._last, self._took, self._speed = time.monotonic(), 0.0, _SPEED
-        if folder is not None and folder.is_dir():
-            self._find(folder)
 
     def stream(self, name: str, count: int) -> HiddenStates:
         """Hidden states of `count` batches that the next step needs, with those that were stored."""
@@ -96,15 +104,17 @@ class Unfinished:
         Everything that `results` has gained is final then, and the streams are what the next step needs.
         """
         self.done = done
-        if self._folder is None:
-            return
         new = {name: value for name, value in self.results.items() if name not in self._known}
-        size = sum(states.unwritten for states in self._streams.values())
-        size += sum(tensor.nbytes for tensor in self._codec.pack(new)[0].values())
-        now = time.monotonic()
-        if now - self._last < max(EVERY, COST * max(size / self._speed, self._took)):
+        size, now = 0, time.monotonic()
+        if self._folder is not None:
+            size = sum(states.unwritten for states in self._streams.values())
+            size += sum(tensor.nbytes for tensor in self._codec.pack(new)[0].values())
+        due = now - self._last >= max(EVERY, COST * max(size / self._speed, self._took))
+        if not shares.agreed(due and self._folder is not None):
             return
-        self._store(self._folder, new)
+        with shares.alike():
+            if self._folder is not None:
+                self._store(self._folder, new)
         self._last = time.monotonic()
         self._took = self._last - now
         if size > _TELLING:
@@ -196,8 +206,10 @@ def resumed(
     """
     if path is None:
         return make(Unfinished(model))
-    folder = path.with_name(f".{path.stem}{_ENDING}")
-    entry = stored.read(path, part)
+    # Each process has hidden states of its own.
+    share = f"-{processes.rank()}-of-{processes.count()}" if shares.active() else ""
+    folder = path.with_name(f".{path.stem}{share}{_ENDING}")
+    entry = stored.read_by_first(path, part)
     if entry is not None:
         if folder.exists():  # a kill came between the result and the end of the folder
             with held(folder):
@@ -214,7 +226,8 @@ def resumed(
             if mine and folder.exists():
                 discard(folder)
             raise
-        stored.store(path, part, made)
+        if shares.leads():
+            stored.store(path, part, made)
         return made
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from probeprune import processes
 from probeprune.cli.bench import bench
 from probeprune.cli.compare import compare
 from probeprune.cli.export import export
@@ -70,15 +71,16 @@ def run(command: Callable[[], Any]) -> int:
     """Run a command and return its exit code.
 
     0: done. 1: done, but some cells failed. 2: bad input, or no space or permission to write. 130: Ctrl-C.
-    143: SIGTERM. With each but 0 comes one sentence on standard error. Errors that are the package's own, not
-    the user's, pass through.
+    143: SIGTERM. With each but 0 comes one sentence on standard error; of several processes that end for the
+    same reason, the first says it. Errors that are the package's own, not the user's, pass through.
     """
     try:
         command()
     except (UsageError, FloatingPointError) as error:
-        print_error(str(error))
+        if processes.says(error):
+            print_error(str(error))
     except KeyboardInterrupt:
-        print_error(INTERRUPTED)
+        _say_interrupted()
         return CTRL_C
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
@@ -87,8 +89,13 @@ def run(command: Callable[[], Any]) -> int:
     except SystemExit as end:
         code = int(end.code or 0)
         if code in (CTRL_C, TERMINATED):  # Typer ends an interrupted command without a word
-            print_error(INTERRUPTED)
+            _say_interrupted()
         return code
     else:
         return 0
     return 2
+
+
+def _say_interrupted() -> None:
+    if processes.is_first():
+        print_error(INTERRUPTED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
@@ -15,6 +16,7 @@ from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, print_line, print_rows, print_written, progress_bar, warn
 from probeprune.cli.values import names, numbers, one_of
 from probeprune.data.windows import Sampling, Text
+from probeprune.errors import UsageError
 from probeprune.experiment.cells import (
     Cell,
     CostMeasure,
@@ -183,21 +185,30 @@ def compare(
 
     Add +lora to the name of a method that prunes once to train the pruned model, as in llm-pruner+lora;
     dense+lora is the control. A run that was interrupted continues when started again with the same options.
+    Several processes (torchrun -m probeprune compare ..., or accelerate launch) share each measurement out.
 
     Example: [bold]probeprune compare smollm2-135m --methods dense,probe --ratios 0.2,0.4,0.6[/bold]
     """
-    from probeprune import report
+    from probeprune import processes, report
     from probeprune.experiment.results import Results
     from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
     from probeprune.files import write_text
     from probeprune.places import claimed
+    from probeprune.processes import shares
 
-    measures = evaluation.measures(calibration.length, calibration.seed)
-    methods, ratios = grid.composed(), grid.checked_ratios()
-    text, budget = calibration.text(), training.budget()
-    with claimed(output.out_dir), notices():
-        loaded = load.open(model)
+    processes.join(load.device)
+    with shares.sharing(), ExitStack() as held, notices():
+        with shares.alike():
+            measures = evaluation.measures(calibration.length, calibration.seed)
+            if processes.count() > 1:
+                measures = measures[:1]  # processes that run at the same time disturb each other's clocks
+            methods, ratios = grid.composed(), grid.checked_ratios()
+            _check_untrained(methods)
+            text, budget = calibration.text(), training.budget()
+            if processes.is_first():
+                held.enter_context(claimed(output.out_dir))
+        loaded = load.open_everywhere(model)
         subjects = _subjects(loaded, methods, ratios, text, calibration.seed, budget)
         # A trained model is as fast as the same cut without training.
         cells = [
@@ -212,12 +223,26 @@ def compare(
             bench = Workbench(output.out_dir, show, load.trust_remote_code)
             bench.take(loaded)
             rows = run_cells(bench, results, cells, done=_print_done, keep_trained=training.keep_trained)
+        if not processes.is_first():
+            return
         title = _title(model, rows[0], text)
         write_text(output.out_dir / "table.md", report.markdown(rows, title))
         plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), output.out_dir / "plot")
     print_rows(rows, title, output.as_json)
     warn(missed_in(rows))
     print_written((results.path, output.out_dir / "table.md", *plots))
+
+
+def _check_untrained(methods: Sequence[Method]) -> None:
+    """Raise `UsageError` where one of several processes is to compare methods that train."""
+    from probeprune import processes
+
+    trained = [m.name for m in methods if m.when.trains]
+    if trained and processes.count() > 1:
+        raise UsageError(
+            f"{', '.join(trained)} train, which compare does in one process; leave them out of --methods, or "
+            "start without torchrun."
+        )
 
 
 def _subjects(

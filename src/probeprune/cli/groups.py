@@ -7,7 +7,7 @@ is refused with a `UsageError` that names the option.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 
@@ -94,6 +94,38 @@ class LoadOptions:
                 memory=memory,
                 device_map=device_map,
             )
+
+    def open_everywhere(
+        self, model: str, memory: int | None = None, device_map: str | None = None
+    ) -> LoadedModel:
+        """As `open`, in each of several processes, on a device of its own and all in one dtype.
+
+        A model that has to be converted or downloaded first is opened by the first process before the others.
+        """
+        from probeprune import processes
+        from probeprune.model.machine import choose_device, choose_dtype
+        from probeprune.processes import shares
+        from probeprune.provenance import dtype_name
+
+        if processes.count() == 1:
+            return self.open(model, memory, device_map)
+        if device_map is not None:
+            raise UsageError(
+                "--device-map spreads one model over all devices, and each of several processes has a model "
+                "on one; leave it out, or start without torchrun."
+            )
+        with shares.alike():
+            dtype = dtype_name(choose_dtype(self.dtype, choose_device(self.device)))
+        same = replace(self, dtype=processes.agreed(dtype))  # auto measures, so processes could differ
+        if Path(model).is_dir():
+            with shares.alike():
+                return same.open(model, memory)
+        loaded: list[LoadedModel] = []
+        for turn in (True, False):
+            with shares.alike():
+                if processes.is_first() == turn:
+                    loaded.append(same.open(model, memory))
+        return loaded[0]
 
     def dtype_to_save(self, loaded: LoadedModel) -> torch.dtype:
         """The dtype of weights on disk: as they were where `auto` chose one to compute in, else as given."""

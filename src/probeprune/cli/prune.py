@@ -170,19 +170,26 @@ def prune(
     """Prune a model once and for all, and save a smaller checkpoint.
 
     Perplexity is measured before and after pruning and written on the model card. A name that ends in .gguf
-    makes a file for llama.cpp, with the layout and rounding that it likes.
+    makes a file for llama.cpp, with the layout and rounding that it likes. Several processes (torchrun -m
+    probeprune prune ..., or accelerate launch) share the work out.
 
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """
+    from probeprune import processes
     from probeprune.jobs.prune import Texts, prune_to
+    from probeprune.processes import shares
 
-    output.check()
-    if output.is_file and widths.engine is None:
-        widths = replace(widths, engine="llama.cpp")
-    method = pruning.composed(widths, calibration.seed)
-    text, measured_on = calibration.text(), evaluation.text(calibration.length)
-    with notices():
-        loaded = load.open(model, None if memory is None else size("memory", memory), device_map)
+    processes.join(load.device)
+    with shares.sharing(), notices():
+        with shares.alike():
+            if processes.is_first():
+                output.check()
+            if output.is_file and widths.engine is None:
+                widths = replace(widths, engine="llama.cpp")
+            method = pruning.composed(widths, calibration.seed)
+            text, measured_on = calibration.text(), evaluation.text(calibration.length)
+            limit = None if memory is None else size("memory", memory)
+        loaded = load.open_everywhere(model, limit, device_map)
         with progress_bar() as show:
             record = prune_to(
                 loaded,

@@ -21,12 +21,13 @@ from probeprune.cli.terminal import (
     progress_bar,
     warn,
 )
-from probeprune.cli.values import names, numbers, one_of
+from probeprune.cli.values import names, numbers, one_of, size
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
 from probeprune.ranges import RANGES
 
 if TYPE_CHECKING:
+    from probeprune.experiment.executors import Cluster
     from probeprune.experiment.presets import Preset
     from probeprune.experiment.results import Results
     from probeprune.result_lines import Line
@@ -90,11 +91,42 @@ class ExecutorOptions:
     workers: Annotated[
         int, typer.Option(help="Number of Ray workers that measure at the same time."), RANGES["workers"]
     ] = 2
+    cell_gpus: Annotated[
+        float | None,
+        typer.Option(
+            help="GPUs that Ray keeps free for each worker: a part of one, such as 0.5, or whole ones.",
+            show_default="1 on CUDA",
+        ),
+        RANGES["gpus"],
+    ] = None
+    cell_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that Ray keeps free for each worker, such as 24GiB.", show_default="any amount"
+        ),
+    ] = None
     keep_trained: KeepTrained = True
+
+    def cluster(self) -> Cluster:
+        """Where Ray runs. Raises `UsageError` for a size that is none, and for one and a half GPUs."""
+        from probeprune.experiment.executors import Cluster
+
+        memory = None if self.cell_memory is None else size("cell-memory", self.cell_memory)
+        return Cluster(self.address, self.workers, self.cell_gpus, memory)
 
     def check(self) -> None:
         """Raise `UsageError` for an unknown executor or options it cannot honour."""
+        from probeprune import processes
+
         one_of("executor", self.executor, ("local", "ray"))
+        if processes.count() > 1:
+            raise UsageError(
+                "table measures in one process, or on a Ray cluster with --executor ray; start it without "
+                "torchrun (several processes share the work of compare and prune)."
+            )
+        self.cluster()
+        if self.executor == "local" and (self.cell_gpus is not None or self.cell_memory is not None):
+            raise UsageError("--cell-gpus and --cell-memory are what Ray is asked for; add --executor ray.")
         if self.executor == "ray" and not self.keep_trained:
             raise UsageError(
                 "--no-keep-trained needs --executor local: on a cluster, checkpoints may lie on other "
@@ -160,7 +192,7 @@ def _measure(
     trust_remote_code: bool,
 ) -> list[Line]:
     """The rows of all cells, in their order; those not in `results` yet are measured."""
-    from probeprune.experiment.executors import Cluster, run_on_ray
+    from probeprune.experiment.executors import run_on_ray
     from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
 
@@ -170,7 +202,7 @@ def _measure(
                 out_dir,
                 results,
                 cells,
-                cluster=Cluster(executor.address, executor.workers),
+                cluster=executor.cluster(),
                 trust_remote_code=trust_remote_code,
                 progress=progress,
                 done=_print_done,

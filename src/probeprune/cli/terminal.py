@@ -7,6 +7,7 @@ move or hide anything. JSON escapes by itself.
 import io
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from probeprune import processes
 from probeprune.errors import Notice
 from probeprune.foreign.literal import LiteralConsole, styled, visible
 from probeprune.progress import Progress
@@ -46,7 +48,13 @@ class Warnings(logging.Handler):
 
 
 def prepare_terminal() -> None:
-    """Print the package's warnings, and no name can fail to be printed for want of a letter."""
+    """Print the package's warnings, and no name can fail to be printed for want of a letter.
+
+    Of several processes, only the first prints; the others say errors of their own alone.
+    """
+    if not processes.is_first():
+        err.quiet = True
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     logging.getLogger("probeprune").addHandler(Warnings(logging.WARNING))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -93,7 +101,8 @@ def print_text(text: str, end: str = "\n") -> None:
 
 
 def print_error(sentence: str) -> None:
-    """What made a command fail, in one sentence on standard error."""
+    """What made a command fail, in one sentence on standard error, of whichever process."""
+    err.quiet = False
     print_line(sentence, "red", mark="probeprune:")
 
 

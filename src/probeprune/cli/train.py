@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -20,7 +19,7 @@ from probeprune.cli.groups import (
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, print_saved, progress_bar, warn
 from probeprune.experiment.cells import TrainingBudget
-from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
+from probeprune.model.loading import EMBEDDED_MODEL
 from probeprune.ranges import RANGES
 from probeprune.training.settings import Lora, Training
 
@@ -174,7 +173,7 @@ def recover(
         patience=recovery.patience,
     )
     measured_on = evaluation.text()
-    loaded = _open_everywhere(model, load)
+    loaded = load.open_everywhere(model)
     with notices(), progress_bar() as show:
         record = recover_to(
             loaded,
@@ -214,7 +213,7 @@ def loraprune(
     layout = widths.checked_layout()
     settings = training.settings(training.lora(), warmup_steps=0, keep_best=False)
     measured_on = evaluation.text()
-    loaded = _open_everywhere(model, load)
+    loaded = load.open_everywhere(model)
     with notices(), progress_bar() as show:
         record = loraprune_to(
             loaded,
@@ -229,27 +228,17 @@ def loraprune(
 
 def _begin(output: CheckpointOptions, load: LoadOptions) -> None:
     """Connect the processes, and let the first one try where the result goes."""
+    from probeprune import processes
     from probeprune.jobs.train import check_output
-    from probeprune.training import processes
 
     processes.join(load.device)
     if processes.is_first():
         check_output(output.out_dir)
 
 
-def _open_everywhere(model: str, load: LoadOptions) -> LoadedModel:
-    """The model in every process, each on its own device, all in one dtype."""
-    from probeprune.training import processes
-
-    loaded = load.open(model)
-    dtype = processes.agreed(loaded.dtype)  # auto measures, so processes could differ
-    loaded.model.to(dtype)
-    return dataclasses.replace(loaded, dtype=dtype)
-
-
 def _print_trained(record: dict[str, Any], output: CheckpointOptions) -> None:
     """The outcome of a training run, from the first process alone."""
-    from probeprune.training import processes
+    from probeprune import processes
 
     if not processes.is_first():
         return

@@ -278,8 +278,9 @@ def evaluation_windows(
 
 
 def batches(windows: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
-    """Split windows into views of `batch_size` rows; the last may be shorter."""
-    return windows.split(plain("batch_size", batch_size))
+    """Split windows into views of `batch_size` rows; the last may be shorter. No windows give no batch."""
+    batch_size = plain("batch_size", batch_size)
+    return windows.split(batch_size) if len(windows) else ()
 
 
 def pad_batch(

@@ -17,6 +17,8 @@ from torch import nn
 from probeprune.data.windows import pad_batch
 from probeprune.errors import UsageError, unknown
 from probeprune.model.decoding import HEAD_TOKENS, decoded, next_token_logits
+from probeprune.model.passes import is_followed
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
 
@@ -87,6 +89,9 @@ def score(
 ) -> Scores:
     """Score the continuation of every request.
 
+    Where work is shared out over processes, each takes some of the batches, and all of them under a method
+    that follows the batches.
+
     Args:
         model: a causal LM of a supported family, with or without a method attached.
         requests: the requests to score.
@@ -104,32 +109,39 @@ def score(
         raise UsageError(
             f"an option has {longest} tokens and this model takes at most {max_length}; shorten the option."
         )
-    likelihoods, greedy = [math.nan] * len(requests), [False] * len(requests)
+    divided, count = not is_followed(model), len(batches)
+    if divided:
+        batches = shares.dealt(batches)
+    answers: list[tuple[int, float, bool]] = []
     rows = [[_inputs(requests[i], max_length) for i in batch] for batch in batches]
     padded = [pad_batch(own, pad_id=0, side="right") for own in rows]
-    tokens = positions = done = 0
+    tokens = positions = 0
     ids, masks = [i for i, _ in padded], [m for _, m in padded]
     found = decoded(model, ids, masks, progress)
     started = time.perf_counter()
-    with torch.inference_mode():
+    with shares.alike(), torch.inference_mode():
         for batch, mask, states in zip(batches, masks, found, strict=True):
             results = _score_batch(model, states.hidden, mask, [requests[i].continuation for i in batch])
             for i, (likelihood, likeliest) in zip(batch, results, strict=True):
                 if not math.isfinite(likelihood):
                     raise FloatingPointError("a log-likelihood is NaN or infinite; try another dtype.")
-                likelihoods[i], greedy[i] = likelihood, likeliest
+                answers.append((i, likelihood, likeliest))
             tokens += int(mask.sum())
             positions += mask.numel()
-            done += len(batch)
-            progress("scoring", done, len(requests))
+            progress("scoring", len(answers), sum(map(len, batches)))
     seconds = time.perf_counter() - started
+    if divided:
+        answers, work = shares.gathered(answers), shares.gathered([(tokens, positions, seconds)])
+        tokens, positions = sum(w[0] for w in work), sum(w[1] for w in work)
+        seconds = max(w[2] for w in work)
+    answers.sort()
     return Scores(
-        loglikelihoods=tuple(likelihoods),
-        greedy=tuple(greedy),
+        loglikelihoods=tuple(likelihood for _, likelihood, _ in answers),
+        greedy=tuple(likeliest for *_, likeliest in answers),
         tokens=tokens,
         padding=1 - tokens / positions if positions else 0.0,
         truncated=sum(len(r.context) + len(r.continuation) > max_length + 1 for r in requests),
-        batches=len(batches),
+        batches=count,
         seconds=seconds,
     )
 

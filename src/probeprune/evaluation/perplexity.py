@@ -16,8 +16,9 @@ from torch import nn
 from probeprune.data.windows import batches
 from probeprune.errors import UsageError, unknown
 from probeprune.model.decoding import HEAD_TOKENS, decoded, next_token_logits
-from probeprune.model.passes import token_windows
+from probeprune.model.passes import is_followed, token_windows
 from probeprune.model.wrappers import unwrapped
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
 
@@ -66,18 +67,23 @@ def perplexity(
             to compare with published tables.
         progress: called with (`perplexity`, windows done, windows in all).
 
+    Where work is shared out over processes, each takes some of the windows, and all of them under a method
+    that follows the batches. `tokens_per_second` is then that of one process, `seconds` of the slowest.
+
     Raises:
         UsageError: windows too short or longer than the model's positions, or too few for `published`.
         FloatingPointError: a loss that is not finite.
     """
     model, batch_size = unwrapped(model), plain("batch_size", batch_size)
     windows = _scored_windows(model, windows, batch_size, averaging)
-    parts = [*batches(windows, batch_size)]
+    divided = not is_followed(model)
+    own = shares.own_rows(windows) if divided else windows
+    parts = [*batches(own, batch_size)]
     losses: list[float] = []
     rates: list[float] = []
     seconds = 0.0
     flops_per_token = math.nan
-    with torch.inference_mode():
+    with shares.alike(), torch.inference_mode():
         for batch, found in zip(parts, decoded(model, parts, progress=progress), strict=True):
             if found.flops is not None:
                 flops_per_token = found.flops / batch.numel()
@@ -86,7 +92,10 @@ def perplexity(
             losses += window_losses(model, found.hidden, batch.to(found.hidden.device)).tolist()
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError("the model's loss is NaN or infinite; try another dtype.")
-            progress("perplexity", len(losses), len(windows))
+            progress("perplexity", len(losses), len(own))
+    if divided:
+        losses, rates = shares.gathered(losses), shares.gathered(rates)
+        seconds, flops_per_token = max(shares.gathered([seconds])), shares.agreed(flops_per_token)
     value = math.exp(statistics.fmean(losses))
     spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     return Perplexity(

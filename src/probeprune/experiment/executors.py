@@ -6,7 +6,8 @@ failure becomes a row with the reason.
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 
-from probeprune.errors import UsageError, first_line
+from probeprune.errors import Notice, UsageError, first_line
 from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure
 from probeprune.experiment.results import Results
 from probeprune.experiment.run import Done, measure_cells, missing
 from probeprune.experiment.workbench import Workbench
 from probeprune.progress import Progress, silent
+from probeprune.ranges import check_fields
 from probeprune.result_lines import Line
 
 RETRIES = 3
@@ -34,11 +36,37 @@ class Cluster:
 
     Attributes:
         address: of an existing cluster (`auto` finds one); None starts one on this machine.
-        workers: number of processes that measure at the same time.
+        workers: number of processes that measure at the same time; fewer where the cluster has no room.
+        gpus: GPUs that Ray keeps free for each of them, also a part of one; None for one where models run on
+            CUDA. A process computes on the first of its GPUs.
+        memory: bytes of memory that Ray keeps free for each of them; None for no matter how many.
     """
 
     address: str | None = None
     workers: int = 2
+    gpus: float | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.gpus is not None and self.gpus > 1 and self.gpus % 1:
+            raise UsageError(
+                f"gpus (--cell-gpus) must be a part of one GPU or a whole number of them, not {self.gpus:g}."
+            )
+
+    def resources(self, device: str) -> dict[str, float]:
+        """What each process asks Ray for, by Ray's own names; `device` is where models run.
+
+        Raises `UsageError` for no GPU where they run on CUDA.
+        """
+        on_cuda = device.startswith("cuda")
+        if on_cuda and self.gpus == 0:
+            raise UsageError(
+                "models run on CUDA, and no worker is to have a GPU; give --cell-gpus above 0, or choose "
+                "--device cpu."
+            )
+        gpus = float(on_cuda) if self.gpus is None else self.gpus
+        return {"CPU": 1.0, "GPU": gpus, "memory": float(self.memory or 0)}
 
 
 class Worker:
@@ -82,25 +110,58 @@ def run_on_ray(
         started: called with the workers' process ids once they run.
 
     Raises:
-        UsageError: Ray is not installed, or the cluster cannot be reached or is lost. Rows measured before
-            stay.
+        UsageError: Ray is not installed, the cluster cannot be reached or is lost, or none of its nodes has
+            what a process asks for. Rows measured before stay.
     """
     ray = _ray()
     groups = (missing(group, results, done) for _, group in groupby(cells, key=lambda c: c.subject))
     todo = [group for group in groups if group]
     if todo:
         # Workers on this machine share its cores; on a cluster their threads are left as they are.
-        gpus = 1 if todo[0][0].subject.device.startswith("cuda") else 0
-        local = not cluster.address
-        threads = max((os.cpu_count() or 1) // cluster.workers, 1) if local and not gpus else 0
+        device = todo[0][0].subject.device
+        asked = cluster.resources(device)
+        local = not cluster.address and not device.startswith("cuda")
+        threads = max((os.cpu_count() or 1) // cluster.workers, 1) if local else 0
         with _connected(ray, cluster):
-            remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES)(Worker)
-            count = min(cluster.workers, len(todo))
+            nodes = [n.get("Resources", {}) for n in ray.nodes() if n.get("Alive")]
+            wanted = min(cluster.workers, len(todo))
+            count = min(wanted, _room(nodes, asked, wanted))
+            options = {"num_cpus": 1, "num_gpus": asked["GPU"], "memory": asked["memory"] or None}
+            remote = ray.remote(**options, max_restarts=-1, max_task_retries=RETRIES)(Worker)
             crew = [remote.remote(str(folder.absolute()), threads, trust_remote_code) for _ in range(count)]
             if started is not None:
                 started(ray.get([w.pid.remote() for w in crew]))
             _spread(ray, crew, results, todo, progress, done)
     return [results.rows[c.key] for c in cells]
+
+
+def _room(nodes: Sequence[Mapping[str, float]], asked: Mapping[str, float], wanted: int) -> int:
+    """How many processes fit onto the nodes of a cluster at the same time; says so where they are fewer than
+    `wanted`.
+
+    Raises `UsageError` where no node has what one process asks for: Ray itself would wait for ever.
+    """
+    needs = {name: amount for name, amount in asked.items() if amount}
+    # Ray counts in ten-thousandths: 1 / 0.1 is 10 there, and 9.99 here.
+    room = sum(min(int(n.get(name, 0) / amount + 1e-4) for name, amount in needs.items()) for n in nodes)
+    if not room:
+        there = "; ".join(sorted({_amounts(node, needs) for node in nodes})) or "none is alive"
+        raise UsageError(
+            f"no node of the Ray cluster has {_amounts(needs, needs)} for a worker (there is: {there}); ask "
+            "for less with --cell-gpus or --cell-memory, or add a node that has it."
+        )
+    if room < wanted:
+        warnings.warn(f"the Ray cluster has room for {room} of {wanted} workers", Notice, stacklevel=3)
+    return room
+
+
+def _amounts(node: Mapping[str, float], names: Iterable[str]) -> str:
+    """Amounts of resources in words, such as `1 CPU, 0.5 GPU, 2.00 GiB of memory`."""
+    amounts = {name: node.get(name, 0) for name in names}
+    return ", ".join(
+        f"{amount / 2**30:.2f} GiB of memory" if name == "memory" else f"{amount:g} {name}"
+        for name, amount in amounts.items()
+    )
 
 
 @contextmanager

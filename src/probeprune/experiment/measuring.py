@@ -12,6 +12,7 @@ from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeas
 from probeprune.experiment.costing import cost_line
 from probeprune.experiment.workbench import Ready, Workbench
 from probeprune.model.cost import PeakMemory, blocks_flops
+from probeprune.processes import shares
 from probeprune.progress import Progress
 from probeprune.provenance import versions
 from probeprune.result_lines import (
@@ -80,14 +81,15 @@ def _identity(cell: Cell) -> Identity:
 
 def _on_text(measure: TextMeasure, prepared: Ready, progress: Progress) -> TextLine:
     model, handle = prepared.loaded.model, prepared.handle
-    text = evaluation_windows(
-        load_corpus(measure.corpus),
-        prepared.loaded.tokenizer,
-        length=measure.length,
-        limit=measure.windows,
-        sampling=measure.sampling,
-        seed=measure.seed,
-    )
+    with shares.alike():
+        text = evaluation_windows(
+            load_corpus(measure.corpus),
+            prepared.loaded.tokenizer,
+            length=measure.length,
+            limit=measure.windows,
+            sampling=measure.sampling,
+            seed=measure.seed,
+        )
     # Of a model whose layers are offloaded, units that a batch chooses are gone when its layer leaves.
     hidden = isinstance(handle, OffloadedHandle) and handle.method.when.every_batch
     units = None if handle is None or hidden else UnitCounter(handle)

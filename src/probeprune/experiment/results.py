@@ -13,6 +13,7 @@ from probeprune.errors import UsageError
 from probeprune.experiment.cells import Cell
 from probeprune.files import RESULTS
 from probeprune.foreign.reading import read_lines
+from probeprune.processes import shares
 from probeprune.result_lines import Line, check_line
 
 _START = b'{"kind": "'
@@ -38,31 +39,37 @@ class Results:
         """Open the results in `folder`; there are none if there is no file yet.
 
         A last line that was cut short by a kill is removed from the file; one that only lacks its line end
-        gets it. Corrupt lines are named in `problems` and their cells are measured again.
+        gets it. Corrupt lines are named in `problems` and their cells are measured again. Where work is
+        shared out, the first process opens the file, and all get its lines.
 
         Raises:
             UsageError: a file without a single valid line, or one that is no regular file.
         """
         results = cls(folder / RESULTS)
-        if not results.path.exists():
-            return results
-        lines, refused, complete = read_lines(results.path, check_key)
-        open_end = complete < results.path.stat().st_size
+        with shares.alike():
+            if shares.leads() and results.path.exists():
+                results._read()
+        results.rows = shares.agreed(results.rows)
+        return results
+
+    def _read(self) -> None:
+        """The lines of the file, which is there; see `open`."""
+        lines, refused, complete = read_lines(self.path, check_key)
+        open_end = complete < self.path.stat().st_size
         last = lines[-1][0] if lines else 0
         cut = open_end and bool(refused) and refused[-1][0] > last
-        if refused and not lines and not (cut and not complete and _is_start(results.path)):
-            raise UsageError(f"{results.path} is not a results file of this version; choose another --out.")
-        results.problems = [
-            f"line {n} of {results.path} is corrupt ({e}) and was left out; its cell will be measured again."
+        if refused and not lines and not (cut and not complete and _is_start(self.path)):
+            raise UsageError(f"{self.path} is not a results file of this version; choose another --out.")
+        self.problems = [
+            f"line {n} of {self.path} is corrupt ({e}) and was left out; its cell will be measured again."
             for n, e in refused[: len(refused) - cut]
         ]
-        results.rows = {row["key"]: row for _, row in lines}
+        self.rows = {row["key"]: row for _, row in lines}
         if cut:
-            os.truncate(results.path, complete)
+            os.truncate(self.path, complete)
         elif open_end:
-            with results.path.open("ab") as file:
+            with self.path.open("ab") as file:
                 file.write(b"\n")
-        return results
 
     def find(self, cell: Cell) -> Line | None:
         """The line of that cell; None if it was not measured or failed."""
@@ -70,7 +77,15 @@ class Results:
         return row if row is not None and row["kind"] == "result" else None
 
     def add(self, row: Line) -> None:
-        """Append one line, on disk when this returns; an `OSError` leaves the file as it was."""
+        """Append one line, on disk when this returns; an `OSError` leaves the file as it was.
+
+        Where work is shared out, the first process writes.
+        """
+        if shares.leads():
+            self._append(row)
+        self.rows[row["key"]] = row
+
+    def _append(self, row: Line) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(row).encode() + b"\n"
         # A kill leaves at most one incomplete last line, which `open` drops.
@@ -83,7 +98,6 @@ class Results:
             except OSError:
                 os.ftruncate(file.fileno(), end)
                 raise
-        self.rows[row["key"]] = row
 
 
 def check_key(row: Any) -> None:

@@ -11,6 +11,7 @@ from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results
 from probeprune.experiment.workbench import Unprepared, Workbench
 from probeprune.model.machine import check_cache
+from probeprune.processes import shares
 from probeprune.result_lines import Line
 
 Done = Callable[[Cell, Line], None]
@@ -40,10 +41,11 @@ def run_cells(
         UsageError: a cache that cannot take the statistics.
         UsageError, FloatingPointError: the error of a cell, unless `keep_going`. Rows measured before stay.
     """
-    if any(c.subject.calibration is not None for c in cells):
-        check_cache()
-    if not keep_going:
-        _check_ratios(bench, [c for c in cells if results.find(c) is None])
+    with shares.alike():
+        if shares.leads() and any(c.subject.calibration is not None for c in cells):
+            check_cache()
+        if not keep_going:
+            _check_ratios(bench, [c for c in cells if results.find(c) is None])
     for subject, of_subject in groupby(cells, key=lambda c: c.subject):
         group = list(of_subject)
         for cell, row in measure_cells(bench, missing(group, results, done), keep_going):

@@ -1,6 +1,7 @@
 """Prune a model and write the result: calibrate, prune, measure before and after, save with a model card."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from probeprune import processes
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import BATCH_SIZE, Text, WindowSource
 from probeprune.engines.gguf_types import FileType, block_length, storage
@@ -28,6 +30,7 @@ from probeprune.model.offloading import cast, check_changes
 from probeprune.places import check_file, check_free, claimed, resolved
 from probeprune.plan import needs
 from probeprune.preparation import DAMAGE_WINDOWS
+from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
 from probeprune.ranges import check_fields
@@ -87,6 +90,8 @@ def prune_to(
 ) -> dict[str, Any]:
     """Prune a loaded model and write the checkpoint or file; returns its record, as in pruning.json.
 
+    With several processes, call this in each: they share the work out, and the first one writes.
+
     Args:
         loaded: the model to prune, changed in place.
         method, ratio, steps: as in `surgery.prune`.
@@ -99,11 +104,16 @@ def prune_to(
             or a folder that another process writes; nothing has been written then.
         FloatingPointError: NaN statistics, gradients or losses.
     """
-    if isinstance(output, GgufFile):
-        check_file(output.file)
-        return _prune_to(loaded, method, ratio, output, texts, steps, progress)
-    with claimed(output.folder):
-        check_free(output.folder)
+    processes.join(loaded.device.type)
+    with shares.sharing(), ExitStack() as held:
+        with shares.alike():
+            if not processes.is_first():
+                pass
+            elif isinstance(output, GgufFile):
+                check_file(output.file)
+            else:
+                held.enter_context(claimed(output.folder))
+                check_free(output.folder)
         return _prune_to(loaded, method, ratio, output, texts, steps, progress)
 
 
@@ -117,16 +127,17 @@ def _prune_to(
     progress: Progress,
 ) -> dict[str, Any]:
     """As `prune_to`, in a folder that is ours."""
-    shape = rehearse(loaded.model, method, ratio, output.layout, steps)
-    check_changes(loaded.model, _changed(loaded.model, shape) * loaded.dtype.itemsize)
-    if isinstance(output, GgufFile):
-        _check_rows(output.type, loaded.model, method)
-        export = check_export(shape, loaded.tokenizer, output.type, name=output.file.stem)
-        check_space(output.file, export.plan.bytes)
-    else:
-        check_space(output.folder, shape.num_parameters() * (output.dtype or loaded.dtype).itemsize)
-    measure = Measure(loaded, texts.evaluation, progress, texts.batch_size)
-    source = calibration_source(loaded, method, texts.calibration, texts.seed)
+    with shares.alike():
+        shape = rehearse(loaded.model, method, ratio, output.layout, steps)
+        check_changes(loaded.model, _changed(loaded.model, shape) * loaded.dtype.itemsize)
+        if isinstance(output, GgufFile):
+            _check_rows(output.type, loaded.model, method)
+            export = check_export(shape, loaded.tokenizer, output.type, name=output.file.stem)
+            check_space(output.file, export.plan.bytes)
+        else:
+            check_space(output.folder, shape.num_parameters() * (output.dtype or loaded.dtype).itemsize)
+        measure = Measure(loaded, texts.evaluation, progress, texts.batch_size)
+        source = calibration_source(loaded, method, texts.calibration, texts.seed)
     measure("dense", loaded.model)
     started = time.monotonic()
     with PeakMemory(loaded.device) as memory:
@@ -155,12 +166,15 @@ def _prune_to(
         "device": str(loaded.device),
         "versions": versions(),
     }
-    if isinstance(output, GgufFile):
-        pruned = export_model(loaded.model, output.layout)
-        export = check_export(pruned, loaded.tokenizer, output.type, name=output.file.stem)
-        write_export(pruned, export, output.file, progress)
-    else:
-        _write(loaded, output, pruning_card(done, record, resolved(output.folder).name), record)
+    with shares.alike():
+        if not processes.is_first():
+            pass
+        elif isinstance(output, GgufFile):
+            pruned = export_model(loaded.model, output.layout)
+            export = check_export(pruned, loaded.tokenizer, output.type, name=output.file.stem)
+            write_export(pruned, export, output.file, progress)
+        else:
+            _write(loaded, output, pruning_card(done, record, resolved(output.folder).name), record)
     return record
 
 
@@ -232,7 +246,8 @@ def calibration_source(loaded: LoadedModel, method: Method, text: Text, seed: in
         return None
     if text.windows < 1:
         raise UsageError(f"method {method.name!r} needs calibration; give at least one calibration window.")
-    check_cache()
+    if shares.leads():
+        check_cache()
     return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
 
 

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from probeprune import processes
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, training_windows
 from probeprune.files import stored_json, write_json
@@ -26,7 +27,6 @@ from probeprune.model.making_records import TRAINING, check_pruning
 from probeprune.places import check_free, check_place, claimed, discard, resolved, writing
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
-from probeprune.training import processes
 from probeprune.training.loraprune import LoraPruneCut, loraprune
 from probeprune.training.recovery import MEASURED, Trained, base_model, merged, recover
 from probeprune.training.settings import Training, TrainingText

@@ -16,8 +16,9 @@ from torch import nn
 from probeprune.algebra.moments import Tokens
 from probeprune.errors import UsageError, first_line
 from probeprune.model.families import find_family
-from probeprune.model.forwards import replace_forward
+from probeprune.model.forwards import replace_forward, replace_method
 from probeprune.model.narrow_linear import refuse_to_copy
+from probeprune.model.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,21 @@ def on_pass(model: nn.Module, run: Callable[[Pass, Callable[[], Any]], Any]) -> 
         routed.run = None  # where others have wrapped it meanwhile, it stays in the chain
 
     return undo
+
+
+_FOLLOWED = "_probeprune_followed"
+"""Attribute of a model whose batches are followed."""
+
+
+def follow_batches(model: nn.Module) -> Callable[[], None]:
+    """Note, until the returned function is called, that what a model computes depends on the batches before
+    and on what else is in a batch."""
+    return replace_method(model, _FOLLOWED, lambda: True)
+
+
+def is_followed(model: nn.Module) -> bool:
+    """Whether what a model computes depends on the batches before and on what else is in a batch."""
+    return _FOLLOWED in unwrapped(model).__dict__
 
 
 class _Routed:

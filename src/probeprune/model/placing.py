@@ -12,6 +12,7 @@ from probeprune.errors import Notice, UsageError
 from probeprune.model.blocks import find_layers
 from probeprune.model.families import find_family
 from probeprune.model.hidden_states import Room
+from probeprune.processes import on_this_machine
 
 _WORK, _NARROW_WORK = 3, 5
 """Memory that work on one layer takes, in layers: its weights, what they become, what is computed. In a dtype
@@ -109,7 +110,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
     """Bytes in use by this process, and bytes that are free, where the model runs."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
-    return psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    return psutil.Process().memory_info().rss, psutil.virtual_memory().available // on_this_machine()
 
 
 def _gib(size: int) -> str:

@@ -22,7 +22,7 @@ from probeprune.errors import UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block, uncalled_consumer
 from probeprune.model.narrow_linear import refuse_to_copy
-from probeprune.model.passes import Pass, check_eval, on_pass
+from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
 from probeprune.plan import Kept
 from probeprune.runtime import ownership
 from probeprune.runtime.block import BlockRuntime
@@ -74,6 +74,8 @@ class Handle:
             ownership.claim(self)
             self._places = _places(model, [p.block for p in self.pruned])
             self._start()
+            if method.when.every_batch:
+                self._undo.append(follow_batches(model))
             self._hook_model()
         except BaseException:
             self.detach()

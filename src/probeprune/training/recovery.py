@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from probeprune import processes
 from probeprune.errors import UsageError
 from probeprune.files import stored_json, write_json
 from probeprune.foreign.quiet import quiet_libraries
@@ -28,7 +29,6 @@ from probeprune.model.identity import model_fingerprint
 from probeprune.model.passes import token_windows
 from probeprune.places import clear
 from probeprune.progress import Progress, silent
-from probeprune.training import processes
 from probeprune.training.checkpoints import last_checkpoint, step_of
 from probeprune.training.settings import Lora, Training
 from probeprune.training.trainer import (

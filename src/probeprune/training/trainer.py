@@ -14,9 +14,9 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
+from probeprune import processes
 from probeprune.errors import UsageError
 from probeprune.progress import Progress
-from probeprune.training import processes
 from probeprune.training.checkpoints import has_ended, last_checkpoint, read_state
 from probeprune.training.settings import Training
 
