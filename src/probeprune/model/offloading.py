@@ -22,6 +22,7 @@ from torch import nn
 
 from probeprune.files import save_tensors
 from probeprune.model.hidden_states import Room
+from probeprune.model.machine import release_freed
 from probeprune.provenance import dtype_name
 
 _ROOM = "_probeprune_room"
@@ -135,6 +136,7 @@ def in_memory(module: nn.Module, name: str = "", changes: Path | None = None) ->
             m._parameters.clear()
             m._parameters.update(before[m])
             add_hook_to_module(m, hook)
+        release_freed()
 
 
 def _fetch(module: nn.Module) -> None:
