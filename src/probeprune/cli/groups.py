@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from probeprune.model.loading import LoadedModel
+    from probeprune.model.placing import Work
 
 Model = Annotated[
     str,
@@ -37,6 +38,14 @@ Ratio = Annotated[
     float,
     typer.Option(help="Pruning ratio: share of all attention and MLP parameters to prune."),
     RANGES["ratio"],
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for this process, or its part of an accelerator, such as 6GiB; a model that needs more "
+        "is pruned a layer at a time, from disk.",
+        show_default="most of what is free",
+    ),
 ]
 GGUF_TYPE = typer.Option(
     help="How a GGUF file holds matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0. The last five need "
@@ -73,8 +82,9 @@ class LoadOptions:
     device: Device = "auto"
     trust_remote_code: TrustRemoteCode = False
 
-    def open(self, model: str, memory: int | None = None) -> LoadedModel:
-        """The model, opened while the terminal shows that it is loading. Raises as `load_model` does."""
+    def open(self, model: str, memory: int | None = None, work: Work | None = None) -> LoadedModel:
+        """The model, opened while the terminal shows that it is loading. Takes and raises what `load_model`
+        does."""
         from probeprune.model.loading import load_model
 
         with err.status("loading the model"):
@@ -84,6 +94,7 @@ class LoadOptions:
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
                 memory=memory,
+                work=work,
             )
 
     def dtype_to_save(self, loaded: LoadedModel) -> torch.dtype:

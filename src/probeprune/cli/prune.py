@@ -15,6 +15,7 @@ from probeprune.cli.groups import (
     EvaluationOptions,
     Json,
     LoadOptions,
+    Memory,
     Model,
     Ratio,
     WidthOptions,
@@ -156,14 +157,7 @@ def prune(
     calibration: CalibrationOptions,
     evaluation: EvaluationOptions,
     load: LoadOptions,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory for weights and hidden states, such as 6GiB; a larger model is pruned a layer at a "
-            "time, from disk.",
-            show_default="most of what is free",
-        ),
-    ] = None,
+    memory: Memory = None,
 ) -> None:
     """Prune a model once and for all, and save a smaller checkpoint.
 
@@ -172,22 +166,26 @@ def prune(
 
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """
+    from probeprune.jobs.forecast import pruning_work
     from probeprune.jobs.prune import Texts, prune_to
 
     output.check()
     if output.is_file and widths.engine is None:
         widths = replace(widths, engine="llama.cpp")
     method = pruning.composed(widths, calibration.seed)
+    layout = widths.checked_layout()
     text, measured_on = calibration.text(), evaluation.text(calibration.length)
+    texts = Texts(text, measured_on, calibration.seed, pruning.batch_size)
     with notices():
-        loaded = load.open(model, None if memory is None else size("memory", memory))
+        limit = None if memory is None else size("memory", memory)
+        loaded = load.open(model, limit, pruning_work(method, pruning.ratio, layout, texts, pruning.steps))
         with progress_bar() as show:
             record = prune_to(
                 loaded,
                 method,
                 pruning.ratio,
-                output.target(widths.checked_layout(), load, loaded),
-                Texts(text, measured_on, calibration.seed, pruning.batch_size),
+                output.target(layout, load, loaded),
+                texts,
                 steps=pruning.steps,
                 progress=show,
             )
