@@ -22,7 +22,7 @@ from probeprune.model.hidden_states import Room
 _SHARE = 0.8
 """Share of the free memory that a model takes where no limit is given."""
 
-RETAINED = 40 << 20
+RETAINED = 100 << 20
 """Bytes that a run on a CPU ends up with beside what it holds: libraries that are loaded late, tokenised
 text, what the C library keeps of freed memory (benchmarks/plans.py)."""
 
