@@ -28,7 +28,18 @@ COMMANDS = typer.main.get_command(app).commands
 
 def test_all_commands_are_there():
     assert set(COMMANDS) == {
-        *("compare", "table", "report", "prune", "export", "recover", "loraprune", "generate", "bench"),
+        *(
+            "compare",
+            "table",
+            "report",
+            "plan",
+            "prune",
+            "export",
+            "recover",
+            "loraprune",
+            "generate",
+            "bench",
+        ),
         *("methods", "models", "engines", "quantised"),
     }
 

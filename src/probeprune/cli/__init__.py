@@ -20,6 +20,7 @@ from probeprune.cli.compare import compare
 from probeprune.cli.export import export
 from probeprune.cli.generate import generate
 from probeprune.cli.lists import list_engines, list_methods, list_models
+from probeprune.cli.plan import plan
 from probeprune.cli.prune import prune
 from probeprune.cli.quantised import quantised
 from probeprune.cli.report import report
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 INTERRUPTED = "interrupted; all measurements are saved, and the same command continues from there."
 
-for _command in (compare, table, report, prune, export, quantised, recover, loraprune, generate, bench):
+for _command in (compare, table, report, plan, prune, export, quantised, recover, loraprune, generate, bench):
     app.command()(_command)
 app.command("methods")(list_methods)
 app.command("models")(list_models)

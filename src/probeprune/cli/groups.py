@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from probeprune.model.loading import LoadedModel
+    from probeprune.model.placing import Work
 
 Model = Annotated[
     str,
@@ -37,6 +38,14 @@ Ratio = Annotated[
     float,
     typer.Option(help="Pruning ratio: share of all attention and MLP parameters to prune."),
     RANGES["ratio"],
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for this process, or its part of an accelerator, such as 6GiB; a model that needs more "
+        "is pruned a layer at a time, from disk.",
+        show_default="most of what is free",
+    ),
 ]
 GGUF_TYPE = typer.Option(
     help="How a GGUF file holds matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0. The last five need "
@@ -81,8 +90,15 @@ class LoadOptions:
     device: Device = "auto"
     trust_remote_code: TrustRemoteCode = False
 
-    def open(self, model: str, memory: int | None = None, device_map: str | None = None) -> LoadedModel:
-        """The model, opened while the terminal shows that it is loading. Raises as `load_model` does."""
+    def open(
+        self,
+        model: str,
+        memory: int | None = None,
+        device_map: str | None = None,
+        work: Work | None = None,
+    ) -> LoadedModel:
+        """The model, opened while the terminal shows that it is loading. Takes and raises what `load_model`
+        does."""
         from probeprune.model.loading import load_model
 
         with err.status("loading the model"):
@@ -93,10 +109,15 @@ class LoadOptions:
                 trust_remote_code=self.trust_remote_code,
                 memory=memory,
                 device_map=device_map,
+                work=work,
             )
 
     def open_everywhere(
-        self, model: str, memory: int | None = None, device_map: str | None = None
+        self,
+        model: str,
+        memory: int | None = None,
+        device_map: str | None = None,
+        work: Work | None = None,
     ) -> LoadedModel:
         """As `open`, in each of several processes, on a device of its own and all in one dtype.
 
@@ -108,7 +129,7 @@ class LoadOptions:
         from probeprune.provenance import dtype_name
 
         if processes.count() == 1:
-            return self.open(model, memory, device_map)
+            return self.open(model, memory, device_map, work)
         if device_map is not None:
             raise UsageError(
                 "--device-map spreads one model over all devices, and each of several processes has a model "
@@ -119,12 +140,12 @@ class LoadOptions:
         same = replace(self, dtype=processes.agreed(dtype))  # auto measures, so processes could differ
         if Path(model).is_dir():
             with shares.alike():
-                return same.open(model, memory)
+                return same.open(model, memory, work=work)
         loaded: list[LoadedModel] = []
         for turn in (True, False):
             with shares.alike():
                 if processes.is_first() == turn:
-                    loaded.append(same.open(model, memory))
+                    loaded.append(same.open(model, memory, work=work))
         return loaded[0]
 
     def dtype_to_save(self, loaded: LoadedModel) -> torch.dtype:

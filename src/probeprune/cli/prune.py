@@ -16,6 +16,7 @@ from probeprune.cli.groups import (
     EvaluationOptions,
     Json,
     LoadOptions,
+    Memory,
     Model,
     Ratio,
     WidthOptions,
@@ -157,14 +158,7 @@ def prune(
     calibration: CalibrationOptions,
     evaluation: EvaluationOptions,
     load: LoadOptions,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory for weights and hidden states, such as 6GiB; a larger model is pruned a layer at a "
-            "time, from disk.",
-            show_default="most of what is free",
-        ),
-    ] = None,
+    memory: Memory = None,
     device_map: DeviceMap = None,
 ) -> None:
     """Prune a model once and for all, and save a smaller checkpoint.
@@ -176,6 +170,7 @@ def prune(
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """
     from probeprune import processes
+    from probeprune.jobs.forecast import pruning_work
     from probeprune.jobs.prune import Texts, prune_to
     from probeprune.processes import shares
 
@@ -187,16 +182,19 @@ def prune(
             if output.is_file and widths.engine is None:
                 widths = replace(widths, engine="llama.cpp")
             method = pruning.composed(widths, calibration.seed)
+            layout = widths.checked_layout()
             text, measured_on = calibration.text(), evaluation.text(calibration.length)
+            texts = Texts(text, measured_on, calibration.seed, pruning.batch_size)
             limit = None if memory is None else size("memory", memory)
-        loaded = load.open_everywhere(model, limit, device_map)
+        work = pruning_work(method, pruning.ratio, layout, texts, pruning.steps)
+        loaded = load.open_everywhere(model, limit, device_map, work)
         with progress_bar() as show:
             record = prune_to(
                 loaded,
                 method,
                 pruning.ratio,
-                output.target(widths.checked_layout(), load, loaded),
-                Texts(text, measured_on, calibration.seed, pruning.batch_size),
+                output.target(layout, load, loaded),
+                texts,
                 steps=pruning.steps,
                 progress=show,
             )

@@ -15,7 +15,7 @@ from torch import nn
 
 from probeprune.data.windows import batches
 from probeprune.errors import UsageError, unknown
-from probeprune.model.decoding import HEAD_TOKENS, decoded, next_token_logits
+from probeprune.model.decoding import decoded, next_token_losses
 from probeprune.model.passes import is_followed, token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.processes import shares
@@ -133,10 +133,4 @@ def window_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> 
         hidden: its decoder's last hidden states (batch, length, hidden).
         ids: the windows (batch, length).
     """
-    per_step = max(1, HEAD_TOKENS // ids.shape[1])
-    losses = []
-    for h, target in zip(hidden.split(per_step), ids.split(per_step), strict=True):
-        logits = next_token_logits(model, h[:, :-1])
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), reduction="none")
-        losses.append(loss.view(len(h), -1).double().mean(1))
-    return torch.cat(losses)
+    return next_token_losses(model, hidden, ids).double().mean(1)

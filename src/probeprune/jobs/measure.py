@@ -10,6 +10,7 @@ from probeprune.evaluation.perplexity import perplexity
 from probeprune.files import stored_json, write_json
 from probeprune.model.fingerprint import source_fingerprint
 from probeprune.model.loading import LoadedModel
+from probeprune.model.machine import release_freed
 from probeprune.progress import Progress
 
 
@@ -60,6 +61,7 @@ class Measure:
             batch_size=self.batch_size,
             progress=lambda _, done, total: self.progress(f"perplexity {name}", done, total),
         )
+        release_freed()
         self.figures[name], self.figures[f"{name}_error"] = result.value, result.standard_error
         if self.keep is not None:
             write_json(self.keep, {"of": self._measured, "figures": self.figures})

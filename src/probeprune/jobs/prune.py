@@ -34,7 +34,7 @@ from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
 from probeprune.ranges import check_fields
-from probeprune.surgery import check_static, check_steps, prune
+from probeprune.surgery import Pruning, check_static, check_steps, prune
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,13 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
 
     Returns the copy as it would be saved (device `meta`). Raises the errors of `prune` and `export`.
     """
+    return rehearsed(model, method, ratio, layout, steps)[1]
+
+
+def rehearsed(
+    model: Any, method: Method, ratio: float, layout: Layout, steps: int = 1
+) -> tuple[Pruning, PreTrainedModel]:
+    """As `rehearse`; the record of the cut too. Widths that have to be measured are those of an equal cut."""
     check_static(method)
     check_steps(method, steps)
     shape = empty_like(model)
@@ -234,7 +241,7 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
         for block in find_blocks(shape):
             if block.name in cut and block.consumer.bias is None:
                 block.consumer.bias = nn.Parameter(torch.empty(block.consumer.out_features, device="meta"))
-    return export_model(shape, layout)
+    return done, export_model(shape, layout)
 
 
 def calibration_source(loaded: LoadedModel, method: Method, text: Text, seed: int) -> WindowSource | None:
@@ -244,11 +251,16 @@ def calibration_source(loaded: LoadedModel, method: Method, text: Text, seed: in
     """
     if not needs(method):
         return None
-    if text.windows < 1:
-        raise UsageError(f"method {method.name!r} needs calibration; give at least one calibration window.")
+    check_windows(method, text)
     if shares.leads():
         check_cache()
     return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
+
+
+def check_windows(method: Method, text: Text) -> None:
+    """Raise `UsageError` for no windows where the method needs some."""
+    if needs(method) and text.windows < 1:
+        raise UsageError(f"method {method.name!r} needs calibration; give at least one calibration window.")
 
 
 def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:

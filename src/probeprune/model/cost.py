@@ -4,8 +4,6 @@ Only matrix products count, a multiply-add as two FLOPs. Attention counts all qu
 counter does, though a causal kernel may skip half. The tests check counts and formulas against each other.
 """
 
-import ctypes
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from probeprune.model.blocks import Block
+from probeprune.model.machine import release_freed
 
 
 @dataclass
@@ -90,13 +89,6 @@ def synced_clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def give_back_freed() -> None:
-    """Give memory that was freed back to the system, where the C library can (glibc); it keeps some else."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 class PeakMemory:
     """Context that measures peak memory: of this process on the CPU (sampled), or of its GPU.
 
@@ -127,7 +119,7 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            give_back_freed()
+            release_freed()
             self._thread.start()
         return self
 

@@ -97,3 +97,26 @@ def next_token_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = head(hidden).float()
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def next_token_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Loss of each token of each window but the first: (batch, length - 1), float32.
+
+    The logits of `HEAD_TOKENS` tokens are in memory at a time, however long a window is.
+
+    Args:
+        model: the causal LM, for its output head.
+        hidden: its decoder's last hidden states (batch, length, hidden).
+        ids: the windows (batch, length).
+    """
+    per_step = max(1, HEAD_TOKENS // ids.shape[1])
+    losses = []
+    for h, target in zip(hidden[:, :-1].split(per_step), ids[:, 1:].split(per_step), strict=True):
+        parts = [
+            nn.functional.cross_entropy(
+                next_token_logits(model, few).flatten(0, 1), after.flatten(), reduction="none"
+            ).view(len(few), -1)
+            for few, after in zip(h.split(HEAD_TOKENS, 1), target.split(HEAD_TOKENS, 1), strict=True)
+        ]
+        losses.append(torch.cat(parts, 1))
+    return torch.cat(losses)

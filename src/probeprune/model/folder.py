@@ -3,11 +3,13 @@
 Nothing outside the folder is opened, and no pickle. Knows nothing of architectures.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from probeprune.errors import UsageError, first_line
@@ -30,6 +32,8 @@ OBJECTS = (
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 """Files that are read once, by the tokenizer: they are large."""
 
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -41,9 +45,15 @@ class Stored:
     shape: tuple[int, ...]
 
     @property
+    def size(self) -> tuple[torch.dtype, int]:
+        """Its dtype for torch, and its bytes. Raises `KeyError` for numbers that are not ordinary ones."""
+        dtype = _FLOATS[self.dtype]
+        return dtype, math.prod(self.shape) * dtype.itemsize
+
+    @property
     def is_float(self) -> bool:
         """Whether its numbers are ordinary floating-point ones, which need no scale."""
-        return self.dtype in ("F64", "F32", "F16", "BF16")
+        return self.dtype in _FLOATS
 
 
 def check_regular(file: Path) -> None:

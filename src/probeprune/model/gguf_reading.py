@@ -40,6 +40,22 @@ def read_model(reader: GGUFReader, architecture: Architecture) -> PreTrainedMode
 
     Raises `ValueError`, `KeyError` or `TypeError` for tensors or keys that are missing or do not fit.
     """
+    model, found, stored, heads = _outline(reader, architecture)
+    tied = "output.weight" not in stored
+    model.load_state_dict(_state(model, found, stored, heads), strict=not tied, assign=True)
+    model.tie_weights()
+    return export(model)
+
+
+def read_outline(reader: GGUFReader, architecture: Architecture) -> PreTrainedModel:
+    """As `read_model`, without the numbers of its weights (device `meta`)."""
+    return export(_outline(reader, architecture)[0])
+
+
+def _outline(
+    reader: GGUFReader, architecture: Architecture
+) -> tuple[Any, list[Place], dict[str, ReaderTensor], list[Heads]]:
+    """The model of a file without numbers; places of its tensors, the tensors, the heads of each layer."""
     fields = keys_of(reader, architecture.name)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     for name in ("token_embd.weight", "output_norm.weight"):
@@ -63,9 +79,7 @@ def read_model(reader: GGUFReader, architecture: Architecture) -> PreTrainedMode
     mlps = widths(fields, "feed_forward_length")
     with init_empty_weights(include_buffers=False):
         narrow(model, _changes(model, found, stored, heads, mlps))
-    model.load_state_dict(_state(model, found, stored, heads), strict=not tied, assign=True)
-    model.tie_weights()
-    return export(model)
+    return model, found, stored, heads
 
 
 def _numbers(tensor: ReaderTensor) -> torch.Tensor:

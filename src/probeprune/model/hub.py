@@ -42,12 +42,30 @@ def snapshot(name: str, *, code: bool) -> Path:
     except UsageError:
         raise
     except _FAILURES as error:
-        raise UsageError(
-            f"unknown model '{name}'; it is no local directory or .gguf file, and no hub model of that name "
-            "could be reached: check name, network and access, or use the embedded 'smollm2-135m', which "
-            "needs no hub."
-        ) from error
+        raise _unknown(name) from error
     return folder if weight_names(folder) else _converted_by_the_hub(name, folder, small)
+
+
+def described(name: str, *, code: bool) -> Path:
+    """The folder in the hub's cache with a model's configs, and without weights unless they are there.
+
+    Raises `UsageError` as `snapshot` does, but for weights.
+    """
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*_SMALL, "*.py"] if code else list(_SMALL)))
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{name} has no {CONFIG} on the hub")
+    except _FAILURES as error:
+        raise _unknown(name) from error
+    return folder
+
+
+def _unknown(name: str) -> UsageError:
+    return UsageError(
+        f"unknown model '{name}'; it is no local directory or .gguf file, and no hub model of that name "
+        "could be reached: check name, network and access, or use the embedded 'smollm2-135m', which "
+        "needs no hub."
+    )
 
 
 def commit(name: str) -> str:

@@ -41,7 +41,7 @@ from probeprune.model.making_records import read_pruning, read_training
 from probeprune.model.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
 from probeprune.model.nemotron_nas import from_nemotron
 from probeprune.model.offloading import device_of, room_of, set_scratch
-from probeprune.model.placing import place
+from probeprune.model.placing import Work, place
 from probeprune.model.pruned_configs import read_config
 from probeprune.model.scratch import Scratch
 
@@ -82,6 +82,7 @@ def load_model(
     trust_remote_code: bool = False,
     memory: int | None = None,
     device_map: str | Mapping[str, int | str] | None = None,
+    work: Work | None = None,
 ) -> LoadedModel:
     """Open a causal language model and its tokenizer.
 
@@ -95,11 +96,13 @@ def load_model(
         device: `auto` (CUDA if available, otherwise CPU) or a name for `torch.device`.
         attn_implementation: as in transformers; None for its default (sdpa if the family supports it).
         trust_remote_code: run code that comes with the model. Only for sources you trust.
-        memory: bytes that weights and hidden states may take, with what this process (or its part of an
-            accelerator) has in use; None for most that is free. Activations of a batch come on top.
+        memory: bytes that this process, or its part of an accelerator, may take in all; None for most that is
+            free.
         device_map: spreads the layers over several devices, as in transformers: `auto`, `balanced`,
             `sequential`, or a device (`cpu` and `disk` too) for each module by name. In place of `device`
             and `memory`.
+        work: what the model is opened for, which takes memory beside its weights (`footprint.Phase`); None
+            for measuring perplexity on batches of 16 windows of 512 tokens.
 
     Raises:
         UsageError: no such model, a file in it that is damaged or leads out of its folder, no safetensors
@@ -112,7 +115,10 @@ def load_model(
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)
     folder, shape, options = _open(name, trust_remote_code)
-    placing = None if device_map is not None else place(name, shape.model, chosen, target, memory)
+    placing = None
+    if device_map is None:
+        sizes = (t.size for t in stored_tensors(weight_files(folder)).values())
+        placing = place(name, shape.model, chosen, target, memory, work, sizes)
     where: dict[str, Any] = {}
     if placing is not None or device_map is not None:
         scratch = Scratch("probeprune-layers")
@@ -155,7 +161,7 @@ def _open(name: str, trust_remote_code: bool) -> tuple[Path, LoadedModel, dict[s
         folder = _locate(name, trust_remote_code)
     check_files(folder)
     pruning, training = read_pruning(folder), read_training(folder)
-    config = _load_config(name, folder, trust_remote_code)
+    config = load_config(name, folder, trust_remote_code)
     tensors = stored_tensors(weight_files(folder))
     options = {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     with quiet_libraries(bars=False):
@@ -193,33 +199,46 @@ def _locate(name: str, code: bool) -> Path:
         if not path.is_file():
             raise UsageError(f"there is no GGUF file '{name}'; check the path.")
         return converted(path)
-    if path.is_dir():
-        # Also beside a config.json: transformers would put the adapter on top of the model.
-        if (path / "adapter_config.json").exists():
-            raise UsageError(
-                f"'{name}' is an adapter, not a model; give the model it was trained on, or train again with "
-                "the adapter merged into the model."
-            )
-        if not (path / CONFIG).exists():
-            raise UsageError(
-                f"directory '{name}' holds no model, there is no config.json in it; give another one."
-            )
+    if is_folder(name):
         return path
-    if path.exists():
+    unknown_locally(name)
+    with quiet_libraries():
+        return snapshot(name, code=code)
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name is that of a directory here. Raises `UsageError` for one that holds no model."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return False
+    # Also beside a config.json: transformers would put the adapter on top of the model.
+    if (path / "adapter_config.json").exists():
+        raise UsageError(
+            f"'{name}' is an adapter, not a model; give the model it was trained on, or train again with "
+            "the adapter merged into the model."
+        )
+    if not (path / CONFIG).exists():
+        raise UsageError(
+            f"directory '{name}' holds no model, there is no config.json in it; give another one."
+        )
+    return True
+
+
+def unknown_locally(name: str) -> None:
+    """Raise `UsageError` for a name that is not the hub's to know: another kind of file, a typing error."""
+    if Path(name).expanduser().exists():
         raise UsageError(
             f"'{name}' is a file but no .gguf; give a model directory, a .gguf file or a hub id."
         )
     if "/" not in name and difflib.get_close_matches(name.lower(), [EMBEDDED_MODEL]):
-        # A typing error, not a hub id: without a network, asking the hub would take half a minute.
+        # Without a network, asking the hub would take half a minute.
         raise UsageError(unknown("model", name, [EMBEDDED_MODEL], _OTHER_MODELS))
-    with quiet_libraries():
-        return snapshot(name, code=code)
 
 
 # -- configs ---------------------------------------------------------------------------------------
 
 
-def _load_config(name: str, folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+def load_config(name: str, folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """The config, each field of a supported family in its range; checks the generation config too."""
     file, generation = folder / CONFIG, folder / _GENERATION
     fields = read_object(file)

@@ -1,10 +1,13 @@
 """What this machine has: its devices, the dtype that is fast on them, the cache folder."""
 
+import ctypes
 import os
 import platform
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -97,6 +100,26 @@ def _product_seconds(dtype: torch.dtype) -> float:
         linear(tokens, weight)
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[2]
+
+
+def release_freed() -> None:
+    """Give memory that is free back to the system, where glibc would keep it.
+
+    Tensors of less than 32 MB leave holes in its heap: SmolLM2-135M held 150 MB more than was in use.
+
+    Takes some milliseconds. Does nothing with another C library.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
 
 
 def cache_dir() -> Path:

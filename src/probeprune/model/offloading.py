@@ -25,6 +25,7 @@ from torch import nn
 from probeprune.errors import UsageError, first_line
 from probeprune.files import save_tensors
 from probeprune.model.hidden_states import Room
+from probeprune.model.machine import release_freed
 from probeprune.model.scratch import Scratch
 from probeprune.provenance import dtype_name
 
@@ -163,6 +164,7 @@ def in_memory(
             m._buffers.update(buffers.get(m, {}))
         for m, hook in hooks.items():
             add_hook_to_module(m, hook)
+        release_freed()
 
 
 def widened(value: Any) -> Any:

@@ -1,8 +1,13 @@
-"""Where the weights of a model go: all in memory, or its decoder layers on disk, by the room there is."""
+"""Where the weights of a model go: all in memory, or its decoder layers on disk, by the room there is.
+
+What work takes beside the weights is told by whoever asked for the model; knows nothing of what that work is.
+"""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
+from typing import Any
 
 import psutil
 import torch
@@ -11,27 +16,52 @@ from torch import nn
 from probeprune.errors import Notice, UsageError
 from probeprune.model.blocks import find_layers
 from probeprune.model.families import find_family
+from probeprune.model.footprint import Batch, Phase, Rehearsal, Weights, measuring, weights_of
 from probeprune.model.hidden_states import Room
 from probeprune.processes import on_this_machine
-
-_WORK, _NARROW_WORK = 3, 5
-"""Memory that work on one layer takes, in layers: its weights, what they become, what is computed. In a dtype
-narrower than float32, gradients take its weights and what is computed in float32."""
 
 _SHARE = 0.8
 """Share of the free memory that a model takes where no limit is given."""
 
+_PLENTY = 8
+"""Times its weights at which a model fits whatever is done on it, so that nothing need be rehearsed."""
+
+RETAINED = 100 << 20
+"""Bytes that a run on a CPU ends up with beside what it holds: libraries that are loaded late, tokenised
+text, what the C library keeps of freed memory (benchmarks/plans.py)."""
+
+Work = Callable[[Any, torch.dtype, torch.device], Sequence[Phase]]
+"""The parts of the work that a model is opened for, from the model without numbers, the dtype and the device
+that it will have."""
+
 
 @dataclass(frozen=True)
-class Weights:
-    """Bytes of a model's weights."""
+class Opening:
+    """Bytes of a model's weights, and what opening it takes."""
 
-    layers: int
-    """All decoder layers."""
-    largest: int
-    """The largest layer."""
-    rest: int
-    """Everything else: embeddings, the last norm, the output head; tied weights once."""
+    weights: Weights
+    """In the dtype to compute in."""
+    stored: int
+    """Of all weight files."""
+    mapped: bool
+    """Whether the weights in memory are the files themselves: what a cut makes comes on top of them then."""
+
+    def in_memory(self, phases: Sequence[Phase]) -> list[tuple[str, int]]:
+        """What each part of the work takes with all weights in memory, its name first."""
+        found = [("opening", self.weights.all + (0 if self.mapped else self.stored))]
+        for phase in phases:
+            made = phase.cut if self.mapped else 0
+            found.append((phase.name, self.weights.all + made + phase.bytes + phase.states))
+        return found
+
+    def by_layer(self, phases: Sequence[Phase]) -> list[tuple[str, int]]:
+        """The same a layer at a time, with all hidden states in files."""
+        found = [("opening", self.weights.rest)]
+        fetched = self.weights.tensor * (1 if self.mapped else 2)  # on its way from the file into the layer
+        for phase in phases:
+            layers = phase.layers * self.weights.largest + (fetched if phase.layers else 0)
+            found.append((phase.name, self.weights.rest + layers + phase.bytes))
+        return found
 
 
 @dataclass(frozen=True)
@@ -47,25 +77,20 @@ class Placing:
     room: Room
 
 
-def weights_of(model: nn.Module, dtype: torch.dtype) -> Weights:
-    """The sizes of a model's weights in a dtype; of a model without numbers too.
-
-    A family that is not supported has no layers to tell apart.
-    """
-
-    def size(parameters: Iterable[nn.Parameter]) -> int:
-        return sum(p.numel() * dtype.itemsize for p in parameters)
-
-    whole = size(model.parameters())
-    try:
-        layers = [size(layer.parameters()) for layer in find_layers(model)]
-    except UsageError:
-        return Weights(0, 0, whole)
-    return Weights(sum(layers), max(layers), whole - sum(layers))
+def reading(shape: Any, dtype: torch.dtype, device: torch.device) -> list[Phase]:
+    """The work that is assumed where nobody says: measuring perplexity on 16 windows of 512 tokens."""
+    return measuring(Rehearsal(shape, dtype, device), Batch(), Batch().size)
 
 
 def place(
-    name: str, shape: nn.Module, dtype: torch.dtype, device: torch.device, memory: int | None
+    name: str,
+    shape: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: int | None,
+    work: Work | None = None,
+    stored: Iterable[tuple[torch.dtype, int]] = (),
+    later: int = 0,
 ) -> Placing | None:
     """Decide where the weights of a model go; None for all in memory, on its device.
 
@@ -75,27 +100,38 @@ def place(
         dtype: the dtype to compute in.
         device: where it runs.
         memory: bytes that this process, or its part of an accelerator, may take; None for what is free.
+        work: what the model is opened for; None for `reading`.
+        stored: dtype and bytes of each tensor on disk.
+        later: bytes that will be in use and are not yet.
 
     Raises:
         UsageError: less memory than one layer at a time takes.
     """
-    sizes = weights_of(shape, dtype)
-    used, free = _memory(device)
+    opening = opening_of(shape, dtype, device, stored)
+    weights = opening.weights
+    used, free = in_use(device)
     limit = used + int(_SHARE * free) if memory is None else memory
-    if used + sizes.layers + sizes.rest <= limit or not sizes.layers:
+    room_to_spare = used + _PLENTY * weights.all <= limit
+    fits = used + weights.all <= limit
+    if not weights.layers or (memory is None and (room_to_spare or (fits and work is None))):
         return None
-    work = _WORK if dtype.itemsize >= 4 else _NARROW_WORK
-    least = used + sizes.rest + work * sizes.largest
+    phases = (work or reading)(shape, dtype, device)
+    used += retained(device) + later
+    if used + max(size for _, size in opening.in_memory(phases)) <= limit:
+        return None
+    most, least = max(opening.by_layer(phases), key=lambda part: part[1])
+    least += used
     if limit < least:
         raise UsageError(
-            f"model {name[:200]!r} takes {_gib(least)} even a layer at a time ({_gib(sizes.rest)} of "
-            f"embeddings and output head, {_gib(sizes.largest)} the largest layer), and there are "
-            f"{_gib(limit)}; "
-            + ("free some memory." if memory is None else f"give memory of {_gib(least)} or more.")
+            f"model {name[:200]!r} takes {gib(least)} even a layer at a time ({gib(weights.rest)} of "
+            f"embeddings and output head, {gib(weights.largest)} the largest layer, most of the rest for "
+            f"{most}), and there are {gib(limit)}; "
+            + ("free some memory" if memory is None else f"give memory of {gib(least)} or more")
+            + ", or make batches or windows smaller."
         )
     warnings.warn(
-        f"the weights take {_gib(sizes.layers + sizes.rest)}, and there is room for {_gib(limit - used)}: "
-        "the layers stay on disk and come into memory one at a time",
+        f"the weights take {gib(weights.all)}, and there is room for {gib(limit - used)} with what is done "
+        "on them: the layers stay on disk and come into memory one at a time",
         Notice,
         stacklevel=3,
     )
@@ -103,15 +139,31 @@ def place(
     others = (n for n, _ in shape.named_modules() if not n.startswith(layers))
     places = {n: str(device) for n in others if n and not layers.startswith(f"{n}.")}
     places |= {f"{layers}{i}": "disk" for i in range(len(find_layers(shape)))}
-    return Placing(places, Room((limit - least) // 4))
+    return Placing(places, Room((limit - least) // max(phase.sets for phase in phases)))
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
+def opening_of(
+    shape: nn.Module, dtype: torch.dtype, device: torch.device, stored: Iterable[tuple[torch.dtype, int]]
+) -> Opening:
+    """What a model's weights take; arguments as in `place`."""
+    tensors = list(stored)
+    mapped = device.type == "cpu" and all(own == dtype for own, _ in tensors)
+    size = sum(size for _, size in tensors) if device.type == "cpu" else 0
+    return Opening(weights_of(shape, dtype), size, mapped)
+
+
+def in_use(device: torch.device) -> tuple[int, int]:
     """Bytes in use by this process, and bytes that are free, where the model runs."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
     return psutil.Process().memory_info().rss, psutil.virtual_memory().available // on_this_machine()
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def retained(device: torch.device) -> int:
+    """Bytes to allow for beside what a run holds, on its device."""
+    return RETAINED if device.type == "cpu" else 0
+
+
+def gib(size: int) -> str:
+    """A size in GiB, rounded up, so that a limit of what it says is enough."""
+    return f"{ceil(size / 2**30 * 100) / 100:.2f} GiB"

@@ -1,0 +1,302 @@
+"""How much memory each part of calibration takes, by rehearsing it on a model without numbers.
+
+Passes through a layer are run as they will be, on tensors that have shapes alone. What is computed from their
+moments (eliminations, solutions) needs numbers: it is run small, and its memory grows with the square of its
+size. Knows nothing of methods.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from probeprune.algebra.elimination import eliminate
+from probeprune.algebra.least_squares import Gram, normal_equations, solve, squared_error
+from probeprune.algebra.moments import Moments
+from probeprune.model.blocks import Block, Member, find_layers
+from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
+from probeprune.model.footprint import Batch, LiveBytes, Phase, Rehearsal, states_of
+from probeprune.model.forwards import temporary_hooks
+from probeprune.model.layers import LayerRunner, capture
+from probeprune.strategies.compensation import Refit
+from probeprune.strategies.criteria import CRITERIA, Gradients, Settled
+
+_SMALL = 160
+"""Channels of a block whose algebra is run to see what it takes."""
+
+
+def moments(rehearsal: Rehearsal, batch: Batch, windows: int, own_positions: int) -> Phase:
+    """The part of the work that collects moments (`collecting.calibrate`)."""
+    batch = Batch(min(batch.size, windows), batch.length)
+    with rehearsal.running() as live:
+        runner = rehearsal.runner(batch)
+        here = {b.kind: b for b in rehearsal.here}
+        found = {kind: Moments(b.width, own_positions, rehearsal.device) for kind, b in here.items()}
+        with capture(list(here.values())) as captured:
+            runner.hidden[0] = runner.run(rehearsal.layer, 0, runner.hidden[0])
+        for kind, own in found.items():
+            z = captured[kind].z
+            own.update(z.view(batch.size, batch.length, -1), runner.tokens(0))
+    all_channels = sum(b.width for b in rehearsal.blocks)
+    states = states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
+    rows = len(vars(Moments(1, own_positions))) - 4 + own_positions + 1  # mean, m2 and the energies
+    return Phase("moments", live.peak, states, kept=4 * rows * all_channels)
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def saliences(rehearsal: Rehearsal, wide: Rehearsal, criterion: str, gradients: Gradients) -> list[Phase]:
+    """The parts of the work that takes gradients (`gradients.saliences`).
+
+    `wide` is the model in float32, in which each layer is differentiated.
+    """
+    rule = CRITERIA[criterion]
+    held: dict[str, list[torch.Tensor]] = {}
+    members = {m.name: m for b in wide.here for m in b.members}
+
+    def taker(member: Member) -> Callable[[torch.Tensor], None]:
+        def hook(p: torch.Tensor) -> None:
+            gradient, p.grad = p.grad, None
+            assert gradient is not None
+            torch.isfinite(gradient).all()
+            observed = rule.observe(gradient.float(), member)
+            if member.name in held:
+                for mean, value in zip(held[member.name], observed, strict=True):
+                    mean.add_(value, alpha=0.5)
+            else:
+                held[member.name] = [value / 2 for value in observed]
+
+        return hook
+
+    batch = Batch(1, gradients.length)
+    with wide.running() as live:
+        runner = wide.runner(batch)
+        for m in members.values():
+            m.linear.weight.requires_grad_(True)
+        hooks = [m.linear.weight.register_post_accumulate_grad_hook(taker(m)) for m in members.values()]
+        for _ in range(2):
+            hidden = runner.hidden[0].detach().requires_grad_(True)
+            with torch.enable_grad():
+                runner.run(wide.layer, 0, hidden).backward(torch.empty_like(hidden))
+        for hook in hooks:
+            hook.remove()
+        for m in members.values():
+            m.linear.weight.requires_grad_(False)
+        for name, m in members.items():
+            rule.salience(Settled(held.pop(name), m, m.linear.weight.detach().float(), gradients, 0))
+    work = live.peak
+    if rehearsal.dtype.itemsize < 4:  # a float32 copy beside the layer
+        work += 4 * sum(p.numel() for p in find_layers(rehearsal.model)[rehearsal.layer].parameters())
+    return _backward("gradients", rehearsal, gradients.windows, gradients.length, work, _text_loss)
+
+
+def _text_loss(logits: torch.Tensor) -> torch.Tensor:
+    """What saliences are gradients of."""
+    targets = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def _drawn_loss(logits: torch.Tensor) -> torch.Tensor:
+    """What sensitivities are gradients of: the loss of labels that are drawn."""
+    uniform = torch.rand(logits.shape, dtype=torch.float32, device="cpu").clamp_(1e-20).to(logits.device)
+    labels = (logits.detach() - (-uniform.log()).log()).argmax(-1)
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def sensitivities(rehearsal: Rehearsal, windows: int, length: int) -> tuple[list[Phase], int]:
+    """The parts of the work that measures sensitivities, and the bytes of these, which stay."""
+    here = rehearsal.here
+    seen: dict[str, torch.Tensor] = {}
+    totals: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+            output.retain_grad()
+            seen[name] = output
+
+        return hook
+
+    with rehearsal.running() as live:
+        runner = rehearsal.runner(Batch(1, length))
+        hidden = runner.hidden[0].detach().requires_grad_(True)
+        hooks = (b.consumer.register_forward_hook(keep(b.name)) for b in here)
+        with temporary_hooks(hooks), torch.enable_grad():
+            runner.run(rehearsal.layer, 0, hidden).backward(torch.empty_like(hidden))
+        for name in list(seen):
+            gradient = seen.pop(name).grad
+            assert gradient is not None
+            g = gradient.flatten(0, -2).float()
+            torch.isfinite(g).all()
+            totals[name] = torch.empty_like(g.T @ g)
+            totals[name] = totals[name] + g.T @ g / len(g)
+        own = sum(t.numel() * t.element_size() for t in totals.values())
+    blocks = rehearsal.blocks
+    kept = sum(4 * b.consumer.out_features**2 for b in blocks)
+    phases = _backward("sensitivities", rehearsal, windows, length, live.peak + kept - own, _drawn_loss)
+    return phases, kept
+
+
+def _backward(
+    name: str,
+    rehearsal: Rehearsal,
+    windows: int,
+    length: int,
+    layer: int,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+) -> list[Phase]:
+    """The parts of `backward_by_layer`, given the bytes that its work in one layer takes."""
+    with rehearsal.running() as live:
+        runner = rehearsal.runner(Batch(1, length))
+        hidden = runner.hidden[0].detach().requires_grad_(True)
+        with torch.enable_grad():
+            states = runner.finish(0, hidden)
+            top = states.detach().requires_grad_(True)
+            for first in range(0, min(length, 2 * HEAD_TOKENS), HEAD_TOKENS):
+                few = top[0, first : first + HEAD_TOKENS]
+                loss(next_token_logits(rehearsal.model, few)).backward()
+            states.backward(top.grad)
+    one = states_of(rehearsal.model, rehearsal.dtype, windows, length)
+    layers = 1 + max(b.layer for b in rehearsal.blocks)
+    return [
+        Phase(f"{name}: logits", live.peak + one, one * (layers + 1), sets=2, layers=0),
+        Phase(name, layer + one, one * (layers + 1), sets=2),
+    ]
+
+
+# -- refits ----------------------------------------------------------------------------------------
+
+
+def consumers(
+    rehearsal: Rehearsal,
+    batch: Batch,
+    windows: int,
+    how: Refit,
+    kept: Sequence[int],
+    chosen: bool,
+) -> tuple[list[Phase], int]:
+    """The parts of the work that refits consumers (`refit.refit`), and the bytes of these, which stay.
+
+    Args:
+        rehearsal: the model.
+        batch: of one forward pass.
+        windows: number of calibration windows.
+        how: settings of the refit.
+        kept: number of units that each block keeps.
+        chosen: whether elimination chooses the units.
+    """
+    windows = min(windows, how.windows)
+    batch = Batch(min(batch.size, windows), batch.length)
+    blocks = rehearsal.blocks
+    cut = {b.name: k for b, k in zip(blocks, kept, strict=True) if k < b.units}
+    if not cut:
+        return [], 0
+    sizes = {b.name: b.consumer.out_features * cut[b.name] * b.unit_width for b in blocks if b.name in cut}
+    made = sum(sizes.values()) * rehearsal.dtype.itemsize
+    here = rehearsal.here
+    mine = [b for b in here if b.name in cut] or here
+    # In sequence, an MLP is fitted behind the pruned attention of its layer.
+    groups = [[b] for b in mine] if how.sequential else [mine]
+    work = 0
+    for group in groups:
+        with rehearsal.running() as live:
+            runner = rehearsal.runner(batch)
+            pruned = runner.hidden[0].clone() if how.sequential else None
+            # Of the windows to fit on, and of those held out; a unit that is to be chosen has moments too.
+            grams: dict[str, list[Gram]] = {
+                b.kind: [
+                    Gram(_channels(b, cut, chosen), b.consumer.out_features, rehearsal.device)
+                    for _ in range(2)
+                ]
+                for b in group
+            }
+            _look(runner, rehearsal.layer, here, group, grams, cut, chosen, pruned)
+            standing = live.now
+        for b in group:
+            width = cut.get(b.name, b.units)
+            work = max(work, live.peak, standing + _algebra(b, how.damping[0], width, chosen))
+        del grams
+    sets = 2 if how.sequential else 1
+    states = sets * states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
+    return [Phase("refit", work, states, sets=sets, kept=made)], made
+
+
+def _channels(block: Block, cut: Mapping[str, int], chosen: bool) -> int:
+    """Channels that the moments of a block's refit have."""
+    return block.width if chosen else cut.get(block.name, block.units) * block.unit_width
+
+
+def _look(
+    runner: LayerRunner,
+    layer: int,
+    here: Sequence[Block],
+    group: Sequence[Block],
+    grams: Mapping[str, list[Gram]],
+    cut: Mapping[str, int],
+    chosen: bool,
+    pruned: torch.Tensor | None,
+) -> None:
+    """Add one batch to the moments of a refit: what the dense layer makes of it, and the pruned one."""
+    with capture(here) as seen:
+        runner.hidden[0] = runner.run(layer, 0, runner.hidden[0])
+    now = seen
+    if pruned is not None:
+        with capture(here, until=group[-1]) as now:
+            runner.run(layer, 0, pruned)
+    for b in group:
+        z, target = now[b.kind].z[..., : _channels(b, cut, chosen)], seen[b.kind].output
+        if pruned is not None:
+            error = seen[b.kind].residual.float() - now[b.kind].residual
+            target = target.float() + 0.5 * error.view_as(target)
+        grams[b.kind][0].update(z.flatten(0, -2), target.flatten(0, -2))
+
+
+def damages(rehearsal: Rehearsal, batch: Batch, windows: int, damping: float) -> Phase:
+    """The part of the work that measures damages (`damage.damages`)."""
+    batch = Batch(min(batch.size, windows), batch.length)
+    here = rehearsal.here
+    with rehearsal.running() as live:
+        runner = rehearsal.runner(batch)
+        grams = {b.kind: Gram(b.width, b.consumer.out_features, rehearsal.device) for b in here}
+        with capture(here) as captured:
+            runner.hidden[0] = runner.run(rehearsal.layer, 0, runner.hidden[0])
+        for kind, gram in grams.items():
+            gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
+        standing = live.now
+    work = max([live.peak, *(standing + _algebra(b, damping, b.units, True) for b in here)])
+    states = states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
+    return Phase("damage", work, states)
+
+
+def _algebra(block: Block, damping: float, kept: int, chosen: bool) -> int:
+    """Bytes that choosing units and refitting one block take beside its moments."""
+    whole = block.width if chosen else kept * block.unit_width
+    scale = min(1.0, _SMALL / whole)
+    width = max(1, round(block.unit_width * scale)) if block.unit_width > 1 else 1
+    units = max(2, round(whole * scale / width))
+    stay = max(1, min(units, round(units * kept / block.units))) if chosen else units
+    k, d = units * width, max(2, round(block.consumer.out_features * scale))
+    generator = torch.Generator("cpu").manual_seed(0)
+    gram, held = Gram(k, d), Gram(k, d)
+    gram.update(
+        torch.randn(4 * k, k, generator=generator, dtype=torch.float32),
+        torch.randn(4 * k, d, generator=generator, dtype=torch.float32),
+    )
+    weight, metric = torch.ones(d, k, dtype=torch.float32), torch.eye(d, dtype=torch.float32)
+    before = [weight, metric, *(t for g in (gram, held) for t in vars(g).values() if torch.is_tensor(t))]
+    with LiveBytes(before) as live, torch.no_grad():
+        if chosen:
+            eliminate(
+                normal_equations(gram, weight, False, damping)[0],
+                solve(gram, weight, None, damping)[0],
+                width,
+                metric=metric,
+            )
+            columns = torch.arange(stay * width)
+            gram, held = gram.part(columns), held.part(columns)
+            weight = weight[:, : stay * width]
+        squared_error(gram, weight, None)
+        squared_error(gram, *solve(gram, weight, None, damping))
+        solve(gram, weight, None, damping)
+    return round(live.peak * (whole / k) ** 2)

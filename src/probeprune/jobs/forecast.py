@@ -1,0 +1,320 @@
+"""What pruning a model will make, take and be refused for, before any work: from its shape alone.
+
+No weight is read. Memory is what the work holds when it is rehearsed without numbers (`model/footprint.py`).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from probeprune.calibration import footprints
+from probeprune.errors import UsageError
+from probeprune.jobs.prune import Texts, check_windows, rehearsed
+from probeprune.methods import Method
+from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.cost import blocks_flops, synced_clock
+from probeprune.model.described import Layout
+from probeprune.model.footprint import Batch, Phase, Rehearsal, measuring
+from probeprune.model.outline import Outline
+from probeprune.model.placing import Work, in_use, opening_of, place, retained
+from probeprune.plan import needs
+from probeprune.preparation import DAMAGE_WINDOWS
+from probeprune.strategies.allocation import ALLOCATIONS
+from probeprune.strategies.compensation import Refit
+from probeprune.strategies.importance import IMPORTANCES
+from probeprune.strategies.probe_every_batch import ProbeEveryBatch
+
+_TOKENIZER = 1200
+"""Bytes of a tokenizer in memory for each token of its vocabulary (SmolLM2's takes 60 MB)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pruning job, as `prune_to` does it."""
+
+    method: Method
+    ratio: float
+    layout: Layout
+    texts: Texts
+    dtype: torch.dtype
+    """To compute in."""
+    device: torch.device
+    dtype_to_save: torch.dtype
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model, dense or pruned."""
+
+    parameters: int
+    """Tied ones once."""
+    flops_per_token: int
+    """Of the decoder, matrix products, in windows of the length of the job's."""
+    head_flops_per_token: int
+    """Of the output head."""
+    kv_bytes_per_token: int
+    """Of the KV cache, in the dtype to save."""
+    disk_bytes: int
+    """Of the weights, in the dtype to save."""
+    serving_bytes: int
+    """Memory for one sequence of the job's length: weights, cache and activations, without libraries."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the job takes on its device at its peak, in one mode."""
+
+    bytes: int
+    """In all, with what this process has in use."""
+    largest: str
+    """The part of the work that takes most."""
+    parts: tuple[tuple[str, int], ...]
+    """Each part, in order, without what this process has in use."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a job will make and take."""
+
+    refused: str | None
+    """Why it would be refused, in the words of `prune`; None if it would not."""
+    exact: bool
+    """Whether widths follow from the ratio; otherwise they will be measured, and the figures after the cut
+    are those of an equal one."""
+    before: Figures
+    after: Figures | None
+    in_memory: Memory | None
+    by_layer: Memory | None
+    """A layer at a time, with all hidden states in files: the least that can be asked for."""
+    states_bytes: int
+    """Of hidden states that a layer at a time keeps in memory as far as they find room, and else in files."""
+    base_bytes: int
+    """What this process has in use already: libraries, on a CPU; counted in both."""
+    seconds: float | None
+    """About how long the matrix products of the job take on this machine now; None if that was not asked."""
+
+
+def forecast(outline: Outline, job: Job, *, memory: int | None = None, timed: bool = False) -> Forecast:
+    """What a job on a model will make and take, and why it would be refused.
+
+    Args:
+        outline: the model.
+        job: what would be done with it.
+        memory: the limit that would be given; None for most that is free.
+        timed: measure about a second of matrix products, for `seconds`.
+    """
+    shape, method = outline.model, job.method
+    exact = not (ALLOCATIONS[method.allocation].needs or ALLOCATIONS[method.allocation].needs_scores)
+    opens_tokenizer = not outline.has_tokenizer and job.device.type == "cpu"
+    later = _TOKENIZER * shape.config.vocab_size if opens_tokenizer else 0
+    base = in_use(job.device)[0] + retained(job.device) + later
+    refused, after, phases, kept = None, None, [], []
+    try:
+        done, pruned = rehearsed(shape, method, job.ratio, job.layout, job.steps)
+        check_windows(method, job.texts.calibration)
+        kept = [len(k.units) for k in done.kept]
+        after = _figures(pruned, job)
+        phases = phases_of(shape, pruned, kept, job)
+        place(outline.name, shape, job.dtype, job.device, memory, lambda *_: phases, outline.stored, later)
+    except UsageError as error:
+        refused = str(error)
+    try:
+        before = _figures(shape, job)
+    except UsageError as error:  # of no known family
+        raise UsageError(refused or str(error)) from None
+    if after is None:
+        return Forecast(refused, exact, before, None, None, None, 0, base, None)
+    opening = opening_of(shape, job.dtype, job.device, outline.stored)
+    return Forecast(
+        refused,
+        exact,
+        before,
+        after,
+        _memory(opening.in_memory(phases), base),
+        _memory(opening.by_layer(phases), base),
+        max(p.states for p in phases),
+        base,
+        _seconds(shape, pruned, kept, job) if timed else None,
+    )
+
+
+def _memory(parts: Sequence[tuple[str, int]], base: int) -> Memory:
+    largest, size = max(parts, key=lambda part: part[1])
+    return Memory(base + size, largest, tuple(parts))
+
+
+def _figures(model: Any, job: Job) -> Figures:
+    blocks, length = find_blocks(model), max(job.texts.calibration.length, 1)
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    heads = sum(b.kv_heads * b.head_dim for b in blocks if b.kind == "attention")
+    itemsize = job.dtype_to_save.itemsize
+    parameters = sum(p.numel() for p in model.parameters())
+    kv = 2 * heads * itemsize
+    active = Rehearsal(model, job.dtype_to_save, job.device).layer_pass(Batch(1, length))
+    return Figures(
+        parameters=parameters,
+        flops_per_token=blocks_flops(blocks, [b.units for b in blocks], 1, length) // length,
+        head_flops_per_token=2 * width * vocabulary,
+        kv_bytes_per_token=kv,
+        disk_bytes=parameters * itemsize,
+        serving_bytes=parameters * itemsize + kv * length + active + 8 * vocabulary,
+    )
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def phases_of(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> list[Phase]:
+    """The parts of a job, in order, with what each takes beside the weights.
+
+    Args:
+        shape: the dense model, without numbers.
+        pruned: the pruned one.
+        kept: number of units that each block keeps.
+        job: the job.
+    """
+    method, texts = job.method, job.texts
+    batch = Batch(texts.batch_size, texts.evaluation.length)
+    dense = Rehearsal(shape, job.dtype, job.device, method.unit_kind)
+    phases = _evaluating(dense, batch, texts.evaluation.windows, 0)
+    more, held = _statistics(dense, kept, job)
+    phases += more
+    before = find_blocks(shape, method.unit_kind)
+    changed = [n for n, (b, k) in enumerate(zip(before, kept, strict=True)) if k < b.units]
+    after = find_blocks(pruned)
+    cut = sum(after[n].parameters for n in changed) * job.dtype.itemsize
+    largest = max((p.numel() for b in before for m in b.members for p in m.linear.parameters()), default=0)
+    phases.append(Phase("the cut", largest * job.dtype.itemsize, kept=held, layers=2, cut=cut))
+    small = Rehearsal(pruned, job.dtype, job.device)
+    return phases + _evaluating(small, batch, texts.evaluation.windows, cut)
+
+
+def pruning_work(method: Method, ratio: float, layout: Layout, texts: Texts, steps: int = 1) -> Work:
+    """The parts of a pruning job, for `load_model(work=)`. Asked for them, it raises what `rehearse` does."""
+
+    def work(shape: Any, dtype: torch.dtype, device: torch.device) -> list[Phase]:
+        done, pruned = rehearsed(shape, method, ratio, layout, steps)
+        job = Job(method, ratio, layout, texts, dtype, device, dtype, steps)
+        return phases_of(shape, pruned, [len(k.units) for k in done.kept], job)
+
+    return work
+
+
+def _evaluating(rehearsal: Rehearsal, batch: Batch, windows: int, cut: int) -> list[Phase]:
+    if not windows:
+        return []
+    state = "pruned" if cut else "dense"
+    return [
+        Phase(f"{p.name} ({state})", p.work, p.states, layers=p.layers, cut=cut)
+        for p in measuring(rehearsal, batch, windows)
+    ]
+
+
+def _statistics(dense: Rehearsal, kept: Sequence[int], job: Job) -> tuple[list[Phase], int]:
+    """The parts of the work that collects what the method needs, and the bytes of that."""
+    method, text = job.method, job.texts.calibration
+    batch, parts = Batch(job.texts.batch_size, text.length), needs(method)
+    phases: list[Phase] = []
+    held, sensitive = 0, 0
+    if "moments" in parts:
+        own = method.when.own_positions if isinstance(method.when, ProbeEveryBatch) else 0
+        phases.append(footprints.moments(dense, batch, text.windows, own))
+        held += phases[-1].kept
+    if "saliences" in parts:
+        criterion = str(IMPORTANCES[method.importance].criterion)
+        wide = dense
+        if job.dtype.itemsize < 4:
+            wide = Rehearsal(dense.model, torch.float32, job.device, method.unit_kind)
+        phases += footprints.saliences(dense, wide, criterion, method.gradient_settings)
+    how = method.refit or Refit()
+    chosen = "consumers" in parts and method.ordered_by_refit
+    if "damages" in parts or (chosen and how.sensitivity):
+        windows = min(max(how.sensitivity, 1), text.windows)
+        more, sensitive = footprints.sensitivities(dense, windows, text.length)
+        phases += more
+    if "damages" in parts:
+        part = footprints.damages(dense, batch, min(text.windows, DAMAGE_WINDOWS), how.damping[0])
+        phases.append(_with(part, sensitive))
+    if "consumers" in parts:
+        more, made = footprints.consumers(dense, batch, text.windows, how, kept, chosen)
+        phases += [_with(part, sensitive + held) for part in more]
+        held += made
+    return phases, held
+
+
+def _with(phase: Phase, kept: int) -> Phase:
+    return Phase(phase.name, phase.work, phase.states, phase.sets, phase.kept + kept, phase.layers)
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+
+def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
+    """About how long the matrix products of a job take: their number, over what this machine does now."""
+    method, texts = job.method, job.texts
+    blocks = find_blocks(shape, method.unit_kind)
+    dense, small = _figures_flops(shape, texts), _figures_flops(pruned, texts)
+    head = 2 * shape.config.hidden_size * shape.config.vocab_size
+    evaluated = texts.evaluation.windows * texts.evaluation.length
+    text, parts = texts.calibration, needs(method)
+    tokens = text.windows * text.length
+    flops = evaluated * (dense + small + 2 * head)
+    double = 0.0
+    how = method.refit or Refit()
+    if "moments" in parts:
+        flops += tokens * dense
+    if "saliences" in parts:
+        gradients = method.gradient_settings
+        flops += gradients.windows * gradients.length * (4 * dense + 3 * head)
+    chosen = "consumers" in parts and method.ordered_by_refit
+    if "damages" in parts or (chosen and how.sensitivity):
+        flops += min(max(how.sensitivity, 1), text.windows) * text.length * (4 * dense + 3 * head)
+    if "damages" in parts:
+        looked_at = min(text.windows, DAMAGE_WINDOWS) * text.length
+        flops += looked_at * (dense + sum(_moment_flops(b, b.width) for b in blocks))
+        double += sum(16 * b.width**3 / 3 for b in blocks)
+    if "consumers" in parts:
+        passes = 4 if how.sequential else 1
+        flops += min(text.windows, how.windows) * text.length * passes * dense
+        for b, k in zip(blocks, kept, strict=True):
+            width = b.width if chosen else k * b.unit_width
+            if k < b.units:
+                flops += min(text.windows, how.windows) * text.length * _moment_flops(b, width)
+                double += (16 if chosen else 2) * width**3 / 3
+    rate = _rate(blocks, job.dtype, job.device, min(texts.batch_size * text.length, 1024))
+    exact = _rate(blocks, torch.float64, job.device, 256) if double and job.device.type != "mps" else rate
+    return float(flops / rate + double / exact)
+
+
+def _figures_flops(model: Any, texts: Texts) -> float:
+    blocks, length = find_blocks(model), texts.calibration.length
+    return blocks_flops(blocks, [b.units for b in blocks], 1, length) / length
+
+
+def _moment_flops(block: Block, width: int) -> int:
+    """FLOPs of adding one token to the moments of a refit."""
+    return 2 * width * (width + block.consumer.out_features)
+
+
+def _rate(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device, tokens: int) -> float:
+    """FLOPs a second of the linear maps of one layer, over about a second."""
+    last = blocks[-1].layer
+    maps = [m for b in blocks if b.layer == last for m in (*b.producers, b.consumer)]
+    weights = [torch.ones(m.out_features, m.in_features, dtype=dtype, device=device) for m in maps]
+    inputs = [torch.ones(tokens, m.in_features, dtype=dtype, device=device) for m in maps]
+    done, started = 0.0, 0.0
+    for turn in range(100):
+        if turn == 1:
+            started = synced_clock(device)  # the first turn sets up threads and kernels
+        for x, weight in zip(inputs, weights, strict=True):
+            linear(x, weight)
+        if turn:
+            done += sum(2.0 * tokens * w.numel() for w in weights)
+            if synced_clock(device) - started > 0.7:
+                break
+    return done / (time.perf_counter() - started)
