@@ -28,7 +28,14 @@ from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
 from probeprune.training import processes
 from probeprune.training.loraprune import LoraPruneCut, loraprune
-from probeprune.training.recovery import MEASURED, Trained, base_model, merged, recover
+from probeprune.training.recovery import (
+    MEASURED,
+    Trained,
+    base_model,
+    check_in_memory,
+    merged,
+    recover,
+)
 from probeprune.training.settings import Training, TrainingText
 
 
@@ -72,6 +79,7 @@ def recover_to(
         UsageError, FloatingPointError: the errors of `training.recovery.recover` and `save`.
     """
     check_pruning(pruning)
+    check_in_memory(loaded.model)
     with _held(out):
         return _recover_to(loaded, out, job, merge, pruning, save_dtype, progress)
 
@@ -115,6 +123,7 @@ def loraprune_to(
 
     See `recover_to` for the other arguments, and `training.loraprune.loraprune` for the errors.
     """
+    check_in_memory(loaded.model)
     with _held(out):
         return _loraprune_to(loaded, out, cut, job, save_dtype, progress)
 

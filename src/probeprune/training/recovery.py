@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -25,11 +26,13 @@ from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import PeakMemory
 from probeprune.model.identity import model_fingerprint
+from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import token_windows
 from probeprune.places import clear
 from probeprune.progress import Progress, silent
 from probeprune.training import processes
 from probeprune.training.checkpoints import last_checkpoint, step_of
+from probeprune.training.losses import text_loss, training_loss
 from probeprune.training.settings import Lora, Training
 from probeprune.training.trainer import (
     CheckedTrainer,
@@ -97,10 +100,12 @@ def recover(
         progress: called with (label, steps done, steps in all).
 
     Raises:
-        UsageError: text too short for one step, a work directory of another run, out of memory, disk full.
-            Checkpoints that are damaged are passed over with a `Notice`.
+        UsageError: a model whose layers are offloaded, text too short for one step, a work directory of
+            another run, out of memory, disk full. Checkpoints that are damaged are passed over with a
+            `Notice`.
         FloatingPointError: the loss is NaN or infinite; the last checkpoint stays.
     """
+    check_in_memory(model)
     windows = token_windows(model, windows)
     device, dtype = next(model.parameters()).device, model.dtype
     processes.join(device.type)
@@ -109,7 +114,7 @@ def recover(
     set_seed(training.seed)
     time = TrainingTime()
     events = [time, FinalEvaluation(), ReportProgress(progress, training.steps), *callbacks]
-    with quiet_libraries(), _trainable(model, training) as trained:
+    with quiet_libraries(), _trainable(model, training) as trained, training_loss(model, text_loss):
         trainer = CheckedTrainer(
             model=trained,
             args=trainer_arguments(training, work, device, dtype),
@@ -124,6 +129,15 @@ def recover(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     epochs = trainer.state.global_step * training.batch_size / len(used)
     return _result(trained, trainer.state, training.keep_best, before, epochs, time.total, memory.bytes)
+
+
+def check_in_memory(model: nn.Module, what: str = "training") -> None:
+    """Raise `UsageError` for a model whose layers are offloaded; `what` begins the sentence."""
+    if is_offloaded(model):
+        raise UsageError(
+            f"{what} needs all weights in memory, and some layers of this model are offloaded; take a device "
+            "with more memory, or a smaller dtype such as bfloat16."
+        )
 
 
 def _result(
