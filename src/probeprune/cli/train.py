@@ -159,7 +159,8 @@ class LossOptions:
     loss: Annotated[
         str | None,
         typer.Option(
-            help="distill: KL divergence to the dense model's predictions; text: cross-entropy of the text.",
+            help="What to minimise: distill (KL divergence to the dense model's predictions) or text "
+            "(cross-entropy of the text itself).",
             show_default="distill for a pruned model, text for others",
         ),
     ] = None
