@@ -172,6 +172,21 @@ def test_compare_trains_where_a_method_says_so_and_says_how_much(tiny_folder, tm
     assert "384" in (tmp_path / "out/table.md").read_text(), "the budget stands in the table"
 
 
+def test_compare_distils_where_a_method_says_so(tiny_folder, tmp_path, capsys):
+    methods = "dense,flap,flap+lora,flap+distill"
+    more = ["--methods", methods, "--dtype", "float32", "--train-rate", "2e-3", "--train-steps", "30"]
+    assert compare(tiny_folder, tmp_path / "out", *more, "--json") == 0
+    rows = {r["name"]: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert rows["flap+distill"]["removed_share"] == rows["flap+lora"]["removed_share"]
+    assert rows["flap+distill"]["training"]["tokens"] == 30 * 4 * 16
+    (record,) = (tmp_path / "out/trained").glob("flap+distill-*/training.json")
+    made = json.loads(record.read_text())
+    assert (made["loss"], made["teacher"], made["base_model"]) == ("distill", *[rows["flap"]["model"]] * 2)
+    losses = [entry["loss"] for entry in made["history"] if "loss" in entry]
+    assert len(losses) == 30 and sum(losses[-10:]) < sum(losses[:10])
+    assert len({row["value"] for row in rows.values()}) == 4
+
+
 def test_compare_measures_methods_that_refit_and_refits_once_a_ratio(
     tiny_folder, tmp_path, capsys, monkeypatch
 ):

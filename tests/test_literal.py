@@ -211,7 +211,11 @@ def training_record(name: str) -> dict:
     """As in training.json."""
     return {
         "base_model": name, "corpus": name, "packing": False, "steps": 3, "best_step": 2, "tokens": 100,
-        "training": {"lora": None, "length": 8, "batch_size": 2, "learning_rate": 1e-3, "seed": 0},
+        "training": {
+            "lora": None, "weights": "all", "length": 8, "batch_size": 2, "learning_rate": 1e-3, "seed": 0,
+            "distillation": {"direction": "forward", "temperature": 1.0, "top_k": None},
+        },
+        "teacher": name,
         "pruning": {"removed_share": 0.2, "method": {"name": name}}, "held_out_loss": [2.0, 1.0],
         "processes": 1, "dtype": name, "device": "cpu", "seconds": 1.0, "peak_memory": 1,
         "versions": {name: name},

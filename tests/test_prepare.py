@@ -42,6 +42,14 @@ NEEDS = {
     "ppsp+lora": {"moments"},
     "magnitude+lora": set(),
     "random+lora": set(),
+    "wanda-sp+distill": {"moments"},
+    "flap+distill": {"moments"},
+    "llm-pruner+distill": {"saliences"},
+    "loraprune+distill": {"saliences"},
+    "best-static+distill": {"consumers"},
+    "ppsp+distill": {"moments"},
+    "magnitude+distill": set(),
+    "random+distill": set(),
 }
 
 

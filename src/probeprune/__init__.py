@@ -15,7 +15,7 @@ from probeprune.strategies.criteria import Gradients
 from probeprune.strategies.probe import Probe
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.refit_every_batch import RefitEveryBatch
-from probeprune.strategies.schedule import DuringTraining, Never, Once
+from probeprune.strategies.schedule import Distilled, DuringTraining, Never, Once
 from probeprune.surgery import Pruning, prune
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "METHODS",
     "Bias",
     "Compensation",
+    "Distilled",
     "DuringTraining",
     "Gradients",
     "Handle",

@@ -20,14 +20,14 @@ from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe import Probe
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.refit_every_batch import RefitEveryBatch
-from probeprune.strategies.schedule import DuringTraining, Never, Once, When
+from probeprune.strategies.schedule import Distilled, DuringTraining, Never, Once, When
 from probeprune.strategies.widths import KINDS
 
 Budget = Literal["parameters", "flops", "time"]
 """What a ratio is a share of."""
 
 SCHEDULES: dict[str, When] = {
-    w.kind: w for w in (Never(), Once(), DuringTraining(), ProbeEveryBatch(), RefitEveryBatch())
+    w.kind: w for w in (Never(), Once(), Distilled(), DuringTraining(), ProbeEveryBatch(), RefitEveryBatch())
 }
 """When a method prunes, by name, with default settings."""
 
@@ -176,9 +176,16 @@ def with_lora(method: Method) -> Method:
     )
 
 
+def with_distillation(method: Method) -> Method:
+    """The same method, which prunes once, then trained towards the dense model's predictions."""
+    source = f"{method.source.removesuffix(', without training')}, then distillation (LoRA)"
+    return replace(method, name=f"{method.name}+distill", when=Distilled(), source=source)
+
+
 def without_training(method: Method) -> Method:
     """The same method without recovery after the cut."""
-    return replace(method, when=Once()) if method.when == Once(recovery=True) else method
+    trained = method.when == Once(recovery=True) or isinstance(method.when, Distilled)
+    return replace(method, when=Once()) if trained else method
 
 
 _UNTRAINED: tuple[Method, ...] = (
@@ -217,10 +224,15 @@ _UNTRAINED: tuple[Method, ...] = (
 )
 
 METHODS: dict[str, Method] = {
-    m.name: m for m in (*_UNTRAINED, *(with_lora(m) for m in _UNTRAINED if not m.when.every_batch))
+    m.name: m
+    for m in (
+        *_UNTRAINED,
+        *(with_lora(m) for m in _UNTRAINED if not m.when.every_batch),
+        *(with_distillation(m) for m in _UNTRAINED if isinstance(m.when, Once)),
+    )
 }
-"""Methods by name. Every method that prunes once also has a row with LoRA, and so has dense, as the
-control."""
+"""Methods by name. Every method that prunes once also has a row with LoRA on text, and one with LoRA towards
+the dense model's predictions; dense has the first, as the control."""
 
 
 def check_untrained(method: Method) -> None:

@@ -108,6 +108,8 @@ RANGES: dict[str, Range] = {
     "evaluate_every": _count("steps", 1, _STEPS),
     "evaluate_windows": _count("windows"),
     "patience": _count("evaluations"),
+    "Distillation.temperature": Range(0, 1000, whole=False, open_least=True),
+    "top_k": _count("tokens", 1, _LENGTH),
     "train_tokens": _count("tokens", 1, 1 << 50),
     # generation and speed
     "max_new_tokens": _count("tokens", 1, _LENGTH),

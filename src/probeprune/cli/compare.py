@@ -143,7 +143,7 @@ class MeasureOptions:
 class BudgetOptions:
     """How long methods that train may train."""
 
-    panel: ClassVar[str] = "Training of methods with +lora"
+    panel: ClassVar[str] = "Training of methods with +lora and +distill"
     train_steps: Annotated[int, typer.Option(help="Number of optimiser steps."), RANGES["steps"]] = 100
     train_tokens: Annotated[
         int | None,
@@ -183,7 +183,8 @@ def compare(
 ) -> None:
     """Prune a model by several methods and compare the perplexity of each with the dense model's.
 
-    Add +lora to the name of a method that prunes once to train the pruned model, as in llm-pruner+lora;
+    Add +lora to the name of a method that prunes once to train the pruned model on text, as in
+    llm-pruner+lora, or +distill to train it towards the dense model's predictions, as in best-static+distill;
     dense+lora is the control. A run that was interrupted continues when started again with the same options.
     Several processes (torchrun -m probeprune compare ..., or accelerate launch) share each measurement out.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -17,11 +17,13 @@ from probeprune.cli.groups import (
     WidthOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import notices, print_saved, progress_bar, warn
+from probeprune.cli.terminal import err, notices, print_saved, print_text, progress_bar, warn
+from probeprune.cli.values import one_of
+from probeprune.errors import UsageError, first_line
 from probeprune.experiment.cells import TrainingBudget
-from probeprune.model.loading import EMBEDDED_MODEL
+from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
 from probeprune.ranges import RANGES
-from probeprune.training.settings import Lora, Training
+from probeprune.training.settings import Distillation, Lora, Training
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,14 @@ class RecoveryOptions:
         RANGES["warmup_steps"],
     ] = Training.warmup_steps
     lora: Annotated[bool, typer.Option(help="Train LoRA adapters; --no-lora trains all weights.")] = True
+    consumers: Annotated[
+        bool,
+        typer.Option(
+            "--consumers",
+            help="Train the output maps of all blocks alone (o_proj, down_proj), with their biases and "
+            "without adapters.",
+        ),
+    ] = False
     merge: Annotated[
         bool, typer.Option("--merge", help="Fold the adapters into the weights and save a plain checkpoint.")
     ] = False
@@ -138,6 +148,96 @@ class RecoveryOptions:
         ),
         RANGES["patience"],
     ] = Training.patience
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What training minimises."""
+
+    panel: ClassVar[str] = "Loss"
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="What to minimise: distill (KL divergence to the dense model's predictions) or text "
+            "(cross-entropy of the text itself).",
+            show_default="distill for a pruned model, text for others",
+        ),
+    ] = None
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The dense model to distil from.", show_default="the one that the model was pruned from"
+        ),
+    ] = None
+    kl: Annotated[
+        str | None,
+        typer.Option(
+            help="Direction of the divergence: forward (dense to pruned), reverse, or mixed (their mean).",
+            show_default=Distillation.direction,
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="What the logits of both models are divided by.",
+            show_default=f"{Distillation.temperature:g}",
+        ),
+        RANGES["Distillation.temperature"],
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of the dense model's most likely tokens to tell apart; all others count as one.",
+            show_default="all",
+        ),
+        RANGES["top_k"],
+    ] = None
+
+    def check(self) -> None:
+        """Raise `UsageError` for an unknown loss or direction, and for options without effect."""
+        if self.loss is not None:
+            one_of("loss", self.loss, ("distill", "text"))
+        without = self._given(("teacher", "kl", "temperature", "top_k"))
+        if self.loss == "text" and without:
+            raise UsageError(f"--loss text has no dense model to follow: leave {' and '.join(without)} out.")
+        self.settings()
+
+    def settings(self) -> Distillation:
+        """The settings of a distillation. Raises `UsageError` for an unknown direction."""
+        changes: dict[str, Any] = {"direction": self.kl, "temperature": self.temperature, "top_k": self.top_k}
+        return Distillation(**{name: value for name, value in changes.items() if value is not None})
+
+    def _given(self, fields: tuple[str, ...]) -> list[str]:
+        """The options among these that were given."""
+        return [f"--{name.replace('_', '-')}" for name in fields if getattr(self, name) is not None]
+
+    def open_teacher(self, student: LoadedModel, load: LoadOptions) -> LoadedModel | None:
+        """The teacher, in this process; None where the loss is that of the text.
+
+        Raises `UsageError` where no teacher is known and one is needed, or it cannot be opened.
+        """
+        from probeprune.jobs.teachers import dense_name, open_teacher
+
+        if self.loss == "text":
+            return None
+        if self.teacher is not None:
+            with err.status("loading the dense model"):
+                return open_teacher(self.teacher, student, trust_remote_code=load.trust_remote_code)
+        name = dense_name(student)
+        if name is None:
+            if self.loss is None and not self._given(("kl", "temperature", "top_k")):
+                return None
+            raise UsageError(
+                f"no record says which dense model '{student.name}' was pruned from; give it as --teacher."
+            )
+        try:
+            with err.status("loading the dense model"):
+                return open_teacher(name, student)  # a record is no reason to run a model's own code
+        except UsageError as error:
+            raise UsageError(
+                f"the dense model that '{student.name}' was pruned from could not be opened "
+                f"({first_line(error)}); give it as --teacher, or choose --loss text."
+            ) from error
 
 
 @grouped
@@ -152,14 +252,17 @@ def recover(
     output: CheckpointOptions,
     training: TrainingOptions,
     recovery: RecoveryOptions,
+    loss: LossOptions,
     evaluation: EvaluationOptions,
     load: LoadOptions,
 ) -> None:
     """Train a pruned model to recover the quality that pruning cost.
 
-    The result is a PEFT adapter, or with --merge a checkpoint. Perplexity is measured before and after on
-    windows of 512 tokens. A run that was interrupted continues when started again with the same options. To
-    train with several processes, run `torchrun -m probeprune recover ...` or use `accelerate launch`.
+    A pruned model learns the predictions of the dense model that it came from (distillation), others the text
+    itself. The result is a PEFT adapter, or with --merge a checkpoint. Perplexity is measured before and
+    after on windows of 512 tokens, and with a dense model the agreement with it. A run that was interrupted
+    continues when started again with the same options. To train with several processes, run
+    `torchrun -m probeprune recover ...` or use `accelerate launch`.
 
     Example: [bold]probeprune recover pruned --out recovered --merge[/bold]
     """
@@ -167,18 +270,24 @@ def recover(
     from probeprune.training.settings import TrainingText
 
     _begin(output, load)
+    loss.check()
     settings = training.settings(
-        training.lora() if recovery.lora else None,
+        training.lora() if recovery.lora and not recovery.consumers else None,
+        weights="consumers" if recovery.consumers else "all",
         warmup_steps=recovery.warmup_steps,
         patience=recovery.patience,
     )
     measured_on = evaluation.text()
     loaded = load.open_everywhere(model)
+    teacher = loss.open_teacher(loaded, load)
+    if teacher is not None:
+        settings = replace(settings, distillation=loss.settings())
     with notices(), progress_bar() as show:
         record = recover_to(
             loaded,
             output.out_dir,
             TrainingJob(settings, measured_on, TrainingText(training.text, training.packing)),
+            teacher=teacher,
             merge=recovery.merge,
             pruning=loaded.pruning,
             save_dtype=load.dtype_to_save(loaded),
@@ -247,6 +356,15 @@ def _print_trained(record: dict[str, Any], output: CheckpointOptions) -> None:
         f"{record['steps']} steps, {record['tokens']:,} tokens in {record['seconds']:.0f} s; held-out loss "
         f"{before:.3f} -> {after:.3f}"
     )
+    if "teacher" in record:
+        summary += f", nats from {record['teacher']}"
     print_saved(record, output.out_dir, summary, ("before", "after"), output.as_json)
+    agreements = (record["evaluation"] or {}).get("agreement")
+    if agreements and not output.as_json:
+        shares, nats = (
+            " -> ".join(format(agreements[name][figure], form) for name in ("before", "after"))
+            for figure, form in (("top1", ".1%"), ("divergence", ".3f"))
+        )
+        print_text(f"agreement with {record['teacher']}: {shares} of likeliest tokens, {nats} nats")
     if "removed_share" in record:
         warn(filter(None, [missed("loraprune", {}, record["ratio"], record["removed_share"])]))

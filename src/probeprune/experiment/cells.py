@@ -70,8 +70,14 @@ class TrainingBudget:
         return TrainingText(self.corpus, self.packing)
 
     def record(self) -> dict[str, Any]:
-        """Everything that determines the training but its seed, as JSON has it."""
-        return {"training": asdict(self.training(seed=0)), **asdict(self.text)}
+        """Everything that determines the training but its seed, as JSON has it.
+
+        Fields of `Training` that no budget sets are left out: keys stay what they were before there were any.
+        """
+        training = asdict(self.training(seed=0))
+        for name in ("weights", "distillation"):
+            del training[name]
+        return {"training": training, **asdict(self.text)}
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
 from probeprune.runtime.attaching import attach
 from probeprune.runtime.handle import Handle
-from probeprune.strategies.schedule import DuringTraining, Once
+from probeprune.strategies.schedule import Distilled, DuringTraining, Once
 from probeprune.surgery import prune
 from probeprune.training.loraprune import LoraPruneCut
+from probeprune.training.settings import Distillation
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ class Workbench:
         assert budget is not None
         training = budget.training(subject.seed)
         before: dict[str, Any] | None = None
-        if method.when == Once(recovery=True):
+        teacher: LoadedModel | None = None
+        if isinstance(method.when, Once | Distilled):
             before = self._cut(subject, without_training(method))
         loaded, show = self.dense(subject), self._named(subject)
         nothing = Text(budget.corpus, 0)
@@ -168,8 +170,11 @@ class Workbench:
                 cut = LoraPruneCut(subject.ratio, "per-layer", method.skip_layers, method.round_to)
                 loraprune_to(loaded, out, cut, TrainingJob(training, nothing, budget.text), progress=show)
             else:
+                if isinstance(method.when, Distilled):
+                    teacher = self._open(subject.model, subject)  # the other one has been cut
+                    training = replace(training, distillation=Distillation())
                 job = TrainingJob(training, nothing, budget.text)
-                recover_to(loaded, out, job, merge=True, pruning=before, progress=show)
+                recover_to(loaded, out, job, teacher=teacher, merge=True, pruning=before, progress=show)
         finally:
             self.release()  # it was changed for good
 

@@ -139,6 +139,13 @@ def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "c
         figures = record["evaluation"]["perplexity"]
         change = f"{figures['before']:.2f} before, **{figures['after']:.2f}** after"
         quality = f"{_measured_on(record['evaluation'])}: {change}."
+        if agreements := record["evaluation"].get("agreement"):
+            before, after = (agreements[name] for name in ("before", "after"))
+            quality += (
+                f" Of the likeliest next tokens, {before['top1']:.1%} are those of the teacher before and "
+                f"**{after['top1']:.1%}** after; KL divergence from it, {before['divergence']:.3f} and "
+                f"**{after['divergence']:.3f}** nats a token."
+            )
     title = f"{record['base_model']}, trained after pruning"
     if "removed_share" in record:
         title = f"{record['base_model']}, pruned by {record['removed_share']:.0%} while training"
@@ -168,7 +175,6 @@ def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "c
 
 def _training_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     t = record["training"]
-    lora = t["lora"]
     pruning = []
     if record.get("pruning"):
         earlier = record["pruning"]
@@ -179,7 +185,8 @@ def _training_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("base model", record["base_model"]),
         *pruning,
-        ("trained", "all weights" if lora is None else f"LoRA, rank {lora['rank']}, alpha {lora['alpha']}"),
+        ("trained", _trained(t)),
+        ("loss", _loss(record)),
         ("text", f"{record['corpus']}, {'packed' if record['packing'] else 'cut'} to {t['length']} tokens"),
         ("steps", f"{record['steps']} of {t['batch_size']} sequences; weights of step {record['best_step']}"),
         ("tokens seen", f"{record['tokens']:,}"),
@@ -189,6 +196,24 @@ def _training_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("processes, dtype, device", f"{record['processes']}, {record['dtype']}, {record['device']}"),
         ("made with", _versions(record)),
     ]
+
+
+def _trained(training: dict[str, Any]) -> str:
+    lora = training["lora"]
+    if lora is not None:
+        return f"LoRA, rank {lora['rank']}, alpha {lora['alpha']}"
+    return "all weights" if training["weights"] == "all" else "the output maps of all blocks"
+
+
+def _loss(record: dict[str, Any]) -> str:
+    settings = record["training"]["distillation"]
+    if settings is None:
+        return "cross-entropy of the text"
+    kept = "all tokens" if settings["top_k"] is None else f"the {settings['top_k']} likeliest tokens"
+    return (
+        f"{settings['direction']} KL divergence to {record['teacher']}, {kept}, temperature "
+        f"{settings['temperature']:g}"
+    )
 
 
 def _front(library: str, more: dict[str, str]) -> list[str]:

@@ -19,6 +19,7 @@ from probeprune.foreign.quiet import quiet_libraries
 from probeprune.jobs.cards import training_card
 from probeprune.jobs.measure import Measure
 from probeprune.jobs.prune import rehearse
+from probeprune.jobs.teachers import check_tokens
 from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import check_space, save
 from probeprune.model.described import Layout
@@ -28,7 +29,15 @@ from probeprune.places import check_free, check_place, claimed, discard, resolve
 from probeprune.progress import Progress, silent
 from probeprune.provenance import dtype_name, versions
 from probeprune.training.loraprune import LoraPruneCut, loraprune
-from probeprune.training.recovery import MEASURED, Trained, base_model, merged, recover
+from probeprune.training.recovery import (
+    MEASURED,
+    Trained,
+    base_model,
+    check_in_memory,
+    check_loss,
+    merged,
+    recover,
+)
 from probeprune.training.settings import Training, TrainingText
 
 
@@ -47,6 +56,7 @@ def recover_to(
     out: Path,
     job: TrainingJob,
     *,
+    teacher: LoadedModel | None = None,
     merge: bool = False,
     pruning: dict[str, Any] | None = None,
     save_dtype: torch.dtype | None = None,
@@ -62,6 +72,8 @@ def recover_to(
         out: a new or empty directory. It becomes a PEFT adapter; with `merge` a checkpoint that holds the
             adapter in `adapter/`; a checkpoint if all weights were trained.
         job: the training, its text and its evaluation.
+        teacher: the model that a distillation compares with, with the same tokenizer; see `jobs.teachers`.
+            Agreement with it is measured beside perplexity.
         merge: merge the adapter into the weights.
         pruning: the record of an earlier pruning, as in pruning.json; copied into the record.
         save_dtype: dtype of the weights on disk; None leaves them as they are.
@@ -72,28 +84,42 @@ def recover_to(
         UsageError, FloatingPointError: the errors of `training.recovery.recover` and `save`.
     """
     check_pruning(pruning)
+    check_in_memory(loaded.model)
+    if teacher is not None:
+        check_tokens(loaded, teacher)
+    check_loss(loaded.model, job.training, None if teacher is None else teacher.model)
     with _held(out):
-        return _recover_to(loaded, out, job, merge, pruning, save_dtype, progress)
+        return _recover_to(loaded, out, job, teacher, merge, pruning, save_dtype, progress)
 
 
 def _recover_to(
     loaded: LoadedModel,
     out: Path,
     job: TrainingJob,
+    teacher: LoadedModel | None,
     merge: bool,
     pruning: dict[str, Any] | None,
     save_dtype: torch.dtype | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """As `recover_to`, in a folder that is ours."""
-    measure = Measure(loaded, job.evaluation, progress, keep=_work(out) / MEASURED)
+    measure = Measure(loaded, job.evaluation, progress, keep=_work(out) / MEASURED, reference=teacher)
     windows, held_out = _windows(loaded, job)
     if processes.is_first():
         measure("before", loaded.model)
-    trained = recover(loaded.model, windows, held_out, job.training, _work(out), progress=progress)
+    trained = recover(
+        loaded.model,
+        windows,
+        held_out,
+        job.training,
+        _work(out),
+        teacher=None if teacher is None else teacher.model,
+        progress=progress,
+    )
     if processes.is_first():
         measure("after", base_model(trained.model))
-    record = {**_training_record(loaded, job, trained, measure), "pruning": pruning}
+    taught = {} if teacher is None else {"teacher": teacher.name}
+    record = {**_training_record(loaded, job, trained, measure), **taught, "pruning": pruning}
     with processes.one_writer() as first:
         if first and isinstance(trained.model, PeftModel) and not merge:
             _write_adapter(loaded, out, trained.model, record)
@@ -115,6 +141,7 @@ def loraprune_to(
 
     See `recover_to` for the other arguments, and `training.loraprune.loraprune` for the errors.
     """
+    check_in_memory(loaded.model)
     with _held(out):
         return _loraprune_to(loaded, out, cut, job, save_dtype, progress)
 
@@ -217,6 +244,7 @@ def _training_record(
     return {
         "base_model": loaded.name,
         "training": asdict(training),
+        "loss": "text" if training.distillation is None else "distill",
         "corpus": job.text.corpus,
         "packing": job.text.packing,
         "steps": trained.steps,

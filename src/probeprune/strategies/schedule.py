@@ -1,4 +1,4 @@
-"""Schedule: when a method prunes. Never, once, while LoRA trains, or again at every batch.
+"""Schedule: when a method prunes. Never, once (trained or not), while LoRA trains, or at every batch.
 
 There is one record per schedule, so that settings of one cannot be given to another. The two dynamic
 schedules have files of their own: `probe_every_batch.py` and `refit_every_batch.py`. To add a dynamic method
@@ -75,6 +75,18 @@ class Once(When):
     def trains(self) -> bool:
         """Whether recovery follows."""
         return self.recovery
+
+
+@dataclass(frozen=True)
+class Distilled(When):
+    """Prune once, then train the pruned model (LoRA) towards the dense model's predictions."""
+
+    kind: ClassVar[str] = "distilled"
+
+    @property
+    def trains(self) -> bool:
+        """Always: the training is what it adds."""
+        return True
 
 
 @dataclass(frozen=True)

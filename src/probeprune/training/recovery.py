@@ -1,4 +1,6 @@
-"""Recovery: train a pruned model on text, with LoRA from PEFT and the loop of the transformers Trainer.
+"""Recovery: train a pruned model on text, or towards the dense model's predictions on it.
+
+With LoRA from PEFT, and the loop of the transformers Trainer.
 
 The defaults are LLM-Pruner's published recovery. A run that was killed resumes from its last complete
 checkpoint, with the same result as an uninterrupted one. Knows nothing of how the model was pruned.
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -26,10 +29,13 @@ from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import PeakMemory
 from probeprune.model.identity import model_fingerprint
+from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import token_windows
 from probeprune.places import clear
 from probeprune.progress import Progress, silent
 from probeprune.training.checkpoints import last_checkpoint, step_of
+from probeprune.training.distilling import DistillLoss, check_teacher, say_unlike
+from probeprune.training.losses import TokenLoss, text_loss, training_loss
 from probeprune.training.settings import Lora, Training
 from probeprune.training.trainer import (
     CheckedTrainer,
@@ -78,6 +84,7 @@ def recover(
     training: Training,
     work: Path,
     *,
+    teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = silent,
 ) -> Trained:
@@ -92,24 +99,38 @@ def recover(
         windows, held_out: LongTensor (count, length) to train on and to evaluate on.
         training: the settings.
         work: directory for checkpoints and TensorBoard logs; if it holds a run with the same settings, model
-            and text, that run is resumed.
+            teacher and text, that run is resumed.
+        teacher: the model whose predictions `training.distillation` compares with: with the same tokens, in
+            eval mode, on the same device. It is left as it is.
         callbacks: further Trainer callbacks.
         progress: called with (label, steps done, steps in all).
 
     Raises:
-        UsageError: text too short for one step, a work directory of another run, out of memory, disk full.
-            Checkpoints that are damaged are passed over with a `Notice`.
+        UsageError: a model or teacher whose layers are offloaded, a teacher without `training.distillation`
+            or the reverse, or with another vocabulary, text too short for one step, a work directory of
+            another run, out of memory, disk full. A `Notice` says checkpoints that are damaged, which are
+            passed over, and a teacher of another family or hidden size.
         FloatingPointError: the loss is NaN or infinite; the last checkpoint stays.
     """
+    check_in_memory(model)
     windows = token_windows(model, windows)
     device, dtype = next(model.parameters()).device, model.dtype
     processes.join(device.type)
+    check_loss(model, training, teacher)
+    loss: TokenLoss = text_loss
+    if teacher is not None and training.distillation is not None:
+        token_windows(teacher, windows)
+        say_unlike(model, teacher)
+        loss = DistillLoss(teacher, training.distillation)
     used = _whole_steps(training, windows, held_out)
-    checkpoint = _open_work(work, training, model_fingerprint(model), _text_hash(windows, held_out))
+    of = {"model": model_fingerprint(model), "text": _text_hash(windows, held_out)}
+    if teacher is not None:
+        of["teacher"] = model_fingerprint(teacher)
+    checkpoint = _open_work(work, training, of)
     set_seed(training.seed)
     time = TrainingTime()
     events = [time, FinalEvaluation(), ReportProgress(progress, training.steps), *callbacks]
-    with quiet_libraries(), _trainable(model, training) as trained:
+    with quiet_libraries(), _trainable(model, training) as trained, training_loss(model, loss):
         trainer = CheckedTrainer(
             model=trained,
             args=trainer_arguments(training, work, device, dtype),
@@ -124,6 +145,26 @@ def recover(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     epochs = trainer.state.global_step * training.batch_size / len(used)
     return _result(trained, trainer.state, training.keep_best, before, epochs, time.total, memory.bytes)
+
+
+def check_loss(model: PreTrainedModel, training: Training, teacher: PreTrainedModel | None) -> None:
+    """Raise `UsageError` where a distillation lacks its teacher or its settings, or where they do not fit the
+    model; see `check_teacher`."""
+    if (teacher is None) != (training.distillation is None):
+        missing = "a teacher: give teacher=" if teacher is None else "settings: give distillation="
+        raise UsageError(f"distillation needs {missing}, or train on the text without either.")
+    if teacher is not None:
+        check_in_memory(teacher, "a teacher")
+        check_teacher(model, teacher)
+
+
+def check_in_memory(model: nn.Module, what: str = "training") -> None:
+    """Raise `UsageError` for a model whose layers are offloaded; `what` begins the sentence."""
+    if is_offloaded(model):
+        raise UsageError(
+            f"{what} needs all weights in memory, and some layers of this model are offloaded; take a device "
+            "with more memory, or a smaller dtype such as bfloat16."
+        )
 
 
 def _result(
@@ -185,11 +226,15 @@ def base_model(model: Any) -> PreTrainedModel:
 def _trainable(model: PreTrainedModel, training: Training) -> Iterator[Any]:
     """The model ready to train while the context lasts; then frozen, in its own dtype, with its adapters.
 
-    Yields the model itself in float32, or with LoRA the `PeftModel` around it.
+    Yields the model itself with its trained weights in float32, or with LoRA the `PeftModel` around it.
     """
     dtype, lora = model.dtype, training.lora
-    model.train().requires_grad_(lora is None)
-    trained: Any = model.float() if lora is None else get_peft_model(model, lora_config(model, lora))
+    model.train().requires_grad_(False)
+    trained: Any = model if lora is None else get_peft_model(model, lora_config(model, lora))
+    if lora is None:
+        whole = training.weights == "all"
+        for part in [model] if whole else [block.consumer for block in find_blocks(model)]:
+            part.float().requires_grad_(True)
     try:
         with _gradient_checkpointing(model) if training.gradient_checkpointing else nullcontext():
             yield trained
@@ -242,12 +287,17 @@ def _text_hash(windows: torch.Tensor, held_out: torch.Tensor) -> str:
     return hashlib.blake2b(torch.cat([windows, held_out]).numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _open_work(work: Path, training: Training, model: str, text: str) -> Path | None:
+def _open_work(work: Path, training: Training, of: dict[str, str]) -> Path | None:
     """Begin a run in the directory, or find the checkpoint to resume from; None to start at the beginning.
+
+    Args:
+        work: the directory.
+        training: the settings.
+        of: hashes of what is trained, on what.
 
     Raises `UsageError` if the directory holds another run, or files that belong to no run.
     """
-    run = {"training": asdict(training), "model": model, "text": text}
+    run = {"training": asdict(training), **of}
     file = work / "run.json"
     if file.exists():
         _check_same_run(work, stored_json(file), run)
@@ -279,17 +329,16 @@ def _resumed(work: Path, keep_best: bool) -> Path | None:
 
 def _check_same_run(work: Path, earlier: Any, run: dict[str, Any]) -> None:
     """Raise `UsageError` with the differences between the run in the directory and this one."""
-    if earlier == run:
-        return
     if not isinstance(earlier, dict) or not isinstance(earlier.get("training"), dict):
         raise UsageError(f"{work / 'run.json'} cannot be read; delete {work} to start over.")
-    differences = [k for k in ("model", "text") if earlier.get(k) != run[k]]
-    settings = earlier["training"]
+    differences = [k for k in ("model", "text", "teacher") if earlier.get(k) != run.get(k)]
+    # A setting that an earlier release did not have was what it is by default.
+    settings = {k: earlier["training"].get(k, getattr(Training, k, None)) for k in run["training"]}
     differences += [
-        f"{k} was {settings.get(k)} and is now {v}"
-        for k, v in run["training"].items()
-        if settings.get(k) != v
+        f"{k} was {settings[k]} and is now {v}" for k, v in run["training"].items() if settings[k] != v
     ]
+    if not differences:
+        return
     raise UsageError(
         f"{work} holds a run that was begun differently ({'; '.join(differences)}); go on as it was begun, "
         "choose another output directory, or delete it."

@@ -1,8 +1,10 @@
 """Settings of training as frozen records: the run, its LoRA adapters, its text."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from probeprune.errors import UsageError
+from probeprune.algebra.divergence import Direction
+from probeprune.errors import UsageError, unknown
 from probeprune.ranges import check_fields
 
 
@@ -19,6 +21,30 @@ class Lora:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+Weights = Literal["all", "consumers"]
+"""Weights to train: all, or the consumers alone, the output maps of all blocks, with their biases."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a model's next-token distribution is compared with its teacher's.
+
+    Raises `UsageError` for values out of range.
+    """
+
+    direction: Direction = "forward"
+    """Direction of the KL divergence; see `algebra.divergence.Direction`."""
+    temperature: float = 1.0
+    """What both models' logits are divided by."""
+    top_k: int | None = None
+    """How many of the teacher's likeliest tokens are told apart, all others counting as one; None for all."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.direction not in get_args(Direction):
+            raise UsageError(unknown("direction", self.direction, get_args(Direction)))
 
 
 @dataclass(frozen=True)
@@ -53,7 +79,11 @@ class Training:
     clip: float = 1.0
     """Largest norm of the gradient."""
     lora: Lora | None = field(default_factory=Lora)
-    """Adapters to train; None trains all weights."""
+    """Adapters to train; None trains weights."""
+    weights: Weights = "all"
+    """Which weights are trained without adapters."""
+    distillation: Distillation | None = None
+    """Train towards a teacher's predictions; None trains to predict the text."""
     evaluate_every: int = 100
     """Steps between evaluations on held-out text, each followed by a checkpoint."""
     evaluate_windows: int = 800
@@ -69,6 +99,10 @@ class Training:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.weights not in get_args(Weights):
+            raise UsageError(unknown("weights", self.weights, get_args(Weights)))
+        if self.lora is not None and self.weights != "all":
+            raise UsageError("consumers are trained themselves, without adapters: give lora=None.")
         if self.warmup_steps is None:
             object.__setattr__(self, "warmup_steps", self.steps // 6)
         elif self.warmup_steps > self.steps:
