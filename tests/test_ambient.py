@@ -89,6 +89,28 @@ def test_the_settings_around_a_call_change_nothing(name, setting):
         assert model(BATCH).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_autocast_rounds_nothing_that_is_prepared_or_attached(name):
+    model = llama()
+    with torch.no_grad(), attach(model, ALL[name], RATIO, calibration=IDS) as handle:
+        expected, units = model(BATCH).logits, handle.kept_units()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        handle = attach(model, ALL[name], RATIO, calibration=prepare(model, ALL[name], RATIO, IDS))
+    with torch.no_grad(), handle:
+        assert model(BATCH).logits.equal(expected) and handle.kept_units() == units
+
+
+@pytest.mark.parametrize("name", ["flap", "llm-pruner", "best-static"])
+def test_autocast_rounds_nothing_that_is_cut(name):
+    found = []
+    for enabled in (False, True):
+        model = llama()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            prune(model, ALL[name], RATIO, calibration=IDS)
+        found.append(dict(model.named_parameters()))
+    assert all(found[1][n].equal(p) for n, p in found[0].items())
+
+
 @pytest.mark.parametrize("name", [n for n, m in ALL.items() if n != "query heads"])
 def test_float64_models_run_in_float64(name):
     model = llama().double()

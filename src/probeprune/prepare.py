@@ -19,6 +19,7 @@ from probeprune.files import load_tensors, save_tensors
 from probeprune.methods import TABLES, Method, check_untrained, get_method
 from probeprune.model.identity import model_fingerprint
 from probeprune.model.wrappers import unwrapped
+from probeprune.precision import exact
 from probeprune.preparation import Piece, Preparation, gather
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
@@ -121,6 +122,7 @@ def _part_of(key: str) -> Part:
     return part
 
 
+@exact()
 def prepare(
     model: nn.Module,
     method: str | Method | Sequence[str | Method],
@@ -185,6 +187,7 @@ Calibration = torch.Tensor | WindowSource | Prepared | Preparation
 """Everything that `attach` and `prune` accept as `calibration`."""
 
 
+@exact()
 def statistics_for(
     model: nn.Module,
     method: Method,

@@ -26,6 +26,7 @@ from probeprune.model.partition import Partition, check_can_cut
 from probeprune.model.passes import check_eval
 from probeprune.model.wrappers import unwrapped
 from probeprune.plan import Kept
+from probeprune.precision import exact
 from probeprune.preparation import Preparation
 from probeprune.prepare import Calibration, Prepared, statistics_for
 from probeprune.progress import Progress, silent
@@ -66,6 +67,7 @@ class Pruning:
         }
 
 
+@exact()
 def prune(
     model: nn.Module,
     method: str | Method,

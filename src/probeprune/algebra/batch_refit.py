@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from probeprune.precision import exact
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -26,6 +28,7 @@ class Sample:
     prior: float
 
 
+@exact()
 @torch.no_grad()
 def refit_to_batch(
     sample: Sample,

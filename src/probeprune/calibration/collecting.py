@@ -18,12 +18,14 @@ from probeprune.model.identity import content_key
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
+from probeprune.precision import exact
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
 _FORMAT = 4
 
 
+@exact()
 def calibrate(
     model: nn.Module,
     windows: torch.Tensor,

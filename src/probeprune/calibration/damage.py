@@ -20,10 +20,12 @@ from probeprune.model.cost import block_flops, synced_clock
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.partition import Partition
 from probeprune.model.passes import check_eval, token_windows
+from probeprune.precision import exact
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
 
+@exact()
 @torch.no_grad()
 def damages(
     model: nn.Module,

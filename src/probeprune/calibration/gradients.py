@@ -20,6 +20,7 @@ from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import Member, find_blocks
 from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
+from probeprune.precision import exact
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.strategies.criteria import CRITERIA, Criterion, Gradients, Settled
@@ -27,6 +28,7 @@ from probeprune.strategies.criteria import CRITERIA, Criterion, Gradients, Settl
 _FORMAT = 2
 
 
+@exact()
 def saliences(
     model: nn.Module,
     windows: torch.Tensor,

@@ -32,6 +32,7 @@ from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.layers import Captured, LayerRunner, capture
 from probeprune.model.partition import Partition
 from probeprune.model.passes import check_eval, token_windows
+from probeprune.precision import exact
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.strategies import allocation
@@ -55,6 +56,7 @@ class RefitRequest:
     """Whether to compute the moments of MLPs that refits at every batch need (`Consumer.inverse`)."""
 
 
+@exact()
 def refit(
     model: nn.Module,
     request: RefitRequest,

@@ -21,6 +21,7 @@ from probeprune.model.decoding import HEAD_TOKENS
 from probeprune.model.forwards import temporary_hooks
 from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
+from probeprune.precision import exact
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
@@ -29,6 +30,7 @@ FLOOR = 0.1
 """Least weight of a direction, as a share of the mean direction's: few windows do not show all directions."""
 
 
+@exact()
 def sensitivities(
     model: nn.Module,
     windows: torch.Tensor,

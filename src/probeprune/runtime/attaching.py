@@ -14,6 +14,7 @@ from probeprune.model.blocks import find_blocks
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import check_eval
 from probeprune.model.wrappers import unwrapped
+from probeprune.precision import exact
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
@@ -21,6 +22,7 @@ from probeprune.runtime.handle import HANDLE, Handle
 from probeprune.runtime.offloaded import OffloadedHandle
 
 
+@exact()
 def attach(
     model: nn.Module,
     method: str | Method,
