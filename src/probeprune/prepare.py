@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from probeprune import plan, records
+from probeprune.algebra.precision import exact
 from probeprune.calibration import stored
 from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import BATCH_SIZE, WindowSource
@@ -19,7 +20,6 @@ from probeprune.files import load_tensors, save_tensors
 from probeprune.methods import TABLES, Method, check_untrained, get_method
 from probeprune.model.identity import model_fingerprint
 from probeprune.model.wrappers import unwrapped
-from probeprune.precision import exact
 from probeprune.preparation import Piece, Preparation, gather
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from probeprune import plan
+from probeprune.algebra.precision import exact
 from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
@@ -26,7 +27,6 @@ from probeprune.model.partition import Partition, check_can_cut
 from probeprune.model.passes import check_eval
 from probeprune.model.wrappers import unwrapped
 from probeprune.plan import Kept
-from probeprune.precision import exact
 from probeprune.preparation import Preparation
 from probeprune.prepare import Calibration, Prepared, statistics_for
 from probeprune.progress import Progress, silent

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from probeprune.precision import exact
+from probeprune.algebra.precision import exact
 
 
 @dataclass(frozen=True, eq=False)

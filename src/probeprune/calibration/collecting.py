@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from probeprune.algebra.moments import OWN_POSITIONS, Moments
+from probeprune.algebra.precision import exact
 from probeprune.calibration.unfinished import Unfinished, resumed, states_bytes
 from probeprune.data.windows import batches
 from probeprune.model.blocks import Block, find_blocks
@@ -18,7 +19,6 @@ from probeprune.model.identity import content_key
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
-from probeprune.precision import exact
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from probeprune.algebra.elimination import eliminate
 from probeprune.algebra.least_squares import Gram, normal_equations
+from probeprune.algebra.precision import exact
 from probeprune.calibration.unfinished import Unfinished
 from probeprune.data.windows import batches
 from probeprune.model.blocks import Block, UnitKind, find_blocks
@@ -20,7 +21,6 @@ from probeprune.model.cost import block_flops, synced_clock
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.partition import Partition
 from probeprune.model.passes import check_eval, token_windows
-from probeprune.precision import exact
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 

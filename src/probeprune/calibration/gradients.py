@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from probeprune.algebra.precision import exact
 from probeprune.calibration.backward import Loss, backward_by_layer, backward_bytes
 from probeprune.calibration.unfinished import Unfinished, resumed
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import Member, find_blocks
 from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
-from probeprune.precision import exact
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.strategies.criteria import CRITERIA, Criterion, Gradients, Settled

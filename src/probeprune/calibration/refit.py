@@ -23,6 +23,7 @@ from probeprune.algebra.least_squares import (
     squared_error,
     target_variance,
 )
+from probeprune.algebra.precision import exact
 from probeprune.calibration.unfinished import Unfinished
 from probeprune.data.windows import BATCH_SIZE, batches
 from probeprune.errors import UsageError
@@ -32,7 +33,6 @@ from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.layers import Captured, LayerRunner, capture
 from probeprune.model.partition import Partition
 from probeprune.model.passes import check_eval, token_windows
-from probeprune.precision import exact
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.strategies import allocation

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from probeprune.algebra.precision import exact
 from probeprune.calibration.backward import backward_by_layer, backward_bytes
 from probeprune.calibration.stored import TENSORS
 from probeprune.calibration.unfinished import Unfinished, resumed
@@ -21,7 +22,6 @@ from probeprune.model.decoding import HEAD_TOKENS
 from probeprune.model.forwards import temporary_hooks
 from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
-from probeprune.precision import exact
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 

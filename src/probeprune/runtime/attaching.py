@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from probeprune import plan
+from probeprune.algebra.precision import exact
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
@@ -14,7 +15,6 @@ from probeprune.model.blocks import find_blocks
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import check_eval
 from probeprune.model.wrappers import unwrapped
-from probeprune.precision import exact
 from probeprune.prepare import Calibration, statistics_for
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
