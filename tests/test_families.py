@@ -24,6 +24,7 @@ from probeprune.model.families import FAMILIES, find_family
 from probeprune.model.partition import Partition
 from probeprune.model.pruned_configs import empty_model
 from probeprune.model.support import all_support
+from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.probe import probe_flops
 from probeprune.surgery import cut
 
@@ -60,9 +61,6 @@ def noting(read: dict[str, torch.Tensor], name: str):
 
 
 def test_every_family_has_a_tiny_model():
-    seen = {find_family(build()).name for build in tiny.FAMILIES.values()}
-    seen |= {f.name for f in FAMILIES for name in tiny_families.ROWS if name.split()[0] in f.model_types}
-    assert seen == {f.name for f in FAMILIES}
     types = {build().config.model_type for build in tiny.FAMILIES.values()}
     types |= {name.split()[0] for name in tiny_families.ROWS}
     assert types == {t for f in FAMILIES for t in f.model_types}
@@ -245,6 +243,18 @@ def test_heads_that_cannot_go_say_why(row):
         cut(model, {whole[0].name: torch.arange(1)})
     with pytest.warns(Notice, match="MLPs lose all that the ratio asks for"), attach(model, BALANCED, 0.1):
         pass
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_every_allocation_leaves_heads_that_cannot_go(allocation):
+    model = tiny_families.build("olmo2")()
+    for budget in ("parameters", "flops", "time") if ALLOCATIONS[allocation].needs else ("parameters",):
+        method = compose("ppsp", skip_layers=0, allocation=allocation, budget=budget)
+        with attach(model, method, 0.3, calibration=WINDOWS) as handle:
+            lost = {b.kind for b, keep in zip(handle.blocks, handle.widths, strict=True) if keep < b.units}
+            if budget == "parameters":
+                assert handle.removed_share == pytest.approx(0.3, abs=0.02)
+        assert lost == {"mlp"}
 
 
 def test_the_command_lists_what_the_records_say(capsys):
