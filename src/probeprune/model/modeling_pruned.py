@@ -203,8 +203,8 @@ def view_rest(model: nn.Module, config: Any) -> None:
         config: the model's config.
     """
     names = config.per_layer_attributes
-    with _without_overrides(config):
-        fields = {name: getattr(config, name) for name in names}
+    with _without_overrides(config):  # layers may have fields that the family's config lacks
+        fields = {name: getattr(config, name) for name in names if hasattr(config, name)}
     for module in model.modules():
         if module.__dict__.get("config") is config and not isinstance(module, PreTrainedModel):
             module.config = ConfigView(config, fields)  # type: ignore[assignment]
