@@ -105,6 +105,15 @@ _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
 _ONE_NORM_MLP = MlpRecord(norm="input_layernorm")
 _UP_DOWN_MLP = MlpRecord(producers=("mlp.up_proj",))
 _GATE_UP_MLP = MlpRecord(producers=("mlp.gate_up_proj", "mlp.gate_up_proj"))
+_4H_MLP = MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h")
+_BY_HEAD = AttentionRecord(
+    query="query_key_value",
+    key="query_key_value",
+    value="query_key_value",
+    output="dense",
+    fused="by head",
+    plain_heads=False,
+)
 _NORMS_OVER_HEADS = "normalises queries and keys over all heads together, so none can go without the others"
 _NORMS_BY_HEAD = "has weights for each head in the norms of queries and keys"
 
@@ -150,17 +159,8 @@ FAMILIES: tuple[Family, ...] = (
         "GPT-NeoX, Pythia",
         ("gpt_neox",),
         layers="gpt_neox.layers",
-        attention=AttentionRecord(
-            module="attention",
-            query="query_key_value",
-            key="query_key_value",
-            value="query_key_value",
-            output="dense",
-            fused="by head",
-            head_dim="head_size",
-            plain_heads=False,
-        ),
-        mlp=MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h"),
+        attention=replace(_BY_HEAD, module="attention", head_dim="head_size"),
+        mlp=_4H_MLP,
     ),
     Family("Gemma 1", ("gemma",)),
     Family("SmolLM3", ("smollm3",)),
@@ -224,16 +224,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Persimmon",
         ("persimmon",),
-        attention=AttentionRecord(
-            query="query_key_value",
-            key="query_key_value",
-            value="query_key_value",
-            output="dense",
-            fused="by head",
-            query_count="num_heads",
-            plain_heads=False,
-        ),
-        mlp=MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h"),
+        attention=replace(_BY_HEAD, query_count="num_heads"),
+        mlp=_4H_MLP,
     ),
 )
 
