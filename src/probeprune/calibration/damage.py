@@ -110,7 +110,7 @@ def unit_nanoseconds(
     """Nanoseconds saved per block by removing one unit, in a pass over these ids on this machine.
 
     Every block is timed whole and at half its units, in turn; the result is the median over rounds, and at
-    least 1 even if the difference is lost in noise.
+    least 1 even if the difference is lost in noise; 1 for a block that can lose none.
 
     Args:
         model: a supported causal LM with nothing attached; unchanged at the end.
@@ -120,6 +120,7 @@ def unit_nanoseconds(
     """
     layers = LayerRunner(model, [ids])
     device = ids.device
+    every, blocks = blocks, [b for b in blocks if b.whole is None]
     partitions = [Partition(b) for b in blocks]
     times: list[tuple[list[float], list[float]]] = [([], []) for _ in blocks]
     try:
@@ -137,6 +138,7 @@ def unit_nanoseconds(
         for partition in partitions:
             partition.restore()
     saved = [median(w - n for w, n in zip(whole[1:], half[1:], strict=True)) for whole, half in times]
-    return [
-        max(round(1e9 * s / max(b.units - b.units // 2, 1)), 1) for s, b in zip(saved, blocks, strict=True)
-    ]
+    a_unit = {
+        b: max(round(1e9 * s / max(b.units - b.units // 2, 1)), 1) for s, b in zip(saved, blocks, strict=True)
+    }
+    return [a_unit.get(b, 1) for b in every]

@@ -80,6 +80,8 @@ class Block:
     query_count: str | None = None
     kv_count: str | None = None
     """`query_count` and `kv_count` of the family's `AttentionRecord`."""
+    whole: str | None = None
+    """Why no unit of the block can go, in words that follow the model's name; None where units can go."""
 
     @property
     def width(self) -> int:
@@ -120,6 +122,11 @@ def uncalled_consumer(block: Block) -> UsageError:
     )
 
 
+def kept_whole(block: Block) -> UsageError:
+    """The error for taking units from a block that can lose none."""
+    return UsageError(f"no head of this model can go, because it {block.whole}; prune MLPs alone.")
+
+
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a supported causal LM, in order."""
     layers = model.get_submodule(find_family(model).layers)
@@ -143,13 +150,19 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     model = unwrapped(model)
     family = find_family(model)
     norm_first = family.norm_first is None or bool(getattr(model.config, family.norm_first))
+    whole = whole_heads(family.attention, model.config)
     blocks = []
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"
-        blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first))
+        blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first, whole))
         blocks.append(_mlp_block(prefix, index, layer, family.mlp, norm_first))
     _refuse_shared_weights(model, blocks)
     return blocks
+
+
+def whole_heads(record: AttentionRecord, config: Any) -> str | None:
+    """Why no head of a model with this config can go; None where heads can go."""
+    return record.whole if record.whole_if is None or getattr(config, record.whole_if) else None
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -160,7 +173,13 @@ def attribute(module: Any, path: str) -> Any:
 
 
 def _attention_block(
-    prefix: str, index: int, layer: nn.Module, record: AttentionRecord, units: UnitKind, norm_first: bool
+    prefix: str,
+    index: int,
+    layer: nn.Module,
+    record: AttentionRecord,
+    units: UnitKind,
+    norm_first: bool,
+    whole: str | None,
 ) -> Block:
     module = layer.get_submodule(record.module)
     name = f"{prefix}.{record.module}"
@@ -192,14 +211,23 @@ def _attention_block(
         entry=module,
         run=module,
         activation=None,
-        norm=layer.get_submodule(record.norm) if norm_first else None,
+        norm=_norm(layer, record.norm) if norm_first else None,
         head_dim=head_dim,
         query_heads=query_heads,
         kv_heads=kv_heads,
         unit_kind=units,
         query_count=record.query_count,
         kv_count=record.kv_count,
+        whole=whole,
     )
+
+
+def _norm(layer: nn.Module, path: str | None, instead: str | None = None) -> nn.Module | None:
+    """The norm at a path of a layer; the one at `instead` where the layer has None there."""
+    if path is None:
+        return None
+    found = attribute(layer, path) if instead is not None else None
+    return found if isinstance(found, nn.Module) else layer.get_submodule(instead or path)
 
 
 def _key_value_rows(
@@ -253,7 +281,7 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         entry=entry,
         run=run,
         activation=activation,
-        norm=layer.get_submodule(record.norm) if norm_first else None,
+        norm=_norm(layer, record.norm, record.shared_norm) if norm_first else None,
     )
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import find_blocks, find_layers
-from probeprune.model.modeling_pruned import MODEL_TYPES, ConfigView, pruned_model, view_layer
+from probeprune.model.modeling_pruned import MODEL_TYPES, ConfigView, pruned_model, view_layer, view_rest
 from probeprune.model.nemotron_nas import llama_config
 from probeprune.model.offloading import share_offloading
 from probeprune.model.pruned_configs import (
@@ -128,6 +128,7 @@ def _put_config(model: Any, config: PretrainedConfig) -> None:
     if config.is_heterogeneous:
         for layer, own in zip(find_layers(model), config.per_layer_config, strict=True):
             view_layer(layer, own, config)
+        view_rest(model, config)
 
 
 # -- weights ---------------------------------------------------------------------------------------

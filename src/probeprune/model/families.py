@@ -6,6 +6,7 @@ architecture, add a record to `FAMILIES`. `blocks.py` resolves a record to the m
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from torch import nn
@@ -19,7 +20,8 @@ class AttentionRecord:
     layer, those of the linear maps to the module."""
 
     module: str = "self_attn"
-    norm: str = "input_layernorm"
+    norm: str | None = "input_layernorm"
+    """None for a block that reads the residual stream itself."""
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
@@ -37,6 +39,14 @@ class AttentionRecord:
     """The same for the number of key-value heads."""
     bias_field: str = "attention_bias"
     """Config field that gives the block's linear maps biases; configs without the field have none to give."""
+    plain_heads: bool = True
+    """Whether a plain config of the family, or of its `Twin`, holds fewer heads of the same size. It cannot
+    where the number of heads sets their size or must divide the hidden size, or where the hidden size sets
+    the width of the output map."""
+    whole: str | None = None
+    """Why no head can go, to follow a model's name; None where heads can go."""
+    whole_if: str | None = None
+    """Config flag that must be true for `whole` to hold; None where it always does."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,11 @@ class MlpRecord:
 
     module: str | None = "mlp"
     """None if the layer's own forward computes the MLP."""
-    norm: str = "post_attention_layernorm"
+    norm: str | None = "post_attention_layernorm"
+    """None for a block that reads the residual stream itself."""
+    shared_norm: str | None = None
+    """The norm in front of the block where a layer has none of the name `norm`, because both blocks read what
+    one norm gives."""
     producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """A map named twice makes both: the rows of the first, then those of the second."""
     consumer: str = "mlp.down_proj"
@@ -82,12 +96,26 @@ class Family:
     """Config flag that, when false, puts each norm after its block, so that the block's input is the residual
     stream itself. None for a family whose norms always come first."""
     norm_last: bool = False
-    """Whether a norm follows the block's output before it is added to the residual stream."""
+    """Whether a norm or a factor follows the block's output before it is added to the residual stream."""
     twin: Twin | None = None
     """Family to save a pruned model as where this family's own config cannot hold its number of heads."""
 
 
 _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
+_ONE_NORM_MLP = MlpRecord(norm="input_layernorm")
+_UP_DOWN_MLP = MlpRecord(producers=("mlp.up_proj",))
+_GATE_UP_MLP = MlpRecord(producers=("mlp.gate_up_proj", "mlp.gate_up_proj"))
+_4H_MLP = MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h")
+_BY_HEAD = AttentionRecord(
+    query="query_key_value",
+    key="query_key_value",
+    value="query_key_value",
+    output="dense",
+    fused="by head",
+    plain_heads=False,
+)
+_NORMS_OVER_HEADS = "normalises queries and keys over all heads together, so none can go without the others"
+_NORMS_BY_HEAD = "has weights for each head in the norms of queries and keys"
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -101,7 +129,9 @@ FAMILIES: tuple[Family, ...] = (
         "OPT",
         ("opt",),
         layers="model.decoder.layers",
-        attention=AttentionRecord(norm="self_attn_layer_norm", output="out_proj", query_count="num_heads"),
+        attention=AttentionRecord(
+            norm="self_attn_layer_norm", output="out_proj", query_count="num_heads", plain_heads=False
+        ),
         mlp=MlpRecord(
             module=None,
             norm="final_layer_norm",
@@ -123,33 +153,85 @@ FAMILIES: tuple[Family, ...] = (
             query_count="config.num_attention_heads",
             kv_count="num_key_value_heads",
         ),
-        mlp=MlpRecord(producers=("mlp.gate_up_proj", "mlp.gate_up_proj")),
+        mlp=_GATE_UP_MLP,
     ),
     Family(
         "GPT-NeoX, Pythia",
         ("gpt_neox",),
         layers="gpt_neox.layers",
+        attention=replace(_BY_HEAD, module="attention", head_dim="head_size"),
+        mlp=_4H_MLP,
+    ),
+    Family("Gemma 1", ("gemma",)),
+    Family("SmolLM3", ("smollm3",)),
+    Family("OLMo 1", ("olmo",)),
+    Family(
+        "OLMo 2, OLMo 3",
+        ("olmo2", "olmo3"),
+        attention=AttentionRecord(norm=None, whole=_NORMS_OVER_HEADS),
+        mlp=MlpRecord(norm=None),
+        norm_last=True,
+    ),
+    Family("Granite", ("granite",), norm_last=True),
+    Family(
+        "Command R",
+        ("cohere",),
+        attention=AttentionRecord(whole=_NORMS_BY_HEAD, whole_if="use_qk_norm"),
+        mlp=_ONE_NORM_MLP,
+    ),
+    Family("Command R7B, Command A", ("cohere2",), mlp=_ONE_NORM_MLP),
+    Family("StarCoder2", ("starcoder2",), mlp=MlpRecord(producers=("mlp.c_fc",), consumer="mlp.c_proj")),
+    Family(
+        "Phi-1, Phi-1.5, Phi-2",
+        ("phi",),
+        attention=AttentionRecord(output="dense"),
+        mlp=MlpRecord(norm="input_layernorm", producers=("mlp.fc1",), consumer="mlp.fc2"),
+    ),
+    Family("GLM-4-9B", ("glm",), mlp=_GATE_UP_MLP),
+    Family("GLM-4-0414", ("glm4",), mlp=_GATE_UP_MLP, norm_last=True),
+    Family("Nemotron-4, Minitron", ("nemotron",), mlp=_UP_DOWN_MLP),
+    Family(
+        "StableLM",
+        ("stablelm",),
         attention=AttentionRecord(
-            module="attention",
-            query="query_key_value",
-            key="query_key_value",
-            value="query_key_value",
-            output="dense",
-            fused="by head",
-            head_dim="head_size",
+            query_count="num_heads",
+            kv_count="num_key_value_heads",
+            plain_heads=False,
+            whole=_NORMS_BY_HEAD,
+            whole_if="qk_layernorm",
         ),
-        mlp=MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h"),
+        mlp=MlpRecord(shared_norm="input_layernorm"),
+    ),
+    Family(
+        "EXAONE 4",
+        ("exaone4",),
+        attention=AttentionRecord(norm=None),
+        mlp=MlpRecord(norm=None),
+        norm_last=True,
+    ),
+    Family("Arcee AFM", ("arcee",), attention=AttentionRecord(plain_heads=False), mlp=_UP_DOWN_MLP),
+    Family(
+        "Apertus",
+        ("apertus",),
+        attention=AttentionRecord(norm="attention_layernorm"),
+        mlp=replace(_UP_DOWN_MLP, norm="feedforward_layernorm"),
+    ),
+    Family("Seed-OSS", ("seed_oss",)),
+    Family("ERNIE 4.5", ("ernie4_5",)),
+    Family("Hunyuan (dense)", ("hunyuan_v1_dense",)),
+    Family("Helium", ("helium",), attention=AttentionRecord(plain_heads=False)),
+    Family("Ministral, Ministral 3", ("ministral", "ministral3")),
+    Family(
+        "Persimmon",
+        ("persimmon",),
+        attention=replace(_BY_HEAD, query_count="num_heads"),
+        mlp=_4H_MLP,
     ),
 )
 
 
 PRUNED_PREFIX = "pruned_"
 """Prefix of the `model_type` of checkpoints whose layers differ in width (see `modeling_pruned.py`)."""
-
-
-def supported_models() -> str:
-    """One line that lists the supported families with their `model_type`s."""
-    return "; ".join(f"{f.name} ({', '.join(f.model_types)})" for f in FAMILIES)
 
 
 def is_supported(model_type: object) -> bool:
@@ -162,21 +244,28 @@ def find_family(model: nn.Module) -> Family:
 
     Raises `UsageError` for a model of an unsupported family.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
     for family in FAMILIES:
-        if str(model_type).removeprefix(PRUNED_PREFIX) in family.model_types:
+        if model_type.removeprefix(PRUNED_PREFIX) in family.model_types:
             _check_layers(model, family)
             return family
     if _experts(model):
         raise UsageError(
             f"{type(model).__name__} is a mixture-of-experts model, whose experts cannot be pruned; choose a "
-            f"dense model of one of these families: {supported_models()}."
+            f"dense model{_nearest(model_type)}; `probeprune models` lists all families."
         )
     raise UsageError(
-        f"model type {model_type!r} ({type(model).__name__}) is not supported; supported are: "
-        f"{supported_models()}. To add it, write one Family record in probeprune/model/families.py "
-        "(see CONTRIBUTING.md, 'Add a model family')."
+        f"model type {model_type!r} ({type(model).__name__}) is not one of the {len(FAMILIES)} supported "
+        f"families{_nearest(model_type)}; `probeprune models` lists them. To add one, write one Family "
+        "record in probeprune/model/families.py (see CONTRIBUTING.md, 'Add a model family')."
     )
+
+
+def _nearest(model_type: str) -> str:
+    """The supported `model_type` most like this one, to put into a sentence; empty if none is like it."""
+    known = [t for f in FAMILIES for t in f.model_types]
+    near = get_close_matches(model_type, known, n=1)
+    return f" (nearest: {near[0]})" if near else ""
 
 
 def _check_layers(model: nn.Module, family: Family) -> None:

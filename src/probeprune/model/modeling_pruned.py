@@ -115,6 +115,7 @@ class _Narrow(PreTrainedModel):
             super().__init__(config, *args, **kwargs)
         if config.is_heterogeneous:
             _rebuild_layers(self, config)
+            view_rest(self, config)
         narrow(self, getattr(config, "pruned", {}))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,6 +191,23 @@ def view_layer(layer: nn.Module, own: Any, config: Any) -> None:
         if held is not None:
             base = held if isinstance(held, ConfigView) else config
             module.config = ConfigView(base, fields)  # type: ignore[assignment]
+
+
+def view_rest(model: nn.Module, config: Any) -> None:
+    """Let the modules outside of layers read the dense model's fields where those of layers differ.
+
+    Some kinds of RoPE read the number of heads, only to divide by it where the config has no head size.
+
+    Args:
+        model: whose layers read fields of their own (`view_layer`).
+        config: the model's config.
+    """
+    names = config.per_layer_attributes
+    with _without_overrides(config):  # layers may have fields that the family's config lacks
+        fields = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    for module in model.modules():
+        if module.__dict__.get("config") is config and not isinstance(module, PreTrainedModel):
+            module.config = ConfigView(config, fields)  # type: ignore[assignment]
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from probeprune.errors import UsageError
-from probeprune.model.blocks import Block
+from probeprune.model.blocks import Block, kept_whole
 from probeprune.model.modeling_pruned import ConfigView
 from probeprune.model.narrow_linear import View, close_view, open_view
 from probeprune.model.offloading import fetching_hook
@@ -45,7 +45,9 @@ class Partition:
     """
 
     def __init__(self, block: Block) -> None:
-        """Raises `UsageError` for a block whose weights are offloaded, and not opened (`in_memory`)."""
+        """Raises `UsageError` for a block that stays whole, or whose weights are offloaded and not opened."""
+        if block.whole is not None:
+            raise kept_whole(block)
         for m in block.members:
             if fetching_hook(m.linear) is not None:
                 raise UsageError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from probeprune.errors import UsageError
@@ -204,7 +205,7 @@ def _layer_fields(
 def _differences(model: Any, blocks: Sequence[Block], plain: Any) -> dict[str, dict[str, Any]]:
     """What a described model of the same layers lacks, by module. It may have more biases: those are zero.
 
-    Raises `Unfit` where it has heads of another size.
+    Raises `Unfit` where it has heads or norms of another size.
     """
     head_dim = find_family(model).attention.head_dim
     found: dict[str, dict[str, Any]] = {}
@@ -221,6 +222,7 @@ def _differences(model: Any, blocks: Sequence[Block], plain: Any) -> dict[str, d
             if differs:
                 found[name] = differs
         if block.kind == "attention":
+            _check_norms(block, plain.get_submodule(block.name))
             if getattr(plain.get_submodule(block.name), head_dim) != block.head_dim:
                 raise Unfit(f"{type(plain.config).__name__} gives {block.name} heads of another size")
             counts = {
@@ -235,6 +237,17 @@ def _differences(model: Any, blocks: Sequence[Block], plain: Any) -> dict[str, d
             if counts:
                 found[block.name] = counts
     return found
+
+
+def _check_norms(block: Block, plain: nn.Module) -> None:
+    """Raise `Unfit` where norms inside an attention block have another size under a config."""
+    linears = {m.linear for m in block.members}
+    for name, module in block.entry.named_modules():
+        if module in linears:
+            continue
+        for own, parameter in module.named_parameters(name, recurse=False):
+            if parameter.shape != plain.get_parameter(own).shape:
+                raise Unfit(f"{type(plain).__name__} has {own} of another shape")
 
 
 def plain_class(model: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from probeprune.errors import UsageError
-from probeprune.model.blocks import Block
+from probeprune.model.blocks import Block, kept_whole
 from probeprune.ranges import check
 
 KINDS = ("attention", "mlp")
@@ -57,7 +57,9 @@ def candidates(request: Request) -> tuple[list[int], float]:
         raise UsageError(
             f"skip_layers={skipped} leaves none of the model's {layers} layers to prune; lower it."
         )
-    pruned = [i for i, b in enumerate(blocks) if b.layer >= skipped and b.kind in request.kinds]
+    pruned = [i for i, b in enumerate(blocks) if b.layer >= skipped and may_lose_units(b, request)]
+    if ratio and not any(may_lose_units(b, request) for b in blocks):
+        raise kept_whole(next(b for b in blocks if b.kind in request.kinds))
     prunable = sum(blocks[i].parameters for i in pruned)
     total = sum(b.parameters for b in blocks)
     share = ratio * total / max(prunable, 1)
@@ -68,6 +70,11 @@ def candidates(request: Request) -> tuple[list[int], float]:
             f"{prunable / total - 0.01:.2f}, or skip fewer."
         )
     return pruned, share
+
+
+def may_lose_units(block: Block, request: Request) -> bool:
+    """Whether the request takes units from blocks of this kind, and the block can lose some."""
+    return block.kind in request.kinds and block.whole is None
 
 
 def nearest_width(block: Block, parameters: float, round_to: int) -> int:
