@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from probeprune.errors import UsageError
 from probeprune.model.blocks import find_blocks
@@ -45,9 +45,9 @@ def test_attention_units(family, units, count, width, parameters):
 
 
 def test_unsupported_model_says_what_is_and_how_to_add():
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
     with pytest.raises(
-        UsageError, match=r"'gpt2'.*llama.*opt.*Family record in probeprune/model/families.py"
+        UsageError, match=r"'openai-gpt'.*llama.*opt.*Family record in probeprune/model/families.py"
     ):
         find_blocks(model)
     with pytest.raises(UsageError, match="unknown unit kind"):

@@ -18,7 +18,7 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import METHODS, Method, check_untrained, get_method
-from probeprune.model.blocks import Block, UnitKind, find_blocks
+from probeprune.model.blocks import Block, UnitKind, check_kinds, find_blocks
 from probeprune.model.described import check_described, describe
 from probeprune.model.layers import opened
 from probeprune.model.offloading import changes_of
@@ -156,6 +156,7 @@ def _checked_blocks(
     if steps > 1 and isinstance(calibration, Prepared | Preparation):
         raise UsageError("more than one step needs calibration text: each step calibrates the model anew.")
     blocks = find_blocks(model, method.unit_kind)
+    check_kinds(model, method.blocks)
     for block in blocks:
         check_can_cut(block)
     check_described(model)

@@ -108,8 +108,8 @@ def _carrier(model: Any, family: Family, blocks: Sequence[Block]) -> Architectur
     candidates = [a for a in ARCHITECTURES if set(family.model_types) & set(a.model_types)]
     if not candidates:
         raise UsageError(
-            f"llama.cpp has no architecture for {family.name}, so no GGUF file can hold this model; keep the "
-            "checkpoint, which transformers opens."
+            f"the export to GGUF has no architecture for {family.name}, so no file can hold this model; keep "
+            "the checkpoint, which transformers opens."
         )
     reasons = []
     for candidate in candidates:

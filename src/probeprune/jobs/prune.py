@@ -177,7 +177,7 @@ def _check_rows(type: FileType, model: Any, method: Method) -> None:
             f"type {type} stores {length} numbers of a row together, so MLP widths must be multiples of "
             f"{length}; give --round-to {length}, or choose type f16 or bf16."
         )
-    head_dim = next(b.head_dim for b in find_blocks(model) if b.kind == "attention")
+    head_dim = next((b.head_dim for b in find_blocks(model) if b.kind == "attention"), 0)
     if "attention" in method.blocks and head_dim % length:
         raise UsageError(
             f"type {type} stores {length} numbers of a row together, and heads of {head_dim} need not add up "
@@ -212,7 +212,7 @@ def rehearse(model: Any, method: Method, ratio: float, layout: Layout, steps: in
         cut = {k.name for k in done.kept if len(k.units) < k.of}
         for block in find_blocks(shape):
             if block.name in cut and block.consumer.bias is None:
-                block.consumer.bias = nn.Parameter(torch.empty(block.consumer.out_features, device="meta"))
+                block.consumer.bias = nn.Parameter(torch.empty(block.hidden_size, device="meta"))
     return export_model(shape, layout)
 
 

@@ -5,7 +5,7 @@ nothing of scores, ratios or forward passes.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from probeprune.errors import UsageError, unknown
-from probeprune.model.families import AttentionRecord, MlpRecord, find_family
-from probeprune.model.narrow_linear import NarrowLinear
+from probeprune.model.families import AttentionRecord, MlpRecord, attention_of, find_family
+from probeprune.model.linear_maps import LinearMap, is_linear_map, matrix, oriented, sizes
+from probeprune.model.narrow_linear import Narrow
 from probeprune.model.wrappers import unwrapped
 
 UnitKind = Literal["group", "balanced", "query"]
-"""What one attention unit is. In a model with one key-value head per query head, all three are one head.
+"""What one attention unit is. In a model with one key-value head per query head, all three are one head; in a
+model with a single key-value head (multi-query), which has to stay, all three are a query head.
 
 - `group`: a key-value head with all its query heads; the KV cache shrinks too.
 - `balanced`: a query head, with the same number kept in every group; keys and values stay.
@@ -36,14 +38,23 @@ class Member:
 
     name: str
     """Path of the linear map in the model."""
-    linear: nn.Linear
+    linear: LinearMap
     axis: int
     width: int
     start: int = 0
 
     def part(self, tensor: torch.Tensor, units: int) -> torch.Tensor:
-        """View of the first `units` units in a tensor shaped like the map's weight or bias."""
+        """View of the first `units` units in a weight (out, in) or a bias."""
         return tensor.narrow(self.axis if tensor.ndim > 1 else 0, self.start, units * self.width)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The map's weight (out, in), without gradients: a view."""
+        return matrix(self.linear)
+
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View (out, in) of a tensor that lies as the map's weight does."""
+        return oriented(self.linear, tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +72,10 @@ class Block:
     """Number of channels of `z` that belong to one unit."""
     members: tuple[Member, ...]
     """The parts that a cut makes smaller: rows of producers, then the consumer's columns."""
-    producers: tuple[nn.Linear, ...]
+    producers: tuple[LinearMap, ...]
     """All linear maps in front of `z`, including those without units (key and value if only query heads are
     removed)."""
-    consumer: nn.Linear
+    consumer: LinearMap
     entry: nn.Module
     """The module whose input is the block's normalised input `X`."""
     run: Callable[..., object]
@@ -79,7 +90,10 @@ class Block:
     unit_kind: UnitKind = "group"
     query_count: str | None = None
     kv_count: str | None = None
-    """`query_count` and `kv_count` of the family's `AttentionRecord`."""
+    query_width: str | None = None
+    """`query_count`, `kv_count` and `query_width` of the family's `AttentionRecord`."""
+    repeats_kv: bool = False
+    """Whether the KV cache holds keys and values once for every query head."""
 
     @property
     def width(self) -> int:
@@ -91,14 +105,41 @@ class Block:
         """Query heads per key-value head (1 for an MLP)."""
         return self.query_heads // self.kv_heads if self.kv_heads else 1
 
-    # Sizes come from in_features and out_features: a view may show narrower weights.
+    def counts(self, query_heads: int, kv_heads: int) -> dict[str, int]:
+        """What the attention module's forward reads of its heads: an attribute, or one of its config
+        (`config.x`)."""
+        values = {
+            self.query_count: query_heads,
+            self.kv_count: kv_heads,
+            self.query_width: query_heads * self.head_dim,
+        }
+        return {name: value for name, value in values.items() if name is not None}
+
+    def cached_heads(self, units: int) -> int:
+        """Heads of the keys in a KV cache that this block fills with `units` units in view."""
+        grouped = self.unit_kind == "group"
+        if self.repeats_kv:
+            return units * self.group_size if grouped else units
+        return units if grouped else self.kv_heads
+
+    @property
+    def consumer_weight(self) -> torch.Tensor:
+        """The weight (d, n) that the consumer's forward reads, without gradients: a view."""
+        return matrix(self.consumer)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream, which the consumer writes to."""
+        return sizes(self.consumer)[0]
+
+    # Sizes are what the maps say: a view may show narrower weights.
 
     @property
     def unit_parameters(self) -> int:
         """Parameters removed with one unit, including the producers' biases."""
         total = 0
         for m in self.members:
-            total += m.width * (m.linear.in_features if m.axis == 0 else m.linear.out_features)
+            total += m.width * sizes(m.linear)[1 - m.axis]
             if m.axis == 0 and m.linear.bias is not None:
                 total += m.width
         return total
@@ -106,10 +147,11 @@ class Block:
     @property
     def parameters(self) -> int:
         """Parameters of the whole block, including those that belong to no unit."""
-        return sum(
-            linear.in_features * linear.out_features + (linear.out_features if linear.bias is not None else 0)
-            for linear in (*self.producers, self.consumer)
-        )
+        total = 0
+        for linear in (*self.producers, self.consumer):
+            rows, columns = sizes(linear)
+            total += rows * columns + (rows if linear.bias is not None else 0)
+        return total
 
 
 def uncalled_consumer(block: Block) -> UsageError:
@@ -130,6 +172,8 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     """All prunable blocks of a transformers causal LM, in the order in which they run.
 
+    MLPs alone in a model whose heads have to stay (`families.attention_of`).
+
     Args:
         model: a causal LM of a supported family.
         units: what an attention unit is (see `UnitKind`).
@@ -144,12 +188,23 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     family = find_family(model)
     norm_first = family.norm_first is None or bool(getattr(model.config, family.norm_first))
     blocks = []
+    attention = attention_of(model)
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"
-        blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first))
+        if isinstance(attention, AttentionRecord):
+            blocks.append(_attention_block(prefix, index, layer, attention, units, norm_first))
         blocks.append(_mlp_block(prefix, index, layer, family.mlp, norm_first))
     _refuse_shared_weights(model, blocks)
     return blocks
+
+
+def check_kinds(model: nn.Module, kinds: Collection[str]) -> None:
+    """Raise `UsageError` where only blocks of kinds that a model cannot lose units of are to be pruned."""
+    reason = attention_of(model)
+    if isinstance(reason, str) and "mlp" not in kinds:
+        raise UsageError(
+            f"the heads of {type(model).__name__} have to stay: {reason}; prune its MLPs (blocks mlp)."
+        )
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -167,15 +222,21 @@ def _attention_block(
     paths = (record.query, record.key, record.value, record.output)
     q, k, v, o = (_linear(module, path, name) for path in paths)
     head_dim = int(getattr(module, record.head_dim))
-    query_heads = o.in_features // head_dim
+    query_heads = sizes(o)[1] // head_dim
     key_rows, value_rows, kv_heads = _key_value_rows(record, query_heads, head_dim, q, k)
     group = query_heads // kv_heads
     if group == 1:
         units = "group"
+    elif kv_heads == 1:
+        units = "balanced"
+    elif record.fused == "by group" and units != "group":
+        raise UsageError(
+            f"{name} holds its heads group by group, so they leave in groups; use unit_kind='group'."
+        )
     count, width = (kv_heads, group * head_dim) if units == "group" else (query_heads, head_dim)
     query, key, value, output = (f"{name}.{path}" for path in paths)
-    if record.fused == "by head":
-        rows: tuple[Member, ...] = (Member(query, q, 0, 3 * head_dim),)
+    if record.fused == "by group" and units == "group":
+        rows: tuple[Member, ...] = (Member(query, q, 0, (group + 2) * head_dim),)
     else:
         rows = (Member(query, q, 0, width),)
         if units == "group":
@@ -192,32 +253,38 @@ def _attention_block(
         entry=module,
         run=module,
         activation=None,
-        norm=layer.get_submodule(record.norm) if norm_first else None,
+        norm=_norm(layer, record.norm) if norm_first else None,
         head_dim=head_dim,
         query_heads=query_heads,
         kv_heads=kv_heads,
         unit_kind=units,
         query_count=record.query_count,
         kv_count=record.kv_count,
+        query_width=record.query_width,
+        repeats_kv=record.repeats_kv is not None and bool(attribute(module, record.repeats_kv)),
     )
 
 
 def _key_value_rows(
-    record: AttentionRecord, query_heads: int, head_dim: int, query: nn.Linear, key: nn.Linear
+    record: AttentionRecord, query_heads: int, head_dim: int, query: LinearMap, key: LinearMap
 ) -> tuple[int, int, int]:
-    """First row of the keys, first row of the values (in the maps that make them), and key-value heads."""
+    """First row of the keys, first row of the values (in the maps that make them), and key-value heads.
+
+    The rows of a map that makes them group by group are those of the first group.
+    """
     if record.fused is None:
-        return 0, 0, key.out_features // head_dim
-    if record.fused == "stacked":
-        kv_heads = (query.out_features // head_dim - query_heads) // 2
-        return query_heads * head_dim, (query_heads + kv_heads) * head_dim, kv_heads
-    return head_dim, 2 * head_dim, query_heads  # by head: within the rows of each head
+        return 0, 0, sizes(key)[0] // head_dim
+    kv_heads = (sizes(query)[0] // head_dim - query_heads) // 2
+    before = query_heads if record.fused == "stacked" else query_heads // kv_heads
+    between = kv_heads if record.fused == "stacked" else 1
+    return before * head_dim, (before + between) * head_dim, kv_heads
 
 
 def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, norm_first: bool) -> Block:
     name = f"{prefix}.{record.module or 'mlp'}"
     producers = tuple(_linear(layer, path, prefix) for path in record.producers)
     consumer = _linear(layer, record.consumer, prefix)
+    width = sizes(consumer)[1]
     activation: nn.Module | None = None
     if record.module is not None:
         entry: nn.Module = layer.get_submodule(record.module)
@@ -238,12 +305,12 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         name=name,
         layer=index,
         kind="mlp",
-        units=consumer.in_features,
+        units=width,
         unit_width=1,
         members=(
             # A map named twice holds the rows of both, one after the other.
             *(
-                Member(f"{prefix}.{path}", p, 0, 1, consumer.in_features * record.producers[:i].count(path))
+                Member(f"{prefix}.{path}", p, 0, 1, width * record.producers[:i].count(path))
                 for i, (path, p) in enumerate(zip(record.producers, producers, strict=True))
             ),
             Member(f"{prefix}.{record.consumer}", consumer, 1, 1),
@@ -253,20 +320,25 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         entry=entry,
         run=run,
         activation=activation,
-        norm=layer.get_submodule(record.norm) if norm_first else None,
+        norm=_norm(layer, record.norm) if norm_first else None,
     )
 
 
-def _linear(root: nn.Module, path: str, name: str) -> nn.Linear:
+def _norm(layer: nn.Module, paths: str | tuple[str, ...]) -> nn.Module:
+    """The norm at a path; of several paths, the first where the layer has one."""
+    names = (paths,) if isinstance(paths, str) else paths
+    return layer.get_submodule(next((n for n in names if attribute(layer, n) is not None), names[0]))
+
+
+def _linear(root: nn.Module, path: str, name: str) -> LinearMap:
     """The linear map at `path`. Raises `UsageError` unless its weight can be permuted in place."""
     module = root.get_submodule(path)
     where = f"{name}.{path}"
-    if isinstance(module, NarrowLinear):
+    if isinstance(module, Narrow):
         raise UsageError(f"a method is attached to this model ({where} shows a part only); detach it first.")
-    # Exactly nn.Linear: quantised and adapter-wrapped layers subclass or replace it.
     weight = module._parameters.get("weight")
     plain = weight is None or (type(weight.data) is torch.Tensor and weight.is_floating_point())
-    if type(module) is not nn.Linear or not plain:
+    if not is_linear_map(module) or not plain:
         kind = f"{type(module).__module__}.{type(module).__name__}"
         made_of = "" if weight is None else f" with a weight of {type(weight.data).__name__} {weight.dtype}"
         raise UsageError(
@@ -283,6 +355,7 @@ def _linear(root: nn.Module, path: str, name: str) -> nn.Linear:
             f"{where} was made under torch.inference_mode(), and its weight cannot be permuted in place; "
             "load the model outside."
         )
+    assert isinstance(module, LinearMap)
     return module
 
 

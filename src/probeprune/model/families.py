@@ -19,15 +19,17 @@ class AttentionRecord:
     layer, those of the linear maps to the module."""
 
     module: str = "self_attn"
-    norm: str = "input_layernorm"
+    norm: str | tuple[str, ...] = "input_layernorm"
+    """Of several paths, the first that a layer has."""
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
     """Query, key and value may all name the same linear map, see `fused`."""
     output: str = "o_proj"
-    fused: Literal["stacked", "by head"] | None = None
+    fused: Literal["stacked", "by group"] | None = None
     """Order of the rows of a map that makes queries, keys and values together: all queries, then all keys,
-    then all values (`stacked`), or head by head the three of each (`by head`)."""
+    then all values (`stacked`), or key-value head by key-value head its queries, its key and its value
+    (`by group`)."""
     head_dim: str = "head_dim"
     """The module's attribute that holds its head size."""
     query_count: str | None = None
@@ -35,6 +37,10 @@ class AttentionRecord:
     (`config.num_attention_heads`). None if it does not read one."""
     kv_count: str | None = None
     """The same for the number of key-value heads."""
+    query_width: str | None = None
+    """The same for the width of all queries together: the number of heads times their size."""
+    repeats_kv: str | None = None
+    """The module's flag for keys and values that are repeated for every query head before they are cached."""
     bias_field: str = "attention_bias"
     """Config field that gives the block's linear maps biases; configs without the field have none to give."""
 
@@ -45,14 +51,14 @@ class MlpRecord:
 
     module: str | None = "mlp"
     """None if the layer's own forward computes the MLP."""
-    norm: str = "post_attention_layernorm"
+    norm: str | tuple[str, ...] = "post_attention_layernorm"
     producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """A map named twice makes both: the rows of the first, then those of the second."""
     consumer: str = "mlp.down_proj"
     activation: str | None = None
     """Path of the activation function; needed only if `module` is None."""
-    width_field: str = "intermediate_size"
-    """Config field with the width of all MLPs."""
+    width_field: str | None = "intermediate_size"
+    """Config field with the width of all MLPs; None where the modelling code has it fixed."""
     bias_field: str = "mlp_bias"
     """Config field that gives the block's linear maps biases; configs without the field have none to give."""
 
@@ -76,18 +82,52 @@ class Family:
     """`model_type` of the configs it covers."""
     layers: str = "model.layers"
     """Path of the list of decoder layers in the causal LM."""
-    attention: AttentionRecord = AttentionRecord()
+    attention: AttentionRecord | str = AttentionRecord()
+    """A text says why heads have to stay; it stands behind a colon."""
+    alibi: str | None = None
+    """Config flag under which heads have to stay, because of ALiBi."""
     mlp: MlpRecord = MlpRecord()
     norm_first: str | None = None
     """Config flag that, when false, puts each norm after its block, so that the block's input is the residual
     stream itself. None for a family whose norms always come first."""
     norm_last: bool = False
     """Whether a norm follows the block's output before it is added to the residual stream."""
+    layers_give_tuples: bool = False
+    """Whether a layer's forward returns a tuple, with the hidden states in front."""
     twin: Twin | None = None
     """Family to save a pruned model as where this family's own config cannot hold its number of heads."""
 
 
 _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
+
+
+_ALIBI = (
+    "ALiBi gives every head a slope by its place among all heads, and the model's code works the slopes out "
+    "for all layers at once, so the heads left would get others"
+)
+
+# Of the OPT kind: the layer itself computes the MLP.
+_BARE_MLP = MlpRecord(
+    module=None,
+    norm="final_layer_norm",
+    producers=("fc1",),
+    consumer="fc2",
+    activation="activation_fn",
+    width_field="ffn_dim",
+)
+# Of the GPT-2 kind, and of the GPT-J kind, where both blocks read one norm.
+_GPT2_ATTENTION = AttentionRecord(
+    module="attn",
+    norm="ln_1",
+    query="c_attn",
+    key="c_attn",
+    value="c_attn",
+    output="c_proj",
+    fused="stacked",
+    query_width="split_size",
+)
+_GPT2_MLP = MlpRecord(norm="ln_2", producers=("mlp.c_fc",), consumer="mlp.c_proj", width_field="n_inner")
+_GPTJ_MLP = MlpRecord(norm="ln_1", producers=("mlp.fc_in",), consumer="mlp.fc_out", width_field="n_inner")
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -102,14 +142,7 @@ FAMILIES: tuple[Family, ...] = (
         ("opt",),
         layers="model.decoder.layers",
         attention=AttentionRecord(norm="self_attn_layer_norm", output="out_proj", query_count="num_heads"),
-        mlp=MlpRecord(
-            module=None,
-            norm="final_layer_norm",
-            producers=("fc1",),
-            consumer="fc2",
-            activation="activation_fn",
-            width_field="ffn_dim",
-        ),
+        mlp=_BARE_MLP,
         norm_first="do_layer_norm_before",
     ),
     Family(
@@ -135,10 +168,121 @@ FAMILIES: tuple[Family, ...] = (
             key="query_key_value",
             value="query_key_value",
             output="dense",
-            fused="by head",
+            fused="by group",
             head_dim="head_size",
         ),
         mlp=MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h"),
+    ),
+    Family("GPT-2", ("gpt2",), layers="transformer.h", attention=_GPT2_ATTENTION, mlp=_GPT2_MLP),
+    Family(
+        "GPT-BigCode (StarCoder 1)",
+        ("gpt_bigcode",),
+        layers="transformer.h",
+        # With `multi_query`, one group of all heads; without, one of each head.
+        attention=replace(
+            _GPT2_ATTENTION, fused="by group", query_count="num_heads", query_width="embed_dim"
+        ),
+        mlp=_GPT2_MLP,
+    ),
+    Family(
+        "GPT-Neo",
+        ("gpt_neo",),
+        layers="transformer.h",
+        attention=AttentionRecord(
+            module="attn.attention", norm="ln_1", output="out_proj", query_count="num_heads"
+        ),
+        mlp=replace(_GPT2_MLP, width_field="intermediate_size"),
+        layers_give_tuples=True,
+    ),
+    Family(
+        "GPT-J",
+        ("gptj",),
+        layers="transformer.h",
+        attention=AttentionRecord(
+            module="attn", norm="ln_1", output="out_proj", query_count="num_attention_heads"
+        ),
+        mlp=_GPTJ_MLP,
+        layers_give_tuples=True,
+    ),
+    Family(
+        "CodeGen",
+        ("codegen",),
+        layers="transformer.h",
+        attention="the model's code deals them out to four parts of equal size",
+        mlp=_GPTJ_MLP,
+        layers_give_tuples=True,
+    ),
+    Family(
+        "BLOOM",
+        ("bloom",),
+        layers="transformer.h",
+        attention=_ALIBI,
+        mlp=MlpRecord(
+            module=None,  # its forward adds the residual stream
+            producers=("mlp.dense_h_to_4h",),
+            consumer="mlp.dense_4h_to_h",
+            activation="mlp.gelu_impl",
+            width_field=None,
+        ),
+        layers_give_tuples=True,
+    ),
+    Family(
+        "Falcon",
+        ("falcon",),
+        layers="transformer.h",
+        attention=AttentionRecord(
+            module="self_attention",
+            norm=("ln_attn", "input_layernorm"),
+            query="query_key_value",
+            key="query_key_value",
+            value="query_key_value",
+            output="dense",
+            fused="by group",
+            query_count="num_heads",
+            kv_count="num_kv_heads",
+            repeats_kv="new_decoder_architecture",
+        ),
+        alibi="alibi",
+        mlp=MlpRecord(
+            norm=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
+            producers=("mlp.dense_h_to_4h",),
+            consumer="mlp.dense_4h_to_h",
+            width_field="ffn_hidden_size",
+        ),
+        layers_give_tuples=True,
+    ),
+    Family(
+        "MPT",
+        ("mpt",),
+        layers="transformer.blocks",
+        attention=_ALIBI,
+        mlp=MlpRecord(
+            module=None,  # its forward adds the residual stream
+            norm="norm_2",
+            producers=("ffn.up_proj",),
+            consumer="ffn.down_proj",
+            activation="ffn.act",
+            width_field=None,
+        ),
+        layers_give_tuples=True,
+    ),
+    Family(
+        "XGLM",
+        ("xglm",),
+        attention=AttentionRecord(
+            norm="self_attn_layer_norm",
+            output="out_proj",
+            query_count="num_heads",
+            query_width="embed_dim",
+        ),
+        mlp=_BARE_MLP,
+    ),
+    Family(
+        "BioGPT",
+        ("biogpt",),
+        layers="biogpt.layers",
+        attention=AttentionRecord(norm="self_attn_layer_norm", output="out_proj"),
+        mlp=replace(_BARE_MLP, width_field="intermediate_size"),
     ),
 )
 
@@ -177,6 +321,14 @@ def find_family(model: nn.Module) -> Family:
         f"{supported_models()}. To add it, write one Family record in probeprune/model/families.py "
         "(see CONTRIBUTING.md, 'Add a model family')."
     )
+
+
+def attention_of(model: Any) -> AttentionRecord | str:
+    """The record of a model's attention, or the reason why its heads have to stay."""
+    family = find_family(model)
+    if family.alibi is not None and getattr(model.config, family.alibi):
+        return _ALIBI
+    return family.attention
 
 
 def _check_layers(model: nn.Module, family: Family) -> None:

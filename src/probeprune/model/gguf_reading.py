@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.described import export
-from probeprune.model.families import find_family
+from probeprune.model.families import AttentionRecord, find_family
 from probeprune.model.gguf_architectures import Architecture
 from probeprune.model.gguf_config import groups_of, head_size, make_config, widths
 from probeprune.model.gguf_rope import FACTORS, LONG, SHORT
@@ -109,6 +109,7 @@ def _changes(
                     "out_features": sizes[rows],
                     "bias": f"{place.name}.bias" in stored,
                 }
+    assert isinstance(family.attention, AttentionRecord)  # of all families that a file's architecture carries
     for index, layer in enumerate(heads):
         path = f"{family.layers}.{index}.{family.attention.module}"
         if hasattr(model.get_submodule(path), "num_key_value_groups"):

@@ -315,14 +315,12 @@ def _check_counts(file: Path, model: PreTrainedModel) -> None:
     for block in find_blocks(model):
         if block.kind != "attention":
             continue
-        counts = {
-            block.query_count: block.query_heads,
-            block.kv_count: block.kv_heads,
+        counts: dict[str, float] = {
+            **block.counts(block.query_heads, block.kv_heads),
             "num_key_value_groups": block.query_heads / block.kv_heads,
         }
         for name, count in counts.items():
-            module = model.get_submodule(block.name)
-            said = attribute(module, name) if name else None
+            said = attribute(model.get_submodule(block.name), name)
             if said is not None and said != count:
                 raise UsageError(
                     f"'{file}' says {name} {said} of {block.name}, and its weights say {count:g}; get the "
