@@ -5,22 +5,39 @@ methods on the other families.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from all_methods import ALL, check_cut, check_passes
-from tiny import close, kept, lively, logits, masked, padded, snapshot, token_ids
+from refitting import WINDOWS as TEXT
+from refitting import some
+from safetensors.torch import load_file, save_file
+from test_offloaded import on_disk
+from test_refit import slow
+from tiny import close, cuts, kept, lively, logits, masked, opened, padded, snapshot, token_ids
 from transformers import PreTrainedModel
 
-from probeprune import attach, compose, find_blocks, prune, save, with_equal_widths
+from probeprune import (
+    Refit,
+    attach,
+    compose,
+    find_blocks,
+    load_model,
+    prepare,
+    prune,
+    save,
+    with_equal_widths,
+)
+from probeprune.calibration.refit import RefitRequest, refit
 from probeprune.errors import UsageError
 from probeprune.model.cost import blocks_flops, counting_flops
 from probeprune.model.described import export
 from probeprune.model.layers import LayerRunner, capture
-from probeprune.model.passes import find_decoder
-from probeprune.prepare import prepare
+from probeprune.model.passes import find_decoder, token_windows
+from probeprune.prepare import Prepared
 
 GPT2 = {"n_embd": 48, "n_head": 6, "n_layer": 5, "n_positions": 128, "vocab_size": 128, "n_inner": 100}
 GPTJ = {**GPT2, "rotary_dim": 4}
@@ -117,13 +134,13 @@ def test_cut_saved_opened_and_generating(family, method, tmp_path):
 @EACH
 def test_generation_while_attached_continues_its_cache(family):
     model = FAMILIES[family]()
-    ids = token_ids(2, 10)
-    with attach(model, "wanda-sp", 0.3, calibration=WINDOWS) as handle:
-        out = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=127, pad_token_id=0)
+    ids, given = token_ids(2, 10), {"do_sample": False, "eos_token_id": 127, "pad_token_id": 0}
+    given["use_cache"] = True  # not the default of MPT
+    with attach(model, compose("probe", skip_layers=0), 0.3, calibration=WINDOWS) as handle:
+        tokens = model.generate(ids, max_new_tokens=4, **given)
         choice = kept(handle)
     with masked(choice):
-        again = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=127, pad_token_id=0)
-    assert out.equal(again)
+        assert tokens.equal(model.generate(ids, max_new_tokens=4, **given))
 
 
 @EACH
@@ -188,7 +205,7 @@ def test_plain_configs_hold_mlps_where_they_have_a_field_for_them(family, tmp_pa
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in HEADS_STAY])
 def test_no_plain_config_holds_fewer_heads(family):
     model = FAMILIES[family]()
-    prune(model, with_equal_widths("random"), 0.4)
+    prune(model, with_equal_widths("random"), 0.5)
     with pytest.raises(UsageError, match=r"no plain config describes.*layout per-layer.*\(blocks mlp\)"):
         export(model, "uniform")
 
@@ -205,10 +222,83 @@ def test_with_a_single_key_value_head_units_are_query_heads(units):
             find_blocks(FAMILIES["falcon-grouped"](), units)
 
 
+def test_the_causal_masks_of_older_checkpoints_are_no_weights(tmp_path, number_tokenizer):
+    """As on the hub: masks beside the weights, and names without their first part."""
+    for family, path in (("gpt2", "attn"), ("gpt-neo", "attn.attention"), ("gptj", "attn")):
+        model, folder = FAMILIES[family](), tmp_path / family
+        save(model, folder, tokenizer=number_tokenizer)
+        stored = load_file(folder / "model.safetensors")
+        stored = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+        stored[f"h.0.{path}.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+        stored[f"h.0.{path}.masked_bias"] = torch.tensor(-1e9)
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        found = load_model(str(folder), dtype="float32").model.state_dict()
+        assert all(found[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+
+def test_windows_longer_than_alibi_reaches_are_refused():
+    with pytest.raises(UsageError, match="longer than the model's 128 positions"):
+        token_windows(FAMILIES["mpt"](), token_ids(2, 129))
+
+
 # -- weights stored the other way round ---------------------------------------------------------------------
+
+
+@cache
+def gpt2() -> tuple[PreTrainedModel, Prepared]:
+    """A model, and the calibration of all methods."""
+    model = FAMILIES["gpt2"]()
+    return model, prepare(model, [*ALL.values()], 0.3, WINDOWS)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_all_methods_on_transposed_weights(name):
+    model, calibration = gpt2()
+    check_passes(model, ALL[name], calibration)
+
+
+def test_whatever_is_read_of_transposed_weights_is_read_of_plain_ones():
+    """Of the same model made of `nn.Linear`: all statistics, gradients and refits, and so the same units."""
+    model, calibration = gpt2()
+    plain = FAMILIES["gpt2"]()
+    for block in find_blocks(plain):
+        for linear in {m.name: m.linear for m in block.members}.values():
+            weight = linear.weight.detach().T.contiguous()
+            vars(linear).update(in_features=linear.nx, out_features=linear.nf)
+            linear.__class__ = torch.nn.Linear
+            linear.weight = torch.nn.Parameter(weight)
+    ids, mask = padded("left")
+    close(logits(plain, ids, mask), logits(model, ids, mask))
+    for name in ("magnitude", "flap", "best-static", "best-dynamic", "llm-pruner", "loraprune"):
+        found = []
+        for of, given in ((model, calibration), (plain, WINDOWS)):
+            with attach(of, ALL[name], 0.3, calibration=given) as handle:
+                found.append((logits(of, ids, mask), handle.kept_units()))
+        (one, units), (other, same) = found
+        assert units == same, name
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_a_refit_is_what_whole_models_give_in_float64(family):
+    model, other, how = FAMILIES[family](), FAMILIES[family](), Refit(damping=(1e-2,))
+    for m in (model, other):
+        m.config.use_parallel_residual = family == "gptj"  # for the slow one
+    names = some(model)
+    got = refit(model, RefitRequest(cuts(names)), TEXT, how, batch_size=5)
+    want = slow(model, other, names, TEXT, how)
+    assert got.keys() == want.keys()
+    for name, consumer in got.items():
+        torch.testing.assert_close(consumer.weight.double(), want[name][0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["flap", "best-static"])
+def test_a_layer_at_a_time_from_disk(method, tmp_path):
     model = FAMILIES["gpt2"]()
-    check_passes(model, ALL[name], prepare(model, ALL[name], 0.3, WINDOWS))
+    other = on_disk(model, tmp_path / "dense")
+    for m, folder in ((model, "here"), (other, "there")):
+        prune(m, method, 0.3, calibration=WINDOWS)
+        save(m, tmp_path / folder)
+    here, there = opened(tmp_path / "here"), opened(tmp_path / "there")
+    for (name, p), (same, q) in zip(here.named_parameters(), there.named_parameters(), strict=True):
+        assert name == same and p.equal(q)

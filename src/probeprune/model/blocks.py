@@ -20,7 +20,7 @@ from probeprune.model.wrappers import unwrapped
 
 UnitKind = Literal["group", "balanced", "query"]
 """What one attention unit is. In a model with one key-value head per query head, all three are one head; in a
-model with a single key-value head (multi-query), which has to stay, all three are a query head.
+model made with a single key-value head (GPT-BigCode, Falcon), which has to stay, all three are a query head.
 
 - `group`: a key-value head with all its query heads; the KV cache shrinks too.
 - `balanced`: a query head, with the same number kept in every group; keys and values stay.
@@ -225,11 +225,13 @@ def _attention_block(
     query_heads = sizes(o)[1] // head_dim
     key_rows, value_rows, kv_heads = _key_value_rows(record, query_heads, head_dim, q, k)
     group = query_heads // kv_heads
+    repeats_kv = record.repeats_kv is not None and bool(attribute(module, record.repeats_kv))
+    multi_query = record.multi_query is not None and bool(attribute(module, record.multi_query))
     if group == 1:
         units = "group"
-    elif kv_heads == 1:
+    elif kv_heads == 1 and (units == "query" or (multi_query and not repeats_kv)):
         units = "balanced"
-    elif record.fused == "by group" and units != "group":
+    elif kv_heads > 1 and record.fused == "by group" and units != "group":
         raise UsageError(
             f"{name} holds its heads group by group, so they leave in groups; use unit_kind='group'."
         )
@@ -261,7 +263,7 @@ def _attention_block(
         query_count=record.query_count,
         kv_count=record.kv_count,
         query_width=record.query_width,
-        repeats_kv=record.repeats_kv is not None and bool(attribute(module, record.repeats_kv)),
+        repeats_kv=repeats_kv,
     )
 
 

@@ -39,6 +39,8 @@ class AttentionRecord:
     """The same for the number of key-value heads."""
     query_width: str | None = None
     """The same for the width of all queries together: the number of heads times their size."""
+    multi_query: str | None = None
+    """The module's flag for a single key-value head, which all query heads read."""
     repeats_kv: str | None = None
     """The module's flag for keys and values that are repeated for every query head before they are cached."""
     bias_field: str = "attention_bias"
@@ -180,7 +182,11 @@ FAMILIES: tuple[Family, ...] = (
         layers="transformer.h",
         # With `multi_query`, one group of all heads; without, one of each head.
         attention=replace(
-            _GPT2_ATTENTION, fused="by group", query_count="num_heads", query_width="embed_dim"
+            _GPT2_ATTENTION,
+            fused="by group",
+            query_count="num_heads",
+            query_width="embed_dim",
+            multi_query="multi_query",
         ),
         mlp=_GPT2_MLP,
     ),
@@ -240,6 +246,7 @@ FAMILIES: tuple[Family, ...] = (
             fused="by group",
             query_count="num_heads",
             kv_count="num_kv_heads",
+            multi_query="multi_query",
             repeats_kv="new_decoder_architecture",
         ),
         alibi="alibi",

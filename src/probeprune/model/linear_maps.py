@@ -41,7 +41,7 @@ def matrix(linear: LinearMap) -> torch.Tensor:
 def sizes(linear: LinearMap) -> tuple[int, int]:
     """The map's (out, in) as it says itself: a view of it may show a narrower weight."""
     if isinstance(linear, Conv1D):
-        return int(linear.nf), int(linear.nx)
+        return vars(linear)["nf"], vars(linear)["nx"]  # not a view's property
     return linear.out_features, linear.in_features
 
 

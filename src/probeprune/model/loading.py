@@ -245,6 +245,13 @@ def _is_supported(model_type: object) -> bool:
     return model_type == NEMOTRON_NAS or is_supported(str(model_type).removeprefix(PRUNED_PREFIX))
 
 
+_OLD_MASKS = tuple(
+    f".attn.{name}"
+    for name in ("bias", "masked_bias", "attention.bias", "attention.masked_bias", "causal_mask")
+)
+"""Ends of the names of causal masks that older releases of GPT-2 and its kin stored with the weights. Today's
+code makes them itself."""
+
 # -- weights ---------------------------------------------------------------------------------------
 
 
@@ -264,7 +271,8 @@ def _check_weights(
             folder, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     wanted = model.state_dict()
-    for key in sorted({*wanted, *loading["unexpected_keys"]}):
+    left_over = sorted(key for key in loading["unexpected_keys"] if not key.endswith(_OLD_MASKS))
+    for key in sorted({*wanted, *left_over}):
         stored = _stored_under(key, tensors)
         if (
             stored is not None
@@ -280,7 +288,7 @@ def _check_weights(
             f"the weights of model '{name}' hold '{key}' in shape {tuple(found)}, and '{file}' asks for "
             f"{tuple(asked)}; get the checkpoint again."
         )
-    left_over, missing = sorted(loading["unexpected_keys"]), sorted(loading["missing_keys"])
+    missing = sorted(loading["missing_keys"])
     if left_over:
         raise UsageError(
             f"the weights of model '{name}' hold more than '{file}' asks for: {len(left_over)} tensors are "

@@ -187,6 +187,11 @@ class NarrowLinear(Narrow, nn.Linear):  # type: ignore[misc, override]
 class NarrowConv1D(Narrow, Conv1D):
     """A `Conv1D` with a `View`."""
 
+    @property
+    def nf(self) -> int:
+        """Outputs in view: the forward of `Conv1D`, where others have kept it, shapes its result by this."""
+        return int(self.weight.shape[1])
+
 
 def attached(doing: str) -> UsageError:
     """The error for something that cannot be done to a map that shows a part of its weight."""
