@@ -46,11 +46,16 @@ def list_models(as_json: Json = False) -> None:
     """
     if as_json:
         for family in FAMILIES:
-            print(json.dumps({"family": family.name, "model_types": family.model_types}))
+            stay = family.attention if isinstance(family.attention, str) else None
+            line = {"family": family.name, "model_types": family.model_types, "heads_stay_because": stay}
+            print(json.dumps(line))
         return
-    table = Table("family", "model_type in config.json", title="supported families", title_justify="left")
+    table = Table(
+        "family", "model_type in config.json", "pruned", title="supported families", title_justify="left"
+    )
     for family in FAMILIES:
-        table.add_row(family.name, ", ".join(family.model_types))
+        pruned = "MLPs alone" if isinstance(family.attention, str) else "heads, MLPs"
+        table.add_row(family.name, ", ".join(family.model_types), pruned)
     out().print(table)
     out().print(
         f"A model is {EMBEDDED_MODEL} (embedded), a local directory, a GGUF file or a Hugging Face hub id."

@@ -102,14 +102,14 @@ class Family:
 
 _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
 
-
 _ALIBI = (
     "ALiBi gives every head a slope by its place among all heads, and the model's code works the slopes out "
     "for all layers at once, so the heads left would get others"
 )
 
 # Of the OPT kind: the layer itself computes the MLP.
-_BARE_MLP = MlpRecord(
+_OPT_ATTENTION = AttentionRecord(norm="self_attn_layer_norm", output="out_proj", query_count="num_heads")
+_OPT_MLP = MlpRecord(
     module=None,
     norm="final_layer_norm",
     producers=("fc1",),
@@ -117,6 +117,17 @@ _BARE_MLP = MlpRecord(
     activation="activation_fn",
     width_field="ffn_dim",
 )
+# Of the GPT-NeoX kind: one map makes queries, keys and values.
+_NEOX_ATTENTION = AttentionRecord(
+    module="attention",
+    query="query_key_value",
+    key="query_key_value",
+    value="query_key_value",
+    output="dense",
+    fused="by group",
+    head_dim="head_size",
+)
+_NEOX_MLP = MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h")
 # Of the GPT-2 kind, and of the GPT-J kind, where both blocks read one norm.
 _GPT2_ATTENTION = AttentionRecord(
     module="attn",
@@ -143,8 +154,8 @@ FAMILIES: tuple[Family, ...] = (
         "OPT",
         ("opt",),
         layers="model.decoder.layers",
-        attention=AttentionRecord(norm="self_attn_layer_norm", output="out_proj", query_count="num_heads"),
-        mlp=_BARE_MLP,
+        attention=_OPT_ATTENTION,
+        mlp=_OPT_MLP,
         norm_first="do_layer_norm_before",
     ),
     Family(
@@ -164,16 +175,8 @@ FAMILIES: tuple[Family, ...] = (
         "GPT-NeoX, Pythia",
         ("gpt_neox",),
         layers="gpt_neox.layers",
-        attention=AttentionRecord(
-            module="attention",
-            query="query_key_value",
-            key="query_key_value",
-            value="query_key_value",
-            output="dense",
-            fused="by group",
-            head_dim="head_size",
-        ),
-        mlp=MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h"),
+        attention=_NEOX_ATTENTION,
+        mlp=_NEOX_MLP,
     ),
     Family("GPT-2", ("gpt2",), layers="transformer.h", attention=_GPT2_ATTENTION, mlp=_GPT2_MLP),
     Family(
@@ -223,37 +226,28 @@ FAMILIES: tuple[Family, ...] = (
         ("bloom",),
         layers="transformer.h",
         attention=_ALIBI,
-        mlp=MlpRecord(
-            module=None,  # its forward adds the residual stream
-            producers=("mlp.dense_h_to_4h",),
-            consumer="mlp.dense_4h_to_h",
-            activation="mlp.gelu_impl",
-            width_field=None,
-        ),
+        # The module's forward takes the residual stream too.
+        mlp=replace(_NEOX_MLP, module=None, activation="mlp.gelu_impl", width_field=None),
         layers_give_tuples=True,
     ),
     Family(
         "Falcon",
         ("falcon",),
         layers="transformer.h",
-        attention=AttentionRecord(
+        attention=replace(
+            _NEOX_ATTENTION,
             module="self_attention",
             norm=("ln_attn", "input_layernorm"),
-            query="query_key_value",
-            key="query_key_value",
-            value="query_key_value",
-            output="dense",
-            fused="by group",
+            head_dim="head_dim",
             query_count="num_heads",
             kv_count="num_kv_heads",
             multi_query="multi_query",
             repeats_kv="new_decoder_architecture",
         ),
         alibi="alibi",
-        mlp=MlpRecord(
+        mlp=replace(
+            _NEOX_MLP,
             norm=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
-            producers=("mlp.dense_h_to_4h",),
-            consumer="mlp.dense_4h_to_h",
             width_field="ffn_hidden_size",
         ),
         layers_give_tuples=True,
@@ -264,7 +258,7 @@ FAMILIES: tuple[Family, ...] = (
         layers="transformer.blocks",
         attention=_ALIBI,
         mlp=MlpRecord(
-            module=None,  # its forward adds the residual stream
+            module=None,  # as in BLOOM
             norm="norm_2",
             producers=("ffn.up_proj",),
             consumer="ffn.down_proj",
@@ -276,20 +270,15 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "XGLM",
         ("xglm",),
-        attention=AttentionRecord(
-            norm="self_attn_layer_norm",
-            output="out_proj",
-            query_count="num_heads",
-            query_width="embed_dim",
-        ),
-        mlp=_BARE_MLP,
+        attention=replace(_OPT_ATTENTION, query_width="embed_dim"),
+        mlp=_OPT_MLP,
     ),
     Family(
         "BioGPT",
         ("biogpt",),
         layers="biogpt.layers",
-        attention=AttentionRecord(norm="self_attn_layer_norm", output="out_proj"),
-        mlp=replace(_BARE_MLP, width_field="intermediate_size"),
+        attention=replace(_OPT_ATTENTION, query_count=None),
+        mlp=replace(_OPT_MLP, width_field="intermediate_size"),
     ),
 )
 

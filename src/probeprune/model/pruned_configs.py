@@ -81,7 +81,7 @@ def plain_candidates(
         raise Unfit(f"{type(base).__name__} has no field for the width of its MLPs")
     changes = {k: v for k, v in widths.items() if _said(base, k, v) != v}
     head_dim = 0 if attention is None else attention.head_dim
-    if attention is not None:
+    if attention is not None and _says_head_dim(type(base)):
         tied = base.hidden_size == attention.query_heads * head_dim
         if getattr(base, "head_dim", None) not in (None, head_dim) or not tied:
             changes["head_dim"] = head_dim
@@ -159,7 +159,7 @@ def _per_layer_candidates(
     layers = _layer_fields(model, base, blocks, all if in_place else any)
     head_dim = next((b.head_dim for b in blocks if b.kind == "attention"), None)
     yield type(base), _with_layers(fields, layers)
-    if head_dim is not None and fields.get("head_dim") != head_dim:
+    if head_dim is not None and fields.get("head_dim") != head_dim and _says_head_dim(type(base)):
         yield type(base), _with_layers({**fields, "head_dim": head_dim}, layers)
     twin = find_family(model).twin
     if not in_place and twin is not None:
@@ -216,6 +216,11 @@ def _layer_fields(
 def _head_fields(block: Block) -> dict[str, Any]:
     """Fields of a config that hold the numbers of heads."""
     return {"num_attention_heads": block.query_heads, "num_key_value_heads": block.kv_heads}
+
+
+def _says_head_dim(config_class: type) -> bool:
+    """Whether configs of a class can be told the size of heads; Falcon's work it out."""
+    return not isinstance(getattr(config_class, "head_dim", None), property)
 
 
 def _said(config: Any, name: str, default: Any) -> Any:
