@@ -202,7 +202,7 @@ def test_plain_configs_hold_mlps_where_they_have_a_field_for_them(family, tmp_pa
     close(logits(loaded.eval(), *padded("left")), logits(model, *padded("left")))
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in HEADS_STAY])
+@pytest.mark.parametrize("family", ["gpt2", "gpt-bigcode", "gpt-neo", "falcon-grouped", "xglm"])
 def test_no_plain_config_holds_fewer_heads(family):
     model = FAMILIES[family]()
     prune(model, with_equal_widths("random"), 0.5)
