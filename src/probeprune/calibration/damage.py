@@ -71,7 +71,7 @@ def damages(
         progress("damage", layer, len(layers))
         here = [b for b in blocks if b.layer == layer]
         with layers.opened(layer):
-            moments = {b.kind: Gram(b.width, b.consumer.out_features, b.consumer.weight.device) for b in here}
+            moments = {b.kind: Gram(b.width, b.hidden_size, b.consumer.weight.device) for b in here}
             with shares.alike():
                 for i, hidden in enumerate(stream):
                     with capture(here) as captured:
@@ -89,7 +89,7 @@ def damages(
 
 def _curve(block: Block, moments: Gram, metric: torch.Tensor, damping: float) -> torch.Tensor:
     """Damage of one block by the number of units removed: (units + 1,)."""
-    weight, centred = block.consumer.weight, block.consumer.bias is not None
+    weight, centred = block.consumer_weight, block.consumer.bias is not None
     try:
         moment, _ = normal_equations(moments, weight, centred, damping)
         order = eliminate(moment, weight, block.unit_width, metric=metric)

@@ -71,7 +71,8 @@ def cells(row: Support) -> tuple[str, ...]:
     """The row of one family in the table, a text for each of `COLUMNS`."""
 
     def kinds(which: Collection[str]) -> str:
-        return " ".join(word for kind, word in (("attention", "heads"), ("mlp", "MLPs")) if kind in which)
+        named = [word for kind, word in (("attention", "heads"), ("mlp", "MLPs")) if kind in which]
+        return " ".join(named) or "-"
 
     return (
         row.family,

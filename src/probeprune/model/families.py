@@ -1,119 +1,23 @@
-"""The architecture families that can be pruned, one record each.
+"""The architecture families that can be pruned, one record each, and which of them a model is of.
 
-A `Family` is a description: attribute paths and names of config fields, no modules. To support another
-architecture, add a record to `FAMILIES`. `blocks.py` resolves a record to the modules of one model.
+A `Family` (family_records.py) is a description: attribute paths and names of config fields, no modules. To
+support another architecture, add a record to `FAMILIES`. `blocks.py` resolves a record to the modules of one
+model.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any, Literal
 
 from torch import nn
 
 from probeprune.errors import UsageError
-
-
-@dataclass(frozen=True)
-class AttentionRecord:
-    """Where a decoder layer has its attention block. The paths of `module` and `norm` are relative to the
-    layer, those of the linear maps to the module."""
-
-    module: str = "self_attn"
-    norm: str | None = "input_layernorm"
-    """None for a block that reads the residual stream itself."""
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    """Query, key and value may all name the same linear map, see `fused`."""
-    output: str = "o_proj"
-    fused: Literal["stacked", "by head"] | None = None
-    """Order of the rows of a map that makes queries, keys and values together: all queries, then all keys,
-    then all values (`stacked`), or head by head the three of each (`by head`)."""
-    head_dim: str = "head_dim"
-    """The module's attribute that holds its head size."""
-    query_count: str | None = None
-    """Where the module's forward reads its number of query heads: an attribute of the module or of its config
-    (`config.num_attention_heads`). None if it does not read one."""
-    kv_count: str | None = None
-    """The same for the number of key-value heads."""
-    bias_field: str = "attention_bias"
-    """Config field that gives the block's linear maps biases; configs without the field have none to give."""
-    plain_heads: bool = True
-    """Whether a plain config of the family, or of its `Twin`, holds fewer heads of the same size. It cannot
-    where the number of heads sets their size or must divide the hidden size, or where the hidden size sets
-    the width of the output map."""
-    whole: str | None = None
-    """Why no head can go, to follow a model's name; None where heads can go."""
-    whole_if: str | None = None
-    """Config flag that must be true for `whole` to hold; None where it always does."""
-
-
-@dataclass(frozen=True)
-class MlpRecord:
-    """Where a decoder layer has its MLP block; all paths are relative to the layer."""
-
-    module: str | None = "mlp"
-    """None if the layer's own forward computes the MLP."""
-    norm: str | None = "post_attention_layernorm"
-    """None for a block that reads the residual stream itself."""
-    shared_norm: str | None = None
-    """The norm in front of the block where a layer has none of the name `norm`, because both blocks read what
-    one norm gives."""
-    producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """A map named twice makes both: the rows of the first, then those of the second."""
-    consumer: str = "mlp.down_proj"
-    activation: str | None = None
-    """Path of the activation function; needed only if `module` is None."""
-    width_field: str = "intermediate_size"
-    """Config field with the width of all MLPs."""
-    bias_field: str = "mlp_bias"
-    """Config field that gives the block's linear maps biases; configs without the field have none to give."""
-
-
-@dataclass(frozen=True)
-class Twin:
-    """Another family that computes the same function and whose config ties the head size to nothing."""
-
-    model_type: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Values of config fields that make it the same function."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture family, as data."""
-
-    name: str
-    """Name for readers."""
-    model_types: tuple[str, ...]
-    """`model_type` of the configs it covers."""
-    layers: str = "model.layers"
-    """Path of the list of decoder layers in the causal LM."""
-    attention: AttentionRecord = AttentionRecord()
-    mlp: MlpRecord = MlpRecord()
-    norm_first: str | None = None
-    """Config flag that, when false, puts each norm after its block, so that the block's input is the residual
-    stream itself. None for a family whose norms always come first."""
-    norm_last: bool = False
-    """Whether a norm or a factor follows the block's output before it is added to the residual stream."""
-    twin: Twin | None = None
-    """Family to save a pruned model as where this family's own config cannot hold its number of heads."""
-
+from probeprune.model.family_records import AttentionRecord, Family, MlpRecord, Twin
+from probeprune.model.older_families import NEOX_MLP, OLDER, ONE_MAP
 
 _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
 _ONE_NORM_MLP = MlpRecord(norm="input_layernorm")
 _UP_DOWN_MLP = MlpRecord(producers=("mlp.up_proj",))
 _GATE_UP_MLP = MlpRecord(producers=("mlp.gate_up_proj", "mlp.gate_up_proj"))
-_4H_MLP = MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h")
-_BY_HEAD = AttentionRecord(
-    query="query_key_value",
-    key="query_key_value",
-    value="query_key_value",
-    output="dense",
-    fused="by head",
-    plain_heads=False,
-)
 _NORMS_OVER_HEADS = "normalises queries and keys over all heads together, so none can go without the others"
 _NORMS_BY_HEAD = "has weights for each head in the norms of queries and keys"
 
@@ -126,23 +30,6 @@ FAMILIES: tuple[Family, ...] = (
     Family("Gemma 2", ("gemma2",), mlp=_SANDWICH_MLP, norm_last=True),
     Family("Gemma 3 (text)", ("gemma3_text",), mlp=_SANDWICH_MLP, norm_last=True),
     Family(
-        "OPT",
-        ("opt",),
-        layers="model.decoder.layers",
-        attention=AttentionRecord(
-            norm="self_attn_layer_norm", output="out_proj", query_count="num_heads", plain_heads=False
-        ),
-        mlp=MlpRecord(
-            module=None,
-            norm="final_layer_norm",
-            producers=("fc1",),
-            consumer="fc2",
-            activation="activation_fn",
-            width_field="ffn_dim",
-        ),
-        norm_first="do_layer_norm_before",
-    ),
-    Family(
         "Phi-3, Phi-3.5, Phi-4",
         ("phi3",),
         attention=AttentionRecord(
@@ -154,13 +41,6 @@ FAMILIES: tuple[Family, ...] = (
             kv_count="num_key_value_heads",
         ),
         mlp=_GATE_UP_MLP,
-    ),
-    Family(
-        "GPT-NeoX, Pythia",
-        ("gpt_neox",),
-        layers="gpt_neox.layers",
-        attention=replace(_BY_HEAD, module="attention", head_dim="head_size"),
-        mlp=_4H_MLP,
     ),
     Family("Gemma 1", ("gemma",)),
     Family("SmolLM3", ("smollm3",)),
@@ -200,7 +80,7 @@ FAMILIES: tuple[Family, ...] = (
             whole=_NORMS_BY_HEAD,
             whole_if="qk_layernorm",
         ),
-        mlp=MlpRecord(shared_norm="input_layernorm"),
+        mlp=MlpRecord(norm=("post_attention_layernorm", "input_layernorm")),
     ),
     Family(
         "EXAONE 4",
@@ -224,9 +104,10 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Persimmon",
         ("persimmon",),
-        attention=replace(_BY_HEAD, query_count="num_heads"),
-        mlp=_4H_MLP,
+        attention=replace(ONE_MAP, query_count="num_heads"),
+        mlp=NEOX_MLP,
     ),
+    *OLDER,
 )
 
 

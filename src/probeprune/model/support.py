@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from transformers import CONFIG_MAPPING
 
-from probeprune.model.families import FAMILIES, Family
+from probeprune.model.families import FAMILIES
+from probeprune.model.family_records import Family
 from probeprune.model.gguf_architectures import ARCHITECTURES
 from probeprune.model.nemotron_nas import COMPUTE_LIKE_LLAMA
 
@@ -42,21 +43,20 @@ class Support:
 
 def support(family: Family) -> Support:
     """What can be done with the models of one family."""
-    attention, stay = (
-        family.attention,
-        family.attention.whole is not None and family.attention.whole_if is None,
-    )
+    attention = family.attention
+    stay = attention.whole is not None and attention.whole_if is None
     carried = [a for a in ARCHITECTURES if set(a.model_types) & set(family.model_types)]
-    blocks = ("mlp",) if stay else ("attention", "mlp")
+    plain = [] if stay or not attention.plain_heads else ["attention"]
+    plain += [] if family.mlp.width_field is None else ["mlp"]
     return Support(
         family=family.name,
         model_types=family.model_types,
-        heads=() if stay else ("group", "balanced") if _groups(family) else ("group",),
+        heads=() if stay else _units(family),
         heads_stay_if=attention.whole_if,
         why=attention.whole,
         mlp=True,
-        dynamic=blocks,
-        uniform=blocks if attention.plain_heads else ("mlp",),
+        dynamic=("mlp",) if stay else ("attention", "mlp"),
+        uniform=tuple(plain),
         nemotron_nas=bool(set(family.model_types) & set(COMPUTE_LIKE_LLAMA)),
         gguf=tuple(a.name for a in carried),
         gguf_per_layer=tuple(a.name for a in carried if a.per_layer),
@@ -68,7 +68,14 @@ def all_support() -> list[Support]:
     return [support(family) for family in FAMILIES]
 
 
-def _groups(family: Family) -> bool:
-    """Whether models of a family can have several query heads for each key-value head."""
+def _units(family: Family) -> tuple[str, ...]:
+    """Kinds of attention units of a family whose heads can go.
+
+    Of a single key-value head, query heads go; of several in one map that makes them by group, whole groups;
+    where a config can have fewer key-value heads in a map of their own, query heads of each group too.
+    """
+    if family.attention.multi_query is not None:
+        return ("group", "query")
     fields = [vars(CONFIG_MAPPING[t]).get("__dataclass_fields__", {}) for t in family.model_types]
-    return any("num_key_value_heads" in f for f in fields)
+    grouped = any("num_key_value_heads" in f for f in fields)
+    return ("group", "balanced") if grouped else ("group",)

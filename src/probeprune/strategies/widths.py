@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from probeprune.errors import UsageError
-from probeprune.model.blocks import Block, kept_whole
+from probeprune.model.blocks import Block
 from probeprune.ranges import check
 
 KINDS = ("attention", "mlp")
@@ -58,15 +58,14 @@ def candidates(request: Request) -> tuple[list[int], float]:
             f"skip_layers={skipped} leaves none of the model's {layers} layers to prune; lower it."
         )
     pruned = [i for i, b in enumerate(blocks) if b.layer >= skipped and may_lose_units(b, request)]
-    if ratio and not any(may_lose_units(b, request) for b in blocks):
-        raise kept_whole(next(b for b in blocks if b.kind in request.kinds))
     prunable = sum(blocks[i].parameters for i in pruned)
     total = sum(b.parameters for b in blocks)
     share = ratio * total / max(prunable, 1)
     if share >= 1:
+        kinds = dict.fromkeys(blocks[i].kind for i in pruned)
         raise UsageError(
             f"ratio {ratio:g} of all blocks would remove everything that may be pruned "
-            f"({' and '.join(request.kinds)} behind the first {skipped} layers); use at most "
+            f"({' and '.join(kinds)} behind the first {skipped} layers); use at most "
             f"{prunable / total - 0.01:.2f}, or skip fewer."
         )
     return pruned, share
