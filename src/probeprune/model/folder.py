@@ -164,7 +164,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_sizes(folder: Path) -> list[tuple[torch.dtype, int]]:
-    """Dtype and bytes of each weight of a checkpoint; tensors of other numbers are masks, which are not opened."""
+    """Dtype and bytes of each weight of a checkpoint. Tensors of integers are masks, which nobody opens."""
     return [t.size for t in stored_tensors(weight_files(folder)).values() if t.is_float]
 
 
