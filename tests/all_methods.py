@@ -127,13 +127,13 @@ class CutBlock:
 def plain(cut: CutBlock, z: torch.Tensor) -> torch.Tensor:
     """The dense consumer with zeros for the channels that left."""
     consumer = cut.block.consumer
-    return linear(z.index_fill(1, cut.lost, 0), consumer.weight, consumer.bias)
+    return linear(z.index_fill(1, cut.lost, 0), cut.block.consumer_weight, consumer.bias)
 
 
 def with_lost_means(cut: CutBlock, z: torch.Tensor) -> torch.Tensor:
     """FLAP: what the channels that left give on average, added."""
     assert cut.moments is not None
-    return plain(cut, z) + cut.block.consumer.weight[:, cut.lost] @ cut.moments.mean[cut.lost]
+    return plain(cut, z) + cut.block.consumer_weight[:, cut.lost] @ cut.moments.mean[cut.lost]
 
 
 def refitted(cut: CutBlock, z: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,8 @@ def _fit(cut: CutBlock, when: RefitEveryBatch, z: torch.Tensor) -> tuple[torch.T
     assert samples == batch, "a probe of some samples is not written out here"
     columns = torch.tensor([(2 * i + 1) * length // (2 * positions) for i in range(positions)])
     rows = z.view(batch, length, -1)[:, columns][cut.mask[:, columns].bool()].double()
-    target = linear(rows, consumer.weight.double(), None if consumer.bias is None else consumer.bias.double())
+    own = cut.block.consumer_weight.double()
+    target = linear(rows, own, None if consumer.bias is None else consumer.bias.double())
     rows, w = rows[:, cut.channels], start.weight.double()
     error = target - rows @ w.T - (0 if start.bias is None else start.bias.double())
     centred = rows if start.mean is None else rows - start.mean.double()

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny import FAMILIES
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from probeprune.errors import UsageError
 from probeprune.model.blocks import find_blocks
@@ -44,12 +43,18 @@ def test_attention_units(family, units, count, width, parameters):
     assert (block.units, block.unit_width, block.unit_parameters) == (count, width, parameters)
 
 
-def test_unsupported_model_says_what_is_and_how_to_add():
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
-    with pytest.raises(
-        UsageError, match=r"'gpt2'.*llama.*opt.*Family record in probeprune/model/families.py"
-    ):
-        find_blocks(model)
+def test_unsupported_model_says_what_is_near_and_how_to_add():
+    model = FAMILIES["llama"]()
+    for model_type, near in (("llama5", r" \(nearest: llama\)"), ("bert", "")):
+        model.config.model_type = model_type
+        words = (
+            rf"'{model_type}' .*families{near}; `probeprune models` lists.*Family record in probeprune/model"
+        )
+        with pytest.raises(UsageError, match=words):
+            find_blocks(model)
+
+
+def test_unknown_unit_kinds_are_refused():
     with pytest.raises(UsageError, match="unknown unit kind"):
         find_blocks(FAMILIES["llama"](), "heads")  # type: ignore[arg-type]
 

@@ -161,16 +161,16 @@ def test_a_compensation(example, tmp_path, monkeypatch):
 
 def test_a_model_family(example, tmp_path):
     with pytest.raises(KeyError):
-        FAMILIES["starcoder2"]
+        FAMILIES["jais2"]
     example("a model family")
-    build = tiny.FAMILIES["starcoder2"]
+    build = tiny.FAMILIES["jais2"]
     for name in ("wanda-sp", "probe", "best-dynamic"):
         (tmp_path / name).mkdir()
         check(name, tmp_path / name, build)
     even = with_equal_widths("wanda-sp")
     (tmp_path / "even").mkdir()
     loaded = check_cut(build, even, prepare(build(), even, RATIO, WINDOWS), tmp_path / "even")
-    assert loaded.config.model_type == "starcoder2", "one width for all layers fits a plain config"
+    assert loaded.config.model_type == "jais2", "one width for all layers fits a plain config"
 
 
 def test_a_dynamic_method_with_a_state_of_its_own(example, tmp_path):

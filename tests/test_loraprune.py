@@ -4,11 +4,12 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from peft import get_peft_model
 from short_training import HELD_OUT, SHORT, TEXT
 from tiny import FAMILIES, masked
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from probeprune import find_blocks
 from probeprune.errors import UsageError
@@ -35,9 +36,13 @@ def test_schedule_values():
     assert rising == sorted(rising)
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
-def test_lora_salience_is_the_explicit_formula(family):
-    model = FAMILIES[family]()
+GPT2 = tiny.lively(lambda: GPT2LMHeadModel(GPT2Config(n_embd=48, n_head=6, n_layer=2, vocab_size=128)))
+"""Its weights are stored as (in, out)."""
+
+
+@pytest.mark.parametrize("build", [FAMILIES["llama-gqa"], FAMILIES["opt"], GPT2])
+def test_lora_salience_is_the_explicit_formula(build):
+    model = build()
     blocks = find_blocks(model)
     wrapped = get_peft_model(model, lora_config(model, Lora(rank=3, alpha=6, dropout=0.0)))
     with torch.no_grad():
@@ -54,7 +59,7 @@ def test_lora_salience_is_the_explicit_formula(family):
                 + b.double() @ a.grad.double()
                 - b.grad.double() @ a.grad.double()
             )
-            whole = m.linear.weight.double() + 2 * b.double() @ a.double()
+            whole = m.weight.double() + 2 * b.double() @ a.double()
             expected = (gradient * whole).abs().sum(1 - m.axis)
             torch.testing.assert_close(lora_salience(m, layer).double(), expected, rtol=1e-4, atol=1e-9)
 

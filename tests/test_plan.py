@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import psutil
 import pytest
+import test_older_families
+import tiny_families
 import torch
 from test_cli import call
 from tiny import FAMILIES, token_ids
@@ -78,9 +80,16 @@ def test_figures_are_those_of_the_model_that_is_saved(method, family, layout, ch
     assert found.after.parameters < found.before.parameters
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+EVERY = {
+    **FAMILIES,
+    **test_older_families.FAMILIES,
+    **{row: tiny_families.build(row) for row in tiny_families.ROWS},
+}
+
+
+@pytest.mark.parametrize("family", EVERY)
 def test_a_rehearsal_counts_what_the_layer_holds(family):
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     rehearsal = Rehearsal(model, torch.float32, CPU)
     assert not any(type(p) is not nn.Parameter for p in model.parameters())
     ids = token_ids(4, 24)

@@ -27,11 +27,11 @@ def slow(dense, pruned, kept, windows, how):
             now = watched(pruned, twin, windows)
             z, target = now["z"], target + how.share * (seen["residual"] - now["residual"])
         z, target = z.reshape(-1, block.width)[:, channels], target.reshape(-1, target.shape[-1])
-        weight, own = block.consumer.weight.detach()[:, channels], block.consumer.bias
+        weight, own = block.consumer_weight[:, channels], block.consumer.bias
         fitted[block.name] = weight, bias = explicit(weight, own, z, target, *how.damping)
         with torch.no_grad():
-            twin.consumer.weight.zero_()
-            twin.consumer.weight[:, channels] = weight
+            twin.consumer_weight.zero_()
+            twin.consumer_weight[:, channels] = weight
             if bias is not None:
                 twin.consumer.bias.copy_(bias)
     return fitted

@@ -30,6 +30,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 from probeprune import METHODS, Probe, compose, save
 from probeprune.algebra.moments import Moments, Tokens
@@ -86,7 +87,7 @@ def lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel
         model = build()
         with torch.no_grad():
             for module in model.modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear | Conv1D):
                     module.weight.normal_(std=0.2)
                     if module.bias is not None:
                         module.bias.normal_(std=0.2)

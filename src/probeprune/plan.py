@@ -3,6 +3,7 @@
 `attach` shows the cut through views; `prune` makes it permanent. Nothing here changes a weight.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from probeprune.calibration.statistics import Statistics
-from probeprune.errors import UsageError
+from probeprune.errors import Notice, UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block
 from probeprune.model.layers import opened
@@ -115,13 +116,16 @@ def widths(
     scores: Sequence[Scores | None],
     statistics: Statistics,
 ) -> list[int]:
-    """Number of units that each block keeps under the method's allocation. Raises `UsageError` for an
-    impossible ratio."""
+    """Number of units that each block keeps under the method's allocation.
+
+    A `Notice` says so where the method asks for heads that cannot go. Raises `UsageError` for an impossible
+    ratio.
+    """
     ratio = plain("ratio", ratio)
     if not method.when.prunes or not ratio:
         return [b.units for b in blocks]
     rule = ALLOCATIONS[method.allocation]
-    return rule.widths(
+    kept = rule.widths(
         Request(
             blocks,
             ratio,
@@ -132,6 +136,11 @@ def widths(
             damages=[statistics.damages[b.name] for b in blocks] if "damages" in rule.needs else (),
         )
     )
+    whole = next((b.whole for b in blocks if b.whole is not None and b.kind in method.blocks), None)
+    if whole is not None:
+        sentence = f"no head of this model can go, because it {whole}; MLPs lose all that the ratio asks for."
+        warnings.warn(Notice(sentence), stacklevel=2)
+    return kept
 
 
 def first_cuts(

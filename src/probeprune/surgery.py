@@ -19,7 +19,7 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import METHODS, Method, check_untrained, get_method
-from probeprune.model.blocks import Block, UnitKind, find_blocks, find_layers
+from probeprune.model.blocks import Block, UnitKind, check_kinds, find_blocks, find_layers
 from probeprune.model.described import check_described, describe
 from probeprune.model.layers import opened
 from probeprune.model.offloading import changes_of, check_changes
@@ -160,6 +160,7 @@ def _checked_blocks(
     if steps > 1 and isinstance(calibration, Prepared | Preparation):
         raise UsageError("more than one step needs calibration text: each step calibrates the model anew.")
     blocks = find_blocks(model, method.unit_kind)
+    check_kinds(blocks, method.blocks)
     for block in blocks:
         check_can_cut(block)
     check_described(model)

@@ -100,7 +100,7 @@ def of_shape(shape: str, layers: int | None, dtype: torch.dtype, device: torch.d
         for block in find_blocks(model):
             scale = torch.randn(block.units, 1, dtype=torch.float32).mul_(_SPREAD).exp_()
             last = block.members[-2]  # value or up: z is linear in it
-            rows = last.part(last.linear.weight.data, block.units).view(block.units, last.width, -1)
+            rows = last.part(last.weight, block.units).view(block.units, last.width, -1)
             rows.mul_(scale[..., None].to(dtype))
 
     def windows(count: int, length: int) -> torch.Tensor:

@@ -73,7 +73,7 @@ def damages(
         progress("damage", layer, len(layers))
         here = [b for b in blocks if b.layer == layer]
         with layers.opened(layer):
-            moments = {b.kind: Gram(b.width, b.consumer.out_features, b.consumer.weight.device) for b in here}
+            moments = {b.kind: Gram(b.width, b.hidden_size, b.consumer.weight.device) for b in here}
             with shares.alike():
                 for i, hidden in enumerate(stream):
                     with capture(here) as captured:
@@ -91,7 +91,7 @@ def damages(
 
 def _curve(block: Block, moments: Gram, metric: torch.Tensor, damping: float) -> torch.Tensor:
     """Damage of one block by the number of units removed: (units + 1,)."""
-    weight, centred = block.consumer.weight, block.consumer.bias is not None
+    weight, centred = block.consumer_weight, block.consumer.bias is not None
     try:
         moment, _ = normal_equations(moments, weight, centred, damping)
         order = eliminate(moment, weight, block.unit_width, metric=metric)
@@ -112,7 +112,7 @@ def unit_nanoseconds(
     """Nanoseconds saved per block by removing one unit, in a pass over these ids on this machine.
 
     Every block is timed whole and at half its units, in turn; the result is the median over rounds, and at
-    least 1 even if the difference is lost in noise.
+    least 1 even if the difference is lost in noise; 1 for a block that can lose none.
 
     Args:
         model: a supported causal LM with nothing attached; unchanged at the end.
@@ -122,6 +122,7 @@ def unit_nanoseconds(
     """
     layers = LayerRunner(model, [ids])
     device = ids.device
+    every, blocks = blocks, [b for b in blocks if b.whole is None]
     partitions = [Partition(b) for b in blocks]
     times: list[tuple[list[float], list[float]]] = [([], []) for _ in blocks]
     try:
@@ -139,6 +140,7 @@ def unit_nanoseconds(
         for partition in partitions:
             partition.restore()
     saved = [median(w - n for w, n in zip(whole[1:], half[1:], strict=True)) for whole, half in times]
-    return [
-        max(round(1e9 * s / max(b.units - b.units // 2, 1)), 1) for s, b in zip(saved, blocks, strict=True)
-    ]
+    a_unit = {
+        b: max(round(1e9 * s / max(b.units - b.units // 2, 1)), 1) for s, b in zip(saved, blocks, strict=True)
+    }
+    return [a_unit.get(b, 1) for b in every]

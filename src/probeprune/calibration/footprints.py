@@ -61,7 +61,7 @@ def saliences(rehearsal: Rehearsal, wide: Rehearsal, criterion: str, gradients: 
             gradient, p.grad = p.grad, None
             assert gradient is not None
             torch.isfinite(gradient).all()
-            observed = rule.observe(gradient.float(), member)
+            observed = rule.observe(member.oriented(gradient).float(), member)
             if member.name in held:
                 for mean, value in zip(held[member.name], observed, strict=True):
                     mean.add_(value, alpha=0.5)
@@ -85,7 +85,7 @@ def saliences(rehearsal: Rehearsal, wide: Rehearsal, criterion: str, gradients: 
         for m in members.values():
             m.linear.weight.requires_grad_(False)
         for name, m in members.items():
-            rule.salience(Settled(held.pop(name), m, m.linear.weight.detach().float(), gradients, 0))
+            rule.salience(Settled(held.pop(name), m, m.weight.float(), gradients, 0))
     work = live.peak
     if rehearsal.dtype.itemsize < 4:  # a float32 copy beside the layer
         work += 4 * sum(p.numel() for p in find_layers(rehearsal.model)[rehearsal.layer].parameters())
@@ -133,7 +133,7 @@ def sensitivities(rehearsal: Rehearsal, windows: int, length: int) -> tuple[list
             totals[name] = totals[name] + g.T @ g / len(g)
         own = sum(t.numel() * t.element_size() for t in totals.values())
     blocks = rehearsal.blocks
-    kept = sum(4 * b.consumer.out_features**2 for b in blocks)
+    kept = sum(4 * b.hidden_size**2 for b in blocks)
     phases = _backward("sensitivities", rehearsal, windows, length, live.peak + kept - own, _drawn_loss)
     return phases, kept
 
@@ -192,7 +192,7 @@ def consumers(
     cut = {b.name: k for b, k in zip(blocks, kept, strict=True) if k < b.units}
     if not cut:
         return [], 0
-    sizes = {b.name: b.consumer.out_features * cut[b.name] * b.unit_width for b in blocks if b.name in cut}
+    sizes = {b.name: b.hidden_size * cut[b.name] * b.unit_width for b in blocks if b.name in cut}
     made = sum(sizes.values()) * rehearsal.dtype.itemsize
     here = rehearsal.here
     mine = [b for b in here if b.name in cut] or here
@@ -205,10 +205,7 @@ def consumers(
             pruned = runner.hidden[0].clone() if how.sequential else None
             # Of the windows to fit on, and of those held out; a unit that is to be chosen has moments too.
             grams: dict[str, list[Gram]] = {
-                b.kind: [
-                    Gram(_channels(b, cut, chosen), b.consumer.out_features, rehearsal.device)
-                    for _ in range(2)
-                ]
+                b.kind: [Gram(_channels(b, cut, chosen), b.hidden_size, rehearsal.device) for _ in range(2)]
                 for b in group
             }
             _look(runner, rehearsal.layer, here, group, grams, cut, chosen, pruned)
@@ -258,7 +255,7 @@ def damages(rehearsal: Rehearsal, batch: Batch, windows: int, damping: float) ->
     here = rehearsal.here
     with rehearsal.running() as live:
         runner = rehearsal.runner(batch)
-        grams = {b.kind: Gram(b.width, b.consumer.out_features, rehearsal.device) for b in here}
+        grams = {b.kind: Gram(b.width, b.hidden_size, rehearsal.device) for b in here}
         with capture(here) as captured:
             runner.hidden[0] = runner.run(rehearsal.layer, 0, runner.hidden[0])
         for kind, gram in grams.items():
@@ -276,7 +273,7 @@ def _algebra(block: Block, damping: float, kept: int, chosen: bool) -> int:
     width = max(1, round(block.unit_width * scale)) if block.unit_width > 1 else 1
     units = max(2, round(whole * scale / width))
     stay = max(1, min(units, round(units * kept / block.units))) if chosen else units
-    k, d = units * width, max(2, round(block.consumer.out_features * scale))
+    k, d = units * width, max(2, round(block.hidden_size * scale))
     generator = torch.Generator("cpu").manual_seed(0)
     gram, held = Gram(k, d), Gram(k, d)
     gram.update(

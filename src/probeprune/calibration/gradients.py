@@ -121,7 +121,8 @@ class _GradientMeans:
                 f"the gradient of {name} is NaN or infinite at calibration window {self.sample}; use float32 "
                 "or bfloat16."
             )
-        observed = self.criterion.observe(gradient.float(), self.members[name])
+        member = self.members[name]
+        observed = self.criterion.observe(member.oriented(gradient).float(), member)
         if name in self._means:
             for mean, value in zip(self._means[name], observed, strict=True):
                 mean.add_(value, alpha=1 / self.samples)
@@ -133,7 +134,7 @@ class _GradientMeans:
         """Add what the other processes have of their samples."""
         for name, m in self.members.items():
             if name not in self._means:  # this process has no sample
-                nothing = torch.zeros_like(m.linear.weight, dtype=torch.float32)
+                nothing = torch.zeros_like(m.weight, dtype=torch.float32)
                 self._means[name] = [x.zero_() for x in self.criterion.observe(nothing, m)]
             add_up(*self._means[name])
 
@@ -142,7 +143,7 @@ class _GradientMeans:
         """Saliences of every member. Frees the averages of each member once it is done."""
         return {
             name: self.criterion.salience(
-                Settled(self._means.pop(name), m, m.linear.weight.detach().float(), gradients, seed)
+                Settled(self._means.pop(name), m, m.weight.float(), gradients, seed)
             )
             for name, m in self.members.items()
         }

@@ -113,7 +113,7 @@ def _measure(
 
             yield add
         for b in here:
-            d, device = b.consumer.out_features, b.consumer.weight.device
+            d, device = b.hidden_size, b.consumer.weight.device
             if b.name not in total:  # this process has no window
                 total[b.name] = torch.zeros(d, d, dtype=torch.float32, device=device)
             shares.add_up(total[b.name])

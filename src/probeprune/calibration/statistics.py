@@ -55,7 +55,7 @@ class Statistics:
     def _check_saliences(self, blocks: Sequence[Block]) -> None:
         for m in (m for block in blocks for m in block.members):
             saliences = self.saliences.get(m.name)
-            if saliences is None or len(saliences) != m.linear.weight.shape[m.axis]:
+            if saliences is None or len(saliences) != m.weight.shape[m.axis]:
                 raise UsageError(f"there are no saliences that fit {m.name}; prepare this very model.")
             if not torch.isfinite(saliences).all():
                 raise FloatingPointError(f"the saliences of {m.name} are NaN or infinite.")

@@ -1,6 +1,7 @@
 """`probeprune methods`, `probeprune models` and `probeprune engines`."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 
 from rich.table import Table
@@ -10,8 +11,8 @@ from probeprune.cli.groups import Json
 from probeprune.cli.terminal import out
 from probeprune.engines.wishes import ENGINES
 from probeprune.methods import METHODS
-from probeprune.model.families import FAMILIES
 from probeprune.model.loading import EMBEDDED_MODEL
+from probeprune.model.support import Support, all_support
 
 
 def list_methods(as_json: Json = False) -> None:
@@ -40,20 +41,48 @@ def list_methods(as_json: Json = False) -> None:
 
 
 def list_models(as_json: Json = False) -> None:
-    """List the model families that can be pruned.
+    """List the model families that can be pruned, and what each can do.
 
     Example: [bold]probeprune models[/bold]
     """
+    rows = all_support()
     if as_json:
-        for family in FAMILIES:
-            print(json.dumps({"family": family.name, "model_types": family.model_types}))
+        for row in rows:
+            print(json.dumps(asdict(row)))
         return
-    table = Table("family", "model_type in config.json", title="supported families", title_justify="left")
-    for family in FAMILIES:
-        table.add_row(family.name, ", ".join(family.model_types))
+    table = Table(*COLUMNS, title="supported families", title_justify="left")
+    for row in rows:
+        table.add_row(*cells(row))
     out().print(table)
+    for row in rows:
+        if row.why is not None:
+            stay = f"with {row.heads_stay_if}, heads stay" if row.heads_stay_if else "heads stay"
+            out().print(f"{row.family}: {stay}, because a model {row.why}.", highlight=False)
     out().print(
         f"A model is {EMBEDDED_MODEL} (embedded), a local directory, a GGUF file or a Hugging Face hub id."
+    )
+
+
+COLUMNS = ("family", "model_type", "heads", "MLPs", "dynamic", "uniform", "nemotron-nas", "GGUF")
+"""Columns of the table of families."""
+
+
+def cells(row: Support) -> tuple[str, ...]:
+    """The row of one family in the table, a text for each of `COLUMNS`."""
+
+    def kinds(which: Collection[str]) -> str:
+        named = [word for kind, word in (("attention", "heads"), ("mlp", "MLPs")) if kind in which]
+        return " ".join(named) or "-"
+
+    return (
+        row.family,
+        ", ".join(row.model_types),
+        (", ".join(row.heads) or "stay") + (" *" if row.heads_stay_if else ""),
+        "yes" if row.mlp else "-",
+        kinds(row.dynamic),
+        kinds(row.uniform),
+        "yes" if row.nemotron_nas else "-",
+        ", ".join(row.gguf) or "-",
     )
 
 

@@ -114,13 +114,15 @@ def warn(sentences: Iterable[str]) -> None:
 
 @contextmanager
 def notices() -> Iterator[None]:
-    """Print every `Notice` of the library as a line on standard error while the context lasts."""
+    """Print every `Notice` of the library once, as a line on standard error, while the context lasts."""
+    said = set()
     with warnings.catch_warnings():
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, Notice):
-                warn([str(message)])
+                warn([str(message)] if str(message) not in said else [])
+                said.add(str(message))
             else:
                 others(message, category, *where, **more)
 

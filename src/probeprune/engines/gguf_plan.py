@@ -13,7 +13,8 @@ from probeprune.engines.gguf_types import Storage, block_length, storage, stored
 from probeprune.errors import UsageError
 from probeprune.model import gguf_rope
 from probeprune.model.blocks import Block, find_blocks
-from probeprune.model.families import Family, find_family
+from probeprune.model.families import find_family
+from probeprune.model.family_records import Family
 from probeprune.model.gguf_architectures import ARCHITECTURES, Architecture
 from probeprune.model.gguf_config import Value, keys, rotated, unfit, window
 from probeprune.model.gguf_tensors import Heads, Place, places
@@ -108,8 +109,8 @@ def _carrier(model: Any, family: Family, blocks: Sequence[Block]) -> Architectur
     candidates = [a for a in ARCHITECTURES if set(family.model_types) & set(a.model_types)]
     if not candidates:
         raise UsageError(
-            f"llama.cpp has no architecture for {family.name}, so no GGUF file can hold this model; keep the "
-            "checkpoint, which transformers opens."
+            f"the export to GGUF has no architecture for {family.name}, so no file can hold this model; keep "
+            "the checkpoint, which transformers opens."
         )
     reasons = []
     for candidate in candidates:

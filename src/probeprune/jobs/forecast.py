@@ -19,6 +19,7 @@ from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.cost import blocks_flops, synced_clock
 from probeprune.model.described import Layout
 from probeprune.model.footprint import Batch, Phase, Rehearsal, measuring
+from probeprune.model.linear_maps import sizes
 from probeprune.model.outline import Outline
 from probeprune.model.placing import Work, in_use, opening_of, place, retained
 from probeprune.plan import needs
@@ -298,15 +299,15 @@ def _figures_flops(model: Any, texts: Texts) -> float:
 
 def _moment_flops(block: Block, width: int) -> int:
     """FLOPs of adding one token to the moments of a refit."""
-    return 2 * width * (width + block.consumer.out_features)
+    return 2 * width * (width + block.hidden_size)
 
 
 def _rate(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device, tokens: int) -> float:
     """FLOPs a second of the linear maps of one layer, over about a second."""
     last = blocks[-1].layer
     maps = [m for b in blocks if b.layer == last for m in (*b.producers, b.consumer)]
-    weights = [torch.ones(m.out_features, m.in_features, dtype=dtype, device=device) for m in maps]
-    inputs = [torch.ones(tokens, m.in_features, dtype=dtype, device=device) for m in maps]
+    weights = [torch.ones(sizes(m), dtype=dtype, device=device) for m in maps]
+    inputs = [torch.ones(tokens, sizes(m)[1], dtype=dtype, device=device) for m in maps]
     done, started = 0.0, 0.0
     for turn in range(100):
         if turn == 1:

@@ -240,7 +240,7 @@ def rehearsed(
         cut = {k.name for k in done.kept if len(k.units) < k.of}
         for block in find_blocks(shape):
             if block.name in cut and block.consumer.bias is None:
-                block.consumer.bias = nn.Parameter(torch.empty(block.consumer.out_features, device="meta"))
+                block.consumer.bias = nn.Parameter(torch.empty(block.hidden_size, device="meta"))
     return done, export_model(shape, layout)
 
 

@@ -4,8 +4,7 @@ A `Family` (families.py) is a description; a `Block` is resolved and points to t
 nothing of scores, ratios or forward passes.
 """
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,12 +12,15 @@ import torch
 from torch import nn
 
 from probeprune.errors import UsageError, unknown
-from probeprune.model.families import AttentionRecord, MlpRecord, find_family
-from probeprune.model.narrow_linear import NarrowLinear
+from probeprune.model.families import find_family
+from probeprune.model.family_records import AttentionRecord, MlpRecord
+from probeprune.model.linear_maps import LinearMap, matrix, oriented, sizes
+from probeprune.model.permutable import permutable, refuse_shared
 from probeprune.model.wrappers import unwrapped
 
 UnitKind = Literal["group", "balanced", "query"]
-"""What one attention unit is. In a model with one key-value head per query head, all three are one head.
+"""What one attention unit is. In a model with one key-value head per query head, all three are one head; in a
+model made with a single key-value head (GPT-BigCode, Falcon), which has to stay, all three are a query head.
 
 - `group`: a key-value head with all its query heads; the KV cache shrinks too.
 - `balanced`: a query head, with the same number kept in every group; keys and values stay.
@@ -36,14 +38,23 @@ class Member:
 
     name: str
     """Path of the linear map in the model."""
-    linear: nn.Linear
+    linear: LinearMap
     axis: int
     width: int
     start: int = 0
 
     def part(self, tensor: torch.Tensor, units: int) -> torch.Tensor:
-        """View of the first `units` units in a tensor shaped like the map's weight or bias."""
+        """View of the first `units` units in a weight (out, in) or a bias."""
         return tensor.narrow(self.axis if tensor.ndim > 1 else 0, self.start, units * self.width)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The map's weight (out, in), without gradients: a view."""
+        return matrix(self.linear)
+
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View (out, in) of a tensor that lies as the map's weight does."""
+        return oriented(self.linear, tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +72,10 @@ class Block:
     """Number of channels of `z` that belong to one unit."""
     members: tuple[Member, ...]
     """The parts that a cut makes smaller: rows of producers, then the consumer's columns."""
-    producers: tuple[nn.Linear, ...]
+    producers: tuple[LinearMap, ...]
     """All linear maps in front of `z`, including those without units (key and value if only query heads are
     removed)."""
-    consumer: nn.Linear
+    consumer: LinearMap
     entry: nn.Module
     """The module whose input is the block's normalised input `X`."""
     run: Callable[..., object]
@@ -79,7 +90,12 @@ class Block:
     unit_kind: UnitKind = "group"
     query_count: str | None = None
     kv_count: str | None = None
-    """`query_count` and `kv_count` of the family's `AttentionRecord`."""
+    query_width: str | None = None
+    """`query_count`, `kv_count` and `query_width` of the family's `AttentionRecord`."""
+    repeats_kv: bool = False
+    """Whether the KV cache holds keys and values once for every query head."""
+    whole: str | None = None
+    """Why no unit of the block can go, in words that follow the model's name; None where units can go."""
 
     @property
     def width(self) -> int:
@@ -91,14 +107,41 @@ class Block:
         """Query heads per key-value head (1 for an MLP)."""
         return self.query_heads // self.kv_heads if self.kv_heads else 1
 
-    # Sizes come from in_features and out_features: a view may show narrower weights.
+    def counts(self, query_heads: int, kv_heads: int) -> dict[str, int]:
+        """What the attention module's forward reads of its heads: an attribute, or one of its config
+        (`config.x`)."""
+        values = {
+            self.query_count: query_heads,
+            self.kv_count: kv_heads,
+            self.query_width: query_heads * self.head_dim,
+        }
+        return {name: value for name, value in values.items() if name is not None}
+
+    def cached_heads(self, units: int) -> int:
+        """Heads of the keys in a KV cache that this block fills with `units` units in view."""
+        grouped = self.unit_kind == "group"
+        if self.repeats_kv:
+            return units * self.group_size if grouped else units
+        return units if grouped else self.kv_heads
+
+    @property
+    def consumer_weight(self) -> torch.Tensor:
+        """The weight (d, n) that the consumer's forward reads, without gradients: a view."""
+        return matrix(self.consumer)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream, which the consumer writes to."""
+        return sizes(self.consumer)[0]
+
+    # Sizes are what the maps say: a view may show narrower weights.
 
     @property
     def unit_parameters(self) -> int:
         """Parameters removed with one unit, including the producers' biases."""
         total = 0
         for m in self.members:
-            total += m.width * (m.linear.in_features if m.axis == 0 else m.linear.out_features)
+            total += m.width * sizes(m.linear)[1 - m.axis]
             if m.axis == 0 and m.linear.bias is not None:
                 total += m.width
         return total
@@ -106,10 +149,11 @@ class Block:
     @property
     def parameters(self) -> int:
         """Parameters of the whole block, including those that belong to no unit."""
-        return sum(
-            linear.in_features * linear.out_features + (linear.out_features if linear.bias is not None else 0)
-            for linear in (*self.producers, self.consumer)
-        )
+        total = 0
+        for linear in (*self.producers, self.consumer):
+            rows, columns = sizes(linear)
+            total += rows * columns + (rows if linear.bias is not None else 0)
+        return total
 
 
 def uncalled_consumer(block: Block) -> UsageError:
@@ -118,6 +162,11 @@ def uncalled_consumer(block: Block) -> UsageError:
         f"{block.name} does not call the module {block.members[-1].name}; switch off the fused kernel or "
         "compiled block that takes its place."
     )
+
+
+def kept_whole(block: Block) -> UsageError:
+    """The error for taking units from a block that can lose none."""
+    return UsageError(f"no head of this model can go, because it {block.whole}; prune MLPs alone.")
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
@@ -143,13 +192,26 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     model = unwrapped(model)
     family = find_family(model)
     norm_first = family.norm_first is None or bool(getattr(model.config, family.norm_first))
+    whole = whole_heads(family.attention, model.config)
     blocks = []
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"
-        blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first))
+        blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first, whole))
         blocks.append(_mlp_block(prefix, index, layer, family.mlp, norm_first))
-    _refuse_shared_weights(model, blocks)
+    refuse_shared(model, {b.name: (*b.producers, b.consumer) for b in blocks})
     return blocks
+
+
+def check_kinds(blocks: Collection[Block], kinds: Collection[str]) -> None:
+    """Raise `UsageError` where no block of these kinds can lose units."""
+    asked = [b for b in blocks if b.kind in kinds]
+    if asked and all(b.whole is not None for b in asked):
+        raise kept_whole(asked[0])
+
+
+def whole_heads(record: AttentionRecord, config: Any) -> str | None:
+    """Why no head of a model with this config can go; None where heads can go."""
+    return record.whole if record.whole_if is None or getattr(config, record.whole_if) else None
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -160,22 +222,36 @@ def attribute(module: Any, path: str) -> Any:
 
 
 def _attention_block(
-    prefix: str, index: int, layer: nn.Module, record: AttentionRecord, units: UnitKind, norm_first: bool
+    prefix: str,
+    index: int,
+    layer: nn.Module,
+    record: AttentionRecord,
+    units: UnitKind,
+    norm_first: bool,
+    whole: str | None,
 ) -> Block:
     module = layer.get_submodule(record.module)
     name = f"{prefix}.{record.module}"
     paths = (record.query, record.key, record.value, record.output)
-    q, k, v, o = (_linear(module, path, name) for path in paths)
+    q, k, v, o = (permutable(module, path, name) for path in paths)
     head_dim = int(getattr(module, record.head_dim))
-    query_heads = o.in_features // head_dim
+    query_heads = sizes(o)[1] // head_dim
     key_rows, value_rows, kv_heads = _key_value_rows(record, query_heads, head_dim, q, k)
     group = query_heads // kv_heads
+    repeats_kv = record.repeats_kv is not None and bool(attribute(module, record.repeats_kv))
+    multi_query = record.multi_query is not None and bool(attribute(module, record.multi_query))
     if group == 1:
         units = "group"
+    elif kv_heads == 1 and (units == "query" or (multi_query and not repeats_kv)):
+        units = "balanced"
+    elif kv_heads > 1 and record.fused == "by group" and units != "group":
+        raise UsageError(
+            f"{name} holds its heads group by group, so they leave in groups; use unit_kind='group'."
+        )
     count, width = (kv_heads, group * head_dim) if units == "group" else (query_heads, head_dim)
     query, key, value, output = (f"{name}.{path}" for path in paths)
-    if record.fused == "by head":
-        rows: tuple[Member, ...] = (Member(query, q, 0, 3 * head_dim),)
+    if record.fused == "by group" and units == "group":
+        rows: tuple[Member, ...] = (Member(query, q, 0, (group + 2) * head_dim),)
     else:
         rows = (Member(query, q, 0, width),)
         if units == "group":
@@ -192,32 +268,39 @@ def _attention_block(
         entry=module,
         run=module,
         activation=None,
-        norm=layer.get_submodule(record.norm) if norm_first else None,
+        norm=_norm(layer, record.norm) if norm_first else None,
         head_dim=head_dim,
         query_heads=query_heads,
         kv_heads=kv_heads,
         unit_kind=units,
         query_count=record.query_count,
         kv_count=record.kv_count,
+        query_width=record.query_width,
+        repeats_kv=repeats_kv,
+        whole=whole,
     )
 
 
 def _key_value_rows(
-    record: AttentionRecord, query_heads: int, head_dim: int, query: nn.Linear, key: nn.Linear
+    record: AttentionRecord, query_heads: int, head_dim: int, query: LinearMap, key: LinearMap
 ) -> tuple[int, int, int]:
-    """First row of the keys, first row of the values (in the maps that make them), and key-value heads."""
+    """First row of the keys, first row of the values (in the maps that make them), and key-value heads.
+
+    The rows of a map that makes them group by group are those of the first group.
+    """
     if record.fused is None:
-        return 0, 0, key.out_features // head_dim
-    if record.fused == "stacked":
-        kv_heads = (query.out_features // head_dim - query_heads) // 2
-        return query_heads * head_dim, (query_heads + kv_heads) * head_dim, kv_heads
-    return head_dim, 2 * head_dim, query_heads  # by head: within the rows of each head
+        return 0, 0, sizes(key)[0] // head_dim
+    kv_heads = (sizes(query)[0] // head_dim - query_heads) // 2
+    before = query_heads if record.fused == "stacked" else query_heads // kv_heads
+    between = kv_heads if record.fused == "stacked" else 1
+    return before * head_dim, (before + between) * head_dim, kv_heads
 
 
 def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, norm_first: bool) -> Block:
     name = f"{prefix}.{record.module or 'mlp'}"
-    producers = tuple(_linear(layer, path, prefix) for path in record.producers)
-    consumer = _linear(layer, record.consumer, prefix)
+    producers = tuple(permutable(layer, path, prefix) for path in record.producers)
+    consumer = permutable(layer, record.consumer, prefix)
+    width = sizes(consumer)[1]
     activation: nn.Module | None = None
     if record.module is not None:
         entry: nn.Module = layer.get_submodule(record.module)
@@ -238,12 +321,12 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         name=name,
         layer=index,
         kind="mlp",
-        units=consumer.in_features,
+        units=width,
         unit_width=1,
         members=(
             # A map named twice holds the rows of both, one after the other.
             *(
-                Member(f"{prefix}.{path}", p, 0, 1, consumer.in_features * record.producers[:i].count(path))
+                Member(f"{prefix}.{path}", p, 0, 1, width * record.producers[:i].count(path))
                 for i, (path, p) in enumerate(zip(record.producers, producers, strict=True))
             ),
             Member(f"{prefix}.{record.consumer}", consumer, 1, 1),
@@ -253,58 +336,13 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         entry=entry,
         run=run,
         activation=activation,
-        norm=layer.get_submodule(record.norm) if norm_first else None,
+        norm=_norm(layer, record.norm) if norm_first else None,
     )
 
 
-def _linear(root: nn.Module, path: str, name: str) -> nn.Linear:
-    """The linear map at `path`. Raises `UsageError` unless its weight can be permuted in place."""
-    module = root.get_submodule(path)
-    where = f"{name}.{path}"
-    if isinstance(module, NarrowLinear):
-        raise UsageError(f"a method is attached to this model ({where} shows a part only); detach it first.")
-    # Exactly nn.Linear: quantised and adapter-wrapped layers subclass or replace it.
-    weight = module._parameters.get("weight")
-    plain = weight is None or (type(weight.data) is torch.Tensor and weight.is_floating_point())
-    if type(module) is not nn.Linear or not plain:
-        kind = f"{type(module).__module__}.{type(module).__name__}"
-        made_of = "" if weight is None else f" with a weight of {type(weight.data).__name__} {weight.dtype}"
-        raise UsageError(
-            f"{where} is a {kind}{made_of}, not a plain floating-point linear layer; quantised and wrapped "
-            "weights cannot be permuted: load the model unquantised and merge adapters first."
-        )
-    if weight is None:
-        raise UsageError(
-            f"the weight of {where} is computed at every pass (torch.nn.utils.prune, weight_norm); make it a "
-            "parameter first, for example with torch.nn.utils.prune.remove."
-        )
-    if weight.is_inference():
-        raise UsageError(
-            f"{where} was made under torch.inference_mode(), and its weight cannot be permuted in place; "
-            "load the model outside."
-        )
-    return module
-
-
-def _refuse_shared_weights(model: nn.Module, blocks: list[Block]) -> None:
-    """Raise `UsageError` for a weight used by two modules: permuting it would change both."""
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    spans = sorted(
-        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), id(p))
-        for p in model.parameters()
-        if not p.is_meta and p.numel()
-    )
-    overlapping: set[int] = set()
-    end, furthest = 0, 0  # the end of the spans so far, and the owner of the one that reaches it
-    for first, last, owner in spans:
-        if first < end:
-            overlapping |= {furthest, owner}
-        if last > end:
-            end, furthest = last, owner
-    for block in blocks:
-        for linear in (*block.producers, block.consumer):
-            if any(owners[id(p)] > 1 or id(p) in overlapping for p in linear.parameters()):
-                raise UsageError(
-                    f"a weight of {block.name} is tied to another module or shares its memory; "
-                    "give each module its own copy before pruning."
-                )
+def _norm(layer: nn.Module, paths: str | tuple[str, ...] | None) -> nn.Module | None:
+    """The norm at a path; of several paths, the first where the layer has one; None for no path."""
+    if paths is None:
+        return None
+    names = (paths,) if isinstance(paths, str) else paths
+    return layer.get_submodule(next((n for n in names if attribute(layer, n) is not None), names[0]))

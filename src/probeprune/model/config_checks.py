@@ -56,6 +56,7 @@ NAMES = Allowed("a list of names", lambda v: isinstance(v, list) and all(isinsta
 POSITIVES = Allowed(
     "a list of numbers above 0", lambda v: isinstance(v, list) and all(map(POSITIVE.holds, v))
 )
+FLAGS = Allowed("a list of 0 and 1", lambda v: isinstance(v, list) and all(n in (0, 1) for n in v))
 OBJECT = Allowed("an object", lambda v: isinstance(v, dict))
 
 
@@ -65,23 +66,34 @@ def _table(rows: Mapping[str, Allowed]) -> dict[str, Allowed]:
 
 FIELDS = _table(
     {
-        "hidden_size intermediate_size ffn_dim word_embed_proj_dim num_hidden_layers num_attention_heads "
-        "vocab_size max_position_embeddings original_max_position_embeddings": COUNT,
+        "hidden_size ffn_dim word_embed_proj_dim num_hidden_layers num_attention_heads vocab_size "
+        "max_position_embeddings original_max_position_embeddings": COUNT,
+        "n_embd n_head n_heads n_layer n_layers n_positions n_ctx d_model attention_heads num_layers "
+        "max_seq_len window_size": COUNT,
+        "intermediate_size n_inner ffn_hidden_size num_kv_heads rotary_dim": COUNT.or_none(),
         # Of `pruned`: the modules of a checkpoint whose layers differ in width.
-        "in_features out_features num_key_value_groups num_heads": COUNT,
+        "in_features out_features num_key_value_groups num_heads split_size embed_dim": COUNT,
         "num_key_value_heads head_dim sliding_window": COUNT.or_none(),
         "max_window_layers": WHOLE,
-        "rms_norm_eps layer_norm_eps rope_theta rotary_emb_base rope_local_base_freq factor "
-        "low_freq_factor high_freq_factor beta_fast beta_slow": POSITIVE,
-        "attention_factor final_logit_softcapping attn_logit_softcapping": POSITIVE.or_none(),
-        "query_pre_attn_scalar": POSITIVE,
+        "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon rope_theta rotary_emb_base "
+        "rope_local_base_freq factor low_freq_factor high_freq_factor beta_fast beta_slow": POSITIVE,
+        "attention_factor final_logit_softcapping attn_logit_softcapping clip_qkv": POSITIVE.or_none(),
+        "query_pre_attn_scalar alpha": POSITIVE,
+        "embedding_multiplier attention_multiplier residual_multiplier logits_scaling logit_scale "
+        "llama_4_scaling_beta mscale mscale_all_dim": NUMBER,
         "short_factor long_factor": POSITIVES,
         "partial_rotary_factor rotary_pct": PART,
-        "attention_dropout hidden_dropout dropout activation_dropout layerdrop embd_pdrop resid_pdrop": SHARE,
+        "attention_dropout hidden_dropout dropout activation_dropout layerdrop embd_pdrop resid_pdrop "
+        "residual_dropout embedding_dropout attn_pdrop emb_pdrop embed_dropout resid_dropout "
+        "hidden_dropout_prob attention_probs_dropout_prob": SHARE,
         "initializer_range init_std": AT_LEAST_0,
         "tie_word_embeddings attention_bias mlp_bias bias use_cache do_layer_norm_before enable_bias "
         "layer_norm_elementwise_affine use_parallel_residual use_sliding_window "
-        "_remove_final_layer_norm": FLAG,
+        "_remove_final_layer_norm use_qk_norm qk_layernorm use_bias use_qkv_bias attention_out_bias "
+        "scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn multi_query "
+        "new_decoder_architecture parallel_attn alibi scale_embedding": FLAG,
+        "no_rope_layers": FLAGS.or_none(),
+        "no_rope_layer_interval": COUNT.or_none(),
         "use_bidirectional_attention": FLAG.or_none(),
         "hidden_act hidden_activation activation_function dtype torch_dtype": NAME.or_none(),
         "rope_type type": NAME,

@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from probeprune.model.blocks import Block
+from probeprune.model.linear_maps import sizes
 from probeprune.model.machine import release_freed
 
 
@@ -63,14 +64,14 @@ def block_flops(block: Block, kept: int, batch: int, length: int, *, consumer: b
     With `consumer=False` the consumer's are left out: a probe stops in front of it.
     """
     tokens = batch * length
-    hidden = block.consumer.out_features
     gone = block.units - kept
     total = 0
     for linear in block.producers:
-        rows = linear.out_features - gone * sum(m.width for m in block.members if m.linear is linear)
-        total += 2 * tokens * linear.in_features * rows
+        rows, columns = sizes(linear)
+        rows -= gone * sum(m.width for m in block.members if m.linear is linear)
+        total += 2 * tokens * columns * rows
     if consumer:
-        total += 2 * tokens * hidden * kept * block.unit_width
+        total += 2 * tokens * block.hidden_size * kept * block.unit_width
     if block.kind == "attention":
         heads = kept * block.unit_width // block.head_dim
         total += 2 * 2 * batch * heads * length * length * block.head_dim

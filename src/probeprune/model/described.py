@@ -10,7 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import find_blocks, find_layers
-from probeprune.model.modeling_pruned import MODEL_TYPES, ConfigView, pruned_model, view_layer
+from probeprune.model.families import find_family
+from probeprune.model.modeling_pruned import MODEL_TYPES, ConfigView, pruned_model, view_layer, view_rest
 from probeprune.model.nemotron_nas import llama_config
 from probeprune.model.offloading import share_offloading
 from probeprune.model.pruned_configs import (
@@ -56,9 +57,14 @@ def export(model: Any, layout: Layout | None = None) -> PreTrainedModel:
             return _uniform(model)
         except Unfit as error:
             if layout == "uniform":
+                instead = (
+                    ", or prune with one width for all layers, MLPs alone (blocks mlp), or without "
+                    "compensation"
+                )
+                if find_family(model).mlp.width_field is None:
+                    instead = ""
                 raise UsageError(
-                    f"no plain config describes this model ({error}); use layout per-layer, or prune with "
-                    "one width for all layers, MLPs alone (blocks mlp), or without compensation."
+                    f"no plain config describes this model ({error}); use layout per-layer{instead}."
                 ) from error
     try:
         return _fitted(model, per_layer_config(model, in_place=False))
@@ -128,6 +134,7 @@ def _put_config(model: Any, config: PretrainedConfig) -> None:
     if config.is_heterogeneous:
         for layer, own in zip(find_layers(model), config.per_layer_config, strict=True):
             view_layer(layer, own, config)
+        view_rest(model, config)
 
 
 # -- weights ---------------------------------------------------------------------------------------

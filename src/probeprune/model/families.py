@@ -1,93 +1,25 @@
-"""The architecture families that can be pruned, one record each.
+"""The architecture families that can be pruned, one record each, and which of them a model is of.
 
-A `Family` is a description: attribute paths and names of config fields, no modules. To support another
-architecture, add a record to `FAMILIES`. `blocks.py` resolves a record to the modules of one model.
+A `Family` (family_records.py) is a description: attribute paths and names of config fields, no modules. To
+support another architecture, add a record to `FAMILIES`. `blocks.py` resolves a record to the modules of one
+model.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from difflib import get_close_matches
 
 from torch import nn
 
 from probeprune.errors import UsageError
-
-
-@dataclass(frozen=True)
-class AttentionRecord:
-    """Where a decoder layer has its attention block. The paths of `module` and `norm` are relative to the
-    layer, those of the linear maps to the module."""
-
-    module: str = "self_attn"
-    norm: str = "input_layernorm"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    """Query, key and value may all name the same linear map, see `fused`."""
-    output: str = "o_proj"
-    fused: Literal["stacked", "by head"] | None = None
-    """Order of the rows of a map that makes queries, keys and values together: all queries, then all keys,
-    then all values (`stacked`), or head by head the three of each (`by head`)."""
-    head_dim: str = "head_dim"
-    """The module's attribute that holds its head size."""
-    query_count: str | None = None
-    """Where the module's forward reads its number of query heads: an attribute of the module or of its config
-    (`config.num_attention_heads`). None if it does not read one."""
-    kv_count: str | None = None
-    """The same for the number of key-value heads."""
-    bias_field: str = "attention_bias"
-    """Config field that gives the block's linear maps biases; configs without the field have none to give."""
-
-
-@dataclass(frozen=True)
-class MlpRecord:
-    """Where a decoder layer has its MLP block; all paths are relative to the layer."""
-
-    module: str | None = "mlp"
-    """None if the layer's own forward computes the MLP."""
-    norm: str = "post_attention_layernorm"
-    producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """A map named twice makes both: the rows of the first, then those of the second."""
-    consumer: str = "mlp.down_proj"
-    activation: str | None = None
-    """Path of the activation function; needed only if `module` is None."""
-    width_field: str = "intermediate_size"
-    """Config field with the width of all MLPs."""
-    bias_field: str = "mlp_bias"
-    """Config field that gives the block's linear maps biases; configs without the field have none to give."""
-
-
-@dataclass(frozen=True)
-class Twin:
-    """Another family that computes the same function and whose config ties the head size to nothing."""
-
-    model_type: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Values of config fields that make it the same function."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture family, as data."""
-
-    name: str
-    """Name for readers."""
-    model_types: tuple[str, ...]
-    """`model_type` of the configs it covers."""
-    layers: str = "model.layers"
-    """Path of the list of decoder layers in the causal LM."""
-    attention: AttentionRecord = AttentionRecord()
-    mlp: MlpRecord = MlpRecord()
-    norm_first: str | None = None
-    """Config flag that, when false, puts each norm after its block, so that the block's input is the residual
-    stream itself. None for a family whose norms always come first."""
-    norm_last: bool = False
-    """Whether a norm follows the block's output before it is added to the residual stream."""
-    twin: Twin | None = None
-    """Family to save a pruned model as where this family's own config cannot hold its number of heads."""
-
+from probeprune.model.family_records import AttentionRecord, Family, MlpRecord, Twin
+from probeprune.model.older_families import NEOX_MLP, OLDER, ONE_MAP
 
 _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
+_ONE_NORM_MLP = MlpRecord(norm="input_layernorm")
+_UP_DOWN_MLP = MlpRecord(producers=("mlp.up_proj",))
+_GATE_UP_MLP = MlpRecord(producers=("mlp.gate_up_proj", "mlp.gate_up_proj"))
+_NORMS_OVER_HEADS = "normalises queries and keys over all heads together, so none can go without the others"
+_NORMS_BY_HEAD = "has weights for each head in the norms of queries and keys"
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -97,21 +29,6 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen3", ("qwen3",)),
     Family("Gemma 2", ("gemma2",), mlp=_SANDWICH_MLP, norm_last=True),
     Family("Gemma 3 (text)", ("gemma3_text",), mlp=_SANDWICH_MLP, norm_last=True),
-    Family(
-        "OPT",
-        ("opt",),
-        layers="model.decoder.layers",
-        attention=AttentionRecord(norm="self_attn_layer_norm", output="out_proj", query_count="num_heads"),
-        mlp=MlpRecord(
-            module=None,
-            norm="final_layer_norm",
-            producers=("fc1",),
-            consumer="fc2",
-            activation="activation_fn",
-            width_field="ffn_dim",
-        ),
-        norm_first="do_layer_norm_before",
-    ),
     Family(
         "Phi-3, Phi-3.5, Phi-4",
         ("phi3",),
@@ -123,33 +40,79 @@ FAMILIES: tuple[Family, ...] = (
             query_count="config.num_attention_heads",
             kv_count="num_key_value_heads",
         ),
-        mlp=MlpRecord(producers=("mlp.gate_up_proj", "mlp.gate_up_proj")),
+        mlp=_GATE_UP_MLP,
+    ),
+    Family("Gemma 1", ("gemma",)),
+    Family("SmolLM3", ("smollm3",)),
+    Family("OLMo 1", ("olmo",)),
+    Family(
+        "OLMo 2, OLMo 3",
+        ("olmo2", "olmo3"),
+        attention=AttentionRecord(norm=None, whole=_NORMS_OVER_HEADS),
+        mlp=MlpRecord(norm=None),
+        norm_last=True,
+    ),
+    Family("Granite", ("granite",), norm_last=True),
+    Family(
+        "Command R",
+        ("cohere",),
+        attention=AttentionRecord(whole=_NORMS_BY_HEAD, whole_if="use_qk_norm"),
+        mlp=_ONE_NORM_MLP,
+    ),
+    Family("Command R7B, Command A", ("cohere2",), mlp=_ONE_NORM_MLP),
+    Family("StarCoder2", ("starcoder2",), mlp=MlpRecord(producers=("mlp.c_fc",), consumer="mlp.c_proj")),
+    Family(
+        "Phi-1, Phi-1.5, Phi-2",
+        ("phi",),
+        attention=AttentionRecord(output="dense"),
+        mlp=MlpRecord(norm="input_layernorm", producers=("mlp.fc1",), consumer="mlp.fc2"),
+    ),
+    Family("GLM-4-9B", ("glm",), mlp=_GATE_UP_MLP),
+    Family("GLM-4-0414", ("glm4",), mlp=_GATE_UP_MLP, norm_last=True),
+    Family("Nemotron-4, Minitron", ("nemotron",), mlp=_UP_DOWN_MLP),
+    Family(
+        "StableLM",
+        ("stablelm",),
+        attention=AttentionRecord(
+            query_count="num_heads",
+            kv_count="num_key_value_heads",
+            plain_heads=False,
+            whole=_NORMS_BY_HEAD,
+            whole_if="qk_layernorm",
+        ),
+        mlp=MlpRecord(norm=("post_attention_layernorm", "input_layernorm")),
     ),
     Family(
-        "GPT-NeoX, Pythia",
-        ("gpt_neox",),
-        layers="gpt_neox.layers",
-        attention=AttentionRecord(
-            module="attention",
-            query="query_key_value",
-            key="query_key_value",
-            value="query_key_value",
-            output="dense",
-            fused="by head",
-            head_dim="head_size",
-        ),
-        mlp=MlpRecord(producers=("mlp.dense_h_to_4h",), consumer="mlp.dense_4h_to_h"),
+        "EXAONE 4",
+        ("exaone4",),
+        attention=AttentionRecord(norm=None),
+        mlp=MlpRecord(norm=None),
+        norm_last=True,
     ),
+    Family("Arcee AFM", ("arcee",), attention=AttentionRecord(plain_heads=False), mlp=_UP_DOWN_MLP),
+    Family(
+        "Apertus",
+        ("apertus",),
+        attention=AttentionRecord(norm="attention_layernorm"),
+        mlp=replace(_UP_DOWN_MLP, norm="feedforward_layernorm"),
+    ),
+    Family("Seed-OSS", ("seed_oss",)),
+    Family("ERNIE 4.5", ("ernie4_5",)),
+    Family("Hunyuan (dense)", ("hunyuan_v1_dense",)),
+    Family("Helium", ("helium",), attention=AttentionRecord(plain_heads=False)),
+    Family("Ministral, Ministral 3", ("ministral", "ministral3")),
+    Family(
+        "Persimmon",
+        ("persimmon",),
+        attention=replace(ONE_MAP, query_count="num_heads"),
+        mlp=NEOX_MLP,
+    ),
+    *OLDER,
 )
 
 
 PRUNED_PREFIX = "pruned_"
 """Prefix of the `model_type` of checkpoints whose layers differ in width (see `modeling_pruned.py`)."""
-
-
-def supported_models() -> str:
-    """One line that lists the supported families with their `model_type`s."""
-    return "; ".join(f"{f.name} ({', '.join(f.model_types)})" for f in FAMILIES)
 
 
 def is_supported(model_type: object) -> bool:
@@ -162,21 +125,28 @@ def find_family(model: nn.Module) -> Family:
 
     Raises `UsageError` for a model of an unsupported family.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
     for family in FAMILIES:
-        if str(model_type).removeprefix(PRUNED_PREFIX) in family.model_types:
+        if model_type.removeprefix(PRUNED_PREFIX) in family.model_types:
             _check_layers(model, family)
             return family
     if _experts(model):
         raise UsageError(
             f"{type(model).__name__} is a mixture-of-experts model, whose experts cannot be pruned; choose a "
-            f"dense model of one of these families: {supported_models()}."
+            f"dense model{_nearest(model_type)}; `probeprune models` lists all families."
         )
     raise UsageError(
-        f"model type {model_type!r} ({type(model).__name__}) is not supported; supported are: "
-        f"{supported_models()}. To add it, write one Family record in probeprune/model/families.py "
-        "(see CONTRIBUTING.md, 'Add a model family')."
+        f"model type {model_type!r} ({type(model).__name__}) is not one of the {len(FAMILIES)} supported "
+        f"families{_nearest(model_type)}; `probeprune models` lists them. To add one, write one Family "
+        "record in probeprune/model/families.py (see CONTRIBUTING.md, 'Add a model family')."
     )
+
+
+def _nearest(model_type: str) -> str:
+    """The supported `model_type` most like this one, to put into a sentence; empty if none is like it."""
+    known = [t for f in FAMILIES for t in f.model_types]
+    near = get_close_matches(model_type, known, n=1)
+    return f" (nearest: {near[0]})" if near else ""
 
 
 def _check_layers(model: nn.Module, family: Family) -> None:

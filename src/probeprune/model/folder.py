@@ -163,6 +163,11 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def stored_sizes(folder: Path) -> list[tuple[torch.dtype, int]]:
+    """Dtype and bytes of each weight of a checkpoint. Tensors of integers are masks, which nobody opens."""
+    return [t.size for t in stored_tensors(weight_files(folder)).values() if t.is_float]
+
+
 def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
     """All tensors of some safetensors files by name, from the headers alone.
 

@@ -175,7 +175,7 @@ def make_config(
         "num_attention_heads": query_heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        family.mlp.width_field: max(widths(fields, "feed_forward_length")),
+        str(family.mlp.width_field): max(widths(fields, "feed_forward_length")),
         "vocab_size": vocabulary,
         "max_position_embeddings": fields["context_length"],
         "rope_parameters": rope,

@@ -33,6 +33,9 @@ def opened(
 RunPass = Callable[[Pass, Callable[[], Any]], Any]
 """Runs one pass, whose forward it is given, and returns the forward's output."""
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a decoder gives a layer besides the hidden states: by position and by name."""
+
 _ON_LAYERS = "_probeprune_on_layers"
 """Attribute of a model: gives, for a layer that has been opened, what its passes go through."""
 
@@ -80,15 +83,16 @@ class LayerRunner:
         self._decoder, self._device = find_decoder(model), device_of(model)
         self.batches, self._masks = batches, masks or [None] * len(batches)
         self._run_pass: RunPass = _straight
-        self._arguments: dict[object, list[dict[str, Any]]] = {}
+        self._arguments: dict[object, list[_Arguments]] = {}
+        self._in_tuples = find_family(model).layers_give_tuples
         self._wide = False
         self.hidden = HiddenStates(room_of(model), len(batches)) if hidden is None else hidden
         for i in range(len(batches)):
-            calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+            calls: list[tuple[torch.Tensor, _Arguments]] = []
 
-            def record(hidden_states: torch.Tensor, calls: Any = calls, **arguments: Any) -> torch.Tensor:
-                calls.append((hidden_states, arguments))
-                return hidden_states
+            def record(hidden_states: torch.Tensor, *more: Any, calls: Any = calls, **arguments: Any) -> Any:
+                calls.append((hidden_states, (more, arguments)))
+                return self._given(hidden_states)
 
             self._decode(i, [record] * len(self._layers))
             if i == 0 and not self.hidden.holds(i):
@@ -149,16 +153,21 @@ class LayerRunner:
 
     def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of one layer for the hidden states of one batch, both by index."""
-        arguments = self._arguments[self._like(batch)][layer]
+        more, arguments = self._arguments[self._like(batch)][layer]
         if self._wide:
-            hidden, arguments = widened(hidden), widened(arguments)
+            hidden, more, arguments = widened(hidden), widened(more), widened(arguments)
         started = Pass(self.tokens(batch), continues=False, cache=None)
-        out: torch.Tensor = self._run_pass(started, lambda: self._layers[layer](hidden, **arguments))
-        return out
+        out: Any = self._run_pass(started, lambda: self._layers[layer](hidden, *more, **arguments))
+        found: torch.Tensor = out[0] if self._in_tuples else out
+        return found
 
     def finish(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the decoder makes of the last layer's output, behind its norm: (batch, length, hidden)."""
-        return self._decode(batch, [lambda *args, **kwargs: hidden] * len(self._layers))
+        return self._decode(batch, [lambda *args, **kwargs: self._given(hidden)] * len(self._layers))
+
+    def _given(self, hidden: torch.Tensor) -> Any:
+        """Hidden states as the model's layers return them."""
+        return (hidden, None) if self._in_tuples else hidden
 
 
 class _StandIn(nn.Module):
@@ -225,7 +234,8 @@ def _hooks(block: Block, captured: Captured) -> Iterator[RemovableHandle]:
         captured.residual = args[0] if args else kwargs["hidden_states"]
 
     def after(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        captured.z, captured.output = args[0], output
+        # A copy: layers with parallel blocks add to an output in place.
+        captured.z, captured.output = args[0], output.clone()
 
     front = block.entry if block.norm is None else block.norm
     yield front.register_forward_pre_hook(before, with_kwargs=True)

@@ -31,6 +31,7 @@ from probeprune.model.folder import (
     Stored,
     check_files,
     read_object,
+    stored_sizes,
     stored_tensors,
     weight_files,
 )
@@ -117,8 +118,7 @@ def load_model(
     folder, shape, options = _open(name, trust_remote_code)
     placing = None
     if device_map is None:
-        sizes = (t.size for t in stored_tensors(weight_files(folder)).values())
-        placing = place(name, shape.model, chosen, target, memory, work, sizes)
+        placing = place(name, shape.model, chosen, target, memory, work, stored_sizes(folder))
     where: dict[str, Any] = {}
     if placing is not None or device_map is not None:
         scratch = Scratch("probeprune-layers")
@@ -274,6 +274,13 @@ def _is_supported(model_type: object) -> bool:
     return model_type == NEMOTRON_NAS or is_supported(str(model_type).removeprefix(PRUNED_PREFIX))
 
 
+_OLD_MASKS = tuple(
+    f".attn.{name}"
+    for name in ("bias", "masked_bias", "attention.bias", "attention.masked_bias", "causal_mask")
+)
+"""Ends of the names of causal masks that older releases of GPT-2 and its kin stored with the weights. Today's
+code makes them itself."""
+
 # -- weights ---------------------------------------------------------------------------------------
 
 
@@ -293,7 +300,8 @@ def _check_weights(
             folder, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     wanted = model.state_dict()
-    for key in sorted({*wanted, *loading["unexpected_keys"]}):
+    left_over = sorted(key for key in loading["unexpected_keys"] if not key.endswith(_OLD_MASKS))
+    for key in sorted({*wanted, *left_over}):
         stored = _stored_under(key, tensors)
         if (
             stored is not None
@@ -309,7 +317,7 @@ def _check_weights(
             f"the weights of model '{name}' hold '{key}' in shape {tuple(found)}, and '{file}' asks for "
             f"{tuple(asked)}; get the checkpoint again."
         )
-    left_over, missing = sorted(loading["unexpected_keys"]), sorted(loading["missing_keys"])
+    missing = sorted(loading["missing_keys"])
     if left_over:
         raise UsageError(
             f"the weights of model '{name}' hold more than '{file}' asks for: {len(left_over)} tensors are "
@@ -344,14 +352,12 @@ def _check_counts(file: Path, model: PreTrainedModel) -> None:
     for block in find_blocks(model):
         if block.kind != "attention":
             continue
-        counts = {
-            block.query_count: block.query_heads,
-            block.kv_count: block.kv_heads,
+        counts: dict[str, float] = {
+            **block.counts(block.query_heads, block.kv_heads),
             "num_key_value_groups": block.query_heads / block.kv_heads,
         }
         for name, count in counts.items():
-            module = model.get_submodule(block.name)
-            said = attribute(module, name) if name else None
+            said = attribute(model.get_submodule(block.name), name)
             if said is not None and said != count:
                 raise UsageError(
                     f"'{file}' says {name} {said} of {block.name}, and its weights say {count:g}; get the "

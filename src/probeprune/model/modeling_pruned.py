@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
 if not hasattr(transformers.PretrainedConfig, "is_heterogeneous"):
     raise ImportError(
@@ -89,6 +90,12 @@ def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
     for path, changes in pruned.items():
         path = path.removeprefix(absent)
         module = model.get_submodule(path)
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, Conv1D):  # it stores its weight as (in, out)
+            columns = changes.get("in_features", module.nx)
+            made = Conv1D(changes.get("out_features", module.nf), columns)
+            setattr(model.get_submodule(parent), name, made)
+            continue
         if isinstance(module, nn.Linear):
             sizes = {
                 "in_features": module.in_features,
@@ -96,8 +103,7 @@ def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
                 "bias": module.bias is not None,
                 **changes,
             }
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, nn.Linear(**sizes))
+            setattr(model.get_submodule(parent), name, type(module)(**sizes))
             continue
         for name, value in changes.items():
             owner, _, attribute = name.rpartition(".")
@@ -115,6 +121,7 @@ class _Narrow(PreTrainedModel):
             super().__init__(config, *args, **kwargs)
         if config.is_heterogeneous:
             _rebuild_layers(self, config)
+            view_rest(self, config)
         narrow(self, getattr(config, "pruned", {}))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +129,7 @@ class _Narrow(PreTrainedModel):
 
         Raises `ValueError` for others: the paged cache has one size for all layers.
         """
-        makes_keys = ("k_proj", "qkv_proj", "query_key_value")
+        makes_keys = ("k_proj", "qkv_proj", "query_key_value", "c_attn")
         heads = {getattr(layer, "num_key_value_heads", None) for layer in self.config.per_layer_config}
         if len(heads) > 1 or any(path.endswith(makes_keys) for path in getattr(self.config, "pruned", {})):
             raise ValueError(
@@ -190,6 +197,23 @@ def view_layer(layer: nn.Module, own: Any, config: Any) -> None:
         if held is not None:
             base = held if isinstance(held, ConfigView) else config
             module.config = ConfigView(base, fields)  # type: ignore[assignment]
+
+
+def view_rest(model: nn.Module, config: Any) -> None:
+    """Let the modules outside of layers read the dense model's fields where those of layers differ.
+
+    Some kinds of RoPE read the number of heads, only to divide by it where the config has no head size.
+
+    Args:
+        model: whose layers read fields of their own (`view_layer`).
+        config: the model's config.
+    """
+    names = config.per_layer_attributes
+    with _without_overrides(config):  # layers may have fields that the family's config lacks
+        fields = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    for module in model.modules():
+        if module.__dict__.get("config") is config and not isinstance(module, PreTrainedModel):
+            module.config = ConfigView(config, fields)  # type: ignore[assignment]
 
 
 @cache

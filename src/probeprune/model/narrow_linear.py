@@ -2,8 +2,8 @@
 
 `_parameters` of such a map always hold the whole weight, so whatever walks over parameters (`.to()`,
 optimizers, state dicts, checks for shared storage) sees the model as it is. Only `weight` and `bias`, which a
-forward reads, show the part in view. A map becomes a `NarrowLinear` in place and a plain one again, so it
-stays the same object in everybody's hands.
+forward reads, show the part in view. A map becomes a `Narrow` in place and a plain one again, so it stays the
+same object in everybody's hands.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.nn.functional import linear as multiply
+from transformers.pytorch_utils import Conv1D
 
 from probeprune.errors import UsageError
+from probeprune.model.linear_maps import LinearMap, oriented
 
 _STATE = "_view"
 
@@ -25,13 +27,17 @@ class View:
         narrow: whether the part is shown; the whole otherwise.
         axis: 0 for rows (a producer), 1 for columns (the consumer).
         ranges: (start, length) of the rows or columns that are shown; several for a fused map.
-        replacement: a weight of the same shape to show instead of the part; None for the part itself.
-        added_bias: a bias (out_features,) to show instead of the map's own; None for its own.
+        replacement: a weight to show instead of the part, shaped like it; None for the part itself.
+        added_bias: a bias (out,) to show instead of the map's own; None for its own.
         original: gives a parameter, by name, as it was before its units were permuted.
+        kind: the map's own class.
+
+    Weights are (out, in) here, whatever the map stores.
     """
 
-    def __init__(self, linear: nn.Linear, axis: int, original: Callable[[str], torch.Tensor]) -> None:
+    def __init__(self, linear: LinearMap, axis: int, original: Callable[[str], torch.Tensor]) -> None:
         self.linear, self.axis, self.original = linear, axis, original
+        self.kind: type[LinearMap] = type(linear)
         self.narrow = False
         self.ranges: list[tuple[int, int]] = []
         self.replacement: torch.Tensor | None = None
@@ -55,7 +61,7 @@ class View:
                 self.replacement = self.replacement.to(weight)
             if self.added_bias is not None:
                 self.added_bias = self.added_bias.to(weight)
-            self._weights = self._parts(weight.detach(), self.axis)
+            self._weights = self._parts(oriented(self.linear, weight.detach()), self.axis)
             # A consumer's bias belongs to no unit.
             self._biases = self._parts(bias.detach(), 0) if bias is not None and self.axis == 0 else []
 
@@ -86,8 +92,13 @@ class View:
         whole = self.linear._parameters["weight"]
         assert whole is not None
         if torch.is_grad_enabled() and whole.requires_grad:  # views that lead gradients to the parameter
-            return self._parts(whole, self.axis)
+            return self._parts(oriented(self.linear, whole), self.axis)
         return self._weights
+
+    def shown(self) -> torch.Tensor:
+        """The weight in view, in one piece."""
+        weights = self.weights()
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     def biases(self) -> list[torch.Tensor | None]:
         """The bias' parts in view, one per range."""
@@ -104,19 +115,18 @@ class View:
         return [*self._biases]
 
 
-class NarrowLinear(nn.Linear):
+class Narrow(nn.Module):
     """A linear map with a `View`. Made and unmade by `open_view` and `close_view`."""
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         view: View = self.__dict__[_STATE]
         if not view.narrow:
             return self._parameters["weight"]  # type: ignore[return-value]
-        weights = view.weights()
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
+        return oriented(self, view.shown())
 
     @property
-    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+    def bias(self) -> torch.Tensor | None:
         view: View = self.__dict__[_STATE]
         if not view.narrow:
             return self._parameters["bias"]
@@ -132,9 +142,9 @@ class NarrowLinear(nn.Linear):
             # The rows in view do not lie together: each range multiplies alone, without a copy of the weight.
             parts = zip(view.weights(), view.biases(), strict=True)
             return torch.cat([multiply(x, weight, bias) for weight, bias in parts], dim=-1)
-        return multiply(x, self.weight, self.bias)
+        return multiply(x, oriented(self, self.weight), self.bias)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "NarrowLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> "Narrow":
         view: View = self.__dict__[_STATE]
         changed = view.changed
         super()._apply(fn, recurse)
@@ -170,6 +180,19 @@ class NarrowLinear(nn.Linear):
         raise attached("giving its modules other parameters")
 
 
+class NarrowLinear(Narrow, nn.Linear):  # type: ignore[misc, override]
+    """An `nn.Linear`, or a subclass with the same forward, with a `View`."""
+
+
+class NarrowConv1D(Narrow, Conv1D):
+    """A `Conv1D` with a `View`."""
+
+    @property
+    def nf(self) -> int:
+        """Outputs in view: the forward of `Conv1D`, where others have kept it, shapes its result by this."""
+        return int(self.weight.shape[1])
+
+
 def attached(doing: str) -> UsageError:
     """The error for something that cannot be done to a map that shows a part of its weight."""
     return UsageError(f"a method is attached to this model; detach it before {doing}.")
@@ -185,16 +208,21 @@ def refuse_to_copy() -> NoReturn:
     raise attached("copying or pickling it")
 
 
-def open_view(linear: nn.Linear, axis: int, original: Callable[[str], torch.Tensor]) -> View:
+def open_view(linear: LinearMap, axis: int, original: Callable[[str], torch.Tensor]) -> View:
     """Turn a plain linear map into one with a view, showing the whole."""
     view = View(linear, axis, original)
     linear.__dict__[_STATE] = view
-    linear.__class__ = NarrowLinear
+    linear.__class__ = NarrowConv1D if isinstance(linear, Conv1D) else NarrowLinear
     return view
 
 
-def close_view(linear: nn.Linear) -> None:
+def plain_kind(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without its view."""
+    return module.__dict__[_STATE].kind if isinstance(module, Narrow) else type(module)
+
+
+def close_view(linear: LinearMap) -> None:
     """Turn a linear map with a view into a plain one again."""
-    if isinstance(linear, NarrowLinear):
-        linear.__class__ = nn.Linear  # type: ignore[assignment]
+    if isinstance(linear, Narrow):
+        linear.__class__ = plain_kind(linear)  # type: ignore[assignment]
         del linear.__dict__[_STATE]

@@ -18,7 +18,7 @@ from probeprune.model.pruned_configs import Unfit, make_config, own_fields, plai
 
 MODEL_TYPE = DeciLMConfig.model_type
 
-_COMPUTE_LIKE_LLAMA = ("llama", "mistral", "qwen2")
+COMPUTE_LIKE_LLAMA = ("llama", "mistral", "qwen2")
 """Families whose layers are LLaMA's, biases aside, where no layer has a sliding window."""
 
 
@@ -30,7 +30,7 @@ def llama_config(model: Any) -> Any:
     """
     base = plain_config(model.config)
     name = type(base).__name__
-    if base.model_type not in _COMPUTE_LIKE_LLAMA:
+    if base.model_type not in COMPUTE_LIKE_LLAMA:
         raise Unfit(f"{name} does not compute what LLaMA does")
     if "sliding_attention" in (getattr(base, "layer_types", None) or ()) or _window(base):
         raise Unfit(f"{name} has a sliding window")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from probeprune.errors import UsageError, refusing
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model import hub
-from probeprune.model.folder import check_files, stored_tensors, weight_files, weight_names
+from probeprune.model.folder import check_files, stored_sizes, weight_names
 from probeprune.model.gguf_architectures import find_architecture
 from probeprune.model.gguf_files import embedded_gguf
 from probeprune.model.gguf_reading import read_outline
@@ -57,7 +57,7 @@ def open_outline(name: str, *, trust_remote_code: bool = False) -> Outline:
     names = weight_names(folder)
     if names and all((folder / file).is_file() for file in names):
         shape = open_shape(name, trust_remote_code=trust_remote_code)
-        stored = [t.size for t in stored_tensors(weight_files(folder)).values()]
+        stored = stored_sizes(folder)
         return Outline(name, shape.model, stored, True, True)
     config = load_config(name, folder, trust_remote_code)
     with (

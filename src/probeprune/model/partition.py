@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from probeprune.errors import UsageError
-from probeprune.model.blocks import Block
+from probeprune.model.blocks import Block, kept_whole
+from probeprune.model.linear_maps import LinearMap, oriented, replace_weight, sizes
 from probeprune.model.modeling_pruned import ConfigView
 from probeprune.model.narrow_linear import View, close_view, open_view
 from probeprune.model.offloading import fetching_hook
@@ -45,7 +46,9 @@ class Partition:
     """
 
     def __init__(self, block: Block) -> None:
-        """Raises `UsageError` for a block whose weights are offloaded, and not opened (`in_memory`)."""
+        """Raises `UsageError` for a block that stays whole, or whose weights are offloaded and not opened."""
+        if block.whole is not None:
+            raise kept_whole(block)
         for m in block.members:
             if fetching_hook(m.linear) is not None:
                 raise UsageError(
@@ -59,9 +62,11 @@ class Partition:
         self.shown = block.units
         self.companions: list[torch.Tensor] = []
         self._attributes: dict[str, object] = {}
-        self._views: dict[nn.Linear, View] = {}
+        self._views: dict[LinearMap, View] = {}
         self._by_query_head = block.unit_kind != "group"
-        overrides = attention_overrides(block.entry) if self._by_query_head else {}
+        # A single key-value head needs no index: all query heads read it.
+        self._indexed = self._by_query_head and block.kv_heads > 1
+        overrides = attention_overrides(block.entry) if self._indexed else {}
         for linear in dict.fromkeys(m.linear for m in block.members):
             axis = 1 if linear is block.consumer else 0
             self._views[linear] = open_view(linear, axis, self._original_of(linear))
@@ -161,24 +166,26 @@ class Partition:
                 if parameter is None or (name == "bias" and m.axis == 1):  # a consumer's belongs to no unit
                     continue
                 # Not `.data`: autograd must notice that a weight it has saved was moved.
-                tensors.append((m.part(parameter.detach(), self.block.units), axis, m.width))
+                own = [parameter.detach()]
                 if parameter.grad is not None:  # it lies as its weight does
-                    tensors.append((m.part(parameter.grad.detach(), self.block.units), axis, m.width))
+                    own.append(parameter.grad.detach())
+                for tensor in own:
+                    part = m.part(oriented(m.linear, tensor), self.block.units)
+                    tensors.append((part, axis, m.width))
         if self.order.device.type in _AUTOCAST and torch.is_autocast_enabled(self.order.device.type):
             torch.clear_autocast_cache()  # it holds casts of these weights as they were
         return [*tensors, *((c, c.ndim - 1, self.block.unit_width) for c in self.companions)]
 
-    def _original_of(self, linear: nn.Linear) -> Any:
+    def _original_of(self, linear: LinearMap) -> Any:
         def original(name: str) -> torch.Tensor:
             """A parameter of the map with its units in their original order."""
-            parameter = linear._parameters[name]
-            assert parameter is not None
-            tensor = parameter.detach().clone()
+            parameter: Any = linear._parameters[name]
+            tensor: torch.Tensor = parameter.detach().clone()
             positions = self.order.argsort().to(tensor.device)
             for m in self.block.members:
                 if m.linear is linear and (name == "weight" or m.axis == 0):
                     axis = m.axis if tensor.ndim > 1 else 0
-                    part = m.part(tensor, self.block.units)
+                    part = m.part(oriented(linear, tensor), self.block.units)
                     part.copy_(part.index_select(axis, _spread(positions, m.width)))
             return tensor
 
@@ -186,10 +193,9 @@ class Partition:
 
     # -- cut -----------------------------------------------------------------------------------
 
-    def _kept_ranges(self, linear: nn.Linear) -> list[tuple[int, int]]:
+    def _kept_ranges(self, linear: LinearMap) -> list[tuple[int, int]]:
         """(start, length) of the rows or columns in view; several for a fused map."""
-        consumer = linear is self.block.consumer
-        end = linear.in_features if consumer else linear.out_features
+        end = sizes(linear)[1 if linear is self.block.consumer else 0]
         ranges, position = [], 0
         for m in self.block.members:
             if m.linear is linear:
@@ -212,28 +218,28 @@ class Partition:
     def _tell_attention(self, units: int) -> None:
         """Set the head counts that the module's forward reads."""
         self._set_counts(units)
-        if self._by_query_head:
+        if self._indexed:
             self._set_attribute("kv_index", self.order[:units] // self.block.group_size)
 
     def wide_attributes(self) -> dict[str, object]:
         """Attributes of the attention module that depend on the order, for a view of all units."""
-        return {"kv_index": self.order // self.block.group_size} if self._by_query_head else {}
+        return {"kv_index": self.order // self.block.group_size} if self._indexed else {}
 
     def _set_counts(self, units: int) -> None:
         block = self.block
         query_heads = units * (1 if self._by_query_head else block.group_size)
         kv_heads = block.kv_heads if self._by_query_head else units
-        for name, heads in ((block.query_count, query_heads), (block.kv_count, kv_heads)):
-            if name is not None and name.startswith(_IN_CONFIG):
-                setattr(block.entry.config, name.removeprefix(_IN_CONFIG), heads)
-            elif name is not None:
-                self._set_attribute(name, heads)
+        for name, value in block.counts(query_heads, kv_heads).items():
+            if name.startswith(_IN_CONFIG):
+                setattr(block.entry.config, name.removeprefix(_IN_CONFIG), value)
+            else:
+                self._set_attribute(name, value)
+        if self._by_query_head and not self._indexed and hasattr(block.entry, "num_key_value_groups"):
+            self._set_attribute("num_key_value_groups", query_heads)
 
     def _take_config(self) -> None:
         """Give the module its own config if its forward reads head counts from the config."""
-        if any(
-            c is not None and c.startswith(_IN_CONFIG) for c in (self.block.query_count, self.block.kv_count)
-        ):
+        if any(name.startswith(_IN_CONFIG) for name in self.block.counts(1, 1)):
             self._set_attribute("config", ConfigView(self.block.entry.config))
 
     @torch.no_grad()
@@ -247,21 +253,21 @@ class Partition:
         check_can_cut(block)
         self.widen()
         for linear, view in self._views.items():
-            parts = {"weight": view.axis, **({"bias": 0} if view.axis == 0 else {})}
             close_view(linear)
-            for name, axis in parts.items():
-                whole = linear._parameters[name]
-                if whole is not None:
-                    kept = torch.cat([whole.data.narrow(axis, *r) for r in view.ranges], axis)
-                    linear._parameters[name] = nn.Parameter(kept, requires_grad=whole.requires_grad)
-            if view.replacement is not None:
-                asked = linear.weight.requires_grad
-                linear._parameters["weight"] = nn.Parameter(view.replacement, requires_grad=asked)
+            weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+            assert weight is not None
+            kept = view.replacement
+            if kept is None:
+                whole = oriented(linear, weight.data)
+                kept = torch.cat([whole.narrow(view.axis, *r) for r in view.ranges], view.axis)
+            replace_weight(linear, kept)
             if view.added_bias is not None:
                 linear._parameters["bias"] = nn.Parameter(view.added_bias, requires_grad=False)
-            linear.out_features, linear.in_features = linear.weight.shape
+            elif bias is not None and view.axis == 0:
+                rows = torch.cat([bias.data.narrow(0, *r) for r in view.ranges])
+                linear._parameters["bias"] = nn.Parameter(rows, requires_grad=bias.requires_grad)
         self._views = {}
-        if self._by_query_head:  # balanced: consecutive heads share a group again
+        if self._indexed:  # balanced: consecutive heads share a group again
             self._restore_attributes()
             block.entry.num_key_value_groups = self.shown // block.kv_heads  # type: ignore[assignment]
             self._take_config()
@@ -318,10 +324,9 @@ class Partition:
 
     @property
     def consumer_weight(self) -> torch.Tensor:
-        """The consumer's full weight (d, n), kept channels first."""
-        full = self.block.consumer._parameters["weight"]
-        assert full is not None
-        return full.detach()
+        """The consumer's full weight (d, n), kept channels first: a view."""
+        full: Any = self.block.consumer._parameters["weight"]
+        return oriented(self.block.consumer, full.detach())
 
     @property
     def consumer_bias(self) -> torch.Tensor | None:

@@ -231,7 +231,8 @@ def position_limit(config: Any) -> int | None:
 
     RoPE that is scaled to longer sequences (dynamic NTK, YaRN and others) counts with its factor.
     """
-    limit: int | None = getattr(config, "max_position_embeddings", None)
+    named: list[int | None] = [getattr(config, n, None) for n in ("max_position_embeddings", "max_seq_len")]
+    limit = next((n for n in named if n is not None), None)
     rope = getattr(config, "rope_parameters", None) or {}
     if limit is None or rope.get("rope_type", "default") in ("default", "proportional"):
         return limit

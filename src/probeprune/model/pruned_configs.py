@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from probeprune.errors import UsageError
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import Block, attribute, find_blocks
-from probeprune.model.families import FAMILIES, PRUNED_PREFIX, Family, Twin, find_family, is_supported
+from probeprune.model.families import FAMILIES, PRUNED_PREFIX, find_family, is_supported
+from probeprune.model.family_records import Family, Twin
+from probeprune.model.linear_maps import sizes
 from probeprune.model.modeling_pruned import MODEL_TYPES, model_classes, pruned_config, pruned_model
 
 
@@ -62,18 +65,19 @@ def plain_candidates(
         raise Unfit("its layers have different widths")
     family = find_family(model)
     attention = next(b for b in blocks if b.kind == "attention")
-    mlp = next(b for b in blocks if b.kind == "mlp")
     base = plain_config(model.config)
-    widths = {
-        "num_attention_heads": attention.query_heads,
-        "num_key_value_heads": attention.kv_heads,
-        family.mlp.width_field: mlp.units,
-    }
-    changes = {k: v for k, v in widths.items() if getattr(base, k, v) != v}
+    widths = _head_fields(attention)
+    mlp = next(b.units for b in blocks if b.kind == "mlp")
+    if family.mlp.width_field is not None:
+        widths[family.mlp.width_field] = mlp
+    elif mlp != 4 * base.hidden_size:
+        raise Unfit(f"{type(base).__name__} has no field for the width of its MLPs")
+    changes = {k: v for k, v in widths.items() if _said(base, k, v) != v}
     head_dim = attention.head_dim
-    tied = base.hidden_size == attention.query_heads * head_dim
-    if getattr(base, "head_dim", None) not in (None, head_dim) or not tied:
-        changes["head_dim"] = head_dim
+    if _says_head_dim(type(base)):
+        tied = base.hidden_size == attention.query_heads * head_dim
+        if getattr(base, "head_dim", None) not in (None, head_dim) or not tied:
+            changes["head_dim"] = head_dim
     biases = {
         record.bias_field: True
         for record, kind in ((family.attention, "attention"), (family.mlp, "mlp"))
@@ -147,7 +151,7 @@ def _per_layer_candidates(
     layers = _layer_fields(model, base, blocks, all if in_place else any)
     head_dim = next(b.head_dim for b in blocks if b.kind == "attention")
     yield type(base), _with_layers(fields, layers)
-    if fields.get("head_dim") != head_dim:
+    if fields.get("head_dim") != head_dim and _says_head_dim(type(base)):
         yield type(base), _with_layers({**fields, "head_dim": head_dim}, layers)
     twin = find_family(model).twin
     if not in_place and twin is not None:
@@ -190,21 +194,40 @@ def _layer_fields(
     for block in blocks:
         if block.kind == "attention":
             record: Any = family.attention
-            fields = {"num_attention_heads": block.query_heads, "num_key_value_heads": block.kv_heads}
+            fields = _head_fields(block)
         else:
             record = family.mlp
-            fields = {family.mlp.width_field: block.units}
+            fields = {} if record.width_field is None else {record.width_field: block.units}
         if count(linear.bias is not None for linear in (*block.producers, block.consumer)):
             fields[record.bias_field] = True
         layer = layers.setdefault(block.layer, {})
-        layer.update({k: v for k, v in fields.items() if getattr(base, k, v) != v})
+        layer.update({k: v for k, v in fields.items() if _said(base, k, v) != v})
     return layers
+
+
+def _head_fields(block: Block) -> dict[str, Any]:
+    """Fields of a config that hold the numbers of heads."""
+    return {"num_attention_heads": block.query_heads, "num_key_value_heads": block.kv_heads}
+
+
+def _says_head_dim(config_class: type) -> bool:
+    """Whether configs of a class can be told the size of heads; Falcon's work it out."""
+    return not isinstance(getattr(config_class, "head_dim", None), property)
+
+
+def _said(config: Any, name: str, default: Any) -> Any:
+    """The value of a field of a config.
+
+    Families that allow null for the width of their MLPs make them four times as wide as the hidden size then.
+    """
+    value = getattr(config, name, default)
+    return 4 * config.hidden_size if value is None else value
 
 
 def _differences(model: Any, blocks: Sequence[Block], plain: Any) -> dict[str, dict[str, Any]]:
     """What a described model of the same layers lacks, by module. It may have more biases: those are zero.
 
-    Raises `Unfit` where it has heads of another size.
+    Raises `Unfit` where it has heads or norms of another size.
     """
     head_dim = find_family(model).attention.head_dim
     found: dict[str, dict[str, Any]] = {}
@@ -212,29 +235,43 @@ def _differences(model: Any, blocks: Sequence[Block], plain: Any) -> dict[str, d
         for name in dict.fromkeys(m.name for m in block.members):
             ours, theirs = model.get_submodule(name), plain.get_submodule(name)
             differs: dict[str, Any] = {
-                size: getattr(ours, size)
-                for size in ("in_features", "out_features")
-                if getattr(ours, size) != getattr(theirs, size)
+                size: own
+                for size, own, other in zip(
+                    ("out_features", "in_features"), sizes(ours), sizes(theirs), strict=True
+                )
+                if own != other
             }
             if ours.bias is not None and theirs.bias is None:
                 differs["bias"] = True
             if differs:
                 found[name] = differs
         if block.kind == "attention":
+            _check_norms(block, plain.get_submodule(block.name))
             if getattr(plain.get_submodule(block.name), head_dim) != block.head_dim:
                 raise Unfit(f"{type(plain.config).__name__} gives {block.name} heads of another size")
+            said = {
+                **block.counts(block.query_heads, block.kv_heads),
+                "num_key_value_groups": block.group_size,
+            }
             counts = {
                 name: value
-                for name, value in (
-                    (block.query_count, block.query_heads),
-                    (block.kv_count, block.kv_heads),
-                    ("num_key_value_groups", block.group_size),
-                )
-                if name is not None and attribute(plain.get_submodule(block.name), name) not in (None, value)
+                for name, value in said.items()
+                if attribute(plain.get_submodule(block.name), name) not in (None, value)
             }
             if counts:
                 found[block.name] = counts
     return found
+
+
+def _check_norms(block: Block, plain: nn.Module) -> None:
+    """Raise `Unfit` where norms inside an attention block have another size under a config."""
+    linears = {m.linear for m in block.members}
+    for name, module in block.entry.named_modules():
+        if module in linears:
+            continue
+        for own, parameter in module.named_parameters(name, recurse=False):
+            if parameter.shape != plain.get_parameter(own).shape:
+                raise Unfit(f"{type(plain).__name__} has {own} of another shape")
 
 
 def plain_class(model: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 
 from probeprune.model.blocks import Block, uncalled_consumer
 from probeprune.model.modeling_pruned import ConfigView
-from probeprune.model.narrow_linear import NarrowLinear
+from probeprune.model.narrow_linear import plain_kind
 from probeprune.model.partition import Partition
 
 _HOOKS = (
@@ -79,8 +79,7 @@ def _shadow(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Modul
     """A module that shares parameters, buffers and plain attributes with `module`, some children replaced."""
     if module in replaced:
         return replaced[module]
-    kind = nn.Linear if isinstance(module, NarrowLinear) else type(module)
-    twin: nn.Module = object.__new__(kind)
+    twin: nn.Module = object.__new__(plain_kind(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__.pop("forward", None)
     if isinstance(config := module.__dict__.get("config"), ConfigView):

@@ -68,7 +68,7 @@ def check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int], fil
         if block.kind == "mlp" or block.layer >= len(layers):
             continue
         keys = getattr(layers[block.layer], "keys", None)
-        heads = keep if block.unit_kind == "group" else block.kv_heads
+        heads = block.cached_heads(keep)
         if isinstance(keys, torch.Tensor) and keys.ndim == 4 and keys.shape[1] != heads:
             raise UsageError(
                 f"the KV cache was laid out for {keys.shape[1]} key-value heads in {block.name}, which keeps "

@@ -101,7 +101,7 @@ def _gradient_and_square(g: torch.Tensor, member: Member) -> tuple[torch.Tensor,
 
 def _squared_products(g: torch.Tensor, member: Member) -> tuple[torch.Tensor, ...]:
     # Summed per sample: A itself, as large as the weight, is never kept.
-    return (_summed((member.linear.weight.detach().float() * g).square(), member),)
+    return (_summed((member.weight.float() * g).square(), member),)
 
 
 def _first_order(settled: Settled) -> torch.Tensor:

@@ -29,7 +29,7 @@ class ColumnNorms:
     @torch.no_grad()
     def of(cls, block: Block) -> "ColumnNorms":
         """The norms of the block's consumer, in the weight's present order."""
-        weight = block.consumer.weight.float()
+        weight = block.consumer_weight.float()
         squared = weight.square()
         return cls(weight.abs().sum(0), squared.sum(0), squared.square().sum(0).sqrt())
 
@@ -97,7 +97,7 @@ def magnitude(evidence: Evidence) -> torch.Tensor:
     """Control: 2-norm of all weights that a cut of the unit removes."""
     total = torch.zeros(evidence.block.units, dtype=torch.float32, device=evidence.norms.squared.device)
     for m in evidence.block.members:
-        weight = m.part(m.linear.weight.detach(), evidence.block.units)
+        weight = m.part(m.weight, evidence.block.units)
         squares = weight.float().square().sum(1 - m.axis)
         total += squares.view(evidence.block.units, m.width).sum(1)
     return total.sqrt()

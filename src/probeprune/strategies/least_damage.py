@@ -9,7 +9,7 @@ from probeprune.algebra import knapsack
 from probeprune.algebra.knapsack import Choice
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
-from probeprune.strategies.widths import KINDS, Request, check_even
+from probeprune.strategies.widths import KINDS, Request, check_even, may_lose_units
 
 
 def least_damage(request: Request) -> list[int]:
@@ -20,7 +20,7 @@ def least_damage(request: Request) -> list[int]:
     about 1/48 of the block. Raises `UsageError` where the ratio is out of reach.
     """
     each = [[i] for i in range(len(request.blocks))]
-    free = [b.layer >= request.skip_layers and b.kind in request.kinds for b in request.blocks]
+    free = [b.layer >= request.skip_layers and may_lose_units(b, request) for b in request.blocks]
     return _solve_grouped(request, each, free)
 
 
@@ -32,7 +32,8 @@ def least_damage_even(request: Request) -> list[int]:
     """
     check_even(request)
     alike = [[i for i, b in enumerate(request.blocks) if b.kind == kind] for kind in KINDS]
-    return _solve_grouped(request, alike, [kind in request.kinds for kind in KINDS])
+    free = [all(may_lose_units(request.blocks[i], request) for i in group) for group in alike]
+    return _solve_grouped(request, alike, free)
 
 
 def least_damage_heads(request: Request) -> list[int]:
@@ -47,8 +48,9 @@ def least_damage_heads(request: Request) -> list[int]:
     if len({(blocks[i].units, blocks[i].parameters) for i in attention}) > 1:
         raise UsageError("this model's layers differ in their heads already; use allocation 'damage'.")
     mlps = [[i] for i, b in enumerate(blocks) if b.kind == "mlp"]
-    free = ["attention" in request.kinds, *("mlp" in request.kinds for _ in mlps)]
-    return _solve_grouped(request, [attention, *mlps], free)
+    groups = [attention, *mlps]
+    free = [all(may_lose_units(blocks[i], request) for i in group) for group in groups]
+    return _solve_grouped(request, groups, free)
 
 
 def _solve_grouped(request: Request, groups: Sequence[Sequence[int]], free: Sequence[bool]) -> list[int]:

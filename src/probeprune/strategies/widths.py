@@ -57,17 +57,23 @@ def candidates(request: Request) -> tuple[list[int], float]:
         raise UsageError(
             f"skip_layers={skipped} leaves none of the model's {layers} layers to prune; lower it."
         )
-    pruned = [i for i, b in enumerate(blocks) if b.layer >= skipped and b.kind in request.kinds]
+    pruned = [i for i, b in enumerate(blocks) if b.layer >= skipped and may_lose_units(b, request)]
     prunable = sum(blocks[i].parameters for i in pruned)
     total = sum(b.parameters for b in blocks)
     share = ratio * total / max(prunable, 1)
     if share >= 1:
+        kinds = dict.fromkeys(blocks[i].kind for i in pruned)
         raise UsageError(
             f"ratio {ratio:g} of all blocks would remove everything that may be pruned "
-            f"({' and '.join(request.kinds)} behind the first {skipped} layers); use at most "
+            f"({' and '.join(kinds)} behind the first {skipped} layers); use at most "
             f"{prunable / total - 0.01:.2f}, or skip fewer."
         )
     return pruned, share
+
+
+def may_lose_units(block: Block, request: Request) -> bool:
+    """Whether the request takes units from blocks of this kind, and the block can lose some."""
+    return block.kind in request.kinds and block.whole is None
 
 
 def nearest_width(block: Block, parameters: float, round_to: int) -> int:

@@ -63,7 +63,7 @@ def lora_salience(member: Member, adapter: Any, name: str = "default") -> torch.
     a, b = a.detach().float(), b.detach().float()
     # dB A + (B - dB) dA, one product.
     gradient = torch.cat([db, b - db], 1) @ torch.cat([a, da], 0)
-    weight = member.linear.weight.detach().float() + adapter.scaling[name] * (b @ a)
+    weight = member.weight.float() + adapter.scaling[name] * (b @ a)
     return gradient.mul_(weight).abs_().sum(1 - member.axis)
 
 

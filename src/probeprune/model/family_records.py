@@ -1,0 +1,102 @@
+"""What the records of model families are made of: where a decoder layer has its attention and its MLP.
+
+A record says where the linear maps of each block are; what it leaves out is as in LLaMA. Knows no model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """Where a decoder layer has its attention block. The paths of `module` and `norm` are relative to the
+    layer, those of the linear maps to the module."""
+
+    module: str = "self_attn"
+    norm: str | tuple[str, ...] | None = "input_layernorm"
+    """Of several paths, the first that a layer has; None for a block that reads the residual stream."""
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    """Query, key and value may all name the same linear map, see `fused`."""
+    output: str = "o_proj"
+    fused: Literal["stacked", "by group"] | None = None
+    """Order of the rows of a map that makes queries, keys and values together: all queries, then all keys,
+    then all values (`stacked`), or key-value head by key-value head its queries, its key and its value
+    (`by group`)."""
+    head_dim: str = "head_dim"
+    """The module's attribute that holds its head size."""
+    query_count: str | None = None
+    """Where the module's forward reads its number of query heads: an attribute of the module or of its config
+    (`config.num_attention_heads`). None if it does not read one."""
+    kv_count: str | None = None
+    """The same for the number of key-value heads."""
+    query_width: str | None = None
+    """The same for the width of all queries together: the number of heads times their size."""
+    multi_query: str | None = None
+    """The module's flag for a single key-value head, which all query heads read."""
+    repeats_kv: str | None = None
+    """The module's flag for keys and values that are repeated for every query head before they are cached."""
+    bias_field: str = "attention_bias"
+    """Config field that gives the block's linear maps biases; configs without the field have none to give."""
+    plain_heads: bool = True
+    """Whether a plain config of the family, or of its `Twin`, holds fewer heads of the same size. It cannot
+    where the number of heads sets their size or must divide the hidden size, or where the hidden size sets
+    the width of the output map."""
+    whole: str | None = None
+    """Why no head can go, to follow a model's name; None where heads can go."""
+    whole_if: str | None = None
+    """Config flag that must be true for `whole` to hold; None where it always does."""
+
+
+@dataclass(frozen=True)
+class MlpRecord:
+    """Where a decoder layer has its MLP block; all paths are relative to the layer."""
+
+    module: str | None = "mlp"
+    """None if the layer's own forward computes the MLP."""
+    norm: str | tuple[str, ...] | None = "post_attention_layernorm"
+    """Of several paths, the first that a layer has: it may have one norm for both blocks. None for a block
+    that reads the residual stream."""
+    producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """A map named twice makes both: the rows of the first, then those of the second."""
+    consumer: str = "mlp.down_proj"
+    activation: str | None = None
+    """Path of the activation function; needed only if `module` is None."""
+    width_field: str | None = "intermediate_size"
+    """Config field with the width of all MLPs; None where the modelling code has it fixed."""
+    bias_field: str = "mlp_bias"
+    """Config field that gives the block's linear maps biases; configs without the field have none to give."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Another family that computes the same function and whose config ties the head size to nothing."""
+
+    model_type: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Values of config fields that make it the same function."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family, as data."""
+
+    name: str
+    """Name for readers."""
+    model_types: tuple[str, ...]
+    """`model_type` of the configs it covers."""
+    layers: str = "model.layers"
+    """Path of the list of decoder layers in the causal LM."""
+    attention: AttentionRecord = AttentionRecord()
+    mlp: MlpRecord = MlpRecord()
+    norm_first: str | None = None
+    """Config flag that, when false, puts each norm after its block, so that the block's input is the residual
+    stream itself. None for a family whose norms always come first."""
+    norm_last: bool = False
+    """Whether a norm or a factor follows the block's output before it is added to the residual stream."""
+    layers_give_tuples: bool = False
+    """Whether a layer's forward returns a tuple, with the hidden states in front."""
+    twin: Twin | None = None
+    """Family to save a pruned model as where this family's own config cannot hold its number of heads."""

@@ -1,0 +1,81 @@
+"""What can be done with each model family, read from the records: nothing here is known of a family by name.
+
+The records are those of `families.py` and `gguf_architectures.py`. Knows no model.
+"""
+
+from dataclasses import dataclass
+
+from transformers import CONFIG_MAPPING
+
+from probeprune.model.families import FAMILIES
+from probeprune.model.family_records import Family
+from probeprune.model.gguf_architectures import ARCHITECTURES
+from probeprune.model.nemotron_nas import COMPUTE_LIKE_LLAMA
+
+
+@dataclass(frozen=True)
+class Support:
+    """What can be done with one family."""
+
+    family: str
+    """Its name for readers."""
+    model_types: tuple[str, ...]
+    """`model_type` of its configs."""
+    heads: tuple[str, ...]
+    """Kinds of attention units that can go (`blocks.UnitKind`); empty where heads stay."""
+    heads_stay_if: str | None
+    """Config flag under which heads stay after all; None for a family without one."""
+    why: str | None
+    """Why heads stay, or would under that flag, in words that follow a model's name."""
+    mlp: bool
+    """Whether MLP channels can go."""
+    dynamic: tuple[str, ...]
+    """Kinds of blocks whose units a batch can choose."""
+    uniform: tuple[str, ...]
+    """Kinds of blocks that a plain config can describe when they are smaller (layout `uniform`)."""
+    nemotron_nas: bool
+    """Whether layout `nemotron-nas` can hold its models, where they have no sliding window."""
+    gguf: tuple[str, ...]
+    """Architectures of GGUF files that carry its models, with one width for all layers."""
+    gguf_per_layer: tuple[str, ...]
+    """Those that carry layers of different widths."""
+
+
+def support(family: Family) -> Support:
+    """What can be done with the models of one family."""
+    attention = family.attention
+    stay = attention.whole is not None and attention.whole_if is None
+    carried = [a for a in ARCHITECTURES if set(a.model_types) & set(family.model_types)]
+    plain = [] if stay or not attention.plain_heads else ["attention"]
+    plain += [] if family.mlp.width_field is None else ["mlp"]
+    return Support(
+        family=family.name,
+        model_types=family.model_types,
+        heads=() if stay else _units(family),
+        heads_stay_if=attention.whole_if,
+        why=attention.whole,
+        mlp=True,
+        dynamic=("mlp",) if stay else ("attention", "mlp"),
+        uniform=tuple(plain),
+        nemotron_nas=bool(set(family.model_types) & set(COMPUTE_LIKE_LLAMA)),
+        gguf=tuple(a.name for a in carried),
+        gguf_per_layer=tuple(a.name for a in carried if a.per_layer),
+    )
+
+
+def all_support() -> list[Support]:
+    """What can be done with each family, in the order of the records."""
+    return [support(family) for family in FAMILIES]
+
+
+def _units(family: Family) -> tuple[str, ...]:
+    """Kinds of attention units of a family whose heads can go.
+
+    Of a single key-value head, query heads go; of several in one map that makes them by group, whole groups;
+    where a config can have fewer key-value heads in a map of their own, query heads of each group too.
+    """
+    if family.attention.multi_query is not None:
+        return ("group", "query")
+    fields = [vars(CONFIG_MAPPING[t]).get("__dataclass_fields__", {}) for t in family.model_types]
+    grouped = any("num_key_value_heads" in f for f in fields)
+    return ("group", "balanced") if grouped else ("group",)

@@ -1,0 +1,97 @@
+"""Tiny random models of the families that the test of all methods leaves out, one row each.
+
+Every feature of a family that a released model has is on in some row: biases, norms, windows, layers without
+RoPE, ties. All parameters are random, those of norms too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tiny import LLAMA3, SHAPE, lively
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+LAYERS = 3
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_SHAPE = {**SHAPE, "num_hidden_layers": LAYERS, "intermediate_size": 60, "pad_token_id": None}
+_SHAPE |= {"bos_token_id": 1, "eos_token_id": 2}
+_SIZED_BY_COUNT = {k: v for k, v in _SHAPE.items() if k != "head_dim"}
+_ONE_EACH = {"num_key_value_heads": 6}
+_PLAIN = {"rope_theta": 10000.0, "rope_type": "default"}
+_PARTLY = {**_PLAIN, "partial_rotary_factor": 0.5}
+_DYNAMIC = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0, "alpha": 8.0}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+ROWS: dict[str, dict[str, Any]] = {
+    "gemma": {},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **WINDOWS},
+    "smollm3 biases": {"no_rope_layers": [0, 1, 1], "attention_bias": True, "mlp_bias": True},
+    "olmo": {"clip_qkv": 0.9, "tie_word_embeddings": True},
+    "olmo2": {"attention_bias": True},
+    "olmo3": {**WINDOWS, "rope_parameters": {"sliding_attention": _PLAIN, "full_attention": _YARN}},
+    "granite": {
+        "attention_bias": True,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 4.0,
+    },
+    "cohere": {"attention_bias": True},
+    "cohere norms": {"use_qk_norm": True},
+    "cohere2": {"attention_bias": True, **WINDOWS},
+    "starcoder2": {"sliding_window": 8},
+    "starcoder2 plain": {"use_bias": False, "tie_word_embeddings": False},
+    "phi": {"rope_parameters": _PARTLY, "hidden_act": "gelu_new", **_ONE_EACH},
+    "phi norms": {"rope_parameters": _PARTLY, "qk_layernorm": True, **_SIZED_BY_COUNT},
+    "glm": {"rope_parameters": _PARTLY},
+    "glm4": {"rope_parameters": _PARTLY, "attention_bias": True},
+    "nemotron": {"rope_parameters": _PARTLY},
+    "nemotron biases": {"rope_parameters": _PARTLY, "attention_bias": True, "mlp_bias": True},
+    "stablelm": {"rope_parameters": _PARTLY, "use_qkv_bias": True},
+    "stablelm parallel": {"rope_parameters": _PARTLY, "use_parallel_residual": True},
+    "stablelm norms": {"rope_parameters": _PARTLY, "use_parallel_residual": True, "qk_layernorm": True},
+    "exaone4": WINDOWS,
+    "arcee": {"attention_bias": True, "mlp_bias": True},
+    "apertus": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16}},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    "ernie4_5": {"use_bias": True},
+    "hunyuan_v1_dense": {"attention_bias": True, "rope_parameters": _DYNAMIC},
+    "helium": {},
+    "ministral": WINDOWS,
+    "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}, "sliding_window": 8},
+    "persimmon": {"rope_parameters": _PARTLY, "qk_layernorm": True},
+    "persimmon plain": {"rope_parameters": _PARTLY, "qk_layernorm": False},
+}
+"""Fields of the config beside those of the common shape, by name: a `model_type`, and what is on."""
+
+
+def config_of(name: str, **changes: Any) -> Any:
+    """The config of a row, with some fields changed."""
+    model_type = name.split()[0]
+    sized_by_count = model_type in ("stablelm", "persimmon") or name == "phi norms"
+    return CONFIG_MAPPING[model_type](
+        **{**(_SIZED_BY_COUNT if sized_by_count else _SHAPE), **ROWS[name], **changes}
+    )
+
+
+def build(name: str) -> Callable[[], PreTrainedModel]:
+    """Makes the model of a row, in eval mode, the same each time."""
+
+    def make() -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+        with torch.no_grad():
+            for module in model.modules():
+                if not isinstance(module, nn.Linear | nn.Embedding):
+                    for parameter in module.parameters(recurse=False):
+                        parameter += 0.3 * torch.randn_like(parameter)
+        return model
+
+    return lively(make)
