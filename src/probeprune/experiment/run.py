@@ -45,7 +45,7 @@ def run_cells(
         if shares.leads() and any(c.subject.calibration is not None for c in cells):
             check_cache()
         if not keep_going:
-            _check_ratios(bench, [c for c in cells if results.find(c) is None])
+            _check_ahead(bench, [c for c in cells if results.find(c) is None])
     for subject, of_subject in groupby(cells, key=lambda c: c.subject):
         group = list(of_subject)
         for cell, row in measure_cells(bench, missing(group, results, done), keep_going):
@@ -90,8 +90,9 @@ def measure_cells(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> 
             yield cell, failure(cell, error)
 
 
-def _check_ratios(bench: Workbench, cells: Sequence[Cell]) -> None:
-    """Raise `UsageError` before the run for a ratio that a method cannot reach."""
+def _check_ahead(bench: Workbench, cells: Sequence[Cell]) -> None:
+    """Raise `UsageError` before the run for a ratio that a method cannot reach, or a text without windows."""
+    drawn: set[object] = set()
     for subject in dict.fromkeys(c.subject for c in cells):
         if not prunes(subject.method):
             continue  # needs no model to be opened
@@ -99,3 +100,8 @@ def _check_ratios(bench: Workbench, cells: Sequence[Cell]) -> None:
             check_ratio(subject.method, subject.ratio, bench.dense(subject).model)
         except UsageError as error:
             raise UsageError(f"{subject.label}: {error}") from error
+        if subject.calibration not in drawn:
+            source = bench.source(subject)
+            if source is not None:
+                source.draw(1)
+            drawn.add(subject.calibration)
