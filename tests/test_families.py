@@ -21,8 +21,10 @@ from probeprune.cli.lists import COLUMNS, cells
 from probeprune.errors import Notice
 from probeprune.model.blocks import Block
 from probeprune.model.cost import blocks_flops
+from probeprune.model.decoding import next_token_logits
 from probeprune.model.families import FAMILIES, find_family
 from probeprune.model.partition import Partition
+from probeprune.model.passes import find_decoder
 from probeprune.model.pruned_configs import empty_model
 from probeprune.model.support import all_support
 from probeprune.strategies.allocation import ALLOCATIONS
@@ -66,6 +68,13 @@ def test_every_family_has_a_tiny_model():
     types = {build().config.model_type for build in built}
     types |= {name.split()[0] for name in tiny_families.ROWS}
     assert types == {t for f in FAMILIES for t in f.model_types}
+
+
+def test_logits_by_parts_are_the_models_own(row):
+    _, model, _ = row
+    with torch.no_grad():
+        hidden = find_decoder(model)(input_ids=IDS, use_cache=False)[0]
+        close(next_token_logits(model, hidden), model(IDS).logits)
 
 
 def test_blocks_are_the_layers_and_norms_are_in_front_of_them(row):

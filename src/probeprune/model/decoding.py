@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from probeprune.model.cost import counting_flops, synced_clock
+from probeprune.model.families import family_of
 from probeprune.model.layers import LayerRunner
 from probeprune.model.offloading import device_of, is_offloaded
 from probeprune.model.passes import find_decoder
@@ -90,11 +91,16 @@ def _by_layer(
 def next_token_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (..., vocabulary) in float32 from a decoder's last hidden states (..., hidden).
 
-    Applies the model's output head and, for Gemma, its soft cap on logits.
+    Applies the model's output head, its family's factor of logits and, for Gemma, its soft cap on them.
     """
     config: Any = model.config
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     logits: torch.Tensor = head(hidden).float()
+    family = family_of(config.model_type)
+    if family is not None and family.logits_times is not None:
+        logits = logits * getattr(config, family.logits_times)
+    if family is not None and family.logits_over is not None:
+        logits = logits / getattr(config, family.logits_over)
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -52,14 +52,15 @@ FAMILIES: tuple[Family, ...] = (
         mlp=MlpRecord(norm=None),
         norm_last=True,
     ),
-    Family("Granite", ("granite",), norm_last=True),
+    Family("Granite", ("granite",), norm_last=True, logits_over="logits_scaling"),
     Family(
         "Command R",
         ("cohere",),
         attention=AttentionRecord(whole=_NORMS_BY_HEAD, whole_if="use_qk_norm"),
         mlp=_ONE_NORM_MLP,
+        logits_times="logit_scale",
     ),
-    Family("Command R7B, Command A", ("cohere2",), mlp=_ONE_NORM_MLP),
+    Family("Command R7B, Command A", ("cohere2",), mlp=_ONE_NORM_MLP, logits_times="logit_scale"),
     Family("StarCoder2", ("starcoder2",), mlp=MlpRecord(producers=("mlp.c_fc",), consumer="mlp.c_proj")),
     Family(
         "Phi-1, Phi-1.5, Phi-2",
@@ -120,16 +121,22 @@ def is_supported(model_type: object) -> bool:
     return any(model_type in family.model_types for family in FAMILIES)
 
 
+def family_of(model_type: str) -> Family | None:
+    """The record of the family that configs of this `model_type` belong to; None for an unsupported one."""
+    plain = model_type.removeprefix(PRUNED_PREFIX)
+    return next((family for family in FAMILIES if plain in family.model_types), None)
+
+
 def find_family(model: nn.Module) -> Family:
     """The record of a model's architecture family, by its config's `model_type`.
 
     Raises `UsageError` for a model of an unsupported family.
     """
     model_type = str(getattr(getattr(model, "config", None), "model_type", None))
-    for family in FAMILIES:
-        if model_type.removeprefix(PRUNED_PREFIX) in family.model_types:
-            _check_layers(model, family)
-            return family
+    family = family_of(model_type)
+    if family is not None:
+        _check_layers(model, family)
+        return family
     if _experts(model):
         raise UsageError(
             f"{type(model).__name__} is a mixture-of-experts model, whose experts cannot be pruned; choose a "

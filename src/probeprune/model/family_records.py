@@ -98,5 +98,9 @@ class Family:
     """Whether a norm or a factor follows the block's output before it is added to the residual stream."""
     layers_give_tuples: bool = False
     """Whether a layer's forward returns a tuple, with the hidden states in front."""
+    logits_times: str | None = None
+    """Config field with a factor of all logits."""
+    logits_over: str | None = None
+    """Config field with a divisor of all logits."""
     twin: Twin | None = None
     """Family to save a pruned model as where this family's own config cannot hold its number of heads."""
