@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 METHODS = "dense,wanda-sp,flap,llm-pruner,loraprune,probe,full-batch,best-static,best-dynamic"
 """Compared by default: every published method of the table, and this project's own."""
 
-SPEED_BATCH = 4
-"""Largest number of prompts that are timed at once: a few rounds take long enough to be measured."""
+SPEED_BATCH = 2
+"""Largest number of prompts that are timed at once: all rounds together take less than the perplexities."""
 
 OUTPUT = ResultOptions(Path("runs/compare"))
 
@@ -226,7 +226,7 @@ def compare(
             rows = run_cells(bench, results, cells, done=_print_done, keep_trained=training.keep_trained)
         if not processes.is_first():
             return
-        title = _title(model, rows[0], text)
+        title = _title(model, rows, text)
         write_text(output.out_dir / "table.md", report.markdown(rows, title))
         plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), output.out_dir / "plot")
     print_rows(rows, title, output.as_json)
@@ -273,10 +273,13 @@ def _print_done(cell: Cell, row: Line) -> None:
     print_line(f"{cell.subject.label:<16} {figure}", "green", mark="done")
 
 
-def _title(model: str, row: Line, calibration: Text) -> str:
-    """The heading of the table: the model, the texts and the machine's part, from any row."""
+def _title(model: str, rows: Sequence[Line], calibration: Text) -> str:
+    """The heading of the table: the model, the texts and the machine's part."""
+    row = next(r for r in rows if r["metric"] == "perplexity")
+    cost = next((r for r in rows if r["metric"] == "cost"), None)
+    timed = "" if cost is None else f"; prompts timed {cost['batch_size']} x {cost['length']}"
     return (
         f"{model}, {row['task']}: {row['windows']} windows of {row['length']} tokens in batches of "
-        f"{row['batch_size']}; calibrated on {calibration.windows} windows of "
+        f"{row['batch_size']}{timed}; calibrated on {calibration.windows} windows of "
         f"{calibration.corpus}; {row['dtype']}, {row['device']}, {row['threads']} threads"
     )
