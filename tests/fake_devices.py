@@ -89,8 +89,8 @@ def two_gpus(model: nn.Module, prepared: Prepared) -> Iterator[None]:
                 add_hook_to_module(module, AlignDevicesHook(execution_device="cuda:0"))
         with (
             patch.multiple(FakeTensor, create=True, **STAND_INS),
-            patch.object(blocks, "_linear", lambda root, path, name: root.get_submodule(path)),
-            patch.object(blocks, "_refuse_shared_weights"),
+            patch.object(blocks, "permutable", lambda root, path, name: root.get_submodule(path)),
+            patch.object(blocks, "refuse_shared"),
             patch("probeprune.prepare.model_fingerprint", lambda model: prepared.model),
             patch.object(Statistics, "check"),
             patch.object(SideStream, "__init__", _no_stream),

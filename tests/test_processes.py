@@ -18,7 +18,6 @@ from two_processes import ended, start
 from probeprune import METHODS, processes
 from probeprune.algebra.least_squares import Gram
 from probeprune.algebra.moments import Moments, Tokens
-from probeprune.calibration import stored
 from probeprune.cli import app, run
 from probeprune.cli.compare import _check_untrained
 from probeprune.errors import UsageError
@@ -181,6 +180,7 @@ def written(folder):
 
 def test_two_processes_compare_as_one(files, tmp_path):
     more = ["--methods", "dense,wanda-sp,probe", "--ratios", 0.4, "--skip-layers", 1, "--dtype", "float32"]
+    more += ["--speed-rounds", 0]
     assert call(*arguments(files, "compare", tmp_path / "one", *more)) == 0
     both = ended(start("-m", "probeprune", *arguments(files, "compare", tmp_path / "two", *more)))
     for code, _, errors in both:
@@ -197,18 +197,19 @@ def test_two_processes_compare_as_one(files, tmp_path):
 DIES = """
 import os, sys
 from probeprune import processes
-from probeprune.calibration import collecting
+from probeprune.calibration import collecting, unfinished
 from probeprune.cli import main
 
-collect = collecting.collect
+collect, dies = collecting.collect, sys.argv.pop(1) == "dies"
 
-def dying(runner, layer, *rest):
-    if layer == 2 and processes.rank() == 1:
+def watched(runner, layer, *rest):
+    if dies and layer == 2 and processes.rank() == 1:
         os._exit(9)
+    assert dies or layer >= 2, "a finished layer is not run again"
     return collect(runner, layer, *rest)
 
-collecting.collect = dying
-collecting._SAVE_EVERY = -1
+collecting.collect = watched
+unfinished.EVERY = unfinished.COST = 0.0
 main()
 """
 
@@ -218,12 +219,13 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(files, tmp_path, mo
     command = arguments(
         files, "prune", tmp_path / "out", "--method", "wanda-sp", "--ratio", 0.3, "--round-to", 4
     )
-    (code, _, errors), (died, *_) = ended(start("-c", DIES, *command))
+    (code, _, errors), (died, *_) = ended(start("-c", DIES, "dies", *command))
     assert died == 9 and code == 2
     (sentence,) = (line for line in errors.splitlines() if line.strip())
     assert sentence.startswith("probeprune: the 2 processes have lost each other, one may have ended (")
     assert "onnection" in sentence and not (tmp_path / "out").exists()
-    (kept,) = (tmp_path / "cache/statistics").iterdir()
-    entry = stored.read(kept, "moments")
-    assert entry is not None and len(entry[0]) == 4, "two layers were done"
-    assert call(*command) == 0, "it goes on from there, in one process too"
+    kept = (tmp_path / "cache/statistics").rglob("index.json")
+    assert [json.loads(index.read_text())["done"] for index in kept] == [2, 2], "by each process"
+    for code, _, errors in ended(start("-c", DIES, "goes on", *command)):
+        assert code == 0, errors[-3000:]
+    assert not [*(tmp_path / "cache/statistics").rglob("index.json")]

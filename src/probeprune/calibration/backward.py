@@ -97,7 +97,7 @@ def backward_by_layer(
                     hidden = (widened(hidden) if wide else hidden).requires_grad_(True)
                     with torch.enable_grad():
                         out = runner.run(layer, i, hidden)
-                        out.backward(gradients[i].to(out.dtype))
+                        out.backward(gradients[i].to(out.device, out.dtype))
                     assert hidden.grad is not None
                     gradients[i] = hidden.grad
                     del inputs[layer * count + i]

@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,19 +215,23 @@ def resumed(
             with held(folder):
                 pass
         return entry
-    _forget(path.parent)
-    with held(folder) as mine:
-        unfinished = Unfinished(
-            model, folder if mine and _has_room(folder, states) else None, stored.codec(part), settings
-        )
+    with ExitStack() as lock:
+        with shares.alike():
+            if shares.leads():
+                _forget(path.parent)
+        with shares.alike():
+            mine = lock.enter_context(held(folder)) and _has_room(folder, states)
+        mine = all(shares.gathered([mine]))  # of hidden states that some have, nobody could go on
+        unfinished = Unfinished(model, folder if mine else None, stored.codec(part), settings)
         try:
             made = make(unfinished)
         except FloatingPointError:
             if mine and folder.exists():
                 discard(folder)
             raise
-        if shares.leads():
-            stored.store(path, part, made)
+        with shares.alike():  # nobody deletes hidden states before the result is there
+            if shares.leads():
+                stored.store(path, part, made)
         return made
 
 

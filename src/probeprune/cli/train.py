@@ -22,6 +22,7 @@ from probeprune.cli.values import one_of
 from probeprune.errors import UsageError, first_line
 from probeprune.experiment.cells import TrainingBudget
 from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
+from probeprune.processes import shares
 from probeprune.ranges import RANGES
 from probeprune.training.settings import Distillation, Lora, Training
 
@@ -278,8 +279,10 @@ def recover(
         patience=recovery.patience,
     )
     measured_on = evaluation.text()
-    loaded = load.open_everywhere(model)
-    teacher = loss.open_teacher(loaded, load)
+    with shares.sharing():
+        loaded = load.open_everywhere(model)
+        with shares.alike():
+            teacher = loss.open_teacher(loaded, load)
     if teacher is not None:
         settings = replace(settings, distillation=loss.settings())
     with notices(), progress_bar() as show:
@@ -322,7 +325,8 @@ def loraprune(
     layout = widths.checked_layout()
     settings = training.settings(training.lora(), warmup_steps=0, keep_best=False)
     measured_on = evaluation.text()
-    loaded = load.open_everywhere(model)
+    with shares.sharing():
+        loaded = load.open_everywhere(model)
     with notices(), progress_bar() as show:
         record = loraprune_to(
             loaded,

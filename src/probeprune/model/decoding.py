@@ -102,7 +102,8 @@ def next_token_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if family is not None and family.logits_over is not None:
         logits = logits / getattr(config, family.logits_over)
     cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    logits = logits if cap is None else torch.tanh(logits / cap) * cap
+    return logits.to(hidden.device)  # a tied head may lie with the embeddings, on another device
 
 
 def next_token_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

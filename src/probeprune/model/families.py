@@ -132,19 +132,19 @@ def find_family(model: nn.Module) -> Family:
 
     Raises `UsageError` for a model of an unsupported family.
     """
-    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
-    family = family_of(model_type)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    family = family_of(str(model_type))
     if family is not None:
         _check_layers(model, family)
         return family
     if _experts(model):
         raise UsageError(
             f"{type(model).__name__} is a mixture-of-experts model, whose experts cannot be pruned; choose a "
-            f"dense model{_nearest(model_type)}; `probeprune models` lists all families."
+            f"dense model{_nearest(str(model_type))}; `probeprune models` lists all families."
         )
     raise UsageError(
         f"model type {model_type!r} ({type(model).__name__}) is not one of the {len(FAMILIES)} supported "
-        f"families{_nearest(model_type)}; `probeprune models` lists them. To add one, write one Family "
+        f"families{_nearest(str(model_type))}; `probeprune models` lists them. To add one, write one Family "
         "record in probeprune/model/families.py (see CONTRIBUTING.md, 'Add a model family')."
     )
 
