@@ -189,6 +189,7 @@ OPTIONS = [
 ]
 NEEDED = {
     "prune": ["--method", "random", "--ratio", "0.5"],
+    "plan": ["--method", "random", "--ratio", "0.5"],
     "loraprune": ["--ratio", "0.5"],
     "recover": ["m"],
     "generate": ["--prompt", "a"],
