@@ -266,6 +266,8 @@ def _subjects(
 
 def _print_done(cell: Cell, row: Line) -> None:
     if isinstance(cell.measure, CostMeasure):
+        if is_dense(cell.subject.method):
+            return
         low, high = (f(row["prefill"].get("speedup_range", [1.0])) for f in (min, max))
         figure = f"speed {low:.2f}x to {high:.2f}x in {cell.measure.rounds} rounds"
     else:

@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
+import torch
+
 from probeprune.errors import UsageError
 from probeprune.experiment.ahead import check_ratio
 from probeprune.experiment.cells import Cell, prunes
@@ -11,6 +13,7 @@ from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results
 from probeprune.experiment.workbench import Unprepared, Workbench
 from probeprune.model.machine import check_cache
+from probeprune.model.passes import token_windows
 from probeprune.processes import shares
 from probeprune.result_lines import Line
 
@@ -100,8 +103,8 @@ def _check_ahead(bench: Workbench, cells: Sequence[Cell]) -> None:
             check_ratio(subject.method, subject.ratio, bench.dense(subject).model)
         except UsageError as error:
             raise UsageError(f"{subject.label}: {error}") from error
-        if subject.calibration not in drawn:
-            source = bench.source(subject)
-            if source is not None:
-                source.draw(1)
+        source = None if subject.calibration in drawn else bench.source(subject)
+        if source is not None:
             drawn.add(subject.calibration)
+            token_windows(bench.dense(subject).model, torch.zeros(1, source.length, dtype=torch.long))
+            source.draw(1)
