@@ -187,7 +187,6 @@ Calibration = torch.Tensor | WindowSource | Prepared | Preparation
 """Everything that `attach` and `prune` accept as `calibration`."""
 
 
-@exact()
 def statistics_for(
     model: nn.Module,
     method: Method,

@@ -104,17 +104,17 @@ class Unfinished:
         Everything that `results` has gained is final then, and the streams are what the next step needs.
         """
         self.done = done
+        now = time.monotonic()
+        if not shares.agreed(self._folder is not None and now - self._last >= EVERY):
+            return
+        assert self._folder is not None  # all processes have one, or none has (`resumed`)
         new = {name: value for name, value in self.results.items() if name not in self._known}
-        size, now = 0, time.monotonic()
-        if self._folder is not None:
-            size = sum(states.unwritten for states in self._streams.values())
-            size += sum(tensor.nbytes for tensor in self._codec.pack(new)[0].values())
-        due = now - self._last >= max(EVERY, COST * max(size / self._speed, self._took))
-        if not shares.agreed(due and self._folder is not None):
+        size = sum(states.unwritten for states in self._streams.values())
+        size += sum(tensor.nbytes for tensor in self._codec.pack(new)[0].values())
+        if not shares.agreed(now - self._last >= COST * max(size / self._speed, self._took)):
             return
         with shares.alike():
-            if self._folder is not None:
-                self._store(self._folder, new)
+            self._store(self._folder, new)
         self._last = time.monotonic()
         self._took = self._last - now
         if size > _TELLING:

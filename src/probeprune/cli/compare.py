@@ -24,7 +24,6 @@ from probeprune.experiment.cells import (
     Setting,
     TextMeasure,
     TrainingBudget,
-    trains,
 )
 from probeprune.methods import Method, compose, get_method
 from probeprune.model.blocks import UnitKind
@@ -191,6 +190,7 @@ def compare(
     Example: [bold]probeprune compare smollm2-135m --methods dense,probe --ratios 0.2,0.4,0.6[/bold]
     """
     from probeprune import processes, report
+    from probeprune.experiment.cells import grid as cells_of
     from probeprune.experiment.results import Results
     from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
@@ -211,13 +211,7 @@ def compare(
                 held.enter_context(claimed(output.out_dir))
         loaded = load.open_everywhere(model)
         subjects = _subjects(loaded, methods, ratios, text, calibration.seed, budget)
-        # A trained model is as fast as the same cut without training.
-        cells = [
-            Cell(s, m)
-            for s in dict.fromkeys(subjects)
-            for m in measures
-            if not (trains(s.method) and isinstance(m, CostMeasure))
-        ]
+        cells = cells_of(subjects, measures)
         results = Results.open(output.out_dir)
         warn(results.problems)
         with progress_bar() as show:
@@ -268,7 +262,7 @@ def _print_done(cell: Cell, row: Line) -> None:
     if isinstance(cell.measure, CostMeasure):
         if is_dense(cell.subject.method):
             return
-        low, high = (f(row["prefill"].get("speedup_range", [1.0])) for f in (min, max))
+        low, high = row["prefill"]["speedup_range"]
         figure = f"speed {low:.2f}x to {high:.2f}x in {cell.measure.rounds} rounds"
     else:
         figure = f"perplexity {row['value']:.2f}"

@@ -15,7 +15,8 @@ from torch import nn
 from probeprune.algebra.divergence import divergence, target
 from probeprune.data.windows import batches
 from probeprune.errors import UsageError
-from probeprune.model.decoding import HEAD_TOKENS, decoded, next_token_logits
+from probeprune.evaluation.perplexity import mean_error, scored_windows
+from probeprune.model.decoding import HEAD_TOKENS, decoded, next_token_logits, vocabulary
 from probeprune.model.passes import token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent
@@ -68,10 +69,8 @@ def agreement(
         FloatingPointError: predictions that are not finite.
     """
     model, reference, batch_size = unwrapped(model), unwrapped(reference), plain("batch_size", batch_size)
-    windows = token_windows(reference, token_windows(model, windows))
-    if windows.shape[1] < 2:
-        raise UsageError("windows need at least 2 tokens: the first predicts the second; use longer windows.")
-    own, other = (m.get_output_embeddings().weight.shape[0] for m in (model, reference))  # type: ignore[operator]
+    windows = scored_windows(reference, token_windows(model, windows), batch_size)
+    own, other = vocabulary(model), vocabulary(reference)
     if own != other:
         raise UsageError(
             f"the reference's vocabulary has {other} tokens and the model's {own}; compare models of one "
@@ -91,8 +90,8 @@ def agreement(
     return Agreement(
         top1=statistics.fmean(hits),
         divergence=statistics.fmean(divergences),
-        top1_error=_error(hits),
-        divergence_error=_error(divergences),
+        top1_error=mean_error(hits),
+        divergence_error=mean_error(divergences),
         tokens=len(windows) * (windows.shape[1] - 1),
     )
 
@@ -114,8 +113,3 @@ def _compared(
         same.append((logits.argmax(-1) == goal.argmax(-1)).double())
         apart.append(divergence(logits, target(goal)).double())
     return tuple(torch.cat(x).view(count, length).mean(1) for x in (same, apart))  # type: ignore[return-value]
-
-
-def _error(values: list[float]) -> float:
-    """The standard error of a mean."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -7,6 +7,7 @@ a time, because the logits of a whole batch would be by far the largest tensor. 
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -75,7 +76,7 @@ def perplexity(
         FloatingPointError: a loss that is not finite.
     """
     model, batch_size = unwrapped(model), plain("batch_size", batch_size)
-    windows = _scored_windows(model, windows, batch_size, averaging)
+    windows = scored_windows(model, windows, batch_size, averaging)
     divided = not is_followed(model)
     own = shares.own_rows(windows) if divided else windows
     parts = [*batches(own, batch_size)]
@@ -97,10 +98,9 @@ def perplexity(
         losses, rates = shares.gathered(losses), shares.gathered(rates)
         seconds, flops_per_token = max(shares.gathered([seconds])), shares.agreed(flops_per_token)
     value = math.exp(statistics.fmean(losses))
-    spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     return Perplexity(
         value=value,
-        standard_error=value * spread,
+        standard_error=value * mean_error(losses),
         losses=tuple(losses),
         tokens=windows.numel(),
         seconds=seconds,
@@ -109,8 +109,13 @@ def perplexity(
     )
 
 
-def _scored_windows(
-    model: nn.Module, windows: torch.Tensor, batch_size: int, averaging: Averaging
+def mean_error(values: Sequence[float]) -> float:
+    """The standard error of the mean of some values; NaN for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def scored_windows(
+    model: nn.Module, windows: torch.Tensor, batch_size: int, averaging: Averaging = "token"
 ) -> torch.Tensor:
     """The windows that count under this averaging. Raises `UsageError` if there are none, or unfit ones."""
     windows = token_windows(model, windows)

@@ -268,8 +268,18 @@ def _draws(method: Method) -> bool:
 
 
 def grid(subjects: Sequence[Subject], measures: Sequence[Measure]) -> list[Cell]:
-    """One cell for every subject and measure, without repeats."""
-    return list(dict.fromkeys(Cell(s, m) for s in subjects for m in measures))
+    """One cell for every subject and measure, without repeats.
+
+    None for the cost of a trained model: it is that of the same cut without training.
+    """
+    return list(
+        dict.fromkeys(
+            Cell(s, m)
+            for s in subjects
+            for m in measures
+            if not (trains(s.method) and isinstance(m, CostMeasure))
+        )
+    )
 
 
 def _key(record: dict[str, Any]) -> str:

@@ -90,14 +90,11 @@ class Preset:
 
     def _measures(self, subject: Subject, seed: int) -> list[Measure]:
         """The measures to take on the subject with that seed."""
-        training = trains(subject.method)
-        if training and not _includes(self.training_seeds, seed):
+        if trains(subject.method) and not _includes(self.training_seeds, seed):
             return []
         # A subject that no seed changes (the dense model) is measured once, in every group.
         groups = [g for g in self.groups if _includes(g.seeds, seed) or not subject.seed_matters]
-        measures = [m for g in groups for m in g.measures]
-        # A trained model costs as much as the same cut without training, which is measured.
-        return [m for m in measures if not (training and isinstance(m, CostMeasure))]
+        return [m for g in groups for m in g.measures]
 
 
 def _includes(seeds: Sequence[int] | None, seed: int) -> bool:

@@ -88,6 +88,12 @@ def _by_layer(
         yield Decoded(runner.finish(i, hidden), seconds[i], None if i else flops)
 
 
+def vocabulary(model: nn.Module) -> int:
+    """Number of tokens that a model's output head tells apart."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return int(head.weight.shape[0])
+
+
 def next_token_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (..., vocabulary) in float32 from a decoder's last hidden states (..., hidden).
 

@@ -25,7 +25,7 @@ from probeprune.errors import UsageError, refusing, unknown
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import attribute, find_blocks
 from probeprune.model.config_checks import FIELDS, GENERATION_FIELDS, check_fields, check_heads
-from probeprune.model.families import PRUNED_PREFIX, is_supported
+from probeprune.model.families import family_of
 from probeprune.model.folder import (
     CONFIG,
     Stored,
@@ -271,7 +271,7 @@ def load_config(name: str, folder: Path, trust_remote_code: bool) -> PretrainedC
 
 
 def _is_supported(model_type: object) -> bool:
-    return model_type == NEMOTRON_NAS or is_supported(str(model_type).removeprefix(PRUNED_PREFIX))
+    return model_type == NEMOTRON_NAS or family_of(str(model_type)) is not None
 
 
 _OLD_MASKS = tuple(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from probeprune import processes
 from probeprune.algebra.divergence import divergence, target
 from probeprune.errors import Notice, UsageError
-from probeprune.model.decoding import next_token_logits
+from probeprune.model.decoding import next_token_logits, vocabulary
 from probeprune.model.families import find_family
 from probeprune.model.passes import check_eval, find_decoder
 from probeprune.training.losses import PartLoss
@@ -82,12 +82,6 @@ def say_unlike(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
             Notice(f"the model is no pruned version of its teacher ({unlike}); it is trained all the same."),
             stacklevel=2,
         )
-
-
-def vocabulary(model: PreTrainedModel) -> int:
-    """Number of tokens that a model's output head tells apart."""
-    head: Any = model.get_output_embeddings()
-    return int(head.weight.shape[0])
 
 
 def _unlike(model: PreTrainedModel, teacher: PreTrainedModel) -> str:

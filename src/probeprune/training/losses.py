@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from probeprune.model.decoding import next_token_logits
+from probeprune.model.decoding import next_token_logits, vocabulary
 from probeprune.model.forwards import replace_forward
 from probeprune.model.passes import find_decoder
 
@@ -69,8 +69,7 @@ def loss_by_parts(
 
 def tokens_in_part(model: PreTrainedModel) -> int:
     """Number of tokens whose logits are in memory at once."""
-    head: Any = model.get_output_embeddings()
-    return max(LOGITS // head.weight.shape[0], 1)
+    return max(LOGITS // vocabulary(model), 1)
 
 
 def _from_head(model: PreTrainedModel, hidden: torch.Tensor, part: PartLoss) -> torch.Tensor:
