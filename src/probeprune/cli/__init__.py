@@ -17,6 +17,7 @@ import typer
 from probeprune import processes
 from probeprune.cli.bench import bench
 from probeprune.cli.compare import compare
+from probeprune.cli.evaluate import evaluate
 from probeprune.cli.export import export
 from probeprune.cli.generate import generate
 from probeprune.cli.lists import list_engines, list_methods, list_models
@@ -43,6 +44,7 @@ INTERRUPTED = "interrupted; all measurements are saved, and the same command con
 
 for _command in (compare, table, report, plan, prune, export, quantised, recover, loraprune, generate, bench):
     app.command()(_command)
+app.command("eval")(evaluate)
 app.command("methods")(list_methods)
 app.command("models")(list_models)
 app.command("engines")(list_engines)
