@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from probeprune.jobs.evaluate import Figure, Wanted
     from probeprune.model.loading import LoadedModel
-    from probeprune.progress import Progress
     from probeprune.runtime.attachment import Attachment
 
 
@@ -154,6 +153,7 @@ def evaluate(
     Example: [bold]probeprune eval probe-40 --base smollm2-135m --tasks piqa --limit 100[/bold]
     """
     from probeprune.jobs.evaluate import evaluate as run
+    from probeprune.jobs.keep import attachment
     from probeprune.places import check_file
     from probeprune.runtime.attaching import attach_again
 
@@ -175,7 +175,7 @@ def evaluate(
     with progress_bar() as show, notices():
         if method is not None:
             assert pruning.ratio is not None
-            kept = _attachment(loaded, method, pruning.ratio, text, calibration.seed, show)
+            kept = attachment(loaded, method, pruning.ratio, text, calibration.seed, progress=show)
         attached: Callable[[], AbstractContextManager[Any]] = nullcontext
         removed = 0.0
         if kept is not None:
@@ -194,25 +194,6 @@ def evaluate(
         _write(record, json_file)
     if kept is not None:
         warn(filter(None, [missed(kept.method.name, kept.method.record(), kept.ratio, removed)]))
-
-
-def _attachment(
-    loaded: LoadedModel, method: Method, ratio: float, text: Text, seed: int, show: Progress
-) -> Attachment:
-    """What attaching a method at a ratio takes, calibrated once for all measurements."""
-    from probeprune.jobs.prune import calibration_source
-    from probeprune.model.machine import cache_dir
-    from probeprune.prepare import prepare
-    from probeprune.runtime.attaching import attach
-
-    source = calibration_source(loaded, method, text, seed)
-    prepared = None
-    if source is not None:
-        cache = cache_dir() / "statistics"
-        prepared = prepare(loaded.model, method, ratio, source, cache=cache, progress=show)
-    with attach(loaded.model, method, ratio, calibration=prepared) as handle:
-        assert handle.kept is not None
-        return handle.kept
 
 
 def _record(

@@ -7,6 +7,7 @@ import contextlib
 import io
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import lm_eval
@@ -38,12 +39,18 @@ class NamedResult:
     items: tuple[float, ...]
 
 
+@cache
+def _manager() -> lm_eval.tasks.TaskManager:
+    """All of the harness' tasks by name; to read them takes ten seconds."""
+    with quiet():
+        return lm_eval.tasks.TaskManager()
+
+
 def check_task_names(names: list[str]) -> None:
     """Raise `UsageError` for a name that the harness does not know."""
     if not names:
         return
-    with quiet():
-        known = lm_eval.tasks.TaskManager().all_tasks
+    known = _manager().all_tasks
     for name in names:
         if name not in known:
             raise UsageError(
@@ -65,7 +72,12 @@ def evaluate_named(lm: LiveModel, name: str, *, limit: int | None = None) -> lis
     try:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             found = lm_eval.simple_evaluate(
-                model=lm, tasks=[name], limit=limit, log_samples=True, bootstrap_iters=0
+                model=lm,
+                tasks=[name],
+                task_manager=_manager(),
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,
             )
     except UsageError:
         raise
