@@ -3,8 +3,8 @@
 On a tiny random model on the CPU. Every start is a fork of this process, in which the libraries are imported
 already, so that a moment is rarely one of importing. A trial is one run that is killed, often on the way back
 too, and then ends. It passes if weights, records and result lines are those of the unbroken run, and nothing
-else is left in its folder, its cache or among temporary files. `keep` prunes by a dynamic method; `streamed` and
-`streamed-refit` prune with the layers and most hidden states on disk, and store them behind every layer.
+else is left in its folder, its cache or among temporary files. `keep` prunes by a dynamic method; `streamed`
+and `streamed-refit` prune with the layers and most hidden states on disk, and store them behind every layer.
 
     python benchmarks/kills.py --trials 20 --commands prune,recover
 """
