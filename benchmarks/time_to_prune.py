@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from probeprune.algebra.elimination import LOOKS, eliminate_fitted
 from probeprune.algebra.least_squares import Equations, Gram, squared_error
+from probeprune.algebra.precision import choosing_dtype
 from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.partition import Partition
@@ -92,7 +93,7 @@ def measure(hidden: int, inner: int, windows: int, earlier: bool) -> Clock:
             earlier_choice(clock, block, gram, metric)
         weight = partition.consumer_weight
         with clock("choice"):
-            equations = Equations(gram, weight, False, DAMPING)
+            equations = Equations(gram, weight, False, DAMPING, choosing_dtype(DAMPING))
             right, inverse = equations.right, equations.inverse()
             del equations
             width, kept = block.unit_width, keep[block.name]

@@ -50,6 +50,9 @@ def test_one_factor_serves_the_solution_its_error_and_the_inverse(centred):
     missed = (t - z @ fitted.T - (0 if shift is None else shift)).double().square().sum(1).mean()
     assert error == pytest.approx(float(missed), rel=1e-3)
     damped = damped_moment(gram, centred, 0.3)
+    assert damped.dtype == precision.choosing_dtype(0.3) == torch.float32
+    assert precision.choosing_dtype(0.01) == torch.float64
+    damped = damped.double()
     torch.testing.assert_close(equations.factor @ equations.factor.T, damped, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.linalg.inv(damped), equations.inverse(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close((equations.right @ equations.inverse()).float(), fitted, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from probeprune.algebra.factors import factorised
-from probeprune.algebra.precision import solving_dtype
+from probeprune.algebra.precision import choosing_dtype, solving_dtype
 
 FLOOR = 1e-3
 """Least damping of a channel, as a share of the median channel's; of the median live channel's where most are
@@ -126,14 +126,21 @@ class Equations:
     that a few huge channels do not damp all others (docs/best.md). Damping applies to the change of the
     weight: with much damping nothing changes, and the error on the tokens of the moments never grows.
 
-    Takes `k^3 / 6` multiplications, and `k^2 + 3 d k` numbers in `precision.solving_dtype`.
+    Takes `k^3 / 6` multiplications and `k^2 + 3 d k` numbers.
 
     Attributes:
         right: `T + W L` (d, k).
         factor: the lower Cholesky factor of `Z + L` (k, k).
     """
 
-    def __init__(self, gram: Gram, weight: torch.Tensor, centred: bool, damping: float) -> None:
+    def __init__(
+        self,
+        gram: Gram,
+        weight: torch.Tensor,
+        centred: bool,
+        damping: float,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """The equations of these moments, centred or not.
 
         Args:
@@ -141,13 +148,14 @@ class Equations:
             weight: `W` (d, k).
             centred: whether a bias is fitted too.
             damping: above 0.
+            dtype: of all work; None for `precision.solving_dtype`.
 
         Raises:
             FloatingPointError: NaN or infinite moments, or a matrix that cannot be factorised.
         """
-        self._dtype = solving_dtype(gram.zz.device, damping)
-        self._z_mean, self._t_mean, zz, tz = _second_moments(gram, centred, self._dtype)
-        self._weight, self._device = _wide(weight, self._dtype), weight.device
+        dtype = dtype or solving_dtype(gram.zz.device, damping)
+        self._z_mean, self._t_mean, zz, tz = _second_moments(gram, centred, dtype)
+        self._weight, self._device = _wide(weight, dtype), weight.device
         self._strength = _strength(zz, damping)
         self._tz, self.right = tz, torch.addcmul(tz, self._weight, self._strength)
         squares = _wide(gram.tt) / gram.count
@@ -185,8 +193,8 @@ def solve(
 
 
 def damped_moment(gram: Gram, centred: bool, damping: float) -> torch.Tensor:
-    """`Z + L` (k, k) of `Equations`, in `precision.solving_dtype`."""
-    _, _, zz, _ = _second_moments(gram, centred, solving_dtype(gram.zz.device, damping))
+    """`Z + L` (k, k) of `Equations`, in `precision.choosing_dtype`."""
+    _, _, zz, _ = _second_moments(gram, centred, choosing_dtype(damping))
     zz.diagonal().add_(_strength(zz, damping))
     return zz
 

@@ -14,6 +14,7 @@ from torch import nn
 from probeprune.algebra.elimination import eliminate_fitted
 from probeprune.algebra.least_squares import Equations, Gram, squared_error
 from probeprune.algebra.moments import Moments
+from probeprune.algebra.precision import choosing_dtype
 from probeprune.model.blocks import Block, Member, find_layers
 from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
 from probeprune.model.footprint import Batch, LiveBytes, Phase, Rehearsal, states_of
@@ -288,7 +289,7 @@ def _algebra(block: Block, damping: float, kept: int, chosen: bool) -> int:
     before = [weight, metric, *(t for g in (gram, held) for t in vars(g).values() if torch.is_tensor(t))]
     with LiveBytes(before) as live, torch.no_grad():
         if chosen:
-            equations = Equations(gram, weight, False, damping)
+            equations = Equations(gram, weight, False, damping, choosing_dtype(damping))
             right, inverse = equations.right, equations.inverse()
             del equations
             eliminate_fitted(inverse, right, width, metric=metric, keep=stay if stay < units else 0)

@@ -16,7 +16,7 @@ from torch import nn
 
 from probeprune.algebra.elimination import eliminate_fitted
 from probeprune.algebra.least_squares import Equations, Gram, squared_error, target_variance
-from probeprune.algebra.precision import exact
+from probeprune.algebra.precision import choosing_dtype, exact
 from probeprune.calibration.unfinished import Unfinished
 from probeprune.data.windows import BATCH_SIZE, batches
 from probeprune.errors import UsageError
@@ -63,10 +63,12 @@ def refit(
     """Fit the consumers of blocks that keep only some units to the dense model's outputs.
 
     One block is in memory at a time (both blocks of a layer if not sequential). Moments of k channels (the
-    kept ones, or all where units are chosen here) at hidden size d take 8 (k^2 + d k) bytes; solving takes
-    8 (2 k^2 + d k) and choosing units 8 (3 k^2 + 2 d k). An MLP of 11008 channels at d = 4096 that keeps 60 %
-    takes 0.6 GB and 0.9 GB; with the choice of units, 1.3 GB and 3.6 GB. The streams are the hidden states of
-    all windows in the model's dtype, two of them if sequential: windows x length x d numbers each.
+    kept ones, or all where units are chosen here) at hidden size d take 4 (k^2 + d k) bytes, choosing units
+    4 (2 k^2 + 3 d k), or twice that with little damping, and solving 8 (k^2 + 3 d k). An MLP of 11008
+    channels at d = 4096 takes 0.7 GB of moments and 1.5 GB while units are chosen; solving takes 1.0 GB where
+    it keeps 60 %. The streams are the hidden states of all windows in the model's dtype, two of them if
+    sequential, and a third set in float32 where both blocks of a layer are cut: windows x length x d numbers
+    each.
 
     Args:
         model: a supported causal LM in eval mode, nothing attached. Restored bit for bit at the end.
@@ -360,7 +362,8 @@ class _LayerwiseRefit:
             if held.count:  # several candidates
                 equations = self._best(fit, held, weight, centred).equations
             else:
-                equations = Equations(fit, weight, centred, self.how.damping[0])
+                damping = self.how.damping[0]
+                equations = Equations(fit, weight, centred, damping, choosing_dtype(damping))
             right, inverse = equations.right, equations.inverse()
             del equations  # and its factor
             found = eliminate_fitted(
