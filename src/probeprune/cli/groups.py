@@ -43,7 +43,7 @@ Memory = Annotated[
     str | None,
     typer.Option(
         help="Memory for this process, or its part of an accelerator, such as 6GiB; a model that needs more "
-        "is pruned a layer at a time, from disk.",
+        "is read a layer at a time, from disk.",
         show_default="most of what is free",
     ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast, get_args
 
 import typer
 
@@ -22,11 +22,13 @@ from probeprune.cli.groups import (
     WidthOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import notices, print_saved, progress_bar, warn
+from probeprune.cli.saved import print_saved, print_trained
+from probeprune.cli.terminal import notices, progress_bar, warn
 from probeprune.cli.values import names, one_of, size
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.engines.gguf_types import FileType, storage
 from probeprune.errors import UsageError
+from probeprune.experiment.cells import TrainingBudget
 from probeprune.methods import Method, compose, for_layout, get_method
 from probeprune.model.blocks import UnitKind
 from probeprune.model.loading import EMBEDDED_MODEL
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from probeprune.jobs.prune import GgufFile, Output
     from probeprune.model.described import Layout
     from probeprune.model.loading import LoadedModel
+
+BATCH, SEQUENCE, RATE = 4, 256, 5e-4
+"""Sequences of a training step, tokens of a sequence, and the learning rate: those of `compare`."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,38 @@ class OutputOptions:
         check_free(self.out_dir)
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Training behind the cut, in short; `recover` has all settings."""
+
+    panel: ClassVar[str] = "Training"
+    recover: Annotated[
+        int,
+        typer.Option(
+            help="Then train the pruned model towards the dense one's predictions, for this number of steps "
+            f"of {BATCH} x {SEQUENCE} tokens; 0 trains nothing. `probeprune recover` has all settings."
+        ),
+        RANGES["recover"],
+    ] = 0
+    text: Annotated[
+        str, typer.Option("--train-text", help="Training text: an embedded name, a file or a hub id.")
+    ] = TrainingBudget.corpus
+
+    def check(self, other: str | None, device_map: str | None) -> None:
+        """Raise `UsageError` where something `other` than a smaller checkpoint is made, and for several
+        devices."""
+        if self.recover and other is not None:
+            raise UsageError(f"--recover trains a smaller checkpoint, and {other}; leave it out.")
+        if self.recover and device_map is not None:
+            raise UsageError(
+                "--recover trains on one device; leave --device-map out, or run `recover` after."
+            )
+
+    def budget(self) -> TrainingBudget:
+        """The training."""
+        return TrainingBudget(self.recover, BATCH, SEQUENCE, RATE, self.text)
+
+
 @grouped
 def prune(
     *,
@@ -210,6 +247,7 @@ def prune(
     widths: WidthOptions,
     calibration: CalibrationOptions,
     evaluation: EvaluationOptions,
+    training: TrainingOptions,
     load: LoadOptions,
     memory: Memory = None,
     device_map: DeviceMap = None,
@@ -217,24 +255,31 @@ def prune(
     """Prune a model and save it: a smaller checkpoint, or with a dynamic method the model and the method.
 
     Perplexity is measured before and after pruning and written on the model card. A name that ends in .gguf
-    makes a file for llama.cpp, with the layout and rounding that it likes. Several processes (torchrun -m
-    probeprune prune ..., or accelerate launch) share the work out.
+    makes a file for llama.cpp, with the layout and rounding that it likes. With --recover, the smaller model
+    is then trained towards the dense one. Several processes (torchrun -m probeprune prune ..., or accelerate
+    launch) share the work of pruning out.
 
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """
     from probeprune import processes
     from probeprune.jobs.forecast import pruning_work
     from probeprune.jobs.keep import keep_to
-    from probeprune.jobs.prune import Texts, prune_to
+    from probeprune.jobs.prune import Output, Texts, prune_to
+    from probeprune.jobs.recovered import discard_pruned, prune_and_recover
+    from probeprune.model.machine import DTYPES
     from probeprune.processes import shares
 
     processes.join(load.device)
     with shares.sharing(), notices():
         with shares.alike():
+            if training.recover:
+                discard_pruned(output.out_dir)
             if processes.is_first():
                 output.check()
             dynamic = pruning.is_dynamic
             output.check_kind(pruning.method, dynamic)
+            other = f"method {pruning.method!r} cuts no weights" if dynamic else None
+            training.check("--out names a GGUF file" if output.is_file else other, device_map)
             if output.is_file and widths.engine is None:
                 widths = replace(widths, engine="llama.cpp")
             composed = pruning.composed_dynamic if dynamic else pruning.composed
@@ -243,6 +288,23 @@ def prune(
             text, measured_on = calibration.text(), evaluation.text(calibration.length)
             texts = Texts(text, measured_on, calibration.seed, pruning.batch_size)
             limit = None if memory is None else size("memory", memory)
+        if training.recover:
+            how = Output(output.out_dir, layout, None if load.dtype == "auto" else DTYPES[load.dtype])
+            with progress_bar() as show:
+                record = prune_and_recover(
+                    model,
+                    method,
+                    pruning.ratio,
+                    how,
+                    texts,
+                    training.budget().training(calibration.seed),
+                    training.budget().text,
+                    lambda name: load.open(name, limit),
+                    steps=pruning.steps,
+                    progress=show,
+                )
+            print_trained(record, output.out_dir, output.as_json)
+            return
         work = None if dynamic else pruning_work(method, pruning.ratio, layout, texts, pruning.steps)
         loaded = load.open_everywhere(model, limit, device_map, work)
         with progress_bar() as show:
