@@ -99,18 +99,8 @@ def test_the_harness_command_line_scores_and_generates(place, monkeypatch, capsy
     (place / "text.txt").write_text(text)
     calibrated = {"method": "probe", "ratio": 0.3, "calibration": str(place / "text.txt")}
     given = arguments(place, **calibrated, calibration_windows=4, length=16)
-    sizes = (
-        "--limit",
-        "8",
-        "--batch_size",
-        "4",
-        "--device",
-        "cpu",
-        "--tasks",
-        "choices,texts",
-        "--output_path",
-        "out.json",
-    )
+    sizes = ["--limit", "8", "--batch_size", "4", "--device", "cpu", "--output_path", "out.json"]
+    sizes += ["--tasks", "choices,texts"]
     assert run_command(monkeypatch, place, "--model_args", given, *sizes, "--log_samples") == 0
     assert "|choices|" in capsys.readouterr().out
     (file,) = place.glob("out_*.json")
