@@ -107,6 +107,7 @@ def describe(model: Any) -> None:
         config = per_layer_config(model, in_place=True)
         described = class_like(model, type(config))
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     config._name_or_path = model.config._name_or_path
     _put_config(model, config)
     if not own_class:

@@ -11,7 +11,7 @@ from probeprune.algebra.precision import exact
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
-from probeprune.model.blocks import check_kinds, find_blocks
+from probeprune.model.experts import check_kinds
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import check_eval
 from probeprune.model.wrappers import unwrapped
@@ -62,7 +62,7 @@ def attach(
         raise UsageError(
             "this model already has a method attached; detach it first: probeprune.detach(model)."
         )
-    blocks = find_blocks(model, method.unit_kind)
+    blocks = plan.parts_of(model, method)
     check_kinds(blocks, method.blocks)
     if method.when.every_batch and _attention(model) not in ("sdpa", "eager"):
         raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
