@@ -187,6 +187,7 @@ def consumers(
     how: Refit,
     kept: Sequence[int],
     chosen: bool,
+    following: bool = False,
 ) -> tuple[list[Phase], int]:
     """The parts of the work that refits consumers (`refit.refit`), and the bytes of these, which stay.
 
@@ -197,6 +198,7 @@ def consumers(
         how: settings of the refit.
         kept: number of units that each block keeps.
         chosen: whether elimination chooses the units.
+        following: whether refits at every batch start from these (`refit.RefitRequest`).
     """
     windows = min(windows, how.windows)
     batch = Batch(min(batch.size, windows), batch.length)
@@ -206,6 +208,8 @@ def consumers(
         return [], 0
     sizes = {b.name: b.hidden_size * cut[b.name] * b.unit_width for b in blocks if b.name in cut}
     made = sum(sizes.values()) * rehearsal.dtype.itemsize
+    if following:
+        made += sum(4 * cut[b.name] ** 2 for b in blocks if b.name in cut and b.kind == "mlp")
     here = rehearsal.here
     mine = [b for b in here if b.name in cut] or here
     # In sequence, an MLP is fitted behind the pruned attention of its layer.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +27,7 @@ from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
 from probeprune.plan import Kept, kept_of
 from probeprune.runtime import ownership
+from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.block import BlockRuntime
 from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of, mark
 from probeprune.runtime.current_pass import CurrentPass
@@ -45,6 +46,7 @@ class Handle:
 
     Attributes:
         model, method, ratio: as given to `attach`.
+        kept: what attaching it again takes; None once it is detached.
         blocks: all blocks of the model, stacks of experts among them.
         widths: number of units that each block keeps; the same at every batch.
         pruned: the blocks that lose units, under their cut.
@@ -61,8 +63,10 @@ class Handle:
         blocks: Sequence[Prunable],
         cuts: Sequence[Cut],
         statistics: Statistics,
+        text: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.method, self.ratio = model, method, ratio
+        self.kept: Attachment | None = Attachment(method, ratio, cuts, statistics, text or {})
         self.blocks, self.widths = blocks, [cut.width for cut in cuts]
         self.current = CurrentPass(layer_types=getattr(model.config, "layer_types", None) or ())
         self._lock = threading.RLock()
@@ -184,7 +188,7 @@ class Handle:
                 pruned.partition.restore()
             for stack, _ in self.stacks:
                 stack.restore()
-            self.pruned, self.stacks, self.runtimes = [], [], []
+            self.pruned, self.stacks, self.runtimes, self.kept = [], [], [], None
             ownership.release(self)
             if self.model.__dict__.get(HANDLE) is self:
                 del self.model.__dict__[HANDLE]
