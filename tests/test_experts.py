@@ -413,6 +413,15 @@ def test_the_command_writes_a_plain_checkpoint(kind, tmp_path, number_tokenizer,
     capsys.readouterr()
 
 
+def test_the_loss_that_balances_experts_counts_those_that_are_left():
+    model = tiny_experts.build("mixtral")()
+    prune(model, WHOLE, 0.3, calibration=WINDOWS)
+    assert model.num_experts == find_stacks(model)[0].experts < 6
+    with torch.no_grad():
+        made = model(input_ids=IDS, labels=IDS, output_router_logits=True)
+    assert torch.isfinite(made.aux_loss) and made.router_logits[0].shape[-1] == model.num_experts
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
