@@ -227,7 +227,8 @@ class Handle:
             try:
                 self._enter(started)
                 output = forward()
-                self._check_finite()
+                if self.current.stage in ("choose", "refresh"):  # other passes keep what was checked then
+                    self._check_finite()
                 self._check_passed()
             except BaseException:
                 self._choice = None  # blocks and cache may be half way between two choices

@@ -237,12 +237,17 @@ ALLOCATIONS: dict[str, Allocation] = {
 """Allocations by name."""
 
 
+def chosen_by_group(block: Prunable) -> bool:
+    """Whether every group of a block keeps as many units as the others, whatever their scores."""
+    return block.parts > 1
+
+
 def choose_units(scores: torch.Tensor, keep: int, block: Prunable) -> torch.Tensor:
     """Ids of the `keep` most important units, ascending: LongTensor (keep,); of scores (experts, channels),
     of each expert's own: (experts, keep). Ties go to the lower id."""
     if scores.ndim == 2:
         return scores.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(dim=1).values
-    if block.parts > 1:
+    if chosen_by_group(block):
         groups = scores.view(block.parts, -1)
         best = groups.argsort(dim=1, descending=True, stable=True)[:, : keep // block.parts]
         first = torch.arange(block.parts, device=scores.device)[:, None] * groups.shape[1]
