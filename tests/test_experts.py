@@ -37,7 +37,7 @@ from probeprune.plan import Kept, expert_scores
 from probeprune.strategies.probe import probe_flops
 from probeprune.surgery import cut
 
-WINDOWS = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(3))
+WINDOWS = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(3))
 IDS = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
 MASK[1, :5] = 0
@@ -220,7 +220,7 @@ def test_flops_counted_are_those_of_the_formulas(row):
         return blocks_flops(parts, [b.units for b in parts], *WINDOWS.shape)
 
     rest = counted(row.model) - formulas(row.model)
-    assert 0 <= rest <= 2 * 16 * 16 * 3  # rotary angles
+    assert 0 <= rest <= 2 * 12 * 16 * 3  # rotary angles
     for method in (EVEN, WHOLE):
         smaller, _ = row.pruned(method)
         assert counted(smaller) - formulas(smaller) == rest
