@@ -137,6 +137,11 @@ def save_attached(
     kept, model = handle.kept, unwrapped(handle.model)
     if kept is None:
         raise UsageError("this handle is detached, so its method is gone; save it while it is attached.")
+    if handle.stacks:
+        raise UsageError(
+            "an attached method that cuts experts cannot be saved with its model; prune the model instead, "
+            "and save that."
+        )
     if weights not in get_args(Weights):
         raise UsageError(unknown("place of weights", weights, get_args(Weights)))
     check_dtype(dtype_name(model.dtype))  # type: ignore[arg-type]

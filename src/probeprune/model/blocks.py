@@ -4,7 +4,7 @@ A `Family` (families.py) is a description; a `Block` is resolved and points to t
 nothing of scores, ratios or forward passes.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from probeprune.errors import UsageError, unknown
 from probeprune.model.families import find_family
-from probeprune.model.family_records import AttentionRecord, MlpRecord
+from probeprune.model.family_records import AttentionRecord, Family, MlpRecord
 from probeprune.model.linear_maps import LinearMap, matrix, oriented, sizes
 from probeprune.model.permutable import permutable, refuse_shared
 from probeprune.model.wrappers import unwrapped
@@ -96,11 +96,29 @@ class Block:
     """Whether the KV cache holds keys and values once for every query head."""
     whole: str | None = None
     """Why no unit of the block can go, in words that follow the model's name; None where units can go."""
+    follows: int = 0
+    """For an MLP beside experts that a plain config gives this many channels for each channel of an expert; 0
+    for one of its own width."""
 
     @property
     def width(self) -> int:
         """Width of the coupled activation, in channels."""
         return self.units * self.unit_width
+
+    @property
+    def fine(self) -> bool:
+        """Whether units are channels."""
+        return self.kind == "mlp"
+
+    @property
+    def parts(self) -> int:
+        """Number of parts that keep the same number of units each."""
+        return self.kv_heads if self.kind == "attention" and self.unit_kind == "balanced" else 1
+
+    @property
+    def least(self) -> int:
+        """The smallest number of units that may stay."""
+        return 1
 
     @property
     def group_size(self) -> int:
@@ -197,16 +215,11 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"
         blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first, whole))
-        blocks.append(_mlp_block(prefix, index, layer, family.mlp, norm_first))
+        record, follows = _mlp_record(family, layer, model.config)
+        if record is not None:
+            blocks.append(_mlp_block(prefix, index, layer, record, norm_first, follows))
     refuse_shared(model, {b.name: (*b.producers, b.consumer) for b in blocks})
     return blocks
-
-
-def check_kinds(blocks: Collection[Block], kinds: Collection[str]) -> None:
-    """Raise `UsageError` where no block of these kinds can lose units."""
-    asked = [b for b in blocks if b.kind in kinds]
-    if asked and all(b.whole is not None for b in asked):
-        raise kept_whole(asked[0])
 
 
 def whole_heads(record: AttentionRecord, config: Any) -> str | None:
@@ -296,7 +309,20 @@ def _key_value_rows(
     return before * head_dim, (before + between) * head_dim, kv_heads
 
 
-def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, norm_first: bool) -> Block:
+def _mlp_record(family: Family, layer: nn.Module, config: Any) -> tuple[MlpRecord | None, int]:
+    """Where a layer has its MLP, None for one that has experts alone, and `Block.follows`."""
+    experts = family.experts
+    if experts is None or attribute(layer, experts.module) is None:
+        return family.mlp, 0
+    shared, times = experts.shared, experts.shared_times
+    if shared is None or attribute(layer, str(shared.module)) is None:
+        return None, 0
+    return shared, int(getattr(config, times)) if isinstance(times, str) else times
+
+
+def _mlp_block(
+    prefix: str, index: int, layer: nn.Module, record: MlpRecord, norm_first: bool, follows: int
+) -> Block:
     name = f"{prefix}.{record.module or 'mlp'}"
     producers = tuple(permutable(layer, path, prefix) for path in record.producers)
     consumer = permutable(layer, record.consumer, prefix)
@@ -337,6 +363,7 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         run=run,
         activation=activation,
         norm=_norm(layer, record.norm) if norm_first else None,
+        follows=follows,
     )
 
 

@@ -22,9 +22,11 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.errors import Notice, UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block, uncalled_consumer
+from probeprune.model.experts import Stack
 from probeprune.model.narrow_linear import refuse_to_copy
+from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
-from probeprune.plan import Kept
+from probeprune.plan import Kept, kept_of
 from probeprune.runtime import ownership
 from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.block import BlockRuntime
@@ -35,6 +37,7 @@ from probeprune.runtime.refusals import refuse_continuous_batching, refuse_loadi
 from probeprune.strategies import allocation
 from probeprune.strategies.pruned_block import Cut, PrunedBlock
 from probeprune.strategies.schedule import EveryBatch
+from probeprune.strategies.widths import Prunable
 
 HANDLE = "_probeprune_handle"
 """Attribute of an attached model: its handle."""
@@ -46,9 +49,10 @@ class Handle:
     Attributes:
         model, method, ratio: as given to `attach`.
         kept: what attaching it again takes; None once it is detached.
-        blocks: all blocks of the model.
+        blocks: all blocks of the model, stacks of experts among them.
         widths: number of units that each block keeps; the same at every batch.
         pruned: the blocks that lose units, under their cut.
+        stacks: the stacks of experts that lose units, under theirs.
         runtimes: the blocks that follow the batch; none for a static method.
         current: the current pass.
     """
@@ -58,7 +62,7 @@ class Handle:
         model: nn.Module,
         method: Method,
         ratio: float,
-        blocks: Sequence[Block],
+        blocks: Sequence[Prunable],
         cuts: Sequence[Cut],
         statistics: Statistics,
         text: Mapping[str, Any] | None = None,
@@ -75,6 +79,7 @@ class Handle:
         self._running: Choice | None = None
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
+        self.stacks = [] if is_offloaded(model) else plan.stack_cuts(blocks, cuts)
         self.pruned = self._take(cuts, statistics)
         self.runtimes: list[BlockRuntime] = []
         try:
@@ -95,9 +100,14 @@ class Handle:
     def _hook_model(self) -> None:
         """Be there in every pass of the model."""
         self.model.__dict__[HANDLE] = self
-        self._undo += refuse_loading(self.model, [p.block for p in self.pruned])
+        self._undo += refuse_loading(self.model, self._held())
         self._undo.append(refuse_continuous_batching(self.model))
         self._undo.append(on_pass(self.model, self.run_pass))
+
+    def _held(self) -> list[str]:
+        """Paths of what holds weights that are in view in part: linear maps, and tensors of experts."""
+        linears = [m.name for p in self.pruned for m in p.block.members]
+        return [*linears, *(f"{s.stack.name}.down_proj" for s, _ in self.stacks)]
 
     def _start(self) -> None:
         """Make the first cuts and hook the blocks."""
@@ -105,6 +115,8 @@ class Handle:
         if not isinstance(when, EveryBatch):
             for pruned in self.pruned:
                 pruned.first_cut()
+            for stack, units in self.stacks:
+                stack.keep(units)
             self._running = Choice(self._owner)  # stays until detached
             return
         for pruned in self.pruned:
@@ -113,16 +125,31 @@ class Handle:
                 continue
             follower = when.follower(pruned)
             follower.start()
-            i = self.blocks.index(pruned.block)
-            beside = self.blocks[i - 1] if i and when.probe.parallel else None
+            beside = self._beside(pruned.block) if when.probe.parallel else None
             self.runtimes.append(BlockRuntime(pruned, follower, when, self.current, beside))
         for runtime in self.runtimes:
             self._undo += [hook.remove for hook in runtime.hooks()]
 
+    def _beside(self, block: Block) -> Block | None:
+        """The block in front of one; None for the first.
+
+        Raises `UsageError` where experts are in between, which take the place of that block.
+        """
+        i = self.blocks.index(block)
+        if not i:
+            return None
+        before = self.blocks[i - 1]
+        if not isinstance(before, Block):
+            raise UsageError(
+                "a probe cannot run beside the experts of a mixture of experts; set parallel to False."
+            )
+        return before
+
     def weights(self) -> list[torch.Tensor]:
         """The parameters of all blocks, whole, where they are now."""
-        linears = dict.fromkeys(m.linear for b in self.blocks for m in b.members)
-        return [w for linear in linears for w in linear._parameters.values() if w is not None]
+        linears = (m.linear for b in self.blocks if isinstance(b, Block) for m in b.members)
+        modules = dict.fromkeys([*linears, *(b.module for b in self.blocks if isinstance(b, Stack))])
+        return [w for module in modules for w in module._parameters.values() if w is not None]
 
     @property
     def probed(self) -> tuple[list[Block], list[int]]:
@@ -142,11 +169,12 @@ class Handle:
     def kept_units(self) -> list[Kept]:
         """The units that every block keeps now."""
         partitions = {p.block.name: p.partition for p in self.pruned}
-        report = []
-        for b in self.blocks:
-            units = partitions[b.name].kept_units.tolist() if b.name in partitions else range(b.units)
-            report.append(Kept(b.name, b.kind, tuple(units), b.units))
-        return report
+        kept = {name: p.kept_units.cpu() for name, p in partitions.items()}
+        kept |= {s.stack.name: units.cpu() for s, units in self.stacks}
+        whole = (torch.arange(b.units, device="cpu") for b in self.blocks)
+        return [
+            kept_of(b, kept.get(b.name, all_), b.units) for b, all_ in zip(self.blocks, whole, strict=True)
+        ]
 
     def detach(self) -> None:
         """Restore the model, bit for bit. Harmless when called twice.
@@ -161,7 +189,9 @@ class Handle:
             self._undo = []
             for pruned in self.pruned:
                 pruned.partition.restore()
-            self.pruned, self.runtimes, self.kept = [], [], None
+            for stack, _ in self.stacks:
+                stack.restore()
+            self.pruned, self.stacks, self.runtimes, self.kept = [], [], [], None
             ownership.release(self)
             if self.model.__dict__.get(HANDLE) is self:
                 del self.model.__dict__[HANDLE]
