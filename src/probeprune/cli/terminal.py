@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rich.progress import Progress as Bar
 
 from probeprune import processes
 from probeprune.errors import Notice
+from probeprune.foreign.extras import MissingExtra
 from probeprune.foreign.literal import LiteralConsole, styled, visible
 from probeprune.progress import Progress
 from probeprune.result_lines import Line
@@ -140,6 +141,18 @@ def print_rows(rows: Sequence[Line], title: str, as_json: bool) -> None:
             print(json.dumps(row))
     else:
         out().print(report.table(rows, title))
+
+
+def drawn(draw: Callable[[], list[Path]]) -> list[Path]:
+    """The figures that `draw` writes; none, and a sentence says why, where matplotlib is not installed.
+
+    Figures show what tables hold as well, so a command goes on without them.
+    """
+    try:
+        return draw()
+    except MissingExtra as lack:
+        warn([f"no figures: {lack}"])
+        return []
 
 
 def print_written(files: Iterable[Path]) -> None:

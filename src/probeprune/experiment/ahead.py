@@ -3,12 +3,15 @@
 Knows shapes alone: no weights, no text, no results.
 """
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
-from probeprune.experiment.cells import prunes
+from probeprune.experiment.cells import Cell, TaskMeasure, prunes
 from probeprune.experiment.presets import Preset
+from probeprune.foreign.extras import need
 from probeprune.methods import Method, without_measured_widths
 from probeprune.model.blocks import find_blocks
 from probeprune.model.loading import is_local, open_shape
@@ -35,6 +38,15 @@ def check_methods(preset: Preset, trust_remote_code: bool = False) -> None:
             if refusals and all(refusals):
                 where = f"{place}: " if place else ""
                 raise UsageError(f"{where}method {method.name!r} cannot prune {name!r}: {refusals[0]}")
+
+
+def check_extras(cells: Iterable[Cell]) -> None:
+    """Raise `MissingExtra` unless the libraries are installed that these cells train and score tasks with."""
+    for cell in cells:
+        if cell.subject.method.when.trains:
+            need("train")
+        if isinstance(cell.measure, TaskMeasure):
+            need("eval")
 
 
 def check_ratio(method: Method, ratio: float, model: nn.Module) -> None:

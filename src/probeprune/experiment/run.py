@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 
 from probeprune.errors import UsageError
-from probeprune.experiment.ahead import check_ratio
+from probeprune.experiment.ahead import check_extras, check_ratio
 from probeprune.experiment.cells import Cell, prunes
 from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results
@@ -41,14 +41,16 @@ def run_cells(
         keep_trained: keep the checkpoints of trained models when their cells are done.
 
     Raises:
-        UsageError: a cache that cannot take the statistics.
+        UsageError: a cache that cannot take the statistics, or a library that is not installed.
         UsageError, FloatingPointError: the error of a cell, unless `keep_going`. Rows measured before stay.
     """
     with shares.alike():
         if shares.leads() and any(c.subject.calibration is not None for c in cells):
             check_cache()
+        left = [c for c in cells if results.find(c) is None]
+        check_extras(left)
         if not keep_going:
-            _check_ahead(bench, [c for c in cells if results.find(c) is None])
+            _check_ahead(bench, left)
     for subject, of_subject in groupby(cells, key=lambda c: c.subject):
         group = list(of_subject)
         for cell, row in measure_cells(bench, missing(group, results, done), keep_going):
