@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from probeprune import processes
-from probeprune.errors import Notice
+from probeprune.errors import Notice, UsageError
 from probeprune.foreign.extras import MissingExtra
 from probeprune.foreign.literal import LiteralConsole, styled, visible
 from probeprune.progress import Progress
@@ -45,7 +45,23 @@ class Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the message of a record."""
-        print_line(record.getMessage(), "yellow")
+        print_line(record.getMessage(), "yellow" if record.levelno > logging.INFO else "dim")
+
+
+def set_talk(*, quiet: bool, verbose: bool) -> None:
+    """How much the commands say on standard error: errors alone, as usual, or what is read from where too.
+
+    Raises `UsageError` for both at once.
+    """
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose ask for opposites; give one of them.")
+    err.quiet = err.quiet or quiet
+    level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+    logger = logging.getLogger("probeprune")
+    logger.setLevel(level)
+    for handler in logger.handlers:
+        if isinstance(handler, Warnings):
+            handler.setLevel(level)
 
 
 def prepare_terminal() -> None:
