@@ -73,6 +73,7 @@ SAYS = {
     f"compare model --methods wanda-sp+lora --corpus text.jsonl --windows 2 {SMALL} --out other": "train",
     "table --preset tasks.yaml --out table": "eval",
     "table --preset text.yaml --executor ray --out cluster": "ray",
+    f"{PRUNE} --recover 2 --out never": "train",
     f"{PRUNE} --calibration rows.parquet --out never": "hub",
     f"{PRUNE} --calibration owner/name --out never": "hub",
 }

@@ -8,7 +8,7 @@ import torch
 
 from probeprune.errors import UsageError
 from probeprune.experiment.ahead import check_extras, check_ratio
-from probeprune.experiment.cells import Cell, prunes
+from probeprune.experiment.cells import Cell, prunes, trains
 from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results
 from probeprune.experiment.workbench import Unprepared, Workbench
@@ -96,9 +96,14 @@ def measure_cells(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> 
 
 
 def _check_ahead(bench: Workbench, cells: Sequence[Cell]) -> None:
-    """Raise `UsageError` before the run for a ratio that a method cannot reach, or a text without windows."""
+    """Raise `UsageError` before the run for a ratio that a method cannot reach, a text without windows, or
+    training of a model whose layers are on disk."""
     drawn: set[object] = set()
     for subject in dict.fromkeys(c.subject for c in cells):
+        if trains(subject.method):
+            from probeprune.training.recovery import check_in_memory  # needs an extra
+
+            check_in_memory(bench.dense(subject).model, f"{subject.label}: training")
         if not prunes(subject.method):
             continue  # needs no model to be opened
         try:
