@@ -28,7 +28,7 @@ SAYS = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
-    """Five layers with narrow MLPs, windows of 32 tokens, an empty folder; tables are put back."""
+    """Eight layers with narrow MLPs, windows of 32 tokens, an empty folder; tables are put back."""
     load, calibration, evaluation = (
         probeprune.load_model,
         windows.calibration_windows,
@@ -37,10 +37,10 @@ def small(monkeypatch, tmp_path):
 
     def load_part(name: str) -> LoadedModel:
         loaded = load(name, dtype="float32")
-        loaded.model.model.layers = loaded.model.model.layers[:5]
-        loaded.model.config.num_hidden_layers = 5
+        loaded.model.model.layers = loaded.model.model.layers[:8]
+        loaded.model.config.num_hidden_layers = 8
         mlps = [b.name for b in probeprune.find_blocks(loaded.model) if b.kind == "mlp"]
-        cut(loaded.model, {name: torch.arange(128) for name in mlps})
+        cut(loaded.model, {name: torch.arange(512) for name in mlps})
         return loaded
 
     def short_calibration(documents, tokenizer, *, count, length, seed):
