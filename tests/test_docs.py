@@ -134,8 +134,8 @@ def test_the_snippets_of_a_page_run_on_a_tiny_model(name, monkeypatch, tmp_path,
 def test_commands_in_pages_have_the_options_they_are_given(page):
     commands = typer.main.get_command(app).commands
     shown = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    for block in re.findall(r"^```(?:bash)?\n(.*?)^```$", shown, re.MULTILINE | re.DOTALL):
-        for line in block.splitlines():
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", shown, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines() if language in ("", "bash") else []:
             found = re.search(r"(?:^|[ /])probeprune ([a-z]+) (.*)", line.split("  #")[0])
             if found is None or found[1] in ("import",):
                 continue
