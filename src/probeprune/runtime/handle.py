@@ -8,6 +8,7 @@ whole model: the stage of a pass, the cache that it continues, one pass at a tim
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -18,7 +19,7 @@ from torch import nn
 
 from probeprune import plan
 from probeprune.calibration.statistics import Statistics
-from probeprune.errors import UsageError
+from probeprune.errors import Notice, UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block, uncalled_consumer
 from probeprune.model.narrow_linear import refuse_to_copy
@@ -29,6 +30,7 @@ from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.block import BlockRuntime
 from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of, mark
 from probeprune.runtime.current_pass import CurrentPass
+from probeprune.runtime.padding import CHECKED, looks_padded
 from probeprune.runtime.refusals import refuse_continuous_batching, refuse_loading
 from probeprune.strategies import allocation
 from probeprune.strategies.pruned_block import Cut, PrunedBlock
@@ -66,6 +68,7 @@ class Handle:
         self.blocks, self.widths = blocks, [cut.width for cut in cuts]
         self.current = CurrentPass(layer_types=getattr(model.config, "layer_types", None) or ())
         self._lock = threading.RLock()
+        self._unmasked = CHECKED
         self._owner = object()
         # The choice in view is kept alive by the caches that it filled; without any, nobody can return to it.
         self._choice: weakref.ref[Choice] | None = None
@@ -194,6 +197,7 @@ class Handle:
                 raise UsageError("a pass was started from inside another one of the same model.")
             self._check_model()
             self._check_pass(started)
+            self._look_for_padding(started)
             try:
                 self._enter(started)
                 output = forward()
@@ -208,6 +212,19 @@ class Handle:
                 choice, self._running = self._running, None
             mark(caches_of(started, output), choice)
             return output
+
+    def _look_for_padding(self, started: Pass) -> None:
+        """Say so once where a prompt looks padded and comes without a mask."""
+        if started.continues or started.unmasked is None or not self._unmasked:
+            return
+        self._unmasked -= 1
+        if looks_padded(started.unmasked, self.model.config):
+            self._unmasked = 0
+            sentence = (
+                f"a batch looks padded and has no attention mask, so method {self.method.name!r} takes its "
+                "padding for text, in what it chooses and in what it remembers; give attention_mask."
+            )
+            warnings.warn(Notice(sentence), stacklevel=2)
 
     def _check_model(self) -> None:
         """Raise `UsageError` where the model has changed since `attach`."""
