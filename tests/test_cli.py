@@ -41,7 +41,7 @@ def test_all_commands_are_there():
             "generate",
             "bench",
         ),
-        *("methods", "models", "engines", "quantised", "eval", "push"),
+        *("methods", "models", "engines", "quantised", "cache", "doctor", "eval", "push"),
     }
 
 

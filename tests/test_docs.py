@@ -1,15 +1,18 @@
-"""The Python in README.md and docs/python.md runs, the tables there are complete, and links resolve."""
+"""The Python in README.md and docs runs, commands there parse, tables are complete, and links resolve."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from tiny import SHAPE, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import probeprune
+from probeprune.cli import app
 from probeprune.data import windows
 from probeprune.methods import METHODS, SCHEDULES
 from probeprune.model.loading import LoadedModel
@@ -19,7 +22,7 @@ from probeprune.strategies.importance import IMPORTANCES
 from probeprune.surgery import cut
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -70,7 +73,7 @@ def test_the_readme_runs_on_the_real_model(small_model, few_windows, monkeypatch
     monkeypatch.chdir(tmp_path)
     before = probeprune.load_model("smollm2-135m").model.state_dict()
     namespace = run_snippets(ROOT / "README.md")
-    assert capsys.readouterr().out.count("The capital of France is") == 3
+    assert capsys.readouterr().out.count("The capital of France is") == 1
     after = namespace["model"].state_dict()
     assert all(after[name].equal(weight) for name, weight in before.items())
 
@@ -110,6 +113,37 @@ def test_the_python_guide_runs_on_a_tiny_model(monkeypatch, tmp_path, capsys):
     assert pruned < sum(weight.numel() for weight in dense.values())
 
 
+@pytest.mark.parametrize("name", ["start.md", "howto/extend.md"])
+def test_the_snippets_of_a_page_run_on_a_tiny_model(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probeprune, "load_model", tiny_model)
+    monkeypatch.setattr(
+        windows,
+        "calibration_windows",
+        lambda documents, tokenizer, *, count, length, seed: token_ids(min(count, 16), 24, seed=seed),
+    )
+    methods = dict(METHODS)
+    try:
+        run_snippets(ROOT / "docs" / name)
+    finally:
+        METHODS.clear()
+        METHODS.update(methods)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_pages_have_the_options_they_are_given(page):
+    commands = typer.main.get_command(app).commands
+    shown = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", shown, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines() if language in ("", "bash") else []:
+            found = re.search(r"(?:^|[ /])probeprune ([a-z]+) (.*)", line.split("  #")[0])
+            if found is None or found[1] in ("import",):
+                continue
+            words = shlex.split(found[2], comments=True)
+            if "..." not in words and "|" not in words:
+                commands[found[1]].make_context(found[1], words)
+
+
 @pytest.mark.parametrize(
     "heading, table",
     [
@@ -134,6 +168,8 @@ def test_links_lead_to_files_and_headings_that_exist(page):
         target = page.parent / path if path else page
         assert target.exists(), link
         if anchor:
+            if target.suffix != ".md":
+                continue
             headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
             assert anchor in slugs, link

@@ -18,7 +18,7 @@ from probeprune.model import gguf_files, machine
 from probeprune.model.loading import load_model
 from probeprune.model.machine import cache_dir, fastest_dtype
 
-REAL_PRODUCT_SECONDS = machine._product_seconds
+REAL_PRODUCT_SECONDS = machine.product_seconds
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_missing_wheel_says_how_to_install_it(monkeypatch):
 )
 def test_cpu_takes_the_clearly_faster_dtype(monkeypatch, bfloat16, float32, expected):
     seconds = {torch.bfloat16: bfloat16, torch.float32: float32}
-    monkeypatch.setattr(machine, "_product_seconds", seconds.__getitem__)
+    monkeypatch.setattr(machine, "product_seconds", seconds.__getitem__)
     assert fastest_dtype(torch.device("cpu")) == expected
 
 

@@ -290,7 +290,7 @@ def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no Ray cluster answers"):
         run_on_ray(tmp_path, Results.open(tmp_path), cells, cluster=Cluster("127.0.0.1:1"))
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match="Ray is not installed"):
+    with pytest.raises(UsageError, match=r'needs ray, .*pip install "probeprune\[ray\]"'):
         run_on_ray(tmp_path, Results.open(tmp_path), cells)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from probeprune.bench.lines import BenchLine
+from probeprune.foreign.extras import extra
 from probeprune.places import replacing
 from probeprune.report.palette import style
 
@@ -14,7 +15,8 @@ def plot(lines: Sequence[BenchLine], path: Path) -> list[Path]:
     A dash marks the speed-up at which all work saved would be time saved. Returns the files written; none
     where only dense was measured.
     """
-    from matplotlib.figure import Figure
+    with extra("report"):
+        from matplotlib.figure import Figure
 
     pruned = [line for line in lines if line["method"] != "dense"]
     if not pruned:

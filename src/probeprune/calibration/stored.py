@@ -1,6 +1,7 @@
 """Convert parts of `Statistics` to tensors and JSON values, and back, for safetensors files."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ from probeprune.processes import shares
 from probeprune.strategies import Part
 from probeprune.strategies.compensation import Consumer
 from probeprune.strategies.widths import Damage
+
+logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
 Values = dict[str, Any]
@@ -104,7 +107,10 @@ def store(path: Path, part: Part | Codec, value: Mapping[str, Any]) -> None:
 def read(path: Path, part: Part | Codec) -> dict[str, Any] | None:
     """Read the part written by `store`; None if the file is missing or damaged."""
     stored = load_tensors(path)
-    return None if stored is None else _unpacked(part, *stored)
+    value = None if stored is None else _unpacked(part, *stored)
+    if value is not None:
+        _say_read(part, path)
+    return value
 
 
 def read_by_first(path: Path, part: Part | Codec) -> dict[str, Any] | None:
@@ -116,8 +122,13 @@ def read_by_first(path: Path, part: Part | Codec) -> dict[str, Any] | None:
         stored = None
     if not shares.agreed(stored is not None):
         return None
+    _say_read(part, path)
     tensors, metadata = stored or ({}, {})
     return _unpacked(part, shares.agreed_tensors(tensors), shares.agreed(metadata))
+
+
+def _say_read(part: Part | Codec, path: Path) -> None:
+    logger.info("%s, computed before: %s", part if isinstance(part, str) else "tensors", path)
 
 
 def _unpacked(part: Part | Codec, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Any] | None:

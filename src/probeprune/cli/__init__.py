@@ -9,14 +9,18 @@ import errno
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import probeprune
 from probeprune import processes
 from probeprune.cli.bench import bench
+from probeprune.cli.cache import cache
 from probeprune.cli.compare import compare
+from probeprune.cli.doctor import doctor
 from probeprune.cli.evaluate import evaluate
 from probeprune.cli.export import export
 from probeprune.cli.generate import generate
@@ -27,7 +31,7 @@ from probeprune.cli.push import push
 from probeprune.cli.quantised import quantised
 from probeprune.cli.report import report
 from probeprune.cli.table import table
-from probeprune.cli.terminal import prepare_terminal, print_error
+from probeprune.cli.terminal import prepare_terminal, print_error, print_text, set_talk
 from probeprune.cli.train import loraprune, recover
 from probeprune.cli.typed import Commands
 from probeprune.errors import UsageError
@@ -37,7 +41,6 @@ app = typer.Typer(
     cls=Commands,
     help="Prune causal language models, statically or dynamically, and measure every method in the same way.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -45,11 +48,45 @@ INTERRUPTED = "interrupted; all measurements are saved, and the same command con
 
 for _command in (compare, table, report, plan, prune, export, quantised, recover, loraprune, generate, bench):
     app.command()(_command)
+for _command in (doctor, cache):
+    app.command()(_command)
 app.command("eval")(evaluate)
 app.command()(push)
 app.command("methods")(list_methods)
 app.command("models")(list_models)
 app.command("engines")(list_engines)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print_text(f"probeprune {probeprune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of options that are repeated.", show_default="probeprune.toml, where there is one"
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say what is read from the cache and from the config file.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Say nothing but results and errors: no progress, no warnings.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """What stands between `probeprune` and the command."""
+    set_talk(quiet=quiet, verbose=verbose)
+    assert isinstance(context.command, Commands)
+    context.default_map = context.command.defaults(config, context.invoked_subcommand or "")
 
 
 CTRL_C, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM

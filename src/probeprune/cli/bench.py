@@ -15,7 +15,7 @@ import typer
 from probeprune.cli.facts import takes_gradients
 from probeprune.cli.groups import Device, Model, Ratio, ResultOptions, TrustRemoteCode
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import err, out, print_written, progress_bar
+from probeprune.cli.terminal import drawn, err, out, print_written, progress_bar
 from probeprune.cli.values import names, numbers, one_of
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
@@ -191,7 +191,7 @@ def bench(
             figures += _measure(target.open(model, dtype), methods, points, thread_counts, grid)
         lines = "".join(json.dumps(line) + "\n" for line in figures)
         write_text(output.out_dir / "bench.jsonl", lines)
-        plots = plot(figures, output.out_dir / "bench")
+        plots = drawn(lambda: plot(figures, output.out_dir / "bench"))
     if output.as_json:
         print(lines, end="")
     else:

@@ -20,7 +20,7 @@ from probeprune.cli.groups import (
     ResultOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import notices, print_line, print_rows, print_written, progress_bar, warn
+from probeprune.cli.terminal import drawn, notices, print_line, print_rows, print_written, progress_bar, warn
 from probeprune.cli.values import names, numbers, one_of, size
 from probeprune.data.windows import Sampling, Text
 from probeprune.errors import UsageError
@@ -246,7 +246,8 @@ def compare(
             return
         title = _title(model, rows, text)
         write_text(output.out_dir / "table.md", report.markdown(rows, title))
-        plots = report.plot(rows, title.replace("; calibrated", ";\ncalibrated"), output.out_dir / "plot")
+        heading = title.replace("; calibrated", ";\ncalibrated")
+        plots = drawn(lambda: report.plot(rows, heading, output.out_dir / "plot"))
     print_rows(rows, title, output.as_json)
     warn(missed_in(rows))
     print_written((results.path, output.out_dir / "table.md", *plots))

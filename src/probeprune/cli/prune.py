@@ -282,7 +282,6 @@ def prune(
     from probeprune.jobs.forecast import pruning_work
     from probeprune.jobs.keep import keep_to
     from probeprune.jobs.prune import Output, Texts, prune_to
-    from probeprune.jobs.recovered import discard_pruned, prune_and_recover
     from probeprune.model.machine import DTYPES
     from probeprune.processes import shares
 
@@ -290,6 +289,8 @@ def prune(
     with shares.sharing(), notices():
         with shares.alike():
             if training.recover:
+                from probeprune.jobs.recovered import discard_pruned, prune_and_recover  # need an extra
+
                 discard_pruned(output.out_dir)
             if processes.is_first():
                 output.check()

@@ -11,7 +11,7 @@ import typer
 
 from probeprune.cli.groups import CalibrationOptions, Json, Model
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import notices, print_text, progress_bar
+from probeprune.cli.terminal import drawn, notices, print_text, progress_bar
 from probeprune.cli.values import names, numbers
 from probeprune.data.windows import Text
 from probeprune.engines.gguf_types import FileType, storage
@@ -94,5 +94,5 @@ def quantised(
     encoded = "".join(json.dumps(line) + "\n" for line in lines)
     write_text(folder / "lines.jsonl", encoded)
     write_text(folder / "table.md", written + "\n")
-    plot(lines, folder / "quantised")
+    drawn(lambda: plot(lines, folder / "quantised"))
     print_text(encoded if as_json else written, end="" if as_json else "\n")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from probeprune.cli.groups import Json
-from probeprune.cli.terminal import out, print_line, warn
+from probeprune.cli.terminal import drawn, out, print_line, warn
 from probeprune.errors import UsageError
 from probeprune.files import RESULTS
 
@@ -40,7 +40,7 @@ def report(
     warn((*problems, *(note for s in summaries for note in s.notes)))
     title = f"Pruning {' and '.join(s.model for s in summaries)}"
     reporting.write_html(rows, page, title, published=published(), problems=problems)
-    files = reporting.write_figures(rows, figures)
+    files = drawn(lambda: reporting.write_figures(rows, figures))
     if as_json:
         for summary in summaries:
             for record in summary.records():

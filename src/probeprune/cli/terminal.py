@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from probeprune import processes
-from probeprune.errors import Notice
+from probeprune.errors import Notice, UsageError
+from probeprune.foreign.extras import MissingExtra
 from probeprune.foreign.literal import LiteralConsole, styled, visible
 from probeprune.progress import Progress
 from probeprune.result_lines import Line
@@ -44,7 +45,23 @@ class Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the message of a record."""
-        print_line(record.getMessage(), "yellow")
+        print_line(record.getMessage(), "yellow" if record.levelno > logging.INFO else "dim")
+
+
+def set_talk(*, quiet: bool, verbose: bool) -> None:
+    """How much the commands say on standard error: errors alone, as usual, or what is read from where too.
+
+    Raises `UsageError` for both at once.
+    """
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose ask for opposites; give one of them.")
+    err.quiet = err.quiet or quiet
+    level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+    logger = logging.getLogger("probeprune")
+    logger.setLevel(level)
+    for handler in logger.handlers:
+        if isinstance(handler, Warnings):
+            handler.setLevel(level)
 
 
 def prepare_terminal() -> None:
@@ -140,6 +157,18 @@ def print_rows(rows: Sequence[Line], title: str, as_json: bool) -> None:
             print(json.dumps(row))
     else:
         out().print(report.table(rows, title))
+
+
+def drawn(draw: Callable[[], list[Path]]) -> list[Path]:
+    """The figures that `draw` writes; none, and a sentence says why, where matplotlib is not installed.
+
+    Figures show what tables hold as well, so a command goes on without them.
+    """
+    try:
+        return draw()
+    except MissingExtra as lack:
+        warn([f"no figures: {lack}"])
+        return []
 
 
 def print_written(files: Iterable[Path]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from probeprune.errors import UsageError, first_line, unknown
+from probeprune.foreign.extras import extra
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.foreign.reading import open_regular, parse_json, read_text
 
@@ -219,8 +220,9 @@ def _read_json_lines(path: Path, column: str) -> list[str]:
 
 
 def _read_parquet(path: Path, column: str) -> list[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with extra("hub"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
     try:
         with open_regular(path) as file:
@@ -253,14 +255,14 @@ def _stream_hub(
     warn: bool = True,
 ) -> list[str]:
     """Read the first `limit` rows of a hub data set without downloading the rest."""
-    import datasets  # takes a second, which embedded and local corpora need not pay
-
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UsageError(
             f"there is no corpus file '{name}', and it is no name of a hub data set (owner/name); check it."
         ) from error
+    with extra("hub"):
+        import datasets  # takes a second, which embedded and local corpora need not pay
     try:
         with quiet_libraries():
             rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)

@@ -15,19 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import datasets
-import lm_eval.tasks
-from lm_eval.api.instance import Instance
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from probeprune.errors import UsageError, first_line, unknown
 from probeprune.evaluation.likelihood import Order, Request, Scores, make_batches, score
 from probeprune.evaluation.task_data import Task, load_rows
+from probeprune.foreign.extras import extra
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.progress import Progress, silent
+
+with extra("eval"):
+    import datasets
+    import lm_eval.tasks
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
 
 Source = Literal["local", "hub"]
 """`local`: the items that ship with the package; `hub`: the harness' own data set."""

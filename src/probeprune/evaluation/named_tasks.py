@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import lm_eval
-import lm_eval.tasks
-
 from probeprune.errors import UsageError, first_line
 from probeprune.evaluation.harness import LiveModel, quiet
 from probeprune.evaluation.perplexity import mean_error
+from probeprune.foreign.extras import extra
+
+with extra("eval"):
+    import lm_eval
+    import lm_eval.tasks
 
 _MAIN = ("acc_norm", "acc", "exact_match", "f1")
 """The metric that stands for a task with several, the first of these that it has."""

@@ -8,14 +8,17 @@ Results differ from those of the LM evaluation harness and belong in a column of
 import itertools
 from collections.abc import Sequence
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedTokenizerBase
 
 from probeprune.data.windows import tokenize
 from probeprune.evaluation.harness import Answers, LiveModel, questions, right_option
 from probeprune.evaluation.likelihood import Batch, Request, score
+from probeprune.foreign.extras import extra
 from probeprune.ranges import plain
+
+with extra("eval"):
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import ConfigurableTask
 
 BATCH_SIZE = 20
 """Options per forward pass."""

@@ -3,15 +3,16 @@
 Knows shapes alone: no weights, no text, no results.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import CALIBRATION, Text
 from probeprune.errors import UsageError
-from probeprune.experiment.cells import Cell, TextMeasure, prunes
+from probeprune.experiment.cells import Cell, TaskMeasure, TextMeasure, prunes
 from probeprune.experiment.presets import Preset
+from probeprune.foreign.extras import need
 from probeprune.jobs.forecast import comparing_work
 from probeprune.jobs.prune import Texts
 from probeprune.methods import Method, without_measured_widths
@@ -40,6 +41,15 @@ def check_methods(preset: Preset, trust_remote_code: bool = False) -> None:
             if refusals and all(refusals):
                 where = f"{place}: " if place else ""
                 raise UsageError(f"{where}method {method.name!r} cannot prune {name!r}: {refusals[0]}")
+
+
+def check_extras(cells: Iterable[Cell]) -> None:
+    """Raise `MissingExtra` unless the libraries are installed that these cells train and score tasks with."""
+    for cell in cells:
+        if cell.subject.method.when.trains:
+            need("train")
+        if isinstance(cell.measure, TaskMeasure):
+            need("eval")
 
 
 def work_of(cells: Sequence[Cell]) -> Work:

@@ -23,6 +23,7 @@ from probeprune.experiment.measuring import failure
 from probeprune.experiment.results import Results
 from probeprune.experiment.run import Done, measure_cells, missing
 from probeprune.experiment.workbench import Workbench
+from probeprune.foreign.extras import extra
 from probeprune.progress import Progress, silent
 from probeprune.ranges import check_fields
 from probeprune.result_lines import Line
@@ -241,8 +242,6 @@ def _check_answers(address: str | None) -> None:
 
 def _ray() -> Any:
     """The module `ray`, an optional dependency. Raises `UsageError` where it is not installed."""
-    try:
+    with extra("ray"):
         import ray
-    except ImportError as error:
-        raise UsageError("Ray is not installed; run `pip install 'probeprune[ray]'`.") from error
     return ray

@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 
 from probeprune.errors import UsageError
-from probeprune.experiment.ahead import check_ratio
+from probeprune.experiment.ahead import check_extras, check_ratio
 from probeprune.experiment.cells import Cell, prunes, trains
 from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results
@@ -16,7 +16,6 @@ from probeprune.model.machine import check_cache
 from probeprune.model.passes import token_windows
 from probeprune.processes import shares
 from probeprune.result_lines import Line
-from probeprune.training.recovery import check_in_memory
 
 Done = Callable[[Cell, Line], None]
 """Called with every cell and its row, measured just now or before."""
@@ -42,14 +41,16 @@ def run_cells(
         keep_trained: keep the checkpoints of trained models when their cells are done.
 
     Raises:
-        UsageError: a cache that cannot take the statistics.
+        UsageError: a cache that cannot take the statistics, or a library that is not installed.
         UsageError, FloatingPointError: the error of a cell, unless `keep_going`. Rows measured before stay.
     """
     with shares.alike():
         if shares.leads() and any(c.subject.calibration is not None for c in cells):
             check_cache()
+        left = [c for c in cells if results.find(c) is None]
+        check_extras(left)
         if not keep_going:
-            _check_ahead(bench, [c for c in cells if results.find(c) is None])
+            _check_ahead(bench, left)
     for subject, of_subject in groupby(cells, key=lambda c: c.subject):
         group = list(of_subject)
         for cell, row in measure_cells(bench, missing(group, results, done), keep_going):
@@ -100,6 +101,8 @@ def _check_ahead(bench: Workbench, cells: Sequence[Cell]) -> None:
     drawn: set[object] = set()
     for subject in dict.fromkeys(c.subject for c in cells):
         if trains(subject.method):
+            from probeprune.training.recovery import check_in_memory  # needs an extra
+
             check_in_memory(bench.dense(subject).model, f"{subject.label}: training")
         if not prunes(subject.method):
             continue  # needs no model to be opened

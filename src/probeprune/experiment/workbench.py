@@ -13,7 +13,6 @@ from typing import Any
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, WindowSource
 from probeprune.experiment.cells import Subject
-from probeprune.jobs.train import TrainingJob, discard_finished, loraprune_to, recover_to
 from probeprune.methods import Method, without_training
 from probeprune.model.loading import LoadedModel, load_model
 from probeprune.model.machine import cache_dir
@@ -28,7 +27,6 @@ from probeprune.runtime.handle import Handle
 from probeprune.strategies.schedule import Distilled, DuringTraining, Once
 from probeprune.strategies.widths import Prunable
 from probeprune.surgery import prune
-from probeprune.training.loraprune import LoraPruneCut
 from probeprune.training.settings import Distillation
 
 
@@ -155,6 +153,8 @@ class Workbench:
         return self.folder / "trained" / f"{subject.method.name}-{subject.key}"
 
     def _trained(self, subject: Subject) -> Ready:
+        from probeprune.jobs.train import discard_finished  # training needs an extra
+
         out = self.trained_folder(subject)
         discard_finished(out)
         if not (out / TRAINING).exists():
@@ -167,6 +167,9 @@ class Workbench:
         return Ready(loaded, blocks, [b.units for b in blocks], removed, training=record)
 
     def _train(self, subject: Subject, out: Path) -> None:
+        from probeprune.jobs.train import TrainingJob, loraprune_to, recover_to
+        from probeprune.training.loraprune import LoraPruneCut
+
         budget, method = subject.budget, subject.method
         assert budget is not None
         training = budget.training(subject.seed)

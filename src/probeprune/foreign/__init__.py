@@ -1,1 +1,1 @@
-"""Text and files of others: read within limits, shown as they are."""
+"""What is not ours: text and files, read within limits and shown as they are; libraries that may lack."""

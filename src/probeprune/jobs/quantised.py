@@ -16,6 +16,7 @@ from probeprune.engines.gguf_types import FileType
 from probeprune.engines.gguf_write import export_gguf
 from probeprune.engines.llama_cpp import LlamaCpp
 from probeprune.files import stored_json, write_json
+from probeprune.foreign.extras import extra
 from probeprune.jobs.prune import calibration_source
 from probeprune.methods import Method
 from probeprune.model.blocks import find_blocks
@@ -287,7 +288,8 @@ def plot(lines: Sequence[FileLine], path: Path) -> list[Path]:
 
     Returns the files written, PNG and SVG beside `path`.
     """
-    from matplotlib.figure import Figure
+    with extra("report"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     compared = rows(lines)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from probeprune import processes
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, training_windows
 from probeprune.files import stored_json, write_json
+from probeprune.foreign.extras import extra
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.jobs.cards import training_card
 from probeprune.jobs.measure import Measure
@@ -40,6 +40,9 @@ from probeprune.training.recovery import (
     recover,
 )
 from probeprune.training.settings import Training, TrainingText
+
+with extra("train"):
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)

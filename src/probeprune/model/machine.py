@@ -1,6 +1,7 @@
 """What this machine has: its devices, the dtype that is fast on them, the cache folder."""
 
 import ctypes
+import logging
 import os
 import platform
 import time
@@ -16,6 +17,8 @@ from probeprune.errors import UsageError, unknown
 from probeprune.files import stored_json, write_json
 from probeprune.places import check_writable
 from probeprune.provenance import dtype_name
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -58,9 +61,12 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     file = cache_dir() / "fastest-dtype.json"
     machine = f"{platform.node()} {os.cpu_count()} torch {torch.__version__}"
     try:
-        return DTYPES[stored_json(file)[machine]]
+        stored = DTYPES[stored_json(file)[machine]]
     except (KeyError, TypeError):
         chosen = fastest_dtype(device)
+    else:
+        logger.info("dtype %s, measured before: %s", dtype_name(stored), file)
+        return stored
     # If the cache cannot be written, the next call measures again.
     with suppress(UsageError):
         write_json(file, {machine: dtype_name(chosen)})
@@ -82,22 +88,26 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     # A near tie goes to float32, so that noise does not decide the precision.
     return (
         torch.bfloat16
-        if 1.25 * _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+        if 1.25 * product_seconds(torch.bfloat16) < product_seconds(torch.float32)
         else torch.float32
     )
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Median time of a 576 -> 1536 linear map of 256 tokens on the CPU, the weight laid out as in models.
+PRODUCT_FLOP = 2 * 256 * 576 * 1536
+"""Operations of the linear map that is timed."""
+
+
+def product_seconds(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """Median time of a 576 -> 1536 linear map of 256 tokens, the weight laid out as in models.
 
     The layout matters: with the transposed weight, emulated bfloat16 is another ten times slower.
     """
-    tokens, weight = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    tokens, weight = (torch.ones(n, 576, dtype=dtype, device=device) for n in (256, 1536))
     linear(tokens, weight)  # the first call sets up threads and kernels
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        linear(tokens, weight)
+        linear(tokens, weight)[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[2]
 

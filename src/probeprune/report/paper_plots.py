@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probeprune.errors import UsageError
+from probeprune.foreign.extras import extra
 from probeprune.foreign.literal import visible
 from probeprune.places import replacing
 from probeprune.report.palette import Style, style
@@ -64,8 +65,9 @@ def write_figures(lines: Sequence[Line], folder: Path) -> list[Path]:
 
 
 def _quality(summary: Summary, title: str, path: Path, text: str, axis: CostAxis) -> list[Path]:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    with extra("report"):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
 
     points = quality_points(summary, text, axis)
     dense = next((p for p in points if p.entry.dense), None)
@@ -118,7 +120,8 @@ def _marker(drawn: Style) -> Any:
 
 def _tasks(summary: Summary, title: str, path: Path) -> list[Path]:
     """Accuracy by task, a panel for each ratio; dense is a line across its bars."""
-    from matplotlib.figure import Figure
+    with extra("report"):
+        from matplotlib.figure import Figure
 
     measured = {
         r: [e for e in own if not e.dense and e.quality.accuracy] for r, own in summary.ratios.items()

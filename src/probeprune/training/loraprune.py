@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
+from probeprune.foreign.extras import extra
 from probeprune.methods import Method, compose, for_layout
 from probeprune.model.blocks import Block, Member, find_layers
 from probeprune.model.described import Layout
@@ -29,6 +29,9 @@ from probeprune.surgery import cut as cut_units
 from probeprune.training.recovery import Trained, merged, recover
 from probeprune.training.settings import Training
 from probeprune.training.trainer import saved_attributes
+
+with extra("train"):
+    from peft import PeftModel
 
 
 def schedule(progress: float, ramp: float = 0.1) -> float:

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from probeprune import processes
 from probeprune.errors import UsageError
 from probeprune.files import stored_json, write_json
+from probeprune.foreign.extras import extra
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import PeakMemory
@@ -47,6 +46,10 @@ from probeprune.training.trainer import (
     explain_failures,
     trainer_arguments,
 )
+
+with extra("train"):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from torch.utils.tensorboard import SummaryWriter
 
 MEASURED = "evaluation.json"
 """In a work directory: figures measured on the model before it was trained."""
