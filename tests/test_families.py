@@ -23,6 +23,7 @@ from probeprune.model.blocks import Block
 from probeprune.model.cost import blocks_flops
 from probeprune.model.decoding import next_token_logits
 from probeprune.model.families import FAMILIES, find_family
+from probeprune.model.multimodal import MULTIMODAL
 from probeprune.model.partition import Partition
 from probeprune.model.passes import find_decoder
 from probeprune.model.pruned_configs import empty_model
@@ -272,8 +273,10 @@ def test_the_command_lists_what_the_records_say(capsys):
     assert run(lambda: app(["models", "--json"])) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["family"], tuple(r["model_types"])) for r in rows] == [
-        (f.name, f.model_types) for f in FAMILIES
+        (f.name, f.model_types) for f in (*FAMILIES, *MULTIMODAL)
     ]
+    inside = [list(m.text_types) for m in MULTIMODAL]
+    assert [r["text_types"] for r in rows] == [*([] for _ in FAMILIES), *inside]
     by_type = {t: r for r in rows for t in r["model_types"]}
     assert by_type["olmo2"]["heads"] == [] and "over all heads" in by_type["olmo2"]["why"]
     assert by_type["olmo2"]["dynamic"] == by_type["olmo2"]["uniform"] == ["mlp"]
@@ -290,9 +293,15 @@ def test_the_pages_list_every_family():
     rows = all_support()
     page = (root / "docs" / "models.md").read_text(encoding="utf-8")
     table = [line for line in page.splitlines() if line.startswith("| ") and "---" not in line]
-    wanted = [f"| {' | '.join(row)} |" for row in (COLUMNS, *map(cells, rows))]
+    wanted = [
+        f"| {' | '.join(row)} |"
+        for part in (False, True)
+        for row in (COLUMNS, *(cells(row) for row in rows if bool(row.text_types) == part))
+    ]
     assert table == wanted, "\n".join(wanted)
     prose = " ".join(page.split())
     assert all(f"a model {row.why}." in prose for row in rows if row.why is not None)
     readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
-    assert f"{len(rows)} families" in readme and f": {'; '.join(row.family for row in rows)}." in readme
+    for count, kind in ((len(FAMILIES), "families"), (len(MULTIMODAL), "multimodal classes")):
+        named = [row.family for row in rows if bool(row.text_types) == (kind != "families")]
+        assert f"{count} {kind}" in readme and f": {'; '.join(named)}." in readme

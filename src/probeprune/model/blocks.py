@@ -15,6 +15,7 @@ from probeprune.errors import UsageError, unknown
 from probeprune.model.families import find_family
 from probeprune.model.family_records import AttentionRecord, MlpRecord
 from probeprune.model.linear_maps import LinearMap, matrix, oriented, sizes
+from probeprune.model.multimodal import text_config
 from probeprune.model.permutable import permutable, refuse_shared
 from probeprune.model.wrappers import unwrapped
 
@@ -190,9 +191,9 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     if units not in get_args(UnitKind):
         raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
     model = unwrapped(model)
-    family = find_family(model)
-    norm_first = family.norm_first is None or bool(getattr(model.config, family.norm_first))
-    whole = whole_heads(family.attention, model.config)
+    family, config = find_family(model), text_config(model.config)
+    norm_first = family.norm_first is None or bool(getattr(config, family.norm_first))
+    whole = whole_heads(family.attention, config)
     blocks = []
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+PRUNED_PREFIX = "pruned_"
+"""Prefix of the `model_type` of checkpoints whose layers differ in width (see `modeling_pruned.py`)."""
+
 
 @dataclass(frozen=True)
 class AttentionRecord:

@@ -17,21 +17,30 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from probeprune.errors import UsageError
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import Block, attribute, find_blocks
-from probeprune.model.families import FAMILIES, PRUNED_PREFIX, find_family, is_supported
-from probeprune.model.family_records import Family, Twin
+from probeprune.model.families import FAMILIES, INSIDE, find_family, is_supported
+from probeprune.model.family_records import PRUNED_PREFIX, Family, Twin
 from probeprune.model.linear_maps import sizes
 from probeprune.model.modeling_pruned import MODEL_TYPES, model_classes, pruned_config, pruned_model
+from probeprune.model.multimodal import (
+    MULTIMODAL,
+    Multimodal,
+    multimodal_of,
+    plain_fields,
+    text_config,
+)
 
 
-def register_checkpoints(family: Family) -> None:
+def register_checkpoints(family: Family | Multimodal) -> None:
     """Let transformers' auto classes open those checkpoints of a family that no other code can open."""
     for model_type in family.model_types:
         pruned = pruned_config(CONFIG_MAPPING[model_type])
         AutoConfig.register(pruned.model_type, pruned, exist_ok=True)
 
 
-for _family in FAMILIES:
+for _family in (*FAMILIES, *INSIDE):
     register_checkpoints(_family)
+for _multimodal in MULTIMODAL:
+    register_checkpoints(_multimodal)
 
 
 def read_config(folder: Path, fields: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
@@ -46,7 +55,8 @@ def read_config(folder: Path, fields: Mapping[str, Any], *, trust_remote_code: b
         trust_remote_code: run code that comes with a checkpoint of an unknown family.
     """
     model_type = fields.get("model_type")
-    if "per_layer_config" in fields and is_supported(model_type):
+    own = str(model_type).removeprefix(PRUNED_PREFIX) == model_type
+    if "per_layer_config" in fields and own and is_supported(model_type):
         return pruned_config(CONFIG_MAPPING[model_type], "PerLayer").from_pretrained(folder)
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
@@ -58,14 +68,14 @@ class Unfit(Exception):
 def plain_candidates(
     model: Any, blocks: Sequence[Block]
 ) -> list[tuple[type[PretrainedConfig], dict[str, Any]]]:
-    """Plain configs (class, fields) that may describe a model. Raises `Unfit` for layers of several
-    widths."""
+    """Plain configs (class, fields) that may describe a model's language model. Raises `Unfit` for layers of
+    several widths."""
     sizes = {(b.query_heads, b.kv_heads, b.head_dim) for b in blocks if b.kind == "attention"}
     if len(sizes) > 1 or len({b.units for b in blocks if b.kind == "mlp"}) > 1:
         raise Unfit("its layers have different widths")
     family = find_family(model)
     attention = next(b for b in blocks if b.kind == "attention")
-    base = plain_config(model.config)
+    base = plain_config(text_config(model.config))
     widths = _head_fields(attention)
     mlp = next(b.units for b in blocks if b.kind == "mlp")
     if family.mlp.width_field is not None:
@@ -109,10 +119,7 @@ def plain_config(config: Any) -> PretrainedConfig:
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     if not config.is_heterogeneous and model_type == config.model_type:
         return copy.deepcopy(config)
-    fields = config.to_dict()
-    for name in ("model_type", "per_layer_config", "pruned", "auto_map", "architectures"):
-        fields.pop(name, None)
-    return AutoConfig.for_model(model_type, **fields)
+    return AutoConfig.for_model(model_type, **plain_fields(config))
 
 
 def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
@@ -124,6 +131,8 @@ def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
             computes the same function, and have biases that the model lacks: the weights get zeros for them.
     """
     blocks = find_blocks(model)
+    if multimodal_of(model.config.model_type) is not None:
+        return _listed_config(model, blocks)
     best: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
     for config_class, fields in _per_layer_candidates(model, blocks, in_place):
         try:
@@ -140,6 +149,18 @@ def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
     assert best is not None  # a config without fields of its own for attention is as good as the dense one
     config_class, fields, found = best
     return make_config(pruned_config(config_class), {**fields, "pruned": found})
+
+
+def _listed_config(model: Any, blocks: Sequence[Block]) -> PretrainedConfig:
+    """The config of a multimodal model, with all that differs in its language model listed beside it.
+
+    Inside a config, transformers knows no fields of single layers.
+    """
+    base: Any = plain_config(model.config)
+    found = _differences(model, blocks, empty_model(plain_class(model), base, model))
+    fields = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures")}
+    kind: Any = type(base)
+    return make_config(pruned_config(kind), {**fields, "pruned": found} if found else fields)
 
 
 def _per_layer_candidates(

@@ -12,6 +12,7 @@ from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
 from probeprune.model.blocks import check_kinds, find_blocks
+from probeprune.model.multimodal import text_config
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import check_eval
 from probeprune.model.wrappers import unwrapped
@@ -86,5 +87,5 @@ def detach(model: nn.Module) -> None:
 
 
 def _attention(model: nn.Module) -> str:
-    config: Any = model.config
+    config: Any = text_config(model.config)
     return str(config._attn_implementation)

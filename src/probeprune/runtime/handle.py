@@ -21,6 +21,7 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block, uncalled_consumer
+from probeprune.model.multimodal import text_config
 from probeprune.model.narrow_linear import refuse_to_copy
 from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
 from probeprune.plan import Kept
@@ -60,7 +61,7 @@ class Handle:
     ) -> None:
         self.model, self.method, self.ratio = model, method, ratio
         self.blocks, self.widths = blocks, [cut.width for cut in cuts]
-        self.current = CurrentPass(layer_types=getattr(model.config, "layer_types", None) or ())
+        self.current = CurrentPass(layer_types=getattr(text_config(model.config), "layer_types", None) or ())
         self._lock = threading.RLock()
         self._owner = object()
         # The choice in view is kept alive by the caches that it filled; without any, nobody can return to it.
@@ -222,7 +223,7 @@ class Handle:
         A draft by the first layers alone (`assistant_early_exit`) lowers the config's number of layers for as
         long as it runs; the blocks behind them are not asked for.
         """
-        config: Any = self.model.config
+        config: Any = text_config(self.model.config)
         for runtime in self.runtimes:
             if not runtime.passed and runtime.block.layer < config.num_hidden_layers:
                 raise uncalled_consumer(runtime.block)
