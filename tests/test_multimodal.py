@@ -95,7 +95,7 @@ def test_a_batch_with_images_is_the_dense_model_masked_and_detaching_restores_al
 def test_flops_counted_are_those_of_the_formulas(row):
     _, model, _, _ = row
     rest = outside_blocks(model, 3)
-    assert 0 <= rest <= 100_000
+    assert rest >= 0
     with attach(model, PROBE, RATIO, calibration=WINDOWS) as handle:
         counted = decoder_flops(model, 3)
         own = blocks_flops(handle.blocks, handle.widths, 3, LENGTH)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from tiny import SHAPE, lively, token_ids
+from tiny_families import HYBRIDS
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
@@ -61,6 +62,20 @@ ROWS: dict[str, dict[str, Any]] = {
             "out_hidden_size": 48,
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0],
+        },
+    },
+    "qwen3_5": {
+        "text_config": {
+            **_QWEN_TEXT,
+            **HYBRIDS["qwen3_5_text"],
+            "rope_parameters": _QWEN_TEXT["rope_parameters"] | {"partial_rotary_factor": 1.0},
+        },
+        "vision_config": {
+            **_QWEN,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 16,
         },
     },
     "llava": {"text_config": {**_TEXT, "model_type": "llama"}, **_LLAVA},

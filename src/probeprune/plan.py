@@ -34,7 +34,7 @@ class Kept:
     """The units that one block keeps."""
 
     name: str
-    kind: Literal["attention", "mlp"]
+    kind: Literal["attention", "mlp", "mixer"]
     units: tuple[int, ...]
     """Their ids in the model as given, ascending."""
     of: int

@@ -13,7 +13,7 @@ from torch import nn
 
 from probeprune.errors import UsageError, unknown
 from probeprune.model.families import find_family
-from probeprune.model.family_records import AttentionRecord, MlpRecord
+from probeprune.model.family_records import AttentionRecord, Family, MixerRecord, MlpRecord
 from probeprune.model.linear_maps import LinearMap, matrix, oriented, sizes
 from probeprune.model.multimodal import text_config
 from probeprune.model.permutable import permutable, refuse_shared
@@ -60,14 +60,14 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One prunable attention or MLP block of a model.
+    """One attention or MLP block of a model, or another that mixes tokens and stays whole.
 
     The coupled activation `z`, the consumer's input, has shape (batch, sequence, units * unit_width).
     """
 
     name: str
     layer: int
-    kind: Literal["attention", "mlp"]
+    kind: Literal["attention", "mlp", "mixer"]
     units: int
     unit_width: int
     """Number of channels of `z` that belong to one unit."""
@@ -97,6 +97,8 @@ class Block:
     """Whether the KV cache holds keys and values once for every query head."""
     whole: str | None = None
     """Why no unit of the block can go, in words that follow the model's name; None where units can go."""
+    input_factor: float = 1.0
+    """What the norm's output is multiplied by before the block reads it."""
 
     @property
     def width(self) -> int:
@@ -197,10 +199,31 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     blocks = []
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"
-        blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first, whole))
-        blocks.append(_mlp_block(prefix, index, layer, family.mlp, norm_first))
+        _refuse_experts(prefix, layer, family)
+        for record in family.mixers:
+            if _has(layer, family, record):
+                blocks.append(_mixer_block(prefix, index, layer, record))
+        if _has(layer, family, family.attention):
+            blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first, whole))
+        if _has(layer, family, family.mlp):
+            blocks.append(_mlp_block(prefix, index, layer, family.mlp, norm_first))
     refuse_shared(model, {b.name: (*b.producers, b.consumer) for b in blocks})
     return blocks
+
+
+def _has(layer: nn.Module, family: Family, record: AttentionRecord | MlpRecord | MixerRecord) -> bool:
+    """Whether a layer has a block; layers of families that are no hybrids have all blocks."""
+    if record.only_in is not None:
+        return bool(attribute(layer, "block_type") == record.only_in)
+    return not family.mixers or record.module is None or attribute(layer, record.module) is not None
+
+
+def _refuse_experts(name: str, layer: nn.Module, family: Family) -> None:
+    """Raise `UsageError` for a layer with experts that its family's record does not know."""
+    if family.experts is not None and attribute(layer, family.experts) is not None:
+        raise UsageError(
+            f"{name} has experts ({family.experts}), not known in {family.name}; choose a dense model."
+        )
 
 
 def check_kinds(blocks: Collection[Block], kinds: Collection[str]) -> None:
@@ -254,7 +277,7 @@ def _attention_block(
     if record.fused == "by group" and units == "group":
         rows: tuple[Member, ...] = (Member(query, q, 0, (group + 2) * head_dim),)
     else:
-        rows = (Member(query, q, 0, width),)
+        rows = (Member(query, q, 0, 2 * width if record.gated else width),)
         if units == "group":
             rows += (Member(key, k, 0, head_dim, key_rows), Member(value, v, 0, head_dim, value_rows))
     return Block(
@@ -279,6 +302,7 @@ def _attention_block(
         query_width=record.query_width,
         repeats_kv=repeats_kv,
         whole=whole,
+        input_factor=1.0 if record.input_factor is None else float(getattr(layer, record.input_factor)),
     )
 
 
@@ -338,6 +362,32 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         run=run,
         activation=activation,
         norm=_norm(layer, record.norm) if norm_first else None,
+    )
+
+
+_MIXES = "mixes tokens in it without heads that could go one by one"
+
+
+def _mixer_block(prefix: str, index: int, layer: nn.Module, record: MixerRecord) -> Block:
+    module = layer.get_submodule(record.module)
+    name = f"{prefix}.{record.module}"
+    producers = tuple(permutable(module, path, name) for path in record.maps)
+    consumer = permutable(module, record.output, name)
+    width = sizes(consumer)[1]
+    return Block(
+        name=name,
+        layer=index,
+        kind="mixer",
+        units=1,
+        unit_width=width,
+        members=(Member(f"{name}.{record.output}", consumer, 1, width),),
+        producers=producers,
+        consumer=consumer,
+        entry=module,
+        run=module,
+        activation=None,
+        norm=_norm(layer, record.norm),
+        whole=_MIXES,
     )
 
 

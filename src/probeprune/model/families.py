@@ -13,6 +13,7 @@ from torch import nn
 
 from probeprune.errors import UsageError
 from probeprune.model.family_records import PRUNED_PREFIX, AttentionRecord, Family, MlpRecord, Twin
+from probeprune.model.hybrid_families import HYBRID
 from probeprune.model.multimodal import MULTIMODAL, Multimodal, multimodal_of
 from probeprune.model.older_families import NEOX_MLP, OLDER, ONE_MAP
 
@@ -110,6 +111,7 @@ FAMILIES: tuple[Family, ...] = (
         attention=replace(ONE_MAP, query_count="num_heads"),
         mlp=NEOX_MLP,
     ),
+    *HYBRID,
     *OLDER,
 )
 

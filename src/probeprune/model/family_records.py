@@ -47,6 +47,12 @@ class AttentionRecord:
     """Whether a plain config of the family, or of its `Twin`, holds fewer heads of the same size. It cannot
     where the number of heads sets their size or must divide the hidden size, or where the hidden size sets
     the width of the output map."""
+    gated: bool = False
+    """Whether the query map makes a gate of the same width too, head by head its queries and its gate."""
+    input_factor: str | None = None
+    """The layer's attribute by which the norm's output is multiplied before the module reads it."""
+    only_in: str | None = None
+    """Of a hybrid family: the `block_type` of the layers that have this block; None if the module says so."""
     whole: str | None = None
     """Why no head can go, to follow a model's name; None where heads can go."""
     whole_if: str | None = None
@@ -69,8 +75,29 @@ class MlpRecord:
     """Path of the activation function; needed only if `module` is None."""
     width_field: str | None = "intermediate_size"
     """Config field with the width of all MLPs; None where the modelling code has it fixed."""
+    said_with: Mapping[str, Any] = field(default_factory=dict)
+    """Config fields under whose values that field is the width itself."""
     bias_field: str = "mlp_bias"
     """Config field that gives the block's linear maps biases; configs without the field have none to give."""
+    only_in: str | None = None
+    """As in `AttentionRecord`."""
+
+
+@dataclass(frozen=True)
+class MixerRecord:
+    """Where some decoder layers have a block that mixes tokens in another way, which stays whole.
+
+    The paths of `module` and `norm` are relative to the layer, those of the linear maps to the module.
+    """
+
+    module: str
+    norm: str = "input_layernorm"
+    maps: tuple[str, ...] = ()
+    """All linear maps but the last."""
+    output: str = "out_proj"
+    """The map that writes to the residual stream."""
+    only_in: str | None = None
+    """As in `AttentionRecord`."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +121,11 @@ class Family:
     """Path of the list of decoder layers in the causal LM."""
     attention: AttentionRecord = AttentionRecord()
     mlp: MlpRecord = MlpRecord()
+    mixers: tuple[MixerRecord, ...] = ()
+    """Of a hybrid family: blocks that some layers have in place of attention or beside it. Its layers need
+    not have all blocks."""
+    experts: str | None = None
+    """Path in a layer of experts, which are not known here: a model that has them is refused."""
     norm_first: str | None = None
     """Config flag that, when false, puts each norm after its block, so that the block's input is the residual
     stream itself. None for a family whose norms always come first."""

@@ -38,6 +38,7 @@ MULTIMODAL: tuple[Multimodal, ...] = (
     Multimodal("Qwen2-VL", ("qwen2_vl",), ("qwen2_vl_text",)),
     Multimodal("Qwen2.5-VL", ("qwen2_5_vl",), ("qwen2_5_vl_text",)),
     Multimodal("Qwen3-VL", ("qwen3_vl",), ("qwen3_vl_text",)),
+    Multimodal("Qwen3.5", ("qwen3_5",), ("qwen3_5_text",)),
     Multimodal("LLaVA 1.5, 1.6 (LLaVA-NeXT)", ("llava", "llava_next"), _OF_LLAVA),
     Multimodal("InternVL 3", ("internvl",), ("qwen2", "qwen3")),
     Multimodal("Idefics 3, SmolVLM", ("idefics3", "smolvlm"), ("llama", "mistral"), text="model.text_model"),

@@ -33,7 +33,7 @@ from probeprune.model.multimodal import (
 def register_checkpoints(family: Family | Multimodal) -> None:
     """Let transformers' auto classes open those checkpoints of a family that no other code can open."""
     for model_type in family.model_types:
-        pruned = pruned_config(CONFIG_MAPPING[model_type])
+        pruned = pruned_config(CONFIG_MAPPING[model_type], "Pruned")
         AutoConfig.register(pruned.model_type, pruned, exist_ok=True)
 
 
@@ -79,7 +79,7 @@ def plain_candidates(
     widths = _head_fields(attention)
     mlp = next(b.units for b in blocks if b.kind == "mlp")
     if family.mlp.width_field is not None:
-        widths[family.mlp.width_field] = mlp
+        widths |= {family.mlp.width_field: mlp, **family.mlp.said_with}
     elif mlp != 4 * base.hidden_size:
         raise Unfit(f"{type(base).__name__} has no field for the width of its MLPs")
     changes = {k: v for k, v in widths.items() if _said(base, k, v) != v}
@@ -131,7 +131,7 @@ def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
             computes the same function, and have biases that the model lacks: the weights get zeros for them.
     """
     blocks = find_blocks(model)
-    if multimodal_of(model.config.model_type) is not None:
+    if multimodal_of(model.config.model_type) is not None or find_family(model).mixers:
         return _listed_config(model, blocks)
     best: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
     for config_class, fields in _per_layer_candidates(model, blocks, in_place):
@@ -148,19 +148,19 @@ def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
             best = config_class, fields, found
     assert best is not None  # a config without fields of its own for attention is as good as the dense one
     config_class, fields, found = best
-    return make_config(pruned_config(config_class), {**fields, "pruned": found})
+    return make_config(pruned_config(config_class, "Pruned"), {**fields, "pruned": found})
 
 
 def _listed_config(model: Any, blocks: Sequence[Block]) -> PretrainedConfig:
-    """The config of a multimodal model, with all that differs in its language model listed beside it.
+    """The config of a multimodal model or a hybrid, with all that differs listed beside it.
 
-    Inside a config, transformers knows no fields of single layers.
+    Inside a config, transformers knows no fields of single layers; of hybrids, layers are made of more.
     """
     base: Any = plain_config(model.config)
     found = _differences(model, blocks, empty_model(plain_class(model), base, model))
     fields = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures")}
     kind: Any = type(base)
-    return make_config(pruned_config(kind), {**fields, "pruned": found} if found else fields)
+    return make_config(pruned_config(kind, "Pruned"), {**fields, "pruned": found} if found else fields)
 
 
 def _per_layer_candidates(

@@ -65,7 +65,7 @@ def check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int], fil
     )
     layers = getattr(cache, "layers", ())
     for block, keep in zip(blocks, widths, strict=True):
-        if block.kind == "mlp" or block.layer >= len(layers):
+        if block.kind != "attention" or block.layer >= len(layers):
             continue
         keys = getattr(layers[block.layer], "keys", None)
         heads = block.cached_heads(keep)

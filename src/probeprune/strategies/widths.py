@@ -102,5 +102,6 @@ def check_even(request: Request) -> None:
     blocks = request.blocks
     if request.ratio and request.skip_layers:
         raise UsageError("allocations 'even' and 'damage-even' give all layers one width: skip_layers=0.")
-    if len({b.units for b in blocks}) > 2 or len({b.parameters for b in blocks}) > 2:
+    sizes = {(b.kind, b.units, b.parameters) for b in blocks if b.kind in KINDS}
+    if len(sizes) > len({kind for kind, *_ in sizes}):
         raise UsageError("this model's layers differ in width already; use an allocation that is not even.")
