@@ -6,6 +6,7 @@
 #   make soak      what callers may do to an attached model, in random order, for MINUTES (10)
 #   make lint      style, formatting, types
 #   make bench     measured speed and memory (runs/bench)
+#   make gpu       checks, speed and time to prune on one GPU, in eight minutes (runs/gpu)
 #   make vllm      checkpoints of every layout in vLLM on the CPU, in an environment of its own (runs/vllm)
 #   make clean     remove caches and build products; keeps .venv and runs
 
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 MINUTES ?= 10
 
-.PHONY: compare table test soak lint bench vllm clean
+.PHONY: compare table test soak lint bench gpu vllm clean
 .DEFAULT_GOAL := compare
 
 # By default glibc returns the large activation buffers of a forward pass to the kernel at every layer and faults
@@ -34,6 +35,9 @@ table: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/probeprune bench --out runs/bench
+
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --out runs/gpu
 
 # vLLM's CPU build needs other versions of torch's companions and of transformers than this project.
 VLLM := .venv-vllm

@@ -3,8 +3,8 @@
 On a tiny random model on the CPU. Every start is a fork of this process, in which the libraries are imported
 already, so that a moment is rarely one of importing. A trial is one run that is killed, often on the way back
 too, and then ends. It passes if weights, records and result lines are those of the unbroken run, and nothing
-else is left in its folder, its cache or among temporary files. `streamed` and `streamed-refit` prune with the
-layers and most hidden states on disk, and store them behind every layer.
+else is left in its folder, its cache or among temporary files. `keep` prunes by a dynamic method; `streamed`
+and `streamed-refit` prune with the layers and most hidden states on disk, and store them behind every layer.
 
     python benchmarks/kills.py --trials 20 --commands prune,recover
 """
@@ -135,7 +135,7 @@ def result(trial: Path) -> dict[str, Any]:
                 assert row["kind"] == "result", row
                 found |= {f"{name}, {row['name']}, {row['task']}: {k}": v for k, v in untimed(row).items()}
             found[f"{name}: lines"] = path.read_text().count("\n")
-        elif path.name in ("training.json", "pruning.json"):
+        elif path.name in ("training.json", "pruning.json", "attached.json"):
             found |= {f"{name}: {k}": v for k, v in untimed(json.loads(path.read_text())).items()}
         else:
             assert path.stat().st_size or path.suffix == ".lock", f"{path} is empty"
@@ -221,6 +221,7 @@ _BUDGET = "--train-steps 4 --train-batch-size 4 --train-length 16 --train-text T
 
 LINES = {
     "prune": f"prune MODEL {_PRUNING} --method wanda-sp {_CALIBRATED} {_MEASURED}",
+    "keep": f"prune MODEL --ratio 0.3 --method best-dynamic --skip-layers 1 {_CALIBRATED} {_MEASURED}",
     "streamed": f"prune MODEL {_PRUNING} --method llm-pruner {_CALIBRATED} {_MEASURED}",
     "streamed-refit": f"prune MODEL {_PRUNING} --method best-static {_CALIBRATED} {_MEASURED}",
     "compare": "compare MODEL --methods dense,probe,random+lora --ratios 0.3 --skip-layers 1 "

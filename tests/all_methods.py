@@ -20,6 +20,7 @@ from probeprune import METHODS, Method, Refit, attach, compose, prepare, prune, 
 from probeprune.algebra.moments import Moments
 from probeprune.methods import with_equal_widths
 from probeprune.model.blocks import Block
+from probeprune.model.linear_maps import oriented
 from probeprune.prepare import Calibration, Prepared
 from probeprune.runtime.handle import Handle
 from probeprune.strategies.compensation import Consumer
@@ -127,13 +128,14 @@ class CutBlock:
 def plain(cut: CutBlock, z: torch.Tensor) -> torch.Tensor:
     """The dense consumer with zeros for the channels that left."""
     consumer = cut.block.consumer
-    return linear(z.index_fill(1, cut.lost, 0), cut.block.consumer_weight, consumer.bias)
+    return linear(z.index_fill(1, cut.lost, 0), oriented(consumer, consumer.weight), consumer.bias)
 
 
 def with_lost_means(cut: CutBlock, z: torch.Tensor) -> torch.Tensor:
     """FLAP: what the channels that left give on average, added."""
     assert cut.moments is not None
-    return plain(cut, z) + cut.block.consumer_weight[:, cut.lost] @ cut.moments.mean[cut.lost]
+    weight = oriented(cut.block.consumer, cut.block.consumer.weight)  # its gradient counts too
+    return plain(cut, z) + weight[:, cut.lost] @ cut.moments.mean[cut.lost]
 
 
 def refitted(cut: CutBlock, z: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,20 @@ class masked_by_pass:
 # -- the units of the prompt, kept ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["probe", "full-batch", "best-dynamic"])
+def test_a_cache_goes_on_behind_another_prompt_that_overflowed(method):
+    """What was chosen for its own prompt was finite."""
+    model = FAMILIES["llama-gqa"]()
+    ids, more = token_ids(), token_ids(4, 3, seed=5)
+    with torch.no_grad(), attach(model, method, 0.3, calibration=token_ids(6, 16, seed=9)):
+        cache = model(ids, use_cache=True).past_key_values
+        want = model(more, past_key_values=copy.deepcopy(cache)).logits
+        with pytest.raises(FloatingPointError):
+            model(inputs_embeds=torch.full((2, 6, model.config.hidden_size), float("nan")))
+        assert model(more, past_key_values=cache).logits.equal(want)
+        assert model(ids).logits.isfinite().all(), "and so does the next prompt"
+
+
 @pytest.mark.parametrize(
     "method, side", [("wanda-sp", "left"), (PROBING, "left"), (PROBING, "none"), ("full-batch", "left")]
 )

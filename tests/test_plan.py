@@ -134,7 +134,7 @@ def test_every_part_of_calibration_has_a_figure():
     assert all(p.work > 0 for p in found) and made > 0 and kept == 2 * 5 * 4 * 48 * 48
     refit = next(p for p in found if p.name == "refit")
     mlp = 100
-    assert refit.work > 8 * (3 * mlp**2 + 2 * 48 * mlp), "what `eliminate` says that it takes"
+    assert refit.work > 4 * (2 * mlp**2 + 3 * 48 * mlp), "what choosing units says that it takes"
     assert next(p for p in found if p.name == "gradients").work > 2 * 4 * mlp * 48 * 3
 
 

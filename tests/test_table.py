@@ -1,5 +1,6 @@
 """A whole table on a tiny model: failures are rows, a kill loses nothing, a Ray cluster gives the same."""
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,10 @@ from probeprune.experiment.presets import load_preset
 from probeprune.experiment.results import RESULTS, Results
 from probeprune.experiment.run import run_cells
 from probeprune.experiment.workbench import Workbench
+from probeprune.model import loading
+from probeprune.model.blocks import find_layers
+from probeprune.model.hidden_states import Room
+from probeprune.model.placing import Placing
 from probeprune.progress import silent
 from probeprune.report import summarise
 
@@ -179,7 +184,7 @@ def test_a_model_that_cannot_be_opened_fails_its_cells_alone(folder, tmp_path, c
 def test_ray_gives_the_same_lines_though_a_worker_is_killed(folder, whole, tmp_path):
     cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")
     results = Results.open(tmp_path)
-    two = Cluster(workers=2, gpus=0, memory=1 << 20)
+    two = Cluster(workers=2, gpus=0, memory=2 << 30)
     workers: list[int] = []
     killed: list[int] = []
 
@@ -222,6 +227,64 @@ def test_a_cluster_has_room_for_so_many_workers():
         _room([], Cluster().resources("cpu"), 1)
 
 
+def test_a_worker_opens_models_within_what_it_asked_for():
+    assert Cluster(memory=3 << 30).opening("cpu") == {"memory": 3 << 30}
+    assert Cluster(memory=3 << 30, gpus=1).opening("cuda") == {}, "memory is that of the machine, not the GPU"
+    assert Cluster(gpus=2).opening("cuda") == {"device_map": "auto"}
+
+
+@pytest.fixture
+def on_disk(monkeypatch):
+    """Models are opened with all layers on disk; what they are opened for is rehearsed."""
+
+    def place(name, shape, dtype, device, memory, work, *rest):
+        assert memory == 3 << 30 and {p.name for p in work(shape, dtype, device)} >= {"logits (dense)"}
+        layers = {f"model.layers.{i}": "disk" for i in range(len(find_layers(shape)))}
+        whole = {
+            "model.embed_tokens": "cpu",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "lm_head": "cpu",
+        }
+        return Placing({**whole, **layers}, Room(4000))
+
+    monkeypatch.setattr(loading, "place", place)
+
+
+def test_layers_on_disk_give_the_same_figures(folder, whole, on_disk, tmp_path, capsys):
+    """All but those of methods that train, which fail with the reason."""
+    command = ["table", "--preset", str(folder / "own.yaml"), "--out", str(tmp_path / "out"), "--json"]
+    options = ["--memory", "3GiB", "--dtype", "float32", "--device", "cpu"]
+    assert run(lambda: app([*command, *options])) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    found = {(r["name"], r["ratio"], r["seed"]): r for r in rows}
+    for row in whole:
+        own = found[row["name"], row["ratio"], row["seed"]]
+        if "lora" in row["name"]:
+            assert "training needs all weights in memory" in own["error"]
+        else:
+            assert own["value"] == pytest.approx(row["value"], rel=1e-5), row["name"]
+
+
+def test_compare_times_nothing_on_disk_and_refuses_to_train(folder, on_disk, tmp_path, capsys):
+    command = ["compare", str(folder / "model"), "--corpus", str(folder / "text.jsonl"), "--ratios", "0.3"]
+    command += ["--windows", "4", "--calibration", str(folder / "text.jsonl"), "--calibration-windows", "8"]
+    command += ["--length", "16", "--memory", "3GiB", "--dtype", "float32", "--skip-layers", "1"]
+
+    def call(methods: str) -> int:
+        out = ["--out", str(tmp_path / "out"), "--json", "--methods", methods]
+        return run(lambda: app([*command, *out]))
+
+    assert call("dense,wanda-sp,probe,random+lora") == 2
+    error = capsys.readouterr().err
+    assert "random+lora 30%: training needs all weights in memory" in " ".join(error.split())
+    assert call("dense,wanda-sp,probe,best-dynamic") == 0
+    shown = capsys.readouterr()
+    rows = [json.loads(line) for line in shown.out.splitlines() if line.startswith("{")]
+    assert {r["metric"] for r in rows} == {"perplexity"} and len(rows) == 4
+    assert "nothing is timed, because the layers are on disk" in " ".join(shown.err.split())
+
+
 def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
     cells = load_preset(str(folder / "own.yaml")).cells("float32", "cpu")
     with pytest.raises(UsageError, match="no Ray cluster answers"):
@@ -242,6 +305,8 @@ def test_ray_that_is_not_there(folder, tmp_path, monkeypatch):
         (["--workers", "0"], "--workers"),
         (["--executor", "ray", "--no-keep-trained"], "--executor local"),
         (["--cell-gpus", "1"], "add --executor ray"),
+        (["--executor", "ray", "--memory", "6GiB"], "leave --memory out"),
+        (["--memory", "6"], "--memory '6' is no size"),
         (["--executor", "ray", "--cell-gpus", "1.5"], "a part of one GPU or a whole number of them, not 1.5"),
         (["--executor", "ray", "--cell-gpus", "-1"], "--cell-gpus must be a number of GPUs in [0, 4096]"),
         (["--executor", "ray", "--cell-memory", "much"], "--cell-memory 'much' is no size"),

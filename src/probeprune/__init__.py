@@ -3,10 +3,9 @@
 from probeprune.data.windows import WindowSource
 from probeprune.engines.gguf_write import export_gguf
 from probeprune.errors import UsageError
+from probeprune.jobs.attached import load_model, save
 from probeprune.methods import METHODS, Method, compose, with_equal_heads, with_equal_widths
 from probeprune.model.blocks import find_blocks
-from probeprune.model.checkpoint import save
-from probeprune.model.loading import load_model
 from probeprune.prepare import Prepared, load_prepared, prepare
 from probeprune.runtime.attaching import attach, detach
 from probeprune.runtime.handle import Handle

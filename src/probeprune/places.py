@@ -26,7 +26,7 @@ _LOCK = ".lock"
 _COMPLETE = b"complete\n"
 """The content of a partial folder's lock once only moving is left."""
 
-_LAST = ("config.json", "adapter_config.json")
+_LAST = ("config.json", "adapter_config.json", "attached.json")
 """The files by which others know a model; they appear last."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)

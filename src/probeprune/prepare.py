@@ -173,18 +173,34 @@ def prepare(
     for share in ratios:
         for m in methods:
             gather(model, m, share, get)
-    windows = preparation.windows
-    text = {
+    combinations = tuple((m, share) for share in ratios for m in methods)
+    return Prepared(model_fingerprint(model), _text(preparation.windows), combinations, pieces)
+
+
+def _text(windows: torch.Tensor) -> dict[str, Any]:
+    return {
         "windows": len(windows),
         "length": windows.shape[1],
         "fingerprint": hashlib.blake2b(windows.contiguous().numpy().tobytes(), digest_size=16).hexdigest(),
     }
-    combinations = tuple((m, share) for share in ratios for m in methods)
-    return Prepared(model_fingerprint(model), text, combinations, pieces)
 
 
 Calibration = torch.Tensor | WindowSource | Prepared | Preparation
 """Everything that `attach` and `prune` accept as `calibration`."""
+
+
+def text_of(calibration: Calibration | None) -> Mapping[str, Any]:
+    """The windows, their length and, where it is known, the fingerprint of a calibration text; empty for
+    none."""
+    if isinstance(calibration, Prepared):
+        return calibration.text
+    if isinstance(calibration, WindowSource):
+        return {"windows": calibration.windows, "length": calibration.length}
+    if isinstance(calibration, Preparation):
+        return text_of(calibration.calibration)
+    if isinstance(calibration, torch.Tensor) and calibration.ndim == 2 and not calibration.is_meta:
+        return _text(calibration.cpu())
+    return {}
 
 
 def statistics_for(

@@ -120,6 +120,7 @@ RANGES: dict[str, Range] = {
     "CostMeasure.length": _count("tokens", 1, _LENGTH),
     "rounds": _count("rounds", 1, 10_000),
     "speed_rounds": _count("rounds", 0, 10_000),
+    "recover": _count("steps", 0, 10_000_000),
     "layers": _count("layers", 1, 10_000),
     "threads": _count("threads", 0, 4096),
     "workers": _count("processes", 1, 4096),

@@ -8,20 +8,28 @@ from typing import Any
 
 import torch
 
+from probeprune.algebra.factors import factorised
+from probeprune.algebra.precision import choosing_dtype, solving_dtype
+
 FLOOR = 1e-3
 """Least damping of a channel, as a share of the median channel's; of the median live channel's where most are
 dead."""
 
 
+_BLOCKS, _LEAST = 8, 256
+"""Number of blocks of columns that products are made in, and their least width."""
+
+
 class Gram:
     """Streaming count, means and centred second moments of inputs `z` (k) and targets `t` (d).
 
-    In float32. While a batch is added, 2 (k^2 + d k) numbers are in memory. Merging is exact.
+    In float32. Merging is exact. A token takes little more than k^2 / 2 + d k multiplications: of the
+    products of inputs with inputs only those on one side of the diagonal are made, in blocks of columns.
 
     Attributes:
         count: number of tokens added.
         z_mean, t_mean: means over tokens, (k,) and (d,).
-        zz, tz: sums over tokens of products of distances from the means, (k, k) and (d, k).
+        tz: sums over tokens of products of distances from the means, (d, k).
         tt: the same for targets with targets, but only the trace: ().
     """
 
@@ -29,8 +37,24 @@ class Gram:
         self.count = 0
         float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.z_mean, self.t_mean = torch.zeros(k, **float32), torch.zeros(d, **float32)
-        self.zz, self.tz = torch.zeros(k, k, **float32), torch.zeros(d, k, **float32)
+        self._zz, self.tz = torch.zeros(k, k, **float32), torch.zeros(d, k, **float32)
         self.tt = torch.zeros((), **float32)
+        self._half = False  # whether blocks below the diagonal lack what was added last
+
+    @property
+    def zz(self) -> torch.Tensor:
+        """As `tz`, of inputs with inputs: (k, k)."""
+        if self._half:
+            for start, end in self._blocks():
+                self._zz[end:, start:end] = self._zz[start:end, end:].T
+            self._half = False
+        return self._zz
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Blocks of columns: large enough for fast products, enough of them to leave out nearly half."""
+        k = len(self._zz)
+        size = max(-(-k // _BLOCKS), _LEAST)
+        return [(start, min(start + size, k)) for start in range(0, k, size)]
 
     @torch.no_grad()
     def update(self, z: torch.Tensor, t: torch.Tensor) -> None:
@@ -38,11 +62,19 @@ class Gram:
         z, t = z.float(), t.float()
         z_mean, t_mean = z.mean(0), t.mean(0)
         z, t = z - z_mean, t - t_mean
-        self._add(len(z), z_mean, t_mean, z.T @ z, t.T @ z, t.square().sum())
+        for start, end in self._blocks():
+            self._zz[start:end, start:].addmm_(z[:, start:end].T, z[:, start:])
+        self._half = True
+        self.tz.addmm_(t.T, z)
+        self.tt = self.tt + t.square().sum()
+        self._join(len(z), z_mean, t_mean)
 
     def merge(self, other: "Gram") -> None:
         """Add the moments of other tokens."""
-        self._add(other.count, other.z_mean, other.t_mean, other.zz, other.tz, other.tt)
+        self.zz.add_(other.zz)
+        self.tz.add_(other.tz)
+        self.tt = self.tt + other.tt
+        self._join(other.count, other.z_mean, other.t_mean)
 
     @torch.no_grad()
     def pool(self, add_up: Callable[..., None]) -> None:
@@ -53,7 +85,7 @@ class Gram:
                 one without tokens.
         """
         own, z_own, t_own = self.count, self.z_mean, self.t_mean
-        count = torch.tensor([own], dtype=torch.long, device=self.zz.device)
+        count = torch.tensor([own], dtype=torch.long, device=self._zz.device)
         z_sum, t_sum = z_own * own, t_own * own
         add_up(count, z_sum, t_sum)
         self.count = int(count)
@@ -68,88 +100,103 @@ class Gram:
 
     def part(self, columns: torch.Tensor) -> "Gram":
         """The moments of the inputs in `columns`, a LongTensor (k',)."""
-        part = Gram(len(columns), len(self.t_mean), self.zz.device)
+        part = Gram(0, len(self.t_mean), self._zz.device)
         part.count, part.z_mean, part.t_mean = self.count, self.z_mean[columns], self.t_mean
-        part.zz, part.tz, part.tt = self.zz[columns][:, columns], self.tz[:, columns], self.tt
+        part._zz, part.tz, part.tt = self.zz[columns][:, columns], self.tz[:, columns], self.tt
         return part
 
-    def _add(
-        self,
-        count: int,
-        z_mean: torch.Tensor,
-        t_mean: torch.Tensor,
-        zz: torch.Tensor,
-        tz: torch.Tensor,
-        tt: torch.Tensor,
-    ) -> None:
+    def _join(self, count: int, z_mean: torch.Tensor, t_mean: torch.Tensor) -> None:
+        """Let as many tokens with these means be in, whose products around their own means are added."""
         total = self.count + count
         between = self.count * count / total  # Chan, Golub and LeVeque 1979
         dz, dt = z_mean - self.z_mean, t_mean - self.t_mean
-        self.zz.add_(zz).addr_(dz, dz, alpha=between)
-        self.tz.add_(tz).addr_(dt, dz, alpha=between)
-        self.tt = self.tt + tt + between * dt.square().sum()
+        self._zz.addr_(dz, dz, alpha=between)
+        self.tz.addr_(dt, dz, alpha=between)
+        self.tt = self.tt + between * dt.square().sum()
         self.z_mean += dz * (count / total)
         self.t_mean += dt * (count / total)
         self.count = total
 
 
+class Equations:
+    """The damped normal equations `W' (Z + L) = T + W L` of one linear map, factorised once for all uses.
+
+    Their solution minimises `mean |t - W' z - b'|^2 + sum_j L_j |W'_j - W_j|^2` over columns `j`. `L_j` is
+    `damping` times the second moment of channel `j`, at least `FLOOR` times that of the median channel, so
+    that a few huge channels do not damp all others (docs/best.md). Damping applies to the change of the
+    weight: with much damping nothing changes, and the error on the tokens of the moments never grows.
+
+    Takes `k^3 / 6` multiplications and `k^2 + 3 d k` numbers.
+
+    Attributes:
+        right: `T + W L` (d, k).
+        factor: the lower Cholesky factor of `Z + L` (k, k).
+    """
+
+    def __init__(
+        self,
+        gram: Gram,
+        weight: torch.Tensor,
+        centred: bool,
+        damping: float,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """The equations of these moments, centred or not.
+
+        Args:
+            gram: moments of inputs and targets.
+            weight: `W` (d, k).
+            centred: whether a bias is fitted too.
+            damping: above 0.
+            dtype: of all work; None for `precision.solving_dtype`.
+
+        Raises:
+            FloatingPointError: NaN or infinite moments, or a matrix that cannot be factorised.
+        """
+        dtype = dtype or solving_dtype(gram.zz.device, damping)
+        self._z_mean, self._t_mean, zz, tz = _second_moments(gram, centred, dtype)
+        self._weight, self._device = _wide(weight, dtype), weight.device
+        self._strength = _strength(zz, damping)
+        self._tz, self.right = tz, torch.addcmul(tz, self._weight, self._strength)
+        squares = _wide(gram.tt) / gram.count
+        self._tt = float(squares if centred else squares + _wide(gram.t_mean).square().sum())
+        self._centred = centred
+        zz.diagonal().add_(self._strength)
+        self.factor = factorised(zz)
+        if not torch.isfinite(tz).all():
+            raise FloatingPointError("the products of its inputs and targets are NaN or infinite")
+
+    def inverse(self) -> torch.Tensor:
+        """`(Z + L)^-1` (k, k), in the dtype of the factor; k^3 / 3 multiplications."""
+        return torch.cholesky_inverse(self.factor)
+
+    def solution(self) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        """The best weight (d, k) and bias (d,), None if no bias is fitted, float32, and their mean squared
+        error on the tokens of the moments; d k^2 multiplications."""
+        fitted = torch.cholesky_solve(self.right.T, self.factor).T
+        # W' Z = T + (W - W') L, so the error takes no product more.
+        rest = torch.addcmul(self._tz, fitted - self._weight, self._strength)
+        error = self._tt - float((rest * fitted).sum(dtype=torch.float64))
+        shift = (self._t_mean - fitted @ self._z_mean).float().to(self._device) if self._centred else None
+        return fitted.float().to(self._device), shift, error
+
+
 def solve(
     gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight and bias with the smallest damped squared error of `W z + b` against `t`.
+    """The weight (d, k) and bias (d,) that solve `Equations`, float32.
 
-    Minimises `mean |t - W' z - b'|^2 + sum_j L_j |W'_j - W_j|^2` over columns `j`: `W' = W + (T - W Z)
-    (Z + L)^-1`. `L_j` is `damping` times the second moment of channel `j`, at least `FLOOR` times that of the
-    median channel, so that a few huge channels do not damp all others (docs/best.md). Damping applies to the
-    change of the weight: with much damping nothing changes, and the error on the tokens of the moments never
-    grows. Takes 8 (2 k^2 + d k) bytes (float64).
-
-    Args:
-        gram: moments of inputs and targets.
-        weight: `W` (d, k).
-        bias: (d,) to fit a bias too, on centred moments; its value does not matter. None to fit none.
-        damping: above 0.
-
-    Returns:
-        float32: weight (d, k) and bias (d,) or None.
-
-    Raises:
-        FloatingPointError: NaN or infinite moments, or a matrix that cannot be factorised.
+    Without `bias` none is fitted; its value does not matter. Raises what `Equations` does.
     """
-    z_mean, t_mean, zz, tz = _second_moments(gram, centred=bias is not None)
-    w = _wide(weight)
-    target = tz - w @ zz
-    factor = _factor(zz, damping)
-    if not torch.isfinite(target).all():
-        raise FloatingPointError("the products of its inputs and targets are NaN or infinite")
-    fitted = w + torch.cholesky_solve(target.T, factor).T
-    shift = None if bias is None else (t_mean - fitted @ z_mean).float().to(weight.device)
-    return fitted.float().to(weight.device), shift
+    fitted, shift, _ = Equations(gram, weight, bias is not None, damping).solution()
+    return fitted, shift
 
 
-def inverse_moment(gram: Gram, centred: bool, damping: float) -> torch.Tensor:
-    """`(Z + L)^-1` (k, k) with the moment and damping of `solve`, float32. Raises the same errors."""
-    _, _, zz, _ = _second_moments(gram, centred)
-    return torch.cholesky_inverse(_factor(zz, damping)).float().to(gram.zz.device)
-
-
-def normal_equations(
-    gram: Gram, weight: torch.Tensor, centred: bool, damping: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Z + L` (k, k) and `T + W L` (d, k), the equations that `solve` solves; float64."""
-    _, _, zz, tz = _second_moments(gram, centred)
-    strength = _strength(zz, damping)
-    zz.diagonal().add_(strength)
-    return zz, tz + _wide(weight) * strength
-
-
-def _factor(zz: torch.Tensor, damping: float) -> torch.Tensor:
-    """The Cholesky factor of `Z + L`. Changes `zz` to `Z + L`."""
+def damped_moment(gram: Gram, centred: bool, damping: float) -> torch.Tensor:
+    """`Z + L` (k, k) of `Equations`, in `precision.choosing_dtype`."""
+    _, _, zz, _ = _second_moments(gram, centred, choosing_dtype(damping))
     zz.diagonal().add_(_strength(zz, damping))
-    factor, failed = torch.linalg.cholesky_ex(zz)
-    if failed or not torch.isfinite(factor).all():
-        raise FloatingPointError("the second moment of its inputs cannot be factorised")
-    return factor
+    return zz
 
 
 def _strength(zz: torch.Tensor, damping: float) -> torch.Tensor:
@@ -163,12 +210,16 @@ def _strength(zz: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def squared_error(gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
-    """Mean of `|t - W z - b|^2` over the tokens of the moments."""
-    z_mean, t_mean, zz, tz = _second_moments(gram, centred=True)
-    w = _wide(weight)
-    spread = float(_wide(gram.tt)) / gram.count - float((2 * tz - w @ zz).mul_(w).sum())
-    offset = t_mean - w @ z_mean - (0 if bias is None else _wide(bias))
-    return spread + float(offset.square().sum())
+    """Mean of `|t - W z - b|^2` over the tokens of the moments; the product is in float32, sums in float64.
+
+    Takes d k^2 multiplications.
+    """
+    own = weight.to(gram.zz)
+    missed = torch.sub(gram.tz, own @ gram.zz, alpha=0.5).mul_(own).sum(dtype=torch.float64)
+    offset = _wide(gram.t_mean) - _wide(weight) @ _wide(gram.z_mean)
+    if bias is not None:
+        offset -= _wide(bias)
+    return float(gram.tt) / gram.count - 2 * float(missed) / gram.count + float(offset.square().sum())
 
 
 def target_variance(gram: Gram) -> float:
@@ -177,17 +228,17 @@ def target_variance(gram: Gram) -> float:
 
 
 def _second_moments(
-    gram: Gram, centred: bool
+    gram: Gram, centred: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means of `z` and `t`, and `Z` (k, k) and `T` (d, k) per token, centred or not, in float64."""
-    z_mean, t_mean = _wide(gram.z_mean), _wide(gram.t_mean)
-    zz, tz = _wide(gram.zz) / gram.count, _wide(gram.tz) / gram.count
+    """Means of `z` and `t`, and `Z` (k, k) and `T` (d, k) per token, centred or not."""
+    z_mean, t_mean = _wide(gram.z_mean, dtype), _wide(gram.t_mean, dtype)
+    zz, tz = _wide(gram.zz, dtype) / gram.count, _wide(gram.tz, dtype) / gram.count
     if not centred:
         zz.addr_(z_mean, z_mean)
         tz.addr_(t_mean, z_mean)
     return z_mean, t_mean, zz, tz
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """A tensor in float64, on the CPU if it is on an Apple GPU, which has no float64."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
+def _wide(x: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """A tensor in `dtype`, on the CPU if it is on an Apple GPU, which has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).to(dtype)

@@ -4,7 +4,7 @@ A shape needs no download: its decoder layers have the real sizes, and there may
 models are measured on random tokens, for speed and memory only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,17 @@ def of_shape(shape: str, layers: int | None, dtype: torch.dtype, device: torch.d
     sizes = dict(SHAPES[shape])
     if layers is not None:
         sizes["num_hidden_layers"] = plain("layers", layers)
+    return of_sizes(shape, sizes, dtype, device)
+
+
+def of_sizes(shape: str, sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> Target:
+    """A random LLaMA of these sizes, on random tokens.
+
+    Args:
+        shape: a name for tables and lines.
+        sizes: fields of its config, as in `SHAPES`.
+        dtype, device: of the weights.
+    """
     config = LlamaConfig(**sizes, vocab_size=_VOCABULARY, max_position_embeddings=131072, dtype=dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)

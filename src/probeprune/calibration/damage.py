@@ -11,8 +11,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from probeprune.algebra.elimination import eliminate
-from probeprune.algebra.least_squares import Gram, normal_equations
+from probeprune.algebra.elimination import eliminate_with
+from probeprune.algebra.factors import factorised
+from probeprune.algebra.least_squares import Gram, damped_moment
 from probeprune.algebra.precision import exact
 from probeprune.calibration.unfinished import Unfinished
 from probeprune.data.windows import batches
@@ -95,8 +96,8 @@ def _curve(block: Block, moments: Gram, metric: torch.Tensor, damping: float) ->
         return torch.zeros(block.units + 1, dtype=torch.float64, device="cpu")
     weight, centred = block.consumer_weight, block.consumer.bias is not None
     try:
-        moment, _ = normal_equations(moments, weight, centred, damping)
-        order = eliminate(moment, weight, block.unit_width, metric=metric)
+        inverse = torch.cholesky_inverse(factorised(damped_moment(moments, centred, damping)))
+        order = eliminate_with(inverse, weight, block.unit_width, metric=metric)
     except FloatingPointError as error:
         raise FloatingPointError(f"the damage of {block.name} cannot be computed: {error}.") from None
     return order.damage.cpu() / 2

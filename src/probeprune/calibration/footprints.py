@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from probeprune.algebra.elimination import eliminate
-from probeprune.algebra.least_squares import Gram, normal_equations, solve, squared_error
+from probeprune.algebra.elimination import eliminate_fitted
+from probeprune.algebra.least_squares import Equations, Gram, squared_error
 from probeprune.algebra.moments import Moments
+from probeprune.algebra.precision import choosing_dtype
 from probeprune.model.blocks import Block, Member, find_layers
 from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
 from probeprune.model.footprint import Batch, LiveBytes, Phase, Rehearsal, states_of
@@ -175,6 +176,7 @@ def consumers(
     how: Refit,
     kept: Sequence[int],
     chosen: bool,
+    following: bool = False,
 ) -> tuple[list[Phase], int]:
     """The parts of the work that refits consumers (`refit.refit`), and the bytes of these, which stay.
 
@@ -185,6 +187,7 @@ def consumers(
         how: settings of the refit.
         kept: number of units that each block keeps.
         chosen: whether elimination chooses the units.
+        following: whether refits at every batch start from these (`refit.RefitRequest`).
     """
     windows = min(windows, how.windows)
     batch = Batch(min(batch.size, windows), batch.length)
@@ -194,6 +197,8 @@ def consumers(
         return [], 0
     sizes = {b.name: b.hidden_size * cut[b.name] * b.unit_width for b in blocks if b.name in cut}
     made = sum(sizes.values()) * rehearsal.dtype.itemsize
+    if following:
+        made += sum(4 * cut[b.name] ** 2 for b in blocks if b.name in cut and b.kind == "mlp")
     here = rehearsal.here
     mine = [b for b in here if b.name in cut] or here
     # In sequence, an MLP is fitted behind the pruned attention of its layer.
@@ -214,8 +219,11 @@ def consumers(
             width = cut.get(b.name, b.units)
             work = max(work, live.peak, standing + _algebra(b, how.damping[0], width, chosen))
         del grams
-    sets = 2 if how.sequential else 1
-    states = sets * states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
+    states = states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
+    sets = 1
+    if how.sequential:  # two streams, and what the consumers behind an attention are to give, in float32
+        aims = states_of(rehearsal.model, torch.float32, windows - batch.size, batch.length)
+        states, sets = 2 * states + aims, 3
     return [Phase("refit", work, states, sets=sets, kept=made)], made
 
 
@@ -237,15 +245,16 @@ def _look(
     """Add one batch to the moments of a refit: what the dense layer makes of it, and the pruned one."""
     with capture(here) as seen:
         runner.hidden[0] = runner.run(layer, 0, runner.hidden[0])
-    now = seen
+    aims = {b.kind: seen[b.kind].output.float() for b in here}
     if pruned is not None:
-        with capture(here, until=group[-1]) as now:
+        for b in here:
+            aims[b.kind] = aims[b.kind].add(seen[b.kind].residual.float().view_as(aims[b.kind]))
+        with capture(here, until=group[-1]) as seen:
             runner.run(layer, 0, pruned)
     for b in group:
-        z, target = now[b.kind].z[..., : _channels(b, cut, chosen)], seen[b.kind].output
+        z, target = seen[b.kind].z[..., : _channels(b, cut, chosen)], aims[b.kind]
         if pruned is not None:
-            error = seen[b.kind].residual.float() - now[b.kind].residual
-            target = target.float() + 0.5 * error.view_as(target)
+            target = target.sub(seen[b.kind].residual.float().view_as(target))
         grams[b.kind][0].update(z.flatten(0, -2), target.flatten(0, -2))
 
 
@@ -284,16 +293,16 @@ def _algebra(block: Block, damping: float, kept: int, chosen: bool) -> int:
     before = [weight, metric, *(t for g in (gram, held) for t in vars(g).values() if torch.is_tensor(t))]
     with LiveBytes(before) as live, torch.no_grad():
         if chosen:
-            eliminate(
-                normal_equations(gram, weight, False, damping)[0],
-                solve(gram, weight, None, damping)[0],
-                width,
-                metric=metric,
-            )
+            equations = Equations(gram, weight, False, damping, choosing_dtype(damping))
+            right, inverse = equations.right, equations.inverse()
+            del equations
+            eliminate_fitted(inverse, right, width, metric=metric, keep=stay if stay < units else 0)
+            del right, inverse
             columns = torch.arange(stay * width)
             gram, held = gram.part(columns), held.part(columns)
             weight = weight[:, : stay * width]
         squared_error(gram, weight, None)
-        squared_error(gram, *solve(gram, weight, None, damping))
-        solve(gram, weight, None, damping)
+        equations = Equations(gram, weight, False, damping)
+        equations.solution()
+        equations.inverse()
     return round(live.peak * (whole / k) ** 2)

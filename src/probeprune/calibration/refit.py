@@ -9,21 +9,14 @@ model itself is left unchanged.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from probeprune.algebra.elimination import eliminate
-from probeprune.algebra.least_squares import (
-    Gram,
-    inverse_moment,
-    normal_equations,
-    solve,
-    squared_error,
-    target_variance,
-)
-from probeprune.algebra.precision import exact
+from probeprune.algebra.elimination import eliminate_fitted
+from probeprune.algebra.least_squares import Equations, Gram, squared_error, target_variance
+from probeprune.algebra.precision import choosing_dtype, exact
 from probeprune.calibration.unfinished import Unfinished
 from probeprune.data.windows import BATCH_SIZE, batches
 from probeprune.errors import UsageError
@@ -70,10 +63,12 @@ def refit(
     """Fit the consumers of blocks that keep only some units to the dense model's outputs.
 
     One block is in memory at a time (both blocks of a layer if not sequential). Moments of k channels (the
-    kept ones, or all where units are chosen here) at hidden size d take 8 (k^2 + d k) bytes; solving takes
-    8 (2 k^2 + d k) and choosing units 8 (3 k^2 + 2 d k). An MLP of 11008 channels at d = 4096 that keeps 60 %
-    takes 0.6 GB and 0.9 GB; with the choice of units, 1.3 GB and 3.6 GB. The streams are the hidden states of
-    all windows in the model's dtype, two of them if sequential: windows x length x d numbers each.
+    kept ones, or all where units are chosen here) at hidden size d take 4 (k^2 + d k) bytes, choosing units
+    4 (2 k^2 + 3 d k), or twice that with little damping, and solving 8 (k^2 + 3 d k). An MLP of 11008
+    channels at d = 4096 takes 0.7 GB of moments and 1.5 GB while units are chosen; solving takes 1.0 GB where
+    it keeps 60 %. The streams are the hidden states of all windows in the model's dtype, two of them if
+    sequential, and a third set in float32 where both blocks of a layer are cut: windows x length x d numbers
+    each.
 
     Args:
         model: a supported causal LM in eval mode, nothing attached. Restored bit for bit at the end.
@@ -137,6 +132,23 @@ def _explained(block: Block) -> Iterator[None]:
         ) from None
 
 
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """The solution of some equations, and its mean squared error."""
+
+    equations: Equations
+    damping: float
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    error: float
+
+    @classmethod
+    def to(cls, moments: Gram, weight: torch.Tensor, centred: bool, damping: float) -> "_Fitted":
+        """The solution for these moments, and its error on their tokens."""
+        equations = Equations(moments, weight, centred, damping)
+        return cls(equations, damping, *equations.solution())
+
+
 class _LayerwiseRefit:
     """One pass over the layers.
 
@@ -145,6 +157,7 @@ class _LayerwiseRefit:
         first_held: index of the first held-out batch.
         kept: where the pass begins, and takes down how far it has come.
         added: whether consumers' outputs are added to the residual stream without a norm.
+        parallel: whether the attention and the MLP of the current layer read one residual.
         dense, pruned: hidden states in front of the current layer, by batch; the same list until the first
             cut.
     """
@@ -160,12 +173,15 @@ class _LayerwiseRefit:
     ) -> None:
         self.layers, self.request, self.how = layers, request, how
         self.first_held, self.added, self.kept = first_held, added, kept
+        self.parallel = False
         self.partitions: dict[str, Partition] = {}
         self.dense = self.pruned = layers.hidden
         if kept.has("pruned"):
             self.pruned = kept.stream("pruned", len(self.dense))
         elif how.sequential:
-            self.dense.check_disk_for_copy()
+            size = next((h.element_size() for h in self.dense), 4)
+            # Another stream like it, and what consumers are to give, in float32.
+            self.dense.check_disk_for_copies(self.dense.nbytes * (size + 4) // size)
 
     def run(self, blocks: Sequence[Block], progress: Progress) -> dict[str, Consumer]:
         """Fit every block that is cut."""
@@ -198,18 +214,25 @@ class _LayerwiseRefit:
     def _fit_layer(
         self, layer: int, here: Sequence[Block], cut: Sequence[Block], last: int
     ) -> dict[str, Consumer]:
-        """Fit the blocks of a layer that are cut, and advance the streams through it."""
+        """Fit the blocks of a layer that are cut, and advance the streams through it.
+
+        The dense stream runs through the layer once. Behind it, in sequence, the pruned one runs up to the
+        inputs of each consumer that is fitted, because the units of the block in front are chosen by then,
+        and through the layer as it is cut.
+        """
         fitted: dict[str, Consumer] = {}
         if cut and self.how.sequential and self.pruned is self.dense:
             self.pruned = self.kept.stream("pruned", len(self.dense))
             self.pruned.take(self.dense)
         # In sequence, an MLP is fitted behind the pruned attention of its layer.
         together = [[b] for b in cut] if self.how.sequential else [[*cut]] if cut else []
+        aims = {b.name: self.dense.beside() for group in together[1:] for b in group}
         for group in together:
             with shares.alike():
-                moments = self._moments(here, group, leave=group is together[-1])
+                moments = self._moments(here, group, aims)
             shares.pool(gram for pair in moments.values() for gram in pair)
             for block in group:
+                aims.pop(block.name, None)
                 fitted[block.name] = self._fit(block, *moments.pop(block.name))
         if not cut:
             self._leave(layer, self.dense)
@@ -224,30 +247,36 @@ class _LayerwiseRefit:
             stream[i] = self.layers.run(layer, i, hidden)
 
     def _moments(
-        self, here: Sequence[Block], group: Sequence[Block], leave: bool
+        self, here: Sequence[Block], group: Sequence[Block], aims: dict[str, HiddenStates]
     ) -> dict[str, tuple[Gram, Gram]]:
         """Moments of the group's inputs and targets: on the batches to fit, on those held out.
 
-        With `leave`, the dense stream is advanced through the layer, as it runs through it anyway.
+        `aims` takes what the dense layer gives the blocks to be fitted behind this group; of a group that is
+        in it, it holds that already. Otherwise the dense stream is advanced through the layer.
         """
         moments = {b.name: (self._empty(b), self._empty(b)) for b in group}
         for i in range(len(self.dense)):
-            self._show(here, dense=True)
-            with capture(here, until=None if leave else group[-1]) as seen:
-                behind = self.layers.run(here[0].layer, i, self.dense[i])
+            if group[0].name in aims:
+                aim = {b.name: aims[b.name][i] for b in group}
+            else:
+                self._show(here, dense=True)
+                with capture(here) as seen:
+                    behind = self.layers.run(here[0].layer, i, self.dense[i])
+                self.dense[i] = behind
+                aim = {b.name: self._aim(b, seen) for b in group}
+                for b in here:
+                    if b.name in aims:
+                        aims[b.name][i] = self._aim(b, seen)
             if self.how.sequential:
                 self._show(here, dense=False)
-                with capture(here, until=group[-1]) as now:
+                with capture(here, until=group[-1]) as seen:
                     self.layers.run(here[0].layer, i, self.pruned[i])
             for b in group:
                 k = self.partitions[b.name].shown * b.unit_width
-                z, target = seen[b.kind].z[..., :k], seen[b.kind].output
-                if self.how.sequential:
-                    z = now[b.kind].z
-                    target = target.float() + self.how.share * self._error(b, seen, now).view_as(target)
+                z, target = seen[b.kind].z[..., :k], aim[b.name]
+                if self.how.sequential and self.added:
+                    target = target.sub(self._reached(b, seen).view_as(target), alpha=self.how.share)
                 moments[b.name][i >= self.first_held].update(z.flatten(0, -2), target.flatten(0, -2))
-            if leave:
-                self.dense[i] = behind
         return moments
 
     def _empty(self, block: Block) -> Gram:
@@ -255,16 +284,24 @@ class _LayerwiseRefit:
         k = self.partitions[block.name].shown * block.unit_width
         return Gram(k, d, block.consumer.weight.device)
 
-    def _error(self, block: Block, dense: dict[str, Captured], pruned: dict[str, Captured]) -> torch.Tensor:
-        """The error of the pruned model's residual stream in front of this block's output."""
-        if not self.added:
-            return torch.zeros_like(dense[block.kind].output)
-        error = dense[block.kind].residual.float() - pruned[block.kind].residual
-        attention = dense.get("attention")
-        if block.kind == "mlp" and attention is not None and attention.residual is dense["mlp"].residual:
+    def _aim(self, block: Block, dense: dict[str, Captured]) -> torch.Tensor:
+        """The block's output in the dense layer, and the share of the residual stream in front of it, of
+        which that of the pruned one is to be taken away: (batch, length, d), float32."""
+        output = dense[block.kind].output.float()
+        if not (self.how.sequential and self.added):
+            return output
+        if block.kind == "mlp":
+            attention = dense.get("attention")
+            self.parallel = attention is not None and attention.residual is dense["mlp"].residual
+        return output.add(self._reached(block, dense).view_as(output), alpha=self.how.share)
+
+    def _reached(self, block: Block, seen: dict[str, Captured]) -> torch.Tensor:
+        """The residual stream that a block adds its output to."""
+        residual = seen[block.kind].residual.float()
+        if block.kind == "mlp" and self.parallel:
             # Parallel blocks read one residual; the attention has already made up for its share of the error.
-            error = error + attention.output - pruned["attention"].output
-        return error
+            residual = residual + seen["attention"].output
+        return residual
 
     def _fit(self, block: Block, fit: Gram, held: Gram) -> Consumer:
         """Choose the units, if they are not given, then the damping; fit to all windows; show the result from
@@ -274,31 +311,30 @@ class _LayerwiseRefit:
         if self.request.cuts[block.name].units is None:
             fit, held = self._eliminate(block, fit, held)
         own = partition.consumer_weight
-        weight = own[:, : len(fit.zz)]
-        bias = (
-            torch.zeros(len(own), dtype=torch.float32, device=own.device)
-            if self.how.bias and own_bias is None
-            else own_bias
-        )
+        weight = own[:, : len(fit.z_mean)]
         judge = held if held.count else fit
+        centred = self.how.bias or own_bias is not None
         with shares.alike(), _explained(block):
             before = squared_error(judge, weight, own_bias)
-            error, damping = self._best_damping(fit, judge, weight, bias)
-        before, error, damping = shares.agreed((before, error, damping))
+            best = self._best(fit, held, weight, centred)
+        before, error, damping = shares.agreed((before, best.error, best.damping))
+        following = self.request.following and block.kind == "mlp"
+        inverse, mean = None, None
         with shares.alike(), _explained(block):
             if held.count:
                 fit.merge(held)
-            best = solve(fit, weight, bias, damping) if error < before else (weight.clone(), own_bias)
-            inverse, mean = None, None
-            if self.request.following and block.kind == "mlp":
-                inverse = inverse_moment(fit, bias is not None, damping).cpu()
-                mean = None if bias is None else fit.z_mean.cpu()
-        partition.replace_consumer(*best)
+            if (held.count or damping != best.damping) and (error < before or following):
+                best = _Fitted.to(fit, weight, centred, damping)
+            if following:
+                inverse = best.equations.inverse().float().cpu()
+                mean = fit.z_mean.cpu() if centred else None
+        shown = (best.weight, best.bias) if error < before else (weight.clone(), own_bias)
+        partition.replace_consumer(*shown)
         scale = target_variance(judge) or 1.0
         return Consumer(
             units=partition.kept_units.cpu(),
-            weight=best[0].to(own.dtype),
-            bias=None if best[1] is None else best[1].detach().to(own.dtype),
+            weight=shown[0].to(own.dtype),
+            bias=None if shown[1] is None else shown[1].detach().to(own.dtype),
             damping=damping if error < before else None,
             error=min(error, before) / scale,
             error_before=before / scale,
@@ -306,28 +342,39 @@ class _LayerwiseRefit:
             mean=mean,
         )
 
-    def _best_damping(
-        self, fit: Gram, judge: Gram, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[float, float]:
-        """The smallest error on the moments `judge`, and its damping."""
-        return min((squared_error(judge, *solve(fit, weight, bias, d)), d) for d in self.how.damping)
+    def _best(self, fit: Gram, held: Gram, weight: torch.Tensor, centred: bool) -> "_Fitted":
+        """Of all candidates for the damping, the fit with the least error on the tokens held out, if any."""
+        best: _Fitted | None = None
+        for damping in self.how.damping:
+            one = _Fitted.to(fit, weight, centred, damping)
+            if held.count:
+                one = replace(one, error=squared_error(held, one.weight, one.bias))
+            if best is None or one.error < best.error:
+                best = one
+        assert best is not None
+        return best
 
     def _eliminate(self, block: Block, fit: Gram, held: Gram) -> tuple[Gram, Gram]:
         """Keep the units that elimination would remove last; return the moments of their channels."""
         partition = self.partitions[block.name]
-        weight, bias = partition.consumer_weight, block.consumer.bias
-        damping = self.how.damping[0]
+        weight, centred = partition.consumer_weight, self.how.bias or block.consumer.bias is not None
+        keep = self.request.cuts[block.name].width
         with shares.alike(), _explained(block):
             if held.count:  # several candidates
-                _, damping = self._best_damping(fit, held, weight, bias)
-            found = eliminate(
-                normal_equations(fit, weight, bias is not None, damping)[0],
-                solve(fit, weight, bias, damping)[0],
+                equations = self._best(fit, held, weight, centred).equations
+            else:
+                damping = self.how.damping[0]
+                equations = Equations(fit, weight, centred, damping, choosing_dtype(damping))
+            right, inverse = equations.right, equations.inverse()
+            del equations  # and its factor
+            found = eliminate_fitted(
+                inverse,
+                right,
                 block.unit_width,
                 metric=self.request.metrics.get(block.name),
+                keep=0 if allocation.chosen_by_group(block) else keep,
             )
         scores = shares.agreed_tensors({"scores": found.scores})["scores"]
-        keep = self.request.cuts[block.name].width
         partition.keep(allocation.choose_units(scores.to(partition.order.device), keep, block))
         channels = partition.channels[: keep * block.unit_width]
         return fit.part(channels), held.part(channels)

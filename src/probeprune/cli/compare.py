@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 import typer
 
 from probeprune.cli.facts import is_dense, missed_in
-from probeprune.cli.groups import CalibrationOptions, KeepTrained, LoadOptions, Model, ResultOptions
+from probeprune.cli.groups import (
+    CalibrationOptions,
+    KeepTrained,
+    LoadOptions,
+    Memory,
+    Model,
+    ResultOptions,
+)
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, print_line, print_rows, print_written, progress_bar, warn
-from probeprune.cli.values import names, numbers, one_of
+from probeprune.cli.values import names, numbers, one_of, size
 from probeprune.data.windows import Sampling, Text
 from probeprune.errors import UsageError
 from probeprune.experiment.cells import (
@@ -39,6 +46,9 @@ METHODS = "dense,wanda-sp,flap,llm-pruner,loraprune,probe,full-batch,best-static
 
 SPEED_BATCH = 2
 """Largest number of prompts that are timed at once: all rounds together take less than the perplexities."""
+
+MANY = 512
+"""Number of windows to make room for where all of a text are read; more take no more room on disk."""
 
 OUTPUT = ResultOptions(Path("runs/compare"))
 
@@ -123,6 +133,10 @@ class MeasureOptions:
             measures.append(CostMeasure(few, length, 0, self.speed_rounds, time_calibration=False))
         return measures
 
+    def text(self, length: int) -> Text:
+        """About the text that will be read: how many windows all are is not known yet."""
+        return Text(self.corpus, self.windows or MANY, length)
+
     def measure(self, length: int, seed: int) -> TextMeasure:
         """The measure, on windows of `length` tokens. Raises `UsageError` for an unknown sampling."""
         one_of("sampling", self.sampling, get_args(Sampling))
@@ -179,6 +193,7 @@ def compare(
     calibration: CalibrationOptions,
     training: BudgetOptions,
     load: LoadOptions,
+    memory: Memory = None,
 ) -> None:
     """Prune a model by several methods and compare the perplexity of each with the dense model's.
 
@@ -195,6 +210,9 @@ def compare(
     from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
     from probeprune.files import write_text
+    from probeprune.jobs.forecast import comparing_work
+    from probeprune.jobs.prune import Texts
+    from probeprune.model.offloading import is_offloaded
     from probeprune.places import claimed
     from probeprune.processes import shares
 
@@ -202,20 +220,26 @@ def compare(
     with shares.sharing(), ExitStack() as held, notices():
         with shares.alike():
             measures = evaluation.measures(calibration.length, calibration.seed)
-            if processes.count() > 1:
-                measures = measures[:1]  # processes that run at the same time disturb each other's clocks
             methods, ratios = grid.composed(), grid.checked_ratios()
             _check_untrained(methods)
             text, budget = calibration.text(), training.budget()
             if processes.is_first():
                 held.enter_context(claimed(output.out_dir))
-        loaded = load.open_everywhere(model)
+            limit = None if memory is None else size("memory", memory)
+            texts = Texts(text, evaluation.text(calibration.length), calibration.seed, evaluation.batch_size)
+        work = comparing_work([(m, r) for m in methods for r in ratios], texts)
+        loaded = load.open_everywhere(model, limit, work=work)
+        on_disk = is_offloaded(loaded.model)
+        if on_disk and evaluation.speed_rounds:
+            warn(["nothing is timed, because the layers are on disk"])
+        if on_disk or processes.count() > 1:  # which would disturb each other's clocks
+            measures = measures[:1]
         subjects = _subjects(loaded, methods, ratios, text, calibration.seed, budget)
         cells = cells_of(subjects, measures)
         results = Results.open(output.out_dir)
         warn(results.problems)
         with progress_bar() as show:
-            bench = Workbench(output.out_dir, show, load.trust_remote_code)
+            bench = Workbench(output.out_dir, show, load.trust_remote_code, limit)
             bench.take(loaded)
             rows = run_cells(bench, results, cells, done=_print_done, keep_trained=training.keep_trained)
         if not processes.is_first():

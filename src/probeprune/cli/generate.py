@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from probeprune.cli.facts import is_dense, missed, with_refresh
-from probeprune.cli.groups import CalibrationOptions, DeviceMap, Json, LoadOptions, Model, Ratio
+from probeprune.cli.groups import CalibrationOptions, DeviceMap, Json, LoadOptions, Model
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, print_line, print_text, progress_bar, warn
 from probeprune.errors import UsageError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from probeprune.data.windows import Text
     from probeprune.jobs.generate import Generated
     from probeprune.prepare import Prepared
+    from probeprune.runtime.attachment import Attachment
 
 ROUNDS = 3
 """Rounds of `--compare`, each of the dense and the pruned model; medians over them are printed."""
@@ -37,8 +38,21 @@ ROUNDS = 3
 class PruningOptions:
     """The method that prunes the model while it generates."""
 
-    method: Annotated[str, typer.Option(help="Pruning method; `probeprune methods` lists all.")] = "probe"
-    ratio: Ratio = 0.2
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Pruning method; `probeprune methods` lists all.",
+            show_default="probe, or the one that is kept with the model",
+        ),
+    ] = None
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Pruning ratio: share of all attention and MLP parameters to prune.",
+            show_default="0.2, or the one that is kept with the model",
+        ),
+        RANGES["ratio"],
+    ] = None
     refresh: Annotated[
         int,
         typer.Option(
@@ -50,9 +64,19 @@ class PruningOptions:
 
     def composed(self) -> Method:
         """The method. Raises `UsageError` for one that trains, and for options it cannot honour."""
-        method = get_method(self.method)
+        method = get_method(self.method or "probe")
         check_untrained(method)
         return with_refresh(method, self.refresh)
+
+    def check_kept(self, model: str) -> None:
+        """Raise `UsageError` for options that would change the method that is kept with a model."""
+        given = {"method": self.method, "ratio": self.ratio, "refresh": self.refresh or None}
+        names = [f"--{name}" for name, value in given.items() if value is not None]
+        if names:
+            raise UsageError(
+                f"'{model}' keeps a method of its own; leave out {' and '.join(names)}, or give "
+                "the dense model."
+            )
 
 
 @dataclass(frozen=True)
@@ -123,6 +147,7 @@ class Request:
         loaded: the dense model.
         method, ratio: as in `attach`.
         prepared: calibration for them; None for a method that needs none.
+        kept: the attachment that is kept with the model, which comes with a method of its own; None for none.
         inputs: the prompts as one batch of token ids.
         max_new_tokens, decoding: as in `jobs.generate.generate`.
     """
@@ -134,6 +159,7 @@ class Request:
     inputs: BatchEncoding
     max_new_tokens: int
     decoding: Decoding
+    kept: Attachment | None = None
 
 
 @grouped
@@ -154,7 +180,7 @@ def generate(
     """Continue prompts with a pruned model; a dynamic method chooses heads and channels for the prompt.
 
     The first run collects calibration statistics, which takes minutes on a CPU; later runs read them from the
-    cache.
+    cache. A folder that `prune` wrote with a dynamic method runs under that method.
 
     Example: [bold]probeprune generate smollm2-135m --method probe --ratio 0.2 --chat --prompt "Hello"[/bold]
     """
@@ -164,13 +190,20 @@ def generate(
     sampling, text = decoding.decoding(calibration.seed), calibration.text()
     if compare and is_dense(method):
         raise UsageError("--compare measures a method beside the dense model; choose another than dense.")
-    loaded = load.open(model, device_map=device_map)
+    loaded = load.open(model, device_map=device_map, attached=True)
+    kept, ratio = None, 0.2 if pruning.ratio is None else pruning.ratio
+    if loaded.handle is not None:
+        pruning.check_kept(model)
+        kept = loaded.handle.kept
+        method, ratio = kept.method, kept.ratio
+        loaded.handle.detach()  # dense and pruned texts take turns
     request = Request(
         loaded,
         method,
-        pruning.ratio,
+        ratio,
+        kept=kept,
         inputs=encode(loaded, prompt_texts, chat=prompts.chat),
-        prepared=_prepare(loaded, method, pruning.ratio, text, calibration.seed),
+        prepared=None if kept else _prepare(loaded, method, ratio, text, calibration.seed),
         max_new_tokens=decoding.max_new_tokens,
         decoding=sampling,
     )
@@ -212,8 +245,14 @@ def _generate(
     """Text under a method, which may be another than the request's; and the share of parameters left out."""
     from probeprune import attach
     from probeprune.jobs.generate import generate as run
+    from probeprune.runtime.attaching import attach_again
 
-    with attach(request.loaded.model, method, request.ratio, calibration=request.prepared) as handle:
+    model = request.loaded.model
+    if request.kept is not None and method is request.method:
+        attached = attach_again(model, request.kept)
+    else:
+        attached = attach(model, method, request.ratio, calibration=request.prepared)
+    with attached as handle:
         generated = run(
             request.loaded,
             request.inputs,

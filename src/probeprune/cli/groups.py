@@ -43,7 +43,7 @@ Memory = Annotated[
     str | None,
     typer.Option(
         help="Memory for this process, or its part of an accelerator, such as 6GiB; a model that needs more "
-        "is pruned a layer at a time, from disk.",
+        "is read a layer at a time, from disk.",
         show_default="most of what is free",
     ),
 ]
@@ -96,10 +96,14 @@ class LoadOptions:
         memory: int | None = None,
         device_map: str | None = None,
         work: Work | None = None,
+        attached: bool = False,
     ) -> LoadedModel:
         """The model, opened while the terminal shows that it is loading. Takes and raises what `load_model`
-        does."""
-        from probeprune.model.loading import load_model
+        does; with `attached`, that of the package, which attaches a method that is kept with the model."""
+        if attached:
+            from probeprune.jobs.attached import load_model
+        else:
+            from probeprune.model.loading import load_model
 
         with err.status("loading the model"):
             return load_model(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast, get_args
 
 import typer
 
@@ -22,27 +22,40 @@ from probeprune.cli.groups import (
     WidthOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import notices, print_saved, progress_bar, warn
+from probeprune.cli.saved import print_saved, print_trained
+from probeprune.cli.terminal import notices, progress_bar, warn
 from probeprune.cli.values import names, one_of, size
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.engines.gguf_types import FileType, storage
 from probeprune.errors import UsageError
+from probeprune.experiment.cells import TrainingBudget
 from probeprune.methods import Method, compose, for_layout, get_method
 from probeprune.model.blocks import UnitKind
 from probeprune.model.loading import EMBEDDED_MODEL
 from probeprune.ranges import RANGES
+from probeprune.runtime.attached_folder import Weights
 
 if TYPE_CHECKING:
     from probeprune.jobs.prune import GgufFile, Output
     from probeprune.model.described import Layout
     from probeprune.model.loading import LoadedModel
 
+BATCH, SEQUENCE, RATE = 4, 256, 5e-4
+"""Sequences of a training step, tokens of a sequence, and the learning rate: those of `compare`."""
+
 
 @dataclass(frozen=True)
 class PruningOptions:
     """What is cut, and by which method."""
 
-    method: Annotated[str, typer.Option(help="Static pruning method; `probeprune methods` lists all.")]
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Pruning method; `probeprune methods` lists all. A static one cuts the weights; a dynamic "
+            "one (every batch) is saved beside the dense weights, to run in `generate`, `eval` and "
+            "probeprune.load_model."
+        ),
+    ]
     ratio: Ratio
     units: Annotated[
         str, typer.Option(help="Attention units under grouped-query attention: group or balanced.")
@@ -82,6 +95,27 @@ class PruningOptions:
         BATCH_SIZE
     )
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the method prunes at every batch. Raises `UsageError` for an unknown name."""
+        return get_method(self.method).when.every_batch
+
+    def composed_dynamic(self, widths: WidthOptions, seed: int) -> Method:
+        """As `composed`, for a dynamic method, whose weights are not cut."""
+        given = {
+            "for": widths.engine,
+            "layout": widths.layout,
+            "steps": self.steps if self.steps > 1 else None,
+        }
+        options = [f"--{name}" for name, value in given.items() if value is not None]
+        if options:
+            raise UsageError(
+                f"method {self.method!r} prunes at every batch and cuts no weights; leave out "
+                f"{' and '.join(options)}, or choose a static method."
+            )
+        per_layer = replace(widths, layout="per-layer", round_to=widths.round_to or 1)
+        return self.composed(per_layer, seed)
+
     def composed(self, widths: WidthOptions, seed: int) -> Method:
         """The method with all changes. Raises `UsageError` for unknown names and impossible combinations."""
         layout = widths.checked_layout({"allocation": self.allocation, "budget": self.budget})
@@ -116,6 +150,14 @@ class OutputOptions:
         ),
     ]
     type: Annotated[str | None, GGUF_TYPE] = None
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="For a dynamic method, what of the dense model the folder holds: a copy of its weights, or "
+            "a reference to them by name.",
+            show_default="copy",
+        ),
+    ] = None
     as_json: Json = False
 
     def target(self, layout: Layout, load: LoadOptions, loaded: LoadedModel) -> Output | GgufFile:
@@ -130,6 +172,22 @@ class OutputOptions:
     def is_file(self) -> bool:
         """Whether the result is a GGUF file."""
         return self.out_dir.suffix == ".gguf"
+
+    def kept_weights(self) -> Weights:
+        """What a folder with a dynamic method holds of the dense model."""
+        one_of("place of weights", self.weights or "copy", get_args(Weights))
+        return cast(Weights, self.weights or "copy")
+
+    def check_kind(self, method: str, dynamic: bool) -> None:
+        """Raise `UsageError` for a kind of result that the method does not make."""
+        if not dynamic and self.weights is not None:
+            raise UsageError("--weights is for dynamic methods; a static one writes the weights that it cut.")
+        if dynamic and self.is_file:
+            raise UsageError(
+                f"method {method!r} prunes at every batch, which no GGUF file holds; give --out a folder, or "
+                "choose a static method."
+            )
+        self.kept_weights()
 
     def check(self) -> None:
         """Raise `UsageError` for a place that cannot be written, and for a type that is not for a file."""
@@ -148,6 +206,38 @@ class OutputOptions:
         check_free(self.out_dir)
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Training behind the cut, in short; `recover` has all settings."""
+
+    panel: ClassVar[str] = "Training"
+    recover: Annotated[
+        int,
+        typer.Option(
+            help="Then train the pruned model towards the dense one's predictions, for this number of steps "
+            f"of {BATCH} x {SEQUENCE} tokens; 0 trains nothing. `probeprune recover` has all settings."
+        ),
+        RANGES["recover"],
+    ] = 0
+    text: Annotated[
+        str, typer.Option("--train-text", help="Training text: an embedded name, a file or a hub id.")
+    ] = TrainingBudget.corpus
+
+    def check(self, other: str | None, device_map: str | None) -> None:
+        """Raise `UsageError` where something `other` than a smaller checkpoint is made, and for several
+        devices."""
+        if self.recover and other is not None:
+            raise UsageError(f"--recover trains a smaller checkpoint, and {other}; leave it out.")
+        if self.recover and device_map is not None:
+            raise UsageError(
+                "--recover trains on one device; leave --device-map out, or run `recover` after."
+            )
+
+    def budget(self) -> TrainingBudget:
+        """The training."""
+        return TrainingBudget(self.recover, BATCH, SEQUENCE, RATE, self.text)
+
+
 @grouped
 def prune(
     *,
@@ -157,52 +247,92 @@ def prune(
     widths: WidthOptions,
     calibration: CalibrationOptions,
     evaluation: EvaluationOptions,
+    training: TrainingOptions,
     load: LoadOptions,
     memory: Memory = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Prune a model once and for all, and save a smaller checkpoint.
+    """Prune a model and save it: a smaller checkpoint, or with a dynamic method the model and the method.
 
     Perplexity is measured before and after pruning and written on the model card. A name that ends in .gguf
-    makes a file for llama.cpp, with the layout and rounding that it likes. Several processes (torchrun -m
-    probeprune prune ..., or accelerate launch) share the work out.
+    makes a file for llama.cpp, with the layout and rounding that it likes. With --recover, the smaller model
+    is then trained towards the dense one. Several processes (torchrun -m probeprune prune ..., or accelerate
+    launch) share the work of pruning out.
 
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """
     from probeprune import processes
     from probeprune.jobs.forecast import pruning_work
-    from probeprune.jobs.prune import Texts, prune_to
+    from probeprune.jobs.keep import keep_to
+    from probeprune.jobs.prune import Output, Texts, prune_to
+    from probeprune.jobs.recovered import discard_pruned, prune_and_recover
+    from probeprune.model.machine import DTYPES
     from probeprune.processes import shares
 
     processes.join(load.device)
     with shares.sharing(), notices():
         with shares.alike():
+            if training.recover:
+                discard_pruned(output.out_dir)
             if processes.is_first():
                 output.check()
+            dynamic = pruning.is_dynamic
+            output.check_kind(pruning.method, dynamic)
+            other = f"method {pruning.method!r} cuts no weights" if dynamic else None
+            training.check("--out names a GGUF file" if output.is_file else other, device_map)
             if output.is_file and widths.engine is None:
                 widths = replace(widths, engine="llama.cpp")
-            method = pruning.composed(widths, calibration.seed)
-            layout = widths.checked_layout()
+            composed = pruning.composed_dynamic if dynamic else pruning.composed
+            method = composed(widths, calibration.seed)
+            layout: Layout = "per-layer" if dynamic else widths.checked_layout()
             text, measured_on = calibration.text(), evaluation.text(calibration.length)
             texts = Texts(text, measured_on, calibration.seed, pruning.batch_size)
             limit = None if memory is None else size("memory", memory)
-        work = pruning_work(method, pruning.ratio, layout, texts, pruning.steps)
+        if training.recover:
+            how = Output(output.out_dir, layout, None if load.dtype == "auto" else DTYPES[load.dtype])
+            with progress_bar() as show:
+                record = prune_and_recover(
+                    model,
+                    method,
+                    pruning.ratio,
+                    how,
+                    texts,
+                    training.budget().training(calibration.seed),
+                    training.budget().text,
+                    lambda name: load.open(name, limit),
+                    steps=pruning.steps,
+                    progress=show,
+                )
+            print_trained(record, output.out_dir, output.as_json)
+            return
+        work = None if dynamic else pruning_work(method, pruning.ratio, layout, texts, pruning.steps)
         loaded = load.open_everywhere(model, limit, device_map, work)
         with progress_bar() as show:
-            record = prune_to(
-                loaded,
-                method,
-                pruning.ratio,
-                output.target(layout, load, loaded),
-                texts,
-                steps=pruning.steps,
-                progress=show,
-            )
+            if dynamic:
+                kind = output.kept_weights()
+                record = keep_to(
+                    loaded, method, pruning.ratio, output.out_dir, texts, weights=kind, progress=show
+                )
+            else:
+                record = prune_to(
+                    loaded,
+                    method,
+                    pruning.ratio,
+                    output.target(layout, load, loaded),
+                    texts,
+                    steps=pruning.steps,
+                    progress=show,
+                )
     print_saved(record, output.out_dir, _summary(record), ("dense", "pruned"), output.as_json)
     warn(filter(None, [missed(method.name, record["method"], pruning.ratio, record["removed_share"])]))
 
 
 def _summary(record: dict[str, Any]) -> str:
+    if "parameters" not in record:
+        return (
+            f"dense weights ({record['weights']}) and {record['method']['name']}, which leaves out "
+            f"{record['removed_share']:.1%} of the blocks' parameters, in {record['seconds']:.0f} s"
+        )
     before, after = record["parameters"]
     return (
         f"{record['removed_share']:.1%} of the blocks' parameters removed, {before / 1e6:.1f} M -> "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probeprune.cli.facts import missed_in
-from probeprune.cli.groups import KeepTrained, LoadOptions, ResultOptions
+from probeprune.cli.groups import KeepTrained, LoadOptions, Memory, ResultOptions
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import (
     notices,
@@ -102,7 +102,9 @@ class ExecutorOptions:
     cell_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory that Ray keeps free for each worker, such as 24GiB.", show_default="any amount"
+            help="Memory that Ray keeps free for each worker, such as 24GiB; a model on the CPU that needs "
+            "more is read a layer at a time.",
+            show_default="any amount",
         ),
     ] = None
     keep_trained: KeepTrained = True
@@ -114,7 +116,7 @@ class ExecutorOptions:
         memory = None if self.cell_memory is None else size("cell-memory", self.cell_memory)
         return Cluster(self.address, self.workers, self.cell_gpus, memory)
 
-    def check(self) -> None:
+    def check(self, memory: str | None) -> None:
         """Raise `UsageError` for an unknown executor or options it cannot honour."""
         from probeprune import processes
 
@@ -125,6 +127,10 @@ class ExecutorOptions:
                 "torchrun (several processes share the work of compare and prune)."
             )
         self.cluster()
+        if self.executor == "ray" and memory is not None:
+            raise UsageError(
+                "on a Ray cluster, --cell-memory says what each worker may take; leave --memory out."
+            )
         if self.executor == "local" and (self.cell_gpus is not None or self.cell_memory is not None):
             raise UsageError("--cell-gpus and --cell-memory are what Ray is asked for; add --executor ray.")
         if self.executor == "ray" and not self.keep_trained:
@@ -142,6 +148,7 @@ def table(
     output: ResultOptions = OUTPUT,
     executor: ExecutorOptions,
     load: LoadOptions,
+    memory: Memory = None,
 ) -> None:
     """Measure a whole table: models x methods x ratios x seeds, on texts, tasks and cost.
 
@@ -158,7 +165,8 @@ def table(
     from probeprune.places import claimed
     from probeprune.provenance import dtype_name
 
-    executor.check()
+    executor.check(memory)
+    limit = None if memory is None else size("memory", memory)
     if show:
         print_text(preset_file(preset.preset).read_text(encoding="utf-8"), end="")
         return
@@ -171,7 +179,7 @@ def table(
         warn(results.problems)
         measured = sum(results.find(cell) is not None for cell in cells)
         print_line(f"{len(cells)} cells, {measured} of them measured already")
-        rows = _measure(cells, results, output.out_dir, executor, load.trust_remote_code)
+        rows = _measure(cells, results, output.out_dir, executor, load.trust_remote_code, limit)
         title = f"{preset.preset}: {chosen.description}" if chosen.description else preset.preset
         files = _write(rows, title, output.out_dir)
     print_rows(rows, title, output.as_json)
@@ -190,8 +198,10 @@ def _measure(
     out_dir: Path,
     executor: ExecutorOptions,
     trust_remote_code: bool,
+    memory: int | None,
 ) -> list[Line]:
     """The rows of all cells, in their order; those not in `results` yet are measured."""
+    from probeprune.experiment.ahead import work_of
     from probeprune.experiment.executors import run_on_ray
     from probeprune.experiment.run import run_cells
     from probeprune.experiment.workbench import Workbench
@@ -207,7 +217,7 @@ def _measure(
                 progress=progress,
                 done=_print_done,
             )
-        bench = Workbench(out_dir, progress, trust_remote_code)
+        bench = Workbench(out_dir, progress, trust_remote_code, memory, work=work_of(cells))
         return run_cells(
             bench,
             results,

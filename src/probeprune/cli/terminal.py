@@ -145,25 +145,3 @@ def print_rows(rows: Sequence[Line], title: str, as_json: bool) -> None:
 def print_written(files: Iterable[Path]) -> None:
     """The files that were written, on standard error."""
     print_line(f"written: {', '.join(map(str, files))}")
-
-
-def print_saved(
-    record: dict[str, Any], folder: Path, summary: str, compared: Sequence[str], as_json: bool
-) -> None:
-    """The outcome of a command that saves a checkpoint: its record as JSON, or two lines.
-
-    Args:
-        record: as in `pruning.json` or `training.json`.
-        folder: the checkpoint.
-        summary: what was done and how long it took.
-        compared: the names of the perplexities to print, in this order.
-        as_json: print the record alone.
-    """
-    if as_json:
-        print(json.dumps(record))
-        return
-    print_line(f"{folder}: {summary}", "green", mark="saved")
-    evaluation = record["evaluation"]
-    if evaluation is not None:
-        figures = ", ".join(f"{name} {evaluation['perplexity'][name]:.2f}" for name in compared)
-        print_text(f"{evaluation['corpus']} perplexity: {figures}")

@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from probeprune.cli.facts import missed
 from probeprune.cli.groups import (
     CheckpointOptions,
     EvaluationOptions,
@@ -17,7 +16,8 @@ from probeprune.cli.groups import (
     WidthOptions,
 )
 from probeprune.cli.options import grouped
-from probeprune.cli.terminal import err, notices, print_saved, print_text, progress_bar, warn
+from probeprune.cli.saved import print_trained
+from probeprune.cli.terminal import err, notices, progress_bar
 from probeprune.cli.values import one_of
 from probeprune.errors import UsageError, first_line
 from probeprune.experiment.cells import TrainingBudget
@@ -296,7 +296,7 @@ def recover(
             save_dtype=load.dtype_to_save(loaded),
             progress=show,
         )
-    _print_trained(record, output)
+    print_trained(record, output.out_dir, output.as_json)
 
 
 @grouped
@@ -336,7 +336,7 @@ def loraprune(
             save_dtype=load.dtype_to_save(loaded),
             progress=show,
         )
-    _print_trained(record, output)
+    print_trained(record, output.out_dir, output.as_json)
 
 
 def _begin(output: CheckpointOptions, load: LoadOptions) -> None:
@@ -347,28 +347,3 @@ def _begin(output: CheckpointOptions, load: LoadOptions) -> None:
     processes.join(load.device)
     if processes.is_first():
         check_output(output.out_dir)
-
-
-def _print_trained(record: dict[str, Any], output: CheckpointOptions) -> None:
-    """The outcome of a training run, from the first process alone."""
-    from probeprune import processes
-
-    if not processes.is_first():
-        return
-    before, after = record["held_out_loss"]
-    summary = (
-        f"{record['steps']} steps, {record['tokens']:,} tokens in {record['seconds']:.0f} s; held-out loss "
-        f"{before:.3f} -> {after:.3f}"
-    )
-    if "teacher" in record:
-        summary += f", nats from {record['teacher']}"
-    print_saved(record, output.out_dir, summary, ("before", "after"), output.as_json)
-    agreements = (record["evaluation"] or {}).get("agreement")
-    if agreements and not output.as_json:
-        shares, nats = (
-            " -> ".join(format(agreements[name][figure], form) for name in ("before", "after"))
-            for figure, form in (("top1", ".1%"), ("divergence", ".3f"))
-        )
-        print_text(f"agreement with {record['teacher']}: {shares} of likeliest tokens, {nats} nats")
-    if "removed_share" in record:
-        warn(filter(None, [missed("loraprune", {}, record["ratio"], record["removed_share"])]))

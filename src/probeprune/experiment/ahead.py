@@ -3,15 +3,21 @@
 Knows shapes alone: no weights, no text, no results.
 """
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from probeprune.calibration.statistics import Statistics
+from probeprune.data.windows import CALIBRATION, Text
 from probeprune.errors import UsageError
-from probeprune.experiment.cells import prunes
+from probeprune.experiment.cells import Cell, TextMeasure, prunes
 from probeprune.experiment.presets import Preset
+from probeprune.jobs.forecast import comparing_work
+from probeprune.jobs.prune import Texts
 from probeprune.methods import Method, without_measured_widths
 from probeprune.model.blocks import find_blocks
 from probeprune.model.loading import is_local, open_shape
+from probeprune.model.placing import Work
 from probeprune.plan import widths
 from probeprune.strategies.allocation import ALLOCATIONS
 
@@ -35,6 +41,17 @@ def check_methods(preset: Preset, trust_remote_code: bool = False) -> None:
             if refusals and all(refusals):
                 where = f"{place}: " if place else ""
                 raise UsageError(f"{where}method {method.name!r} cannot prune {name!r}: {refusals[0]}")
+
+
+def work_of(cells: Sequence[Cell]) -> Work:
+    """What a model is opened for that these cells are measured on, for `load_model(work=)`."""
+    calibrations = [c.subject.calibration for c in cells if c.subject.calibration is not None]
+    calibration = max(calibrations, key=lambda t: t.windows * t.length, default=CALIBRATION)
+    read = [c.measure for c in cells if isinstance(c.measure, TextMeasure)] or [TextMeasure()]
+    text = max(read, key=lambda m: m.batch_size * m.length)
+    evaluation = Text(text.corpus, text.windows or text.batch_size, text.length)
+    subjects = dict.fromkeys((c.subject.method, c.subject.ratio) for c in cells)
+    return comparing_work(subjects, Texts(calibration, evaluation, batch_size=text.batch_size))
 
 
 def check_ratio(method: Method, ratio: float, model: nn.Module) -> None:

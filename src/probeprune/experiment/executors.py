@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from probeprune.errors import Notice, UsageError, first_line
+from probeprune.experiment.ahead import work_of
 from probeprune.experiment.cells import Cell
 from probeprune.experiment.measuring import failure
 from probeprune.experiment.results import Results
@@ -38,8 +39,9 @@ class Cluster:
         address: of an existing cluster (`auto` finds one); None starts one on this machine.
         workers: number of processes that measure at the same time; fewer where the cluster has no room.
         gpus: GPUs that Ray keeps free for each of them, also a part of one; None for one where models run on
-            CUDA. A process computes on the first of its GPUs.
-        memory: bytes of memory that Ray keeps free for each of them; None for no matter how many.
+            CUDA. A model is spread over the GPUs of its process.
+        memory: bytes of memory that Ray keeps free for each of them, and that a model on the CPU may take
+            with what is done on it; None for no matter how many.
     """
 
     address: str | None = None
@@ -68,14 +70,21 @@ class Cluster:
         gpus = float(on_cuda) if self.gpus is None else self.gpus
         return {"CPU": 1.0, "GPU": gpus, "memory": float(self.memory or 0)}
 
+    def opening(self, device: str) -> dict[str, Any]:
+        """How each process opens models, as options of a `Workbench`; `device` is where they run."""
+        if device.startswith("cuda"):
+            return {"device_map": "auto"} if self.gpus is not None and self.gpus > 1 else {}
+        return {"memory": self.memory}
+
 
 class Worker:
     """A process of the cluster; keeps its model open from one subject to the next."""
 
-    def __init__(self, folder: str, threads: int, trust_remote_code: bool) -> None:
+    def __init__(self, folder: str, threads: int, options: Mapping[str, Any]) -> None:
+        """Takes the folder and the further options of a `Workbench`, and a number of threads or 0."""
         if threads:
             torch.set_num_threads(threads)
-        self.bench = Workbench(Path(folder), silent, trust_remote_code)
+        self.bench = Workbench(Path(folder), silent, **options)
 
     def pid(self) -> int:
         """Process id."""
@@ -83,6 +92,7 @@ class Worker:
 
     def measure(self, cells: list[Cell]) -> list[Line]:
         """Measure the cells of one subject; returns their rows."""
+        self.bench.work = work_of(cells)
         return [row for _, row in measure_cells(self.bench, cells, keep_going=True)]
 
 
@@ -128,7 +138,8 @@ def run_on_ray(
             count = min(wanted, _room(nodes, asked, wanted))
             options = {"num_cpus": 1, "num_gpus": asked["GPU"], "memory": asked["memory"] or None}
             remote = ray.remote(**options, max_restarts=-1, max_task_retries=RETRIES)(Worker)
-            crew = [remote.remote(str(folder.absolute()), threads, trust_remote_code) for _ in range(count)]
+            opening = {"trust_remote_code": trust_remote_code, **cluster.opening(device)}
+            crew = [remote.remote(str(folder.absolute()), threads, opening) for _ in range(count)]
             if started is not None:
                 started(ray.get([w.pid.remote() for w in crew]))
             _spread(ray, crew, results, todo, progress, done)

@@ -8,7 +8,7 @@ import torch
 
 from probeprune.errors import UsageError
 from probeprune.experiment.ahead import check_ratio
-from probeprune.experiment.cells import Cell, prunes
+from probeprune.experiment.cells import Cell, prunes, trains
 from probeprune.experiment.measuring import failure, measure
 from probeprune.experiment.results import Results
 from probeprune.experiment.workbench import Unprepared, Workbench
@@ -16,6 +16,7 @@ from probeprune.model.machine import check_cache
 from probeprune.model.passes import token_windows
 from probeprune.processes import shares
 from probeprune.result_lines import Line
+from probeprune.training.recovery import check_in_memory
 
 Done = Callable[[Cell, Line], None]
 """Called with every cell and its row, measured just now or before."""
@@ -94,9 +95,12 @@ def measure_cells(bench: Workbench, cells: Sequence[Cell], keep_going: bool) -> 
 
 
 def _check_ahead(bench: Workbench, cells: Sequence[Cell]) -> None:
-    """Raise `UsageError` before the run for a ratio that a method cannot reach, or a text without windows."""
+    """Raise `UsageError` before the run for a ratio that a method cannot reach, a text without windows, or
+    training of a model whose layers are on disk."""
     drawn: set[object] = set()
     for subject in dict.fromkeys(c.subject for c in cells):
+        if trains(subject.method):
+            check_in_memory(bench.dense(subject).model, f"{subject.label}: training")
         if not prunes(subject.method):
             continue  # needs no model to be opened
         try:

@@ -19,6 +19,7 @@ from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.loading import LoadedModel, load_model
 from probeprune.model.machine import cache_dir
 from probeprune.model.making_records import TRAINING
+from probeprune.model.placing import Work
 from probeprune.preparation import Preparation
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
@@ -65,11 +66,21 @@ class Unprepared(Exception):
 
 @dataclass
 class Workbench:
-    """Opens models for subjects; `folder` takes the checkpoints of trained ones."""
+    """Opens models for subjects.
+
+    Attributes:
+        folder: takes the checkpoints of trained ones.
+        progress: called with (label, steps done, steps in all).
+        trust_remote_code: let models run code of their own when they are opened.
+        memory, device_map, work: as in `load_model`; a device map takes the place of a subject's device.
+    """
 
     folder: Path
     progress: Progress
     trust_remote_code: bool = False
+    memory: int | None = None
+    device_map: str | None = None
+    work: Work | None = None
     _name: tuple[str, str, str] | None = None
     _loaded: LoadedModel | None = None
     _preparations: dict[tuple[Text, int], Preparation] = field(default_factory=dict)
@@ -190,6 +201,9 @@ class Workbench:
         return load_model(
             name,
             dtype=subject.dtype,
-            device=subject.device,
+            device="auto" if self.device_map else subject.device,
             trust_remote_code=self.trust_remote_code and name == subject.model,
+            memory=self.memory,
+            device_map=self.device_map,
+            work=self.work,
         )

@@ -34,13 +34,13 @@ def pruning_card(
     base = record["base_model"]
     return "\n".join(
         [
-            *_front("transformers", {"base_model": base} if _is_hub_id(base) else {}),
+            *front("transformers", {"base_model": base} if is_hub_id(base) else {}),
             f"# {markdown(base)}, pruned by {done.removed_share:.0%}",
             "",
             "Structured pruning: whole attention heads and MLP channels are removed, so the model is smaller "
             "and faster in any engine.",
             "",
-            *_table(_pruning_rows(done, record)),
+            *table(_pruning_rows(done, record)),
             "## What it cost",
             "",
             _pruning_quality(record["evaluation"]),
@@ -165,10 +165,10 @@ def training_card(
         use = f"{opens}.from_pretrained({python_string(name)})"
     return "\n".join(
         [
-            *_front("peft" if kind == "adapter" else "transformers", {}),
+            *front("peft" if kind == "adapter" else "transformers", {}),
             f"# {markdown(title)}",
             "",
-            *_table(_training_rows(record)),
+            *table(_training_rows(record)),
             quality,
             "",
             "```python",
@@ -225,7 +225,7 @@ def _loss(record: dict[str, Any]) -> str:
     )
 
 
-def _front(library: str, more: dict[str, str]) -> list[str]:
+def front(library: str, more: dict[str, str]) -> list[str]:
     """The metadata block that the hub reads."""
     metadata = {
         **more,
@@ -237,7 +237,8 @@ def _front(library: str, more: dict[str, str]) -> list[str]:
     return ["---", written.rstrip("\n"), "---", ""]
 
 
-def _table(rows: list[tuple[str, str]]) -> list[str]:
+def table(rows: list[tuple[str, str]]) -> list[str]:
+    """Rows of a name and a value as a Markdown table."""
     return ["| what | |", "| --- | --- |", *(f"| {what} | {markdown(value)} |" for what, value in rows), ""]
 
 
@@ -254,7 +255,7 @@ def _versions(record: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in record["versions"].items())
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether it names a model on the hub, and nothing else can be meant."""
     try:
         validate_repo_id(name)

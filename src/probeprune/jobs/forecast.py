@@ -4,8 +4,8 @@ No weight is read. Memory is what the work holds when it is rehearsed without nu
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ from probeprune.model.footprint import Batch, Phase, Rehearsal, measuring
 from probeprune.model.linear_maps import sizes
 from probeprune.model.multimodal import text_config
 from probeprune.model.outline import Outline
-from probeprune.model.placing import Work, in_use, opening_of, place, retained
+from probeprune.model.placing import Work, in_use, opening_of, place, reading, retained
 from probeprune.plan import needs
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import Refit
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
+from probeprune.strategies.schedule import Once
 
 _TOKENIZER = 1200
 """Bytes of a tokenizer in memory for each token of its vocabulary (SmolLM2's takes 60 MB)."""
@@ -218,7 +219,32 @@ def _evaluating(rehearsal: Rehearsal, batch: Batch, windows: int, cut: int) -> l
     ]
 
 
-def _statistics(dense: Rehearsal, kept: Sequence[int], job: Job) -> tuple[list[Phase], int]:
+def comparing_work(methods: Iterable[tuple[Method, float]], texts: Texts) -> Work:
+    """The parts of the work that attaches methods, each at its ratio and in turn, and measures perplexity.
+
+    For `load_model(work=)`. Methods that train count as they do before they are trained.
+    """
+
+    def work(shape: Any, dtype: torch.dtype, device: torch.device) -> list[Phase]:
+        phases: list[Phase] = []
+        for method, ratio in methods:
+            if not method.when.prunes:
+                continue
+            done, _ = rehearsed(shape, replace(method, when=Once()), ratio, "per-layer")
+            job = Job(method, ratio, "per-layer", texts, dtype, device, dtype)
+            dense = Rehearsal(shape, dtype, device, method.unit_kind)
+            more, made = _statistics(dense, [len(k.units) for k in done.kept], job, following=True)
+            batch = Batch(texts.batch_size, texts.evaluation.length)
+            phases += more
+            phases += [_with(p, made) for p in _evaluating(dense, batch, texts.evaluation.windows, 0)]
+        return phases or reading(shape, dtype, device)
+
+    return work
+
+
+def _statistics(
+    dense: Rehearsal, kept: Sequence[int], job: Job, following: bool = False
+) -> tuple[list[Phase], int]:
     """The parts of the work that collects what the method needs, and the bytes of that."""
     method, text = job.method, job.texts.calibration
     batch, parts = Batch(job.texts.batch_size, text.length), needs(method)
@@ -244,7 +270,7 @@ def _statistics(dense: Rehearsal, kept: Sequence[int], job: Job) -> tuple[list[P
         part = footprints.damages(dense, batch, min(text.windows, DAMAGE_WINDOWS), how.damping[0])
         phases.append(_with(part, sensitive))
     if "consumers" in parts:
-        more, made = footprints.consumers(dense, batch, text.windows, how, kept, chosen)
+        more, made = footprints.consumers(dense, batch, text.windows, how, kept, chosen, following)
         phases += [_with(part, sensitive + held) for part in more]
         held += made
     return phases, held

@@ -104,7 +104,7 @@ def _recover_to(
 ) -> dict[str, Any]:
     """As `recover_to`, in a folder that is ours."""
     measure = Measure(loaded, job.evaluation, progress, keep=_work(out) / MEASURED, reference=teacher)
-    windows, held_out = _windows(loaded, job)
+    windows, held_out = windows_of(loaded, job)
     if processes.is_first():
         measure("before", loaded.model)
     trained = recover(
@@ -158,7 +158,7 @@ def _loraprune_to(
     saved = rehearse(loaded.model, cut.method(loaded.model), cut.ratio, cut.layout)
     check_space(out, saved.num_parameters() * (save_dtype or loaded.dtype).itemsize)
     measure = Measure(loaded, job.evaluation, progress, keep=_work(out) / MEASURED)
-    windows, held_out = _windows(loaded, job)
+    windows, held_out = windows_of(loaded, job)
     parameters = sum(p.numel() for p in loaded.model.parameters())
     units = {b.name: b.units for b in find_blocks(loaded.model)}
     prunable = sum(b.parameters for b in find_blocks(loaded.model))
@@ -224,8 +224,11 @@ def _work(out: Path) -> Path:
     return real.with_name(f"{real.name}.training")
 
 
-def _windows(loaded: LoadedModel, job: TrainingJob) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows to train on and windows held out, LongTensors (count, length)."""
+def windows_of(loaded: LoadedModel, job: TrainingJob) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to train on and windows held out, LongTensors (count, length).
+
+    Raises `UsageError` for a text that is not there or too short.
+    """
     training, text = job.training, job.text
     windows, held_out = training_windows(
         load_corpus(text.corpus),

@@ -160,6 +160,12 @@ def empty_like(model: Any) -> PreTrainedModel:
     return empty_model(class_like(model, type(model.config)), model.config, model)
 
 
+def without_views(model: Any) -> PreTrainedModel:
+    """The dense model of one that has a method attached: weights in their own order, in memory of their own
+    as far as they are permuted."""
+    return _fitted(unwrapped(model), unwrapped(model).config)
+
+
 def _check_fits(state: Mapping[str, torch.Tensor], empty: PreTrainedModel) -> None:
     """Raise `Unfit` where the tensors of a state dict are not those of an empty model, by name and shape."""
     config = type(empty.config).__name__

@@ -37,6 +37,15 @@ def embedded_gguf() -> Path:
     raise UsageError(f"the weights of 'smollm2-135m' are not installed; run `{EMBEDDED_INSTALL}`.")
 
 
+def embedded_copy() -> Path | None:
+    """The folder in the cache that the embedded model was converted to; None where there is none."""
+    if importlib.util.find_spec(EMBEDDED_WHEEL) is None:
+        return None
+    gguf = embedded_gguf()
+    folder = cache_dir() / "models" / f"{gguf.stem}-{_content_hash(gguf)}"
+    return folder.resolve() if folder.is_dir() else None
+
+
 def converted(gguf: Path) -> Path:
     """The safetensors copy of a GGUF file, made on first use.
 

@@ -110,9 +110,13 @@ class HiddenStates:
                 "TMPDIR to a folder on another disk."
             )
 
-    def check_disk_for_copy(self) -> None:
-        """Raise `UsageError` unless there is room for as many bytes in another set like this one."""
-        HiddenStates(self._room, len(self), self._home).check_disk(self.nbytes)
+    def check_disk_for_copies(self, nbytes: int) -> None:
+        """Raise `UsageError` unless there is room for so many bytes in other sets like this one."""
+        HiddenStates(self._room, len(self), self._home).check_disk(nbytes)
+
+    def beside(self) -> "HiddenStates":
+        """A set for as many batches with as much room, whose files are temporary ones."""
+        return HiddenStates(self._room, len(self))
 
     def take(self, other: "HiddenStates") -> None:
         """Become the same states as another set; setting one leaves the other. Files are shared."""

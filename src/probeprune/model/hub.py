@@ -11,6 +11,7 @@ from transformers.safetensors_conversion import get_conversion_pr_reference
 
 from probeprune.errors import UsageError
 from probeprune.model.folder import CONFIG, WEIGHTS, weight_names
+from probeprune.model.making_records import refuse_attached
 
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Configs and tokenizers; weights are downloaded once it is known which."""
@@ -19,12 +20,13 @@ _FAILURES = (OSError, ValueError, KeyError, IndexError, RuntimeError)
 """What the hub's client raises for models, networks and answers that are not there."""
 
 
-def snapshot(name: str, *, code: bool) -> Path:
+def snapshot(name: str, *, code: bool, attached: bool = False) -> Path:
     """The folder in the hub's cache with the model's newest files; offline, with those that are there.
 
     Args:
         name: `owner/name` on the hub.
         code: whether to download Python files too.
+        attached: whether the dense weights of a model with a method attached are asked for.
 
     Raises:
         UsageError: no such model, none that can be reached and none in the cache, or weights that are no
@@ -33,6 +35,8 @@ def snapshot(name: str, *, code: bool) -> Path:
     small = [*_SMALL, "*.py"] if code else list(_SMALL)
     try:
         folder = Path(snapshot_download(name, allow_patterns=small))
+        if not attached:
+            refuse_attached(folder)
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"{name} has no {CONFIG} on the hub")
         wanted = weight_names(folder) or [WEIGHTS]
@@ -58,6 +62,17 @@ def described(name: str, *, code: bool) -> Path:
     except _FAILURES as error:
         raise _unknown(name) from error
     return folder
+
+
+def with_files(name: str, folder: Path, files: Sequence[str]) -> Path:
+    """The folder of a model in the hub's cache, with further files of the same commit.
+
+    Raises `UsageError` where they cannot be reached.
+    """
+    try:
+        return Path(snapshot_download(name, revision=folder.name, allow_patterns=list(files)))
+    except _FAILURES as error:
+        raise _unknown(name) from error
 
 
 def _unknown(name: str) -> UsageError:

@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from probeprune.model.offloading import named_weights, origin
+from probeprune.model.narrow_linear import dense_parameter, is_view
+from probeprune.model.offloading import fetched, named_weights, origin
 
 _FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
 """By model: its state when it was hashed, and the hash."""
@@ -37,6 +38,31 @@ def model_fingerprint(model: nn.Module) -> str:
     fingerprint = _hash(model)
     _FINGERPRINTS[model] = state, fingerprint
     return fingerprint
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of all weights alone (names, dtypes and bytes), whichever library's release reads their config.
+
+    A method may be attached: the hash is that of the dense model.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, _ in model.named_parameters():
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
+        # A view's parameter has its units in another order.
+        own = dense_parameter(owner, key) if is_view(owner) else fetched(model, name)
+        _add(digest, name, own)
+    return digest.hexdigest()
+
+
+def config_fields(model: Any) -> dict[str, Any]:
+    """The fields of a model's config that may change its function, as JSON values."""
+    fields: dict[str, Any] = json.loads(_config(model))
+    return {k: v for k, v in fields.items() if k not in _NO_FUNCTION}
+
+
+_NO_FUNCTION = ("transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
+"""Config fields that change no logit of the weights as they are, or that every release writes differently."""
 
 
 def _state(model: nn.Module) -> object:
@@ -68,6 +94,10 @@ def _hash(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(_config(model).encode())
     for name, p in named_weights(model):
-        digest.update(f"{name}{p.dtype}{tuple(p.shape)}".encode())
-        digest.update(p.cpu().contiguous().view(torch.uint8).numpy().data)
+        _add(digest, name, p)
     return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, p: torch.Tensor) -> None:
+    digest.update(f"{name}{p.dtype}{tuple(p.shape)}".encode())
+    digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -207,26 +207,27 @@ class _AllCaptured(Exception):
 def capture(blocks: Sequence[Block], until: Block | None = None) -> Iterator[dict[str, Captured]]:
     """Capture, by block kind, the tensors of one layer's blocks in the passes inside the context.
 
-    With `until`, the pass stops right after that block's consumer and leaves the context; later blocks do not
-    run. Raises `UsageError` for a block whose consumer is not called.
+    With `until`, the pass stops in front of that block's consumer, whose output nobody captures, and leaves
+    the context; later blocks do not run. Raises `UsageError` for a block whose consumer is not called.
     """
     captured: dict[str, Captured] = {b.kind: Captured() for b in blocks}
+
+    def stop(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert until is not None
+        captured[until.kind].z = args[0]
+        raise _AllCaptured
 
     def register() -> Iterator[RemovableHandle]:
         for block in blocks:
             yield from _hooks(block, captured[block.kind])
         if until is not None:
-            yield until.consumer.register_forward_hook(_stop)
+            yield until.consumer.register_forward_pre_hook(stop)
 
     with temporary_hooks(register()), suppress(_AllCaptured):
         yield captured
     for block in blocks if until is None else [until]:
         if not hasattr(captured[block.kind], "z"):
             raise uncalled_consumer(block)
-
-
-def _stop(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-    raise _AllCaptured
 
 
 def _hooks(block: Block, captured: Captured) -> Iterator[RemovableHandle]:

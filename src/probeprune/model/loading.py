@@ -39,7 +39,7 @@ from probeprune.model.folder import (
 from probeprune.model.gguf_files import converted, embedded_gguf
 from probeprune.model.hub import snapshot
 from probeprune.model.machine import choose_device, choose_dtype
-from probeprune.model.making_records import read_pruning, read_training
+from probeprune.model.making_records import read_pruning, read_training, refuse_attached
 from probeprune.model.multimodal import multimodal_of, text_config
 from probeprune.model.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
 from probeprune.model.nemotron_nas import from_nemotron
@@ -74,6 +74,8 @@ class LoadedModel:
     """The content of pruning.json beside the weights, if `prune` made them."""
     training: dict[str, Any] | None = None
     """The content of training.json beside the weights, if they were trained here."""
+    handle: Any = None
+    """The handle (`probeprune.Handle`) of the method that is attached, where the folder keeps one."""
 
 
 def load_model(
@@ -86,6 +88,7 @@ def load_model(
     memory: int | None = None,
     device_map: str | Mapping[str, int | str] | None = None,
     work: Work | None = None,
+    attached: bool = False,
 ) -> LoadedModel:
     """Open a causal language model and its tokenizer.
 
@@ -106,6 +109,7 @@ def load_model(
             and `memory`.
         work: what the model is opened for, which takes memory beside its weights (`footprint.Phase`); None
             for measuring perplexity on batches of 16 windows of 512 tokens.
+        attached: open the dense weights of a folder that keeps a method attached too; refused otherwise.
 
     Raises:
         UsageError: no such model, a file in it that is damaged or leads out of its folder, no safetensors
@@ -117,7 +121,7 @@ def load_model(
         raise UsageError("device_map says where the layers go; leave device and memory out.")
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)
-    folder, shape, options = _open(name, trust_remote_code)
+    folder, shape, options = _open(name, trust_remote_code, attached)
     placing = None
     if device_map is None:
         placing = place(name, shape.model, chosen, target, memory, work, stored_sizes(folder))
@@ -157,10 +161,12 @@ def open_shape(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
     return shape
 
 
-def _open(name: str, trust_remote_code: bool) -> tuple[Path, LoadedModel, dict[str, Any]]:
+def _open(
+    name: str, trust_remote_code: bool, attached: bool = False
+) -> tuple[Path, LoadedModel, dict[str, Any]]:
     """The folder of a model, checked; the model without numbers; what opens the one with numbers."""
     with refusing(f"model {name[:200]!r} could not be found"):
-        folder = _locate(name, trust_remote_code)
+        folder = _locate(name, trust_remote_code, attached)
     check_files(folder)
     pruning, training = read_pruning(folder), read_training(folder)
     config = load_config(name, folder, trust_remote_code)
@@ -192,7 +198,7 @@ def is_local(name: str) -> bool:
     return name == EMBEDDED_MODEL or Path(name).expanduser().exists()
 
 
-def _locate(name: str, code: bool) -> Path:
+def _locate(name: str, code: bool, attached: bool) -> Path:
     """A directory with config.json; a model of another kind is converted or downloaded first."""
     if name == EMBEDDED_MODEL:
         return converted(embedded_gguf())
@@ -201,18 +207,21 @@ def _locate(name: str, code: bool) -> Path:
         if not path.is_file():
             raise UsageError(f"there is no GGUF file '{name}'; check the path.")
         return converted(path)
-    if is_folder(name):
+    if is_folder(name, attached):
         return path
     unknown_locally(name)
     with quiet_libraries():
-        return snapshot(name, code=code)
+        return snapshot(name, code=code, attached=attached)
 
 
-def is_folder(name: str) -> bool:
-    """Whether a name is that of a directory here. Raises `UsageError` for one that holds no model."""
+def is_folder(name: str, attached: bool = False) -> bool:
+    """Whether a name is that of a directory here. Raises `UsageError` for one that holds no model, or one
+    with a method attached unless that is `attached` for."""
     path = Path(name).expanduser()
     if not path.is_dir():
         return False
+    if not attached:
+        refuse_attached(path)
     # Also beside a config.json: transformers would put the adapter on top of the model.
     if (path / "adapter_config.json").exists():
         raise UsageError(

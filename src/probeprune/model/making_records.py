@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from probeprune.errors import UsageError
+from probeprune.errors import UsageError, quoted
 from probeprune.model.folder import check_inside, read_object
 
 PRUNING = "pruning.json"
 TRAINING = "training.json"
+ATTACHED = "attached.json"
+"""The file by which a folder is known that keeps a model with a method attached."""
 
 _NUMBER = (int, float)
 _OF_PRUNING: Mapping[str, tuple[type, ...]] = {"removed_share": _NUMBER, "method.name": (str,)}
@@ -47,6 +49,32 @@ def read_training(folder: Path) -> dict[str, Any] | None:
     if record is not None and record.get("pruning") is not None:
         _check(folder / TRAINING, record["pruning"], _OF_PRUNING)
     return record
+
+
+class HoldsAttached(UsageError):
+    """A folder keeps a model with a method attached. Opened as any other, it would be another model than the
+    one that was saved: the dense one.
+
+    Attributes:
+        folder: the folder, for hub models that in the hub's cache.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        record = read_object(folder / ATTACHED)
+        base, method = record.get("base_model"), record.get("method")
+        name = method.get("name") if isinstance(method, dict) else None
+        super().__init__(
+            f"'{folder}' keeps a model with method {quoted(name)} attached, which runs in `probeprune "
+            "generate`, `probeprune eval` and probeprune.load_model; for anything else give the dense model"
+            f"{f', {base!r}' if isinstance(base, str) else ''}."
+        )
+        self.folder = folder
+
+
+def refuse_attached(folder: Path) -> None:
+    """Raise `HoldsAttached` for a folder that keeps a model with a method attached."""
+    if (folder / ATTACHED).is_file():
+        raise HoldsAttached(folder)
 
 
 def _read(file: Path, wanted: Mapping[str, tuple[type, ...]]) -> dict[str, Any] | None:

@@ -216,6 +216,17 @@ def open_view(linear: LinearMap, axis: int, original: Callable[[str], torch.Tens
     return view
 
 
+def is_view(module: nn.Module) -> bool:
+    """Whether a module has a view."""
+    return isinstance(module, Narrow)
+
+
+def dense_parameter(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter of a map with a view, whole, as it was before its units were permuted."""
+    view: View = module.__dict__[_STATE]
+    return view.original(name)
+
+
 def plain_kind(module: nn.Module) -> type[nn.Module]:
     """The class of a module without its view."""
     return module.__dict__[_STATE].kind if isinstance(module, Narrow) else type(module)

@@ -1,5 +1,6 @@
 """`attach` a method to a model, and `detach` it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from probeprune.algebra.precision import exact
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
-from probeprune.model.blocks import check_kinds, find_blocks
+from probeprune.model.blocks import Block, check_kinds, find_blocks
 from probeprune.model.multimodal import text_config
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import check_eval
 from probeprune.model.wrappers import unwrapped
-from probeprune.prepare import Calibration, statistics_for
+from probeprune.prepare import Calibration, statistics_for, text_of
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
+from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.handle import HANDLE, Handle
 from probeprune.runtime.offloaded import OffloadedHandle
+from probeprune.strategies.pruned_block import Cut
 
 
 @exact()
@@ -58,6 +61,50 @@ def attach(
     method, model = get_method(method), unwrapped(model)
     check_untrained(method)
     ratio, batch_size = plain("ratio", ratio), plain("batch_size", batch_size)
+    blocks = _checked_blocks(model, method)
+    statistics = statistics_for(
+        model, method, ratio, calibration, batch_size=batch_size, cache=cache, progress=progress
+    )
+    scores = plan.all_scores(model, method, blocks, statistics)
+    keep = plan.widths(method, ratio, blocks, scores, statistics)
+    cuts = plan.first_cuts(method, blocks, scores, keep)
+    plan.check_consumers(method, blocks, cuts, statistics)
+    return _handle(model, Attachment(method, ratio, cuts, statistics, text_of(calibration)), blocks)
+
+
+@exact()
+def attach_again(model: nn.Module, kept: Attachment) -> Handle:
+    """Attach what was attached before, to the same model or to one of the same weights.
+
+    Nothing is calibrated or chosen anew, so the result is the same on any device and in any dtype.
+
+    Raises `UsageError` as `attach` does, and for an attachment that does not fit the model's blocks.
+    """
+    model, method = unwrapped(model), kept.method
+    check_untrained(method)
+    blocks = _checked_blocks(model, method)
+    if len(blocks) != len(kept.cuts):
+        raise UsageError(f"the method was attached to a model of {len(kept.cuts)} blocks, not {len(blocks)}.")
+    for block, cut in zip(blocks, kept.cuts, strict=True):
+        _check_cut(block, cut)
+    if plan.needs(method):
+        kept.statistics.check(plan.needs(method), blocks)
+    plan.check_consumers(method, blocks, kept.cuts, kept.statistics)
+    return _handle(model, kept, blocks)
+
+
+def _check_cut(block: Block, cut: Cut) -> None:
+    """Raise `UsageError` unless a block can be cut so."""
+    fits = 1 <= cut.width <= block.units
+    if fits and cut.units is not None:
+        units = cut.units.tolist()
+        fits = len(units) == cut.width and units == sorted({u for u in units if 0 <= u < block.units})
+    if not fits:
+        raise UsageError(f"the units that the method keeps of {block.name} are none of its {block.units}.")
+
+
+def _checked_blocks(model: nn.Module, method: Method) -> list[Block]:
+    """The blocks of a model, once nothing stands against attaching a method; see `attach` for the errors."""
     check_eval(model)
     if HANDLE in model.__dict__:
         raise UsageError(
@@ -67,16 +114,13 @@ def attach(
     check_kinds(blocks, method.blocks)
     if method.when.every_batch and _attention(model) not in ("sdpa", "eager"):
         raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
-    statistics = statistics_for(
-        model, method, ratio, calibration, batch_size=batch_size, cache=cache, progress=progress
-    )
-    scores = plan.all_scores(model, method, blocks, statistics)
-    keep = plan.widths(method, ratio, blocks, scores, statistics)
-    cuts = plan.first_cuts(method, blocks, scores, keep)
-    plan.check_consumers(method, blocks, cuts, statistics)
+    return blocks
+
+
+def _handle(model: nn.Module, kept: Attachment, blocks: Sequence[Block]) -> Handle:
     kind = OffloadedHandle if is_offloaded(model) else Handle
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
-        return kind(model, method, ratio, blocks, cuts, statistics)
+        return kind(model, kept.method, kept.ratio, blocks, kept.cuts, kept.statistics, kept.text)
 
 
 def detach(model: nn.Module) -> None:
@@ -84,6 +128,12 @@ def detach(model: nn.Module) -> None:
     handle = unwrapped(model).__dict__.get(HANDLE)
     if handle is not None:
         handle.detach()
+
+
+def attached_to(model: nn.Module) -> Handle | None:
+    """The handle of the method that is attached to a model; None for a model without one."""
+    handle: Handle | None = unwrapped(model).__dict__.get(HANDLE)
+    return handle
 
 
 def _attention(model: nn.Module) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +26,7 @@ from probeprune.model.narrow_linear import refuse_to_copy
 from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
 from probeprune.plan import Kept
 from probeprune.runtime import ownership
+from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.block import BlockRuntime
 from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of, mark
 from probeprune.runtime.current_pass import CurrentPass
@@ -43,6 +44,7 @@ class Handle:
 
     Attributes:
         model, method, ratio: as given to `attach`.
+        kept: what attaching it again takes; None once it is detached.
         blocks: all blocks of the model.
         widths: number of units that each block keeps; the same at every batch.
         pruned: the blocks that lose units, under their cut.
@@ -58,8 +60,10 @@ class Handle:
         blocks: Sequence[Block],
         cuts: Sequence[Cut],
         statistics: Statistics,
+        text: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.method, self.ratio = model, method, ratio
+        self.kept: Attachment | None = Attachment(method, ratio, cuts, statistics, text or {})
         self.blocks, self.widths = blocks, [cut.width for cut in cuts]
         self.current = CurrentPass(layer_types=getattr(text_config(model.config), "layer_types", None) or ())
         self._lock = threading.RLock()
@@ -155,7 +159,7 @@ class Handle:
             self._undo = []
             for pruned in self.pruned:
                 pruned.partition.restore()
-            self.pruned, self.runtimes = [], []
+            self.pruned, self.runtimes, self.kept = [], [], None
             ownership.release(self)
             if self.model.__dict__.get(HANDLE) is self:
                 del self.model.__dict__[HANDLE]
@@ -194,7 +198,8 @@ class Handle:
             try:
                 self._enter(started)
                 output = forward()
-                self._check_finite()
+                if self.current.stage in ("choose", "refresh"):  # other passes keep what was checked then
+                    self._check_finite()
                 self._check_passed()
             except BaseException:
                 self._choice = None  # blocks and cache may be half way between two choices

@@ -208,9 +208,14 @@ ALLOCATIONS: dict[str, Allocation] = {
 """Allocations by name."""
 
 
+def chosen_by_group(block: Block) -> bool:
+    """Whether every group of a block keeps as many units as the others, whatever their scores."""
+    return block.unit_kind == "balanced" and block.kind == "attention"
+
+
 def choose_units(scores: torch.Tensor, keep: int, block: Block) -> torch.Tensor:
     """Ids of the `keep` most important units, ascending: LongTensor (keep,). Ties go to the lower id."""
-    if block.unit_kind == "balanced" and block.kind == "attention":
+    if chosen_by_group(block):
         groups = scores.view(block.kv_heads, block.group_size)
         best = groups.argsort(dim=1, descending=True, stable=True)[:, : keep // block.kv_heads]
         first = torch.arange(block.kv_heads, device=scores.device)[:, None] * block.group_size
