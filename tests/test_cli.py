@@ -41,7 +41,7 @@ def test_all_commands_are_there():
             "generate",
             "bench",
         ),
-        *("methods", "models", "engines", "quantised"),
+        *("methods", "models", "engines", "quantised", "eval", "push"),
     }
 
 

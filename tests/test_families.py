@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import test_older_families
 import tiny
+import tiny_experts
 import tiny_families
 import torch
 from test_cost import LENGTH, decoder_flops, outside_blocks
@@ -68,6 +69,7 @@ def test_every_family_has_a_tiny_model():
     built = (*tiny.FAMILIES.values(), *test_older_families.FAMILIES.values())
     types = {build().config.model_type for build in built}
     types |= {name.split()[0] for name in (*tiny_families.ROWS, *tiny_families.HYBRIDS)}
+    types |= set(tiny_experts.CONFIGS)
     assert types == {t for f in FAMILIES for t in f.model_types}
 
 
@@ -293,7 +295,8 @@ def test_the_pages_list_every_family():
     root = Path(__file__).parent.parent
     rows = all_support()
     page = (root / "docs" / "models.md").read_text(encoding="utf-8")
-    table = [line for line in page.splitlines() if line.startswith("| ") and "---" not in line]
+    own = page.partition("\n## ")[0] + page.partition("\n## Multimodal models")[2]
+    table = [line for line in own.splitlines() if line.startswith("| ") and "---" not in line]
     wanted = [
         f"| {' | '.join(row)} |"
         for part in (False, True)

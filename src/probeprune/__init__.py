@@ -4,6 +4,7 @@ from probeprune.data.windows import WindowSource
 from probeprune.engines.gguf_write import export_gguf
 from probeprune.errors import UsageError
 from probeprune.jobs.attached import load_model, save
+from probeprune.jobs.share import push
 from probeprune.methods import METHODS, Method, compose, with_equal_heads, with_equal_widths
 from probeprune.model.blocks import find_blocks
 from probeprune.prepare import Prepared, load_prepared, prepare
@@ -47,6 +48,7 @@ __all__ = [
     "load_prepared",
     "prepare",
     "prune",
+    "push",
     "save",
     "with_equal_heads",
     "with_equal_widths",

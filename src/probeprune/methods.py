@@ -12,10 +12,12 @@ from probeprune.errors import BadValue, UsageError, unknown
 from probeprune.files import check_file_name
 from probeprune.model.blocks import UnitKind
 from probeprune.model.described import Layout
+from probeprune.model.experts import EXPERT_UNITS, ExpertUnit
 from probeprune.ranges import check_fields
 from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import COMPENSATIONS, Compensation, Refit
 from probeprune.strategies.criteria import CRITERIA, Gradients
+from probeprune.strategies.expert_importance import CHANNEL_IMPORTANCES, EXPERT_IMPORTANCES
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe import Probe
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
@@ -54,12 +56,16 @@ class Method:
     """When units are cut, and whether the model is trained."""
     gradients: Gradients | None = None
     """Settings of the gradients for an importance that reads them; None for its published ones."""
-    blocks: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
-    """Which blocks are pruned."""
+    blocks: tuple[Literal["attention", "mlp", "experts"], ...] = ("attention", "mlp", "experts")
+    """Which blocks are pruned; `experts` are those of a mixture of experts, without its shared ones."""
+    experts: ExpertUnit = "channel"
+    """The unit of experts: a `channel` of each, by this method's importance, or a whole `expert`."""
+    expert_importance: str = "reap"
+    """A key of `EXPERT_IMPORTANCES`, for whole experts."""
     skip_layers: int = 3
     """First layers that stay dense (Probe Pruning, section 5)."""
     round_to: int = 1
-    """MLP widths are multiples of this (64 in the research code, for speed)."""
+    """Widths of MLPs and experts are multiples of this (64 in the research code, for speed)."""
     budget: Budget = "parameters"
     """The quantity, summed over all blocks, that the ratio is a share of: parameters, FLOPs on a calibration
     window, or the `time` of a forward pass, measured on the machine that calibrates. Only allocations by
@@ -79,6 +85,8 @@ class Method:
             ("allocation", self.allocation, ALLOCATIONS),
             ("budget", self.budget, get_args(Budget)),
             ("unit_kind", self.unit_kind, get_args(UnitKind)),
+            ("experts", self.experts, EXPERT_UNITS),
+            ("expert_importance", self.expert_importance, EXPERT_IMPORTANCES),
         ):
             if name not in table:
                 raise BadValue(what, unknown(what.replace("_", " "), name, table))
@@ -105,11 +113,32 @@ class Method:
         """Settings of the gradients that its importance reads. Raises `KeyError` where it reads none."""
         return self.gradients or CRITERIA[str(IMPORTANCES[self.importance].criterion)].gradients
 
+    @property
+    def experts_stay(self) -> str | None:
+        """Why experts stay whole, to follow "because"; None where they lose units."""
+        return next((why.format(self) for stay, why in _EXPERTS_STAY if stay(self)), None)
+
     def record(self) -> dict[str, Any]:
         """All settings as JSON values, as written to result lines and checkpoints."""
         record: dict[str, Any] = records.to_json(self)
         return record
 
+
+_EXPERTS_STAY: tuple[tuple[Callable[[Method], bool], str], ...] = (
+    (lambda m: m.when.every_batch, "no batch chooses units of experts"),
+    (lambda m: isinstance(m.when, DuringTraining), "pruning during training leaves experts alone"),
+    (lambda m: m.refit is not None, "a refit makes up for the units of linear maps alone"),
+    (
+        lambda m: bool(ALLOCATIONS[m.allocation].needs),
+        "the damage of cutting experts is not measured (allocation {0.allocation})",
+    ),
+    (
+        lambda m: m.experts == "channel" and m.importance not in CHANNEL_IMPORTANCES,
+        "importance {0.importance} is not defined for their channels, only for whole experts "
+        "(experts='expert')",
+    ),
+)
+"""When experts stay whole though a method prunes them: a test for it, and why, formatted with the method."""
 
 _RULES: tuple[tuple[Callable[[Method], bool], str], ...] = (
     (

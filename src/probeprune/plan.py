@@ -16,14 +16,18 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.errors import Notice, UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block
+from probeprune.model.experts import Stack, find_parts
 from probeprune.model.layers import opened
+from probeprune.model.stack_cut import StackCut
 from probeprune.processes import shares
 from probeprune.ranges import plain
 from probeprune.strategies import Part, allocation
 from probeprune.strategies.allocation import ALLOCATIONS, Request
+from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES, by_rank, channel_scores
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.strategies.pruned_block import BatchScorer, Cut, PrunedBlock
 from probeprune.strategies.schedule import DuringTraining
+from probeprune.strategies.widths import Damage, Prunable
 
 Scores = torch.Tensor
 """Importance of a block's units (units,), float32; larger is more important."""
@@ -34,15 +38,60 @@ class Kept:
     """The units that one block keeps."""
 
     name: str
-    kind: Literal["attention", "mlp", "mixer"]
+    kind: Literal["attention", "mlp", "mixer", "experts"]
     units: tuple[int, ...]
-    """Their ids in the model as given, ascending."""
+    """Their ids in the model as given, ascending; of channels of experts their places, since each expert
+    keeps channels of its own (`by_expert`)."""
     of: int
     """Number of units of the whole block."""
+    by_expert: tuple[tuple[int, ...], ...] = ()
+    """For experts that lost channels, the ids of those that each keeps."""
+
+
+def kept_of(block: Prunable, units: torch.Tensor, of: int) -> Kept:
+    """What a block keeps: ids (kept,), or (experts, kept) of channels of experts; `of` units in all."""
+    if units.ndim == 1:
+        return Kept(block.name, block.kind, tuple(units.tolist()), of)
+    own = tuple(map(tuple, units.tolist())) if units.shape[1] < of else ()
+    return Kept(block.name, block.kind, tuple(range(units.shape[1])), of, own)
+
+
+def parts_of(model: nn.Module, method: Method) -> list[Prunable]:
+    """All that a ratio of a method counts in a model: its blocks and its stacks of experts, in order."""
+    return find_parts(model, method.unit_kind, method.experts, method.experts_stay)
+
+
+def loses_experts(method: Method, blocks: Sequence[Prunable]) -> bool:
+    """Whether a method takes units from stacks of experts, and there are some."""
+    if method.experts_stay is not None or not method.when.prunes or "experts" not in method.blocks:
+        return False
+    return any(b.kind == "experts" for b in blocks)
+
+
+def expert_needs(method: Method) -> frozenset[Part]:
+    """The parts of `Statistics` that a method needs of a mixture of experts alone."""
+    if method.experts_stay is not None or not method.when.prunes or "experts" not in method.blocks:
+        return frozenset()
+    if method.experts == "channel":
+        reads = "moments" in IMPORTANCES[method.importance].needs
+    else:
+        reads = EXPERT_IMPORTANCES[method.expert_importance].routed
+    return frozenset({"routed"}) if reads else frozenset()
+
+
+def needs_for(method: Method, blocks: Sequence[Prunable]) -> frozenset[Part]:
+    """The parts of `Statistics` that a method needs for these blocks."""
+    return needs(method) | (expert_needs(method) if loses_experts(method, blocks) else frozenset())
+
+
+def may_need(method: Method) -> frozenset[Part]:
+    """The parts of `Statistics` that a method needs of some models."""
+    return needs(method) | expert_needs(method)
 
 
 def needs(method: Method) -> frozenset[Part]:
-    """The parts of `Statistics` that a method needs: the union of the needs of its strategies."""
+    """The parts of `Statistics` that a method needs: the union of the needs of its strategies. Those for
+    experts are in `needs_for`."""
     importance, rule = IMPORTANCES[method.importance], ALLOCATIONS[method.allocation]
     if not method.when.prunes:
         return frozenset()
@@ -53,6 +102,40 @@ def needs(method: Method) -> frozenset[Part]:
     if not method.when.chooses or rule.needs_scores:
         parts |= importance.needs
     return parts
+
+
+def expert_scores(method: Method, stack: Stack, statistics: Statistics) -> Scores | None:
+    """Scores of a stack's units: of experts (experts,), or of channels (experts, channels); None where no
+    unit goes.
+
+    A `Notice` names the experts that no token of the calibration text reached. Raises `FloatingPointError`
+    for scores that are not finite.
+    """
+    if not loses_experts(method, [stack]):
+        return None
+    moments = statistics.routed.get(stack.name)
+    if "routed" in needs_for(method, [stack]):
+        if moments is None:
+            return None
+        moments = moments.to(stack.device)
+        unseen = (moments.count == 0).nonzero().flatten().tolist()
+        if unseen:
+            more = f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""
+            warnings.warn(
+                Notice(
+                    "no token of the calibration text was routed to experts "
+                    f"{', '.join(map(str, unseen[:8]))}{more} of {stack.name}, which score lowest; give more "
+                    "windows, or other text."
+                ),
+                stacklevel=2,
+            )
+    if stack.unit == "expert":
+        scores = EXPERT_IMPORTANCES[method.expert_importance].score(stack, moments, method.seed)
+    else:
+        scores = channel_scores(stack, method.importance, moments, method.seed)
+    if not scores.is_meta and not torch.isfinite(scores).all():
+        raise overflow(stack)
+    return scores
 
 
 def static_scores(method: Method, block: Block, statistics: Statistics) -> Scores | None:
@@ -92,7 +175,7 @@ def static_scores(method: Method, block: Block, statistics: Statistics) -> Score
 
 
 def all_scores(
-    model: nn.Module, method: Method, blocks: Sequence[Block], statistics: Statistics
+    model: nn.Module, method: Method, blocks: Sequence[Prunable], statistics: Statistics
 ) -> list[Scores | None]:
     """The static scores of all blocks of a model; layers that are offloaded are opened one by one.
 
@@ -102,7 +185,11 @@ def all_scores(
     with shares.alike():
         for layer, here in groupby(blocks, lambda block: block.layer):
             with opened(model, layer):
-                scores += [static_scores(method, block, statistics) for block in here]
+                for block in here:
+                    if isinstance(block, Stack):
+                        scores.append(expert_scores(method, block, statistics))
+                    else:
+                        scores.append(static_scores(method, block, statistics))
     # Without numbers, where only shapes are tried, there is nothing to agree on.
     known = {str(i): s for i, s in enumerate(scores) if s is not None and not s.is_meta}
     same = shares.agreed_tensors(known) if known else {}
@@ -112,7 +199,7 @@ def all_scores(
 def widths(
     method: Method,
     ratio: float,
-    blocks: Sequence[Block],
+    blocks: Sequence[Prunable],
     scores: Sequence[Scores | None],
     statistics: Statistics,
 ) -> list[int]:
@@ -125,6 +212,10 @@ def widths(
     if not method.when.prunes or not ratio:
         return [b.units for b in blocks]
     rule = ALLOCATIONS[method.allocation]
+    if method.budget != "parameters" and any(b.kind == "experts" for b in blocks):
+        raise UsageError(
+            f"a budget of {method.budget} is not counted for mixtures of experts; use a budget of parameters."
+        )
     kept = rule.widths(
         Request(
             blocks,
@@ -132,50 +223,83 @@ def widths(
             skip_layers=method.skip_layers,
             round_to=method.round_to,
             kinds=method.blocks,
-            scores=[s for s in scores if s is not None] if rule.needs_scores else (),
-            damages=[statistics.damages[b.name] for b in blocks] if "damages" in rule.needs else (),
+            scores=_comparable(blocks, scores) if rule.needs_scores else (),
+            damages=[_damage(statistics, b) for b in blocks] if "damages" in rule.needs else (),
         )
     )
-    whole = next((b.whole for b in blocks if b.whole is not None and b.kind in method.blocks), None)
-    if whole is not None:
-        sentence = f"no head of this model can go, because it {whole}; MLPs lose all that the ratio asks for."
-        warnings.warn(Notice(sentence), stacklevel=2)
+    stays = {b.kind: b.whole for b in blocks if b.whole is not None and b.kind in method.blocks}
+    if "attention" in stays:
+        others = "MLPs" if all(b.kind != "experts" for b in blocks) else "the other blocks"
+        sentence = f"no head of this model can go, because it {stays['attention']}"
+        warnings.warn(Notice(f"{sentence}; {others} lose all that the ratio asks for."), stacklevel=2)
+    if "experts" in stays:
+        sentence = f"experts stay whole, because {stays['experts']}, and count as whole in the ratio"
+        warnings.warn(Notice(f"{sentence}; the other blocks lose all that it asks for."), stacklevel=2)
     return kept
+
+
+def _comparable(blocks: Sequence[Prunable], scores: Sequence[Scores | None]) -> list[Scores]:
+    """One score for each width of every block; zeros for experts that stay whole."""
+    if all(s is None for s in scores):
+        return []
+    device = next(s.device for s in scores if s is not None)
+    found: list[Scores] = []
+    for block, own in zip(blocks, scores, strict=True):
+        if own is not None:
+            found.append(by_rank(own) if own.ndim == 2 else own)
+        elif isinstance(block, Stack):
+            found.append(torch.zeros(block.units, dtype=torch.float32, device=device))
+    return found
+
+
+def _damage(statistics: Statistics, block: Prunable) -> Damage:
+    """The damage of cutting a block; stacks of experts, which stay whole, count in the budget alone."""
+    if isinstance(block, Stack):
+        curve = torch.zeros(block.units + 1, dtype=torch.float64, device="cpu")
+        return Damage(curve, block.unit_parameters, block.parameters)
+    return statistics.damages[block.name]
 
 
 def first_cuts(
     method: Method,
-    blocks: Sequence[Block],
+    blocks: Sequence[Prunable],
     scores: Sequence[Scores | None],
     keep: Sequence[int],
 ) -> list[Cut]:
     """The first cut of every block, given the widths in `keep`, including blocks that keep all units."""
 
-    def cut(block: Block, width: int, scores: Scores | None) -> Cut:
+    def cut(block: Prunable, width: int, scores: Scores | None) -> Cut:
         if scores is None:
             return Cut(width)
-        # On a weightless model (shapes only) any units will do.
-        units = (
-            torch.arange(width, device="cpu")
-            if scores.is_meta
-            else allocation.choose_units(scores, width, block)
-        )
-        return Cut(width, units)
+        if scores.is_meta:  # on a weightless model (shapes only) any units will do
+            units = torch.arange(width, device="cpu")
+            return Cut(width, units if scores.ndim == 1 else units.expand(len(scores), -1))
+        return Cut(width, allocation.choose_units(scores, width, block))
 
     return [cut(b, k, s) for b, k, s in zip(blocks, keep, scores, strict=True)]
 
 
+def stack_cuts(blocks: Sequence[Prunable], cuts: Sequence[Cut]) -> list[tuple[StackCut, torch.Tensor]]:
+    """The stacks of experts that lose units, and the ids of those they keep."""
+    found = []
+    for block, cut in zip(blocks, cuts, strict=True):
+        if isinstance(block, Stack) and cut.width < block.units:
+            assert cut.units is not None
+            found.append((StackCut(block), cut.units))
+    return found
+
+
 def pruned_blocks(
-    method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], statistics: Statistics
+    method: Method, blocks: Sequence[Prunable], cuts: Sequence[Cut], statistics: Statistics
 ) -> list[PrunedBlock]:
-    """The blocks that lose units, ready for their first cut.
+    """The blocks that lose units, ready for their first cut; stacks of experts are in `stack_cuts`.
 
     Raises `UsageError` where a refitted consumer is missing or was made for other units.
     """
     pruned: list[PrunedBlock] = []
     try:
         for block, cut in zip(blocks, cuts, strict=True):
-            if cut.width >= block.units:
+            if cut.width >= block.units or isinstance(block, Stack):
                 continue
             consumer, units = None, cut.units
             if "consumers" in method.compensation.needs:
@@ -194,13 +318,13 @@ def pruned_blocks(
 
 
 def check_consumers(
-    method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], statistics: Statistics
+    method: Method, blocks: Sequence[Prunable], cuts: Sequence[Cut], statistics: Statistics
 ) -> None:
     """Raise `UsageError` where a refitted consumer that the cuts need is missing, or was made for other
     units."""
     if "consumers" in method.compensation.needs:
         for block, cut in zip(blocks, cuts, strict=True):
-            if cut.width < block.units:
+            if cut.width < block.units and isinstance(block, Block):
                 statistics.check_consumer(block, cut.width, cut.units)
 
 
@@ -211,7 +335,7 @@ def _batch_scorer(method: Method, block: Block) -> BatchScorer | None:
     return BatchScorer(block, score, method.seed)
 
 
-def overflow(block: Block) -> FloatingPointError:
+def overflow(block: Prunable) -> FloatingPointError:
     """The error for scores of a block's units, or a refitted weight, that are not finite."""
     return FloatingPointError(
         f"the importance or the refit of {block.name} is NaN or infinite; the model's activations overflowed."

@@ -19,6 +19,7 @@ from probeprune.calibration.collecting import calibrate
 from probeprune.calibration.damage import damages, unit_flops, unit_nanoseconds
 from probeprune.calibration.gradients import saliences
 from probeprune.calibration.refit import RefitRequest, refit
+from probeprune.calibration.routed import routed_moments
 from probeprune.calibration.sensitivity import sensitivities
 from probeprune.calibration.statistics import Statistics
 from probeprune.calibration.stored import TENSORS
@@ -93,11 +94,13 @@ def gather(
     Raises `UsageError` or `FloatingPointError` for pieces that are missing, not finite, or made
     for another model.
     """
-    blocks = find_blocks(model, method.unit_kind)
-    parts = plan.needs(method)
+    blocks = plan.parts_of(model, method)
+    parts = plan.needs_for(method, blocks)
     pieces: dict[Part, dict[str, Any]] = {}
     if "moments" in parts:
         pieces["moments"] = get(Piece("moments", {"own_positions": _own_positions(method)}, method))
+    if "routed" in parts:
+        pieces["routed"] = get(Piece("routed", {}, method))
     if "saliences" in parts:
         pieces["saliences"] = get(Piece("saliences", _salience_settings(method), method))
     if "damages" in parts:
@@ -187,6 +190,7 @@ class Preparation:
         self._last_sensitivities: tuple[tuple[int, int], dict[str, torch.Tensor]] | None = None
         self._make: dict[Part, Callable[[Piece], dict[str, Any]]] = {
             "moments": self._moments,
+            "routed": self._routed,
             "saliences": self._saliences,
             "damages": self._damages,
             "consumers": self._consumers,
@@ -222,6 +226,17 @@ class Preparation:
                 self.windows,
                 batch_size=self.batch_size,
                 own_positions=piece.settings["own_positions"],
+                cache=self.cache,
+                progress=self.progress,
+            )
+        )
+
+    def _routed(self, piece: Piece) -> dict[str, Any]:
+        return dict(
+            routed_moments(
+                self.model,
+                self.windows,
+                batch_size=self.batch_size,
                 cache=self.cache,
                 progress=self.progress,
             )
@@ -328,7 +343,7 @@ class Preparation:
             path = self.cache / f"{key}.safetensors"
 
         def fit(kept: Unfinished) -> dict[str, Consumer]:
-            blocks = find_blocks(self.model, method.unit_kind)
+            blocks = plan.parts_of(self.model, method)
             metrics: dict[str, torch.Tensor] = {}
             if how.sensitivity and method.ordered_by_refit:
                 metrics = self._sensitivities(min(how.sensitivity, len(windows)), method.seed)

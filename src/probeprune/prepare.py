@@ -51,7 +51,7 @@ class Prepared:
         Raises `UsageError`, naming the difference, for another model, or for a method or ratio that was not
         prepared.
         """
-        if plan.needs(method) and model_fingerprint(model) != self.model:
+        if plan.may_need(method) and model_fingerprint(model) != self.model:
             raise UsageError(
                 "this calibration was prepared for another model, or the model's weights have changed since; "
                 "prepare it again for this one."
@@ -231,7 +231,7 @@ def statistics_for(
             raise UsageError("this preparation is of another model; make one for this model.")
         return calibration.statistics(method, ratio, widths)
     if calibration is None:
-        if plan.needs(method):
+        if plan.needs(method) or plan.needs_for(method, plan.parts_of(model, method)):
             raise plan.unprepared(method)
         return Statistics()
     preparation = Preparation(model, calibration, batch_size=batch_size, cache=cache, progress=progress)

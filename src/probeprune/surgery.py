@@ -19,14 +19,16 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import METHODS, Method, check_untrained, get_method
-from probeprune.model.blocks import Block, UnitKind, check_kinds, find_blocks, find_layers
+from probeprune.model.blocks import Block, UnitKind, find_layers
 from probeprune.model.described import check_described, describe
+from probeprune.model.experts import ExpertUnit, Stack, check_kinds, find_parts
 from probeprune.model.layers import opened
 from probeprune.model.offloading import changes_of, check_changes
 from probeprune.model.partition import Partition, check_can_cut
 from probeprune.model.passes import check_eval
+from probeprune.model.stack_cut import StackCut
 from probeprune.model.wrappers import unwrapped
-from probeprune.plan import Kept
+from probeprune.plan import Kept, kept_of, parts_of
 from probeprune.preparation import Preparation
 from probeprune.prepare import Calibration, Prepared, statistics_for
 from probeprune.progress import Progress, silent
@@ -35,6 +37,7 @@ from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import Consumer
 from probeprune.strategies.pruned_block import Cut
 from probeprune.strategies.schedule import Once
+from probeprune.strategies.widths import Prunable, check_alive
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,14 @@ class Pruning:
             "removed_share": self.removed_share,
             "parameters": list(self.parameters),
             "steps": self.steps,
-            "kept": {k.name: {"units": list(k.units), "of": k.of} for k in self.kept},
+            "kept": {
+                k.name: {
+                    "units": list(k.units),
+                    "of": k.of,
+                    **({"by_expert": [list(own) for own in k.by_expert]} if k.by_expert else {}),
+                }
+                for k in self.kept
+            },
             "refits": self.refits,
         }
 
@@ -112,7 +122,7 @@ def prune(
     planned = _planned_widths(method, ratio, steps, blocks)
     if planned:
         _check_scratch(model, blocks, planned[-1])
-    ids = [torch.arange(b.units, device="cpu") for b in blocks]
+    ids = [_all_units(b) for b in blocks]
     consumers: dict[str, Consumer] = {}
     for step in range(steps):
         keep = planned[step] if planned else None
@@ -133,18 +143,15 @@ def prune(
             _check_removes(keep, blocks, whole, ratio)
         cuts = plan.first_cuts(method, blocks, scores, keep)
         units, consumers = _cut_all(model, method, blocks, cuts, statistics)
-        ids = [i[units[b.name]] if b.name in units else i for i, b in zip(ids, blocks, strict=True)]
-        blocks = find_blocks(model, method.unit_kind)
+        ids = [_of_these(i, units.get(b.name)) for i, b in zip(ids, blocks, strict=True)]
+        blocks = parts_of(model, method)
     describe(model)
     return Pruning(
         method=method,
         ratio=ratio,
         removed_share=1 - _total(blocks) / total,
         parameters=(before, _parameters(model)),
-        kept=tuple(
-            Kept(b.name, b.kind, tuple(i.tolist()), w.units)
-            for b, i, w in zip(blocks, ids, whole, strict=True)
-        ),
+        kept=tuple(kept_of(b, i, w.units) for b, i, w in zip(blocks, ids, whole, strict=True)),
         steps=steps,
         refits={name: consumer.record() for name, consumer in consumers.items()},
     )
@@ -152,33 +159,47 @@ def prune(
 
 def _checked_blocks(
     model: nn.Module, method: Method, steps: int, calibration: Calibration | None
-) -> list[Block]:
+) -> list[Prunable]:
     """The blocks of a model, once nothing stands against pruning them; see `prune` for the errors."""
     check_static(method)
     check_eval(model)
     check_steps(method, steps)
     if steps > 1 and isinstance(calibration, Prepared | Preparation):
         raise UsageError("more than one step needs calibration text: each step calibrates the model anew.")
-    blocks = find_blocks(model, method.unit_kind)
+    blocks = parts_of(model, method)
     check_kinds(blocks, method.blocks)
     for block in blocks:
-        check_can_cut(block)
+        if isinstance(block, Block):
+            check_can_cut(block)
     check_described(model)
     return blocks
 
 
-def _share(ratio: float, progress: float, total: int, blocks: Sequence[Block]) -> float:
+def _all_units(block: Prunable) -> torch.Tensor:
+    """The ids of all units of a block; of channels of experts, those of each: (experts, channels)."""
+    units = torch.arange(block.units, device="cpu")
+    return units.expand(block.experts, -1) if isinstance(block, Stack) and block.fine else units
+
+
+def _of_these(ids: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """The ids of the kept ones, which are given by their places among `ids`; all for None."""
+    if kept is None:
+        return ids
+    return ids[kept] if ids.ndim == 1 else ids.gather(1, kept)
+
+
+def _share(ratio: float, progress: float, total: int, blocks: Sequence[Prunable]) -> float:
     """The share of the blocks' parameters to remove, so that `progress * ratio` of `total` is gone."""
     return max(1 - total * (1 - ratio * progress) / _total(blocks), 0.0)
 
 
-def _total(blocks: Sequence[Block]) -> int:
+def _total(blocks: Sequence[Prunable]) -> int:
     """Parameters of the blocks as they are now."""
     return sum(b.parameters for b in blocks)
 
 
 def _planned_widths(
-    method: Method, ratio: float, steps: int, blocks: Sequence[Block]
+    method: Method, ratio: float, steps: int, blocks: Sequence[Prunable]
 ) -> list[list[int]] | None:
     """Widths after each step, where they follow from the ratio alone; else None.
 
@@ -195,7 +216,7 @@ def _planned_widths(
 
 
 def _cut_all(
-    model: nn.Module, method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], statistics: Statistics
+    model: nn.Module, method: Method, blocks: Sequence[Prunable], cuts: Sequence[Cut], statistics: Statistics
 ) -> tuple[dict[str, torch.Tensor], dict[str, Consumer]]:
     """Make the cuts permanent, layer by layer. Returns the ids of the kept units and the refitted consumers,
     by block name."""
@@ -217,10 +238,14 @@ def _cut_all(
                 p.partition.cut()
                 if p.consumer is not None:
                     consumers[p.block.name] = p.consumer
+            for stack_cut, kept in plan.stack_cuts(own_blocks, own_cuts):
+                units[stack_cut.stack.name] = kept.cpu()
+                stack_cut.keep(kept)
+                stack_cut.forget()
     return units, consumers
 
 
-def _check_scratch(model: nn.Module, blocks: Sequence[Block], keep: Sequence[int]) -> None:
+def _check_scratch(model: nn.Module, blocks: Sequence[Prunable], keep: Sequence[int]) -> None:
     """Raise `UsageError` unless the disk takes the layers that a cut to these widths changes."""
     lost = [(b.units - k) * b.unit_parameters for b, k in zip(blocks, keep, strict=True)]
     size = 0
@@ -231,19 +256,33 @@ def _check_scratch(model: nn.Module, blocks: Sequence[Block], keep: Sequence[int
     check_changes(model, size)
 
 
-def cut(model: nn.Module, units: Mapping[str, torch.Tensor], unit_kind: UnitKind = "group") -> None:
+def cut(
+    model: nn.Module,
+    units: Mapping[str, torch.Tensor],
+    unit_kind: UnitKind = "group",
+    experts: ExpertUnit = "channel",
+) -> None:
     """Cut the named blocks of `model` down to these units, for good.
 
     Args:
         model: a supported causal LM, nothing attached.
-        units: ids of the kept units by block name, LongTensor (k,), k >= 1; other blocks stay whole.
+        units: ids of the kept units by block name, LongTensor (k,), k >= 1, or (experts, k) for the channels
+            of each expert; other blocks stay whole.
         unit_kind: the kind of attention units.
+        experts: the kind of units of experts.
     """
     changes = changes_of(model)
-    smaller = [b for b in find_blocks(model, unit_kind) if len(units.get(b.name, range(b.units))) < b.units]
+    blocks = find_parts(model, unit_kind, experts)
+    smaller = [b for b in blocks if b.name in units and units[b.name].shape[-1] < b.units]
     for layer, here in groupby(smaller, lambda block: block.layer):
         with opened(model, layer, changes):
             for block in here:
+                if isinstance(block, Stack):
+                    check_alive(block, units[block.name].shape[-1])
+                    stack_cut = StackCut(block)
+                    stack_cut.keep(units[block.name])
+                    stack_cut.forget()
+                    continue
                 partition = Partition(block)
                 partition.keep(units[block.name].to(block.consumer.weight.device))
                 partition.cut()
@@ -268,7 +307,7 @@ def check_steps(method: Method, steps: int) -> None:
 
 
 def _check_removes(
-    keep: Sequence[int], blocks: Sequence[Block], whole: Sequence[Block], ratio: float
+    keep: Sequence[int], blocks: Sequence[Prunable], whole: Sequence[Prunable], ratio: float
 ) -> None:
     if all(k >= b.units for k, b in zip(keep, whole, strict=True)):
         smallest = min(b.unit_parameters for b in blocks) / sum(b.parameters for b in blocks)

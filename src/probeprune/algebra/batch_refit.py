@@ -47,7 +47,7 @@ def refit_to_batch(
         sample: m tokens.
         weight: `W` (d, k), the best for the calibration text.
         bias: (d,), or None.
-        inverse: `M^-1` (k, k), float32 (`least_squares.inverse_moment`).
+        inverse: `M^-1` (k, k), float32 (`least_squares.Equations.inverse`).
         mean: mean of `z` (k,), float32, if a bias is fitted too; moments are then centred. None: no bias.
 
     Returns:

@@ -209,7 +209,8 @@ class _Leaving:
         if self.width == 1:
             costs = (outer / inner).flatten()
         else:
-            costs = torch.linalg.solve(inner, outer).diagonal(dim1=1, dim2=2).sum(1)
+            # Not linalg.solve: MKL's LU of a batch, in several threads, was seen to return no pivots.
+            costs = torch.cholesky_solve(outer, factorised(inner)).diagonal(dim1=1, dim2=2).sum(1)
         by_id = self.at[: self.alive].argsort()
         places = by_id[costs[by_id].argsort(stable=True)[:count]]
         return places, costs[places].double()

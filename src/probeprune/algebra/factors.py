@@ -4,12 +4,12 @@ import torch
 
 
 def factorised(moment: torch.Tensor) -> torch.Tensor:
-    """The lower Cholesky factor of a second moment (n, n).
+    """The lower Cholesky factor of a second moment (n, n), or of several (..., n, n).
 
     Raises `FloatingPointError` for one that is not finite or not positive definite.
     """
     factor, failed = torch.linalg.cholesky_ex(moment)
-    if failed or not torch.isfinite(factor).all():
+    if failed.any() or not torch.isfinite(factor).all():
         raise FloatingPointError("the second moment of its inputs cannot be factorised")
     return factor
 

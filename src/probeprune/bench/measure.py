@@ -90,7 +90,8 @@ def measure_point(
                 if done:
                     _round(target, batch, point.length, run)
                 else:
-                    _first_round(target, handle.blocks, batch, point.length, run)
+                    linear = [b for b in handle.blocks if isinstance(b, Block)]
+                    _first_round(target, linear, batch, point.length, run)
                     run.weights = _weight_bytes(target, handle)
         progress(f"{point.batch_size} x {point.length}", done, rounds)
     phases: tuple[PhaseName, ...] = ("prefill", "decode") if new_tokens else ("prefill",)

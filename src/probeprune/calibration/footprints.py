@@ -45,6 +45,18 @@ def moments(rehearsal: Rehearsal, batch: Batch, windows: int, own_positions: int
     return Phase("moments", live.peak, states, kept=4 * rows * all_channels)
 
 
+def routed(rehearsal: Rehearsal, batch: Batch, windows: int) -> Phase:
+    """The part of the work that collects moments of experts (`routed.routed_moments`), at most: all tokens of
+    a batch go to one expert, whose activations are computed once more beside the layer's own."""
+    batch = Batch(min(batch.size, windows), batch.length)
+    widest = max(s.width for s in rehearsal.stacks)
+    again = batch.tokens * (2 * rehearsal.stacks[0].hidden_size + 3 * widest) * rehearsal.dtype.itemsize
+    again += 2 * 4 * batch.tokens * widest  # in float32, and its squares
+    states = states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
+    held = 4 * 2 * sum(s.experts * s.width for s in rehearsal.stacks)
+    return Phase("moments of experts", rehearsal.layer_pass(batch) + again, states, kept=held)
+
+
 # -- gradients -------------------------------------------------------------------------------------
 
 

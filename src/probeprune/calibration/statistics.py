@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 import torch
 
 from probeprune.algebra.moments import Moments
+from probeprune.algebra.routed_moments import RoutedMoments
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
+from probeprune.model.experts import Stack
 from probeprune.strategies import Part
 from probeprune.strategies.compensation import Consumer
-from probeprune.strategies.widths import Damage
+from probeprune.strategies.widths import Damage, Prunable
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Statistics:
 
     moments: Mapping[str, Moments] = field(default_factory=dict)
     """Moments of every block's coupled activation, by block name (`calibration/collecting.py`)."""
+    routed: Mapping[str, RoutedMoments] = field(default_factory=dict)
+    """Moments of the experts of every sparse layer, by the stack's name (`calibration/routed.py`)."""
     saliences: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Saliences of every row or column of the blocks' linear maps, by the name of the map
     (`calibration/gradients.py`)."""
@@ -28,11 +32,14 @@ class Statistics:
     """Consumers refitted to the units that one method keeps at one ratio, by block name
     (`calibration/refit.py`)."""
 
-    def check(self, parts: frozenset[Part], blocks: Sequence[Block]) -> None:
+    def check(self, parts: frozenset[Part], all_blocks: Sequence[Prunable]) -> None:
         """Raise `UsageError` unless these parts are present and fit the blocks; `FloatingPointError` for NaN.
 
         Consumers are checked one by one, against the units that each was made for (`check_consumer`).
         """
+        blocks = [b for b in all_blocks if isinstance(b, Block)]
+        if "routed" in parts:
+            self._check_routed([b for b in all_blocks if isinstance(b, Stack)])
         if "moments" in parts:
             self._check_moments(blocks)
         if "saliences" in parts:
@@ -50,6 +57,18 @@ class Statistics:
             if not all(bool(torch.isfinite(t).all()) for t in moments.state().values()):
                 raise FloatingPointError(
                     f"calibration gave NaN or infinite statistics in {block.name}; use float32 or bfloat16."
+                )
+
+    def _check_routed(self, stacks: Sequence[Stack]) -> None:
+        for stack in stacks:
+            routed = self.routed.get(stack.name)
+            if routed is None or routed.mean.shape != (stack.experts, stack.width):
+                raise UsageError(
+                    f"the statistics do not fit {stack.name}; they are of another model: calibrate this one."
+                )
+            if not all(bool(torch.isfinite(t).all()) for t in routed.state().values()):
+                raise FloatingPointError(
+                    f"calibration gave NaN or infinite statistics in {stack.name}; use float32 or bfloat16."
                 )
 
     def _check_saliences(self, blocks: Sequence[Block]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from probeprune.algebra.moments import Moments
+from probeprune.algebra.routed_moments import RoutedMoments
 from probeprune.files import load_tensors, save_tensors
 from probeprune.processes import shares
 from probeprune.strategies import Part
@@ -40,12 +41,16 @@ def _by_name(tensors: Tensors) -> dict[str, Tensors]:
     return sorted_
 
 
-def _pack_moments(moments: Mapping[str, Moments]) -> tuple[Tensors, Values]:
+def _pack_moments(moments: Mapping[str, Moments | RoutedMoments]) -> tuple[Tensors, Values]:
     return {f"{name}/{field}": t for name, m in moments.items() for field, t in m.state().items()}, {}
 
 
 def _unpack_moments(tensors: Tensors, values: Values) -> dict[str, Moments]:
     return {name: Moments.from_state(state) for name, state in _by_name(tensors).items()}
+
+
+def _unpack_routed(tensors: Tensors, values: Values) -> dict[str, RoutedMoments]:
+    return {name: RoutedMoments.from_state(state) for name, state in _by_name(tensors).items()}
 
 
 def _pack_damages(damages: Mapping[str, Damage]) -> tuple[Tensors, Values]:
@@ -76,6 +81,7 @@ TENSORS = Codec(lambda tensors: (dict(tensors), {}), lambda tensors, values: dic
 
 CODECS: Mapping[Part, Codec] = {
     "moments": Codec(_pack_moments, _unpack_moments),
+    "routed": Codec(_pack_moments, _unpack_routed),
     "saliences": TENSORS,
     "damages": Codec(_pack_damages, _unpack_damages),
     "consumers": Codec(_pack_consumers, _unpack_consumers),

@@ -17,11 +17,13 @@ import typer
 from probeprune import processes
 from probeprune.cli.bench import bench
 from probeprune.cli.compare import compare
+from probeprune.cli.evaluate import evaluate
 from probeprune.cli.export import export
 from probeprune.cli.generate import generate
 from probeprune.cli.lists import list_engines, list_methods, list_models
 from probeprune.cli.plan import plan
 from probeprune.cli.prune import prune
+from probeprune.cli.push import push
 from probeprune.cli.quantised import quantised
 from probeprune.cli.report import report
 from probeprune.cli.table import table
@@ -43,6 +45,8 @@ INTERRUPTED = "interrupted; all measurements are saved, and the same command con
 
 for _command in (compare, table, report, plan, prune, export, quantised, recover, loraprune, generate, bench):
     app.command()(_command)
+app.command("eval")(evaluate)
+app.command()(push)
 app.command("methods")(list_methods)
 app.command("models")(list_models)
 app.command("engines")(list_engines)

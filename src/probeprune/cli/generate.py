@@ -225,10 +225,10 @@ def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed
     from probeprune.data.corpora import load_corpus
     from probeprune.data.windows import WindowSource
     from probeprune.model.machine import cache_dir
-    from probeprune.plan import needs
+    from probeprune.plan import may_need
     from probeprune.prepare import prepare
 
-    if not needs(method):
+    if not may_need(method):
         return None
     source = WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
     with progress_bar() as show:

@@ -64,7 +64,7 @@ def list_models(as_json: Json = False) -> None:
     )
 
 
-COLUMNS = ("family", "model_type", "heads", "MLPs", "dynamic", "uniform", "nemotron-nas", "GGUF")
+COLUMNS = ("family", "model_type", "heads", "MLPs", "experts", "dynamic", "uniform", "nemotron-nas", "GGUF")
 """Columns of the table of families."""
 
 
@@ -72,7 +72,11 @@ def cells(row: Support) -> tuple[str, ...]:
     """The row of one family in the table, a text for each of `COLUMNS`."""
 
     def kinds(which: Collection[str]) -> str:
-        named = [word for kind, word in (("attention", "heads"), ("mlp", "MLPs")) if kind in which]
+        named = [
+            word
+            for kind, word in (("attention", "heads"), ("mlp", "MLPs"), ("experts", "experts"))
+            if kind in which
+        ]
         return " ".join(named) or "-"
 
     return (
@@ -80,6 +84,7 @@ def cells(row: Support) -> tuple[str, ...]:
         ", ".join(row.model_types) + (f" ({', '.join(row.text_types)})" if row.text_types else ""),
         (", ".join(row.heads) or "stay") + (" *" if row.heads_stay_if else ""),
         "yes" if row.mlp else "-",
+        ", ".join(row.experts) or "-",
         kinds(row.dynamic),
         kinds(row.uniform),
         "yes" if row.nemotron_nas else "-",

@@ -31,9 +31,11 @@ from probeprune.errors import UsageError
 from probeprune.experiment.cells import TrainingBudget
 from probeprune.methods import Method, compose, for_layout, get_method
 from probeprune.model.blocks import UnitKind
+from probeprune.model.experts import EXPERT_UNITS
 from probeprune.model.loading import EMBEDDED_MODEL
 from probeprune.ranges import RANGES
 from probeprune.runtime.attached_folder import Weights
+from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES
 
 if TYPE_CHECKING:
     from probeprune.jobs.prune import GgufFile, Output
@@ -61,8 +63,20 @@ class PruningOptions:
         str, typer.Option(help="Attention units under grouped-query attention: group or balanced.")
     ] = Method.unit_kind
     blocks: Annotated[
-        str, typer.Option(help="Kinds of blocks to prune, separated by commas: attention, mlp.")
+        str, typer.Option(help="Kinds of blocks to prune, separated by commas: attention, mlp, experts.")
     ] = ",".join(Method.blocks)
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="Unit of the experts of a mixture of experts: channel (the same number from every expert, "
+            "by the method's importance) or expert (whole ones, by --expert-importance). Experts stay where "
+            "--blocks leaves them out."
+        ),
+    ] = Method.experts
+    expert_importance: Annotated[
+        str,
+        typer.Option(help=f"Importance of whole experts: {', '.join(EXPERT_IMPORTANCES)}."),
+    ] = Method.expert_importance
     allocation: Annotated[
         str | None,
         typer.Option(
@@ -120,6 +134,7 @@ class PruningOptions:
         """The method with all changes. Raises `UsageError` for unknown names and impossible combinations."""
         layout = widths.checked_layout({"allocation": self.allocation, "budget": self.budget})
         one_of("unit kind", self.units, get_args(UnitKind))
+        one_of("unit of experts", self.experts, EXPERT_UNITS)
         method = get_method(self.method)
         if self.compensation is not None:
             method = with_compensation(method, self.compensation)
@@ -127,6 +142,8 @@ class PruningOptions:
             "unit_kind": self.units,
             "round_to": widths.rounding(),
             "blocks": tuple(names(self.blocks, "blocks")),
+            "experts": self.experts,
+            "expert_importance": self.expert_importance,
             "seed": seed,
         }
         if layout == "per-layer":

@@ -15,10 +15,9 @@ from probeprune.experiment.presets import Preset
 from probeprune.jobs.forecast import comparing_work
 from probeprune.jobs.prune import Texts
 from probeprune.methods import Method, without_measured_widths
-from probeprune.model.blocks import find_blocks
 from probeprune.model.loading import is_local, open_shape
 from probeprune.model.placing import Work
-from probeprune.plan import widths
+from probeprune.plan import parts_of, widths
 from probeprune.strategies.allocation import ALLOCATIONS
 
 
@@ -58,7 +57,7 @@ def check_ratio(method: Method, ratio: float, model: nn.Module) -> None:
     """Raise `UsageError` for a ratio that a method cannot reach on a model, where that needs no scores."""
     method = without_measured_widths(method)
     if prunes(method) and not ALLOCATIONS[method.allocation].needs_scores:
-        widths(method, ratio, find_blocks(model, method.unit_kind), [], Statistics())
+        widths(method, ratio, parts_of(model, method), [], Statistics())
 
 
 def _refusal(model: nn.Module, method: Method, ratio: float) -> str | None:

@@ -17,7 +17,7 @@ from probeprune.errors import UsageError
 from probeprune.evaluation.perplexity import Averaging
 from probeprune.evaluation.tasks import TaskSettings
 from probeprune.methods import Method
-from probeprune.plan import needs
+from probeprune.plan import may_need
 from probeprune.ranges import check_fields, plain
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.training.settings import Training, TrainingText
@@ -246,7 +246,7 @@ def subject(setting: Setting, method: Method, ratio: float, seed: int = 0) -> Su
     impossible ratio, and for a method that trains where the setting has no budget.
     """
     ratio, seed = plain("ratio", ratio), plain("seed", seed)
-    draws, training, calibrated = _draws(method), trains(method), bool(needs(method))
+    draws, training, calibrated = _draws(method), trains(method), bool(may_need(method))
     if training and setting.budget is None:
         raise UsageError(f"method {method.name!r} trains the model: give a training budget.")
     return Subject(
@@ -264,7 +264,8 @@ def subject(setting: Setting, method: Method, ratio: float, seed: int = 0) -> Su
 
 def _draws(method: Method) -> bool:
     """Whether the method's own random numbers change its units."""
-    return IMPORTANCES[method.importance].draws and prunes(method)
+    of_experts = method.experts == "expert" and method.expert_importance == "random"
+    return (IMPORTANCES[method.importance].draws or of_experts) and prunes(method)
 
 
 def grid(subjects: Sequence[Subject], measures: Sequence[Measure]) -> list[Cell]:

@@ -213,7 +213,7 @@ class UnitCounter:
         entries: list[UnitRecord] = []
         for block, keep in zip(self.handle.blocks, self.handle.widths, strict=True):
             frequency = self._kept[block.name] / max(self.batches, 1)
-            if block.kind == "mlp":
+            if block.fine:
                 bins = frequency.sort(descending=True).values.tensor_split(min(BINS, block.units))
                 frequency = torch.stack([b.mean() for b in bins])
             entries.append(

@@ -15,17 +15,18 @@ from probeprune.data.windows import Text, WindowSource
 from probeprune.experiment.cells import Subject
 from probeprune.jobs.train import TrainingJob, discard_finished, loraprune_to, recover_to
 from probeprune.methods import Method, without_training
-from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.loading import LoadedModel, load_model
 from probeprune.model.machine import cache_dir
 from probeprune.model.making_records import TRAINING
 from probeprune.model.placing import Work
+from probeprune.plan import parts_of
 from probeprune.preparation import Preparation
 from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
 from probeprune.runtime.attaching import attach
 from probeprune.runtime.handle import Handle
 from probeprune.strategies.schedule import Distilled, DuringTraining, Once
+from probeprune.strategies.widths import Prunable
 from probeprune.surgery import prune
 from probeprune.training.loraprune import LoraPruneCut
 from probeprune.training.settings import Distillation
@@ -45,7 +46,7 @@ class Ready:
     """
 
     loaded: LoadedModel
-    blocks: Sequence[Block]
+    blocks: Sequence[Prunable]
     widths: Sequence[int]
     removed_share: float
     handle: Handle | None = None
@@ -161,7 +162,7 @@ class Workbench:
         loaded = self._open(str(out), subject)
         record = loaded.training
         assert record is not None
-        blocks = find_blocks(loaded.model, subject.method.unit_kind)
+        blocks = parts_of(loaded.model, subject.method)
         removed = (record.get("pruning") or record).get("removed_share", 0.0)
         return Ready(loaded, blocks, [b.units for b in blocks], removed, training=record)
 

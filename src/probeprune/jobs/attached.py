@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from probeprune.errors import UsageError, unknown
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.jobs.attached_cards import attached_card
+from probeprune.jobs.share import push
 from probeprune.model import checkpoint, loading
 from probeprune.model.described import Layout, without_views
 from probeprune.model.gguf_files import embedded_copy
@@ -50,6 +51,8 @@ def save(
     record: dict[str, Any] | None = None,
     weights: Weights = "copy",
     base_model: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> PreTrainedModel:
     """Write a model as a checkpoint directory: pruned, dense, or with the method that is attached to it.
 
@@ -76,6 +79,8 @@ def save(
             of the pruned blocks; `reference` writes the name of the dense model, whose tokenizer then serves.
         base_model: name or path by which `load_model` opens the dense model; None for the one that
             transformers remembers.
+        push_to_hub: upload the folder to this repository (`owner/name`) of the hub too, as `push` does.
+        private: whether a new repository is private.
 
     Returns:
         The model as the checkpoint describes it.
@@ -91,10 +96,12 @@ def save(
             raise UsageError(
                 "no method is attached to this model, so there is nothing to save but its weights."
             )
-        return checkpoint.save(model, path, tokenizer=tokenizer, layout=layout, card=card, record=record)
+        saved = checkpoint.save(model, path, tokenizer=tokenizer, layout=layout, card=card, record=record)
+        _push(path, push_to_hub, private)
+        return saved
     if layout is not None:
         raise UsageError("a layout is for models that were cut; leave it out where a method is attached.")
-    return save_attached(
+    saved = save_attached(
         handle,
         Path(path),
         tokenizer=tokenizer,
@@ -103,6 +110,13 @@ def save(
         weights=weights,
         base_model=base_model,
     )
+    _push(path, push_to_hub, private)
+    return saved
+
+
+def _push(path: str | Path, repo: str | None, private: bool) -> None:
+    if repo is not None:
+        push(path, repo, private=private)
 
 
 Card = Callable[[Mapping[str, Any]], str]
@@ -123,6 +137,11 @@ def save_attached(
     kept, model = handle.kept, unwrapped(handle.model)
     if kept is None:
         raise UsageError("this handle is detached, so its method is gone; save it while it is attached.")
+    if handle.stacks:
+        raise UsageError(
+            "an attached method that cuts experts cannot be saved with its model; prune the model instead, "
+            "and save that."
+        )
     if weights not in get_args(Weights):
         raise UsageError(unknown("place of weights", weights, get_args(Weights)))
     check_dtype(dtype_name(model.dtype))  # type: ignore[arg-type]

@@ -16,7 +16,13 @@ from probeprune.model.described import Layout
 from probeprune.surgery import Pruning
 
 _BUDGETS = {"parameters": "parameters", "flops": "FLOPs", "time": "time, measured where they were pruned"}
-_PARTS = {"moments": "statistics", "saliences": "gradients", "damages": "damages", "consumers": "refit"}
+_PARTS = {
+    "moments": "statistics",
+    "routed": "statistics of experts",
+    "saliences": "gradients",
+    "damages": "damages",
+    "consumers": "refit",
+}
 """Parts of `Statistics` in the words of a reader."""
 
 
@@ -267,8 +273,12 @@ def is_hub_id(name: str) -> bool:
 def _kept_line(done: Pruning) -> str:
     """The range of widths over all layers: `2-3 of 3 attention units, 1100-1536 of 1536 MLP channels`."""
     parts = []
-    for kind, noun in (("attention", "attention units"), ("mlp", "MLP channels")):
+    experts = "experts" if done.method.experts == "expert" else "channels of each expert"
+    nouns = (("attention", "attention units"), ("mlp", "MLP channels"), ("experts", experts))
+    for kind, noun in nouns:
         blocks = [k for k in done.kept if k.kind == kind]
+        if not blocks:
+            continue
         low, high = min(len(k.units) for k in blocks), max(len(k.units) for k in blocks)
         parts.append(f"{low if low == high else f'{low}-{high}'} of {max(k.of for k in blocks)} {noun}")
     return f"{', '.join(parts)} per layer"

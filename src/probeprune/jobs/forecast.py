@@ -9,27 +9,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import linear
 
 from probeprune.calibration import footprints
 from probeprune.errors import UsageError
 from probeprune.jobs.prune import Texts, check_windows, rehearsed
 from probeprune.methods import Method
-from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.blocks import Block
 from probeprune.model.cost import blocks_flops, synced_clock
 from probeprune.model.described import Layout
+from probeprune.model.experts import Stack, find_parts
 from probeprune.model.footprint import Batch, Phase, Rehearsal, measuring
 from probeprune.model.linear_maps import sizes
 from probeprune.model.multimodal import text_config
 from probeprune.model.outline import Outline
 from probeprune.model.placing import Work, in_use, opening_of, place, reading, retained
-from probeprune.plan import needs
+from probeprune.plan import expert_needs, loses_experts, needs, needs_for, parts_of
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import Refit
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.schedule import Once
+from probeprune.strategies.widths import Prunable
 
 _TOKENIZER = 1200
 """Bytes of a tokenizer in memory for each token of its vocabulary (SmolLM2's takes 60 MB)."""
@@ -119,7 +122,7 @@ def forecast(outline: Outline, job: Job, *, memory: int | None = None, timed: bo
     refused, after, phases, kept = None, None, [], []
     try:
         done, pruned = rehearsed(shape, method, job.ratio, job.layout, job.steps)
-        check_windows(method, job.texts.calibration)
+        check_windows(method, job.texts.calibration, shape)
         kept = [len(k.units) for k in done.kept]
         after = _figures(pruned, job)
         phases = phases_of(shape, pruned, kept, job)
@@ -152,10 +155,10 @@ def _memory(parts: Sequence[tuple[str, int]], base: int) -> Memory:
 
 
 def _figures(model: Any, job: Job) -> Figures:
-    blocks, length = find_blocks(model), max(job.texts.calibration.length, 1)
+    blocks, length = find_parts(model), max(job.texts.calibration.length, 1)
     config = text_config(model.config)
     width, vocabulary = config.hidden_size, config.vocab_size
-    heads = sum(b.kv_heads * b.head_dim for b in blocks if b.kind == "attention")
+    heads = sum(b.kv_heads * b.head_dim for b in blocks if isinstance(b, Block) and b.kind == "attention")
     itemsize = job.dtype_to_save.itemsize
     parameters = sum(p.numel() for p in model.parameters())
     kv = 2 * heads * itemsize
@@ -188,14 +191,19 @@ def phases_of(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> list[Ph
     phases = _evaluating(dense, batch, texts.evaluation.windows, 0)
     more, held = _statistics(dense, kept, job)
     phases += more
-    before = find_blocks(shape, method.unit_kind)
+    before = parts_of(shape, method)
     changed = [n for n, (b, k) in enumerate(zip(before, kept, strict=True)) if k < b.units]
-    after = find_blocks(pruned)
+    after = find_parts(pruned)
     cut = sum(after[n].parameters for n in changed) * job.dtype.itemsize
-    largest = max((p.numel() for b in before for m in b.members for p in m.linear.parameters()), default=0)
+    largest = max((p.numel() for b in before for m in _modules(b) for p in m.parameters()), default=0)
     phases.append(Phase("the cut", largest * job.dtype.itemsize, kept=held, layers=2, cut=cut))
     small = Rehearsal(pruned, job.dtype, job.device)
     return phases + _evaluating(small, batch, texts.evaluation.windows, cut)
+
+
+def _modules(block: Prunable) -> list[nn.Module]:
+    """The modules that hold the weights of a block."""
+    return [block.module] if isinstance(block, Stack) else [m.linear for m in block.members]
 
 
 def pruning_work(method: Method, ratio: float, layout: Layout, texts: Texts, steps: int = 1) -> Work:
@@ -248,12 +256,17 @@ def _statistics(
     """The parts of the work that collects what the method needs, and the bytes of that."""
     method, text = job.method, job.texts.calibration
     batch, parts = Batch(job.texts.batch_size, text.length), needs(method)
+    if dense.stacks and loses_experts(method, dense.stacks):
+        parts |= expert_needs(method)
     phases: list[Phase] = []
     held, sensitive = 0, 0
     if "moments" in parts:
         own = method.when.own_positions if isinstance(method.when, ProbeEveryBatch) else 0
         phases.append(footprints.moments(dense, batch, text.windows, own))
         held += phases[-1].kept
+    if "routed" in parts:
+        phases.append(_with(footprints.routed(dense, batch, text.windows), held))
+        held = phases[-1].kept
     if "saliences" in parts:
         criterion = str(IMPORTANCES[method.importance].criterion)
         wide = dense
@@ -286,18 +299,17 @@ def _with(phase: Phase, kept: int) -> Phase:
 def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
     """About how long the matrix products of a job take: their number, over what this machine does now."""
     method, texts = job.method, job.texts
-    blocks = find_blocks(shape, method.unit_kind)
+    blocks = parts_of(shape, method)
     dense, small = _figures_flops(shape, texts), _figures_flops(pruned, texts)
     config = text_config(shape.config)
     head = 2 * config.hidden_size * config.vocab_size
     evaluated = texts.evaluation.windows * texts.evaluation.length
-    text, parts = texts.calibration, needs(method)
+    text, parts = texts.calibration, needs_for(method, blocks)
     tokens = text.windows * text.length
     flops = evaluated * (dense + small + 2 * head)
     double = 0.0
     how = method.refit or Refit()
-    if "moments" in parts:
-        flops += tokens * dense
+    flops += tokens * dense * len({"moments", "routed"} & parts)
     if "saliences" in parts:
         gradients = method.gradient_settings
         flops += gradients.windows * gradients.length * (4 * dense + 3 * head)
@@ -306,23 +318,28 @@ def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
         flops += min(max(how.sensitivity, 1), text.windows) * text.length * (4 * dense + 3 * head)
     if "damages" in parts:
         looked_at = min(text.windows, DAMAGE_WINDOWS) * text.length
-        flops += looked_at * (dense + sum(_moment_flops(b, b.width) for b in blocks))
-        double += sum(16 * b.width**3 / 3 for b in blocks)
+        flops += looked_at * (dense + sum(_moment_flops(b, b.width) for b in blocks if isinstance(b, Block)))
+        double += sum(16 * b.width**3 / 3 for b in blocks if isinstance(b, Block))
     if "consumers" in parts:
         passes = 4 if how.sequential else 1
         flops += min(text.windows, how.windows) * text.length * passes * dense
         for b, k in zip(blocks, kept, strict=True):
+            if isinstance(b, Stack):
+                continue
             width = b.width if chosen else k * b.unit_width
             if k < b.units:
                 flops += min(text.windows, how.windows) * text.length * _moment_flops(b, width)
                 double += (16 if chosen else 2) * width**3 / 3
-    rate = _rate(blocks, job.dtype, job.device, min(texts.batch_size * text.length, 1024))
-    exact = _rate(blocks, torch.float64, job.device, 256) if double and job.device.type != "mps" else rate
+    linear_blocks = [b for b in blocks if isinstance(b, Block)]
+    rate = _rate(linear_blocks, job.dtype, job.device, min(texts.batch_size * text.length, 1024))
+    exact = (
+        _rate(linear_blocks, torch.float64, job.device, 256) if double and job.device.type != "mps" else rate
+    )
     return float(flops / rate + double / exact)
 
 
 def _figures_flops(model: Any, texts: Texts) -> float:
-    blocks, length = find_blocks(model), texts.calibration.length
+    blocks, length = find_parts(model), texts.calibration.length
     return blocks_flops(blocks, [b.units for b in blocks], 1, length) / length
 
 

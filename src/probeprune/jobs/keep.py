@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from probeprune import processes
+from probeprune.data.windows import Text
 from probeprune.errors import UsageError
 from probeprune.jobs.attached import save_attached
 from probeprune.jobs.measure import Measure
@@ -22,6 +23,7 @@ from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.runtime.attached_folder import Weights
 from probeprune.runtime.attaching import attach
+from probeprune.runtime.attachment import Attachment
 
 
 def keep_to(
@@ -112,6 +114,34 @@ def keep_to(
                 "removed_share": handle.removed_share,
                 "weights": weights,
             }
+
+
+def attachment(
+    loaded: LoadedModel,
+    method: Method,
+    ratio: float,
+    text: Text,
+    seed: int,
+    *,
+    progress: Progress = silent,
+) -> Attachment:
+    """What attaching a method to a model takes, calibrated once, from the cache where possible.
+
+    Args:
+        loaded: the model, with nothing attached.
+        method, ratio: as in `attach`.
+        text, seed: what to calibrate on, and the seed that draws its windows.
+        progress: called with (name of the work, parts done, parts in total).
+
+    Raises as `prepare` and `attach` do.
+    """
+    source, prepared = calibration_source(loaded, method, text, seed), None
+    if source is not None:
+        cache = cache_dir() / "statistics"
+        prepared = prepare(loaded.model, method, ratio, source, cache=cache, progress=progress)
+    with attach(loaded.model, method, ratio, calibration=prepared) as handle:
+        assert handle.kept is not None
+        return handle.kept
 
 
 def _name(name: str) -> str:

@@ -24,11 +24,12 @@ from probeprune.model.checkpoint import check_space, save
 from probeprune.model.cost import PeakMemory
 from probeprune.model.described import Layout, empty_like
 from probeprune.model.described import export as export_model
+from probeprune.model.experts import check_kinds
 from probeprune.model.loading import LoadedModel, auto_class
 from probeprune.model.machine import cache_dir, check_cache
 from probeprune.model.offloading import cast, check_changes
 from probeprune.places import check_file, check_free, claimed, resolved
-from probeprune.plan import needs
+from probeprune.plan import may_need, needs, needs_for, parts_of
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
@@ -158,7 +159,9 @@ def _prune_to(
         **done.record(),
         "layout": output.layout,
         "seed": texts.seed,
-        "calibration": _calibration_record(method, texts.calibration),
+        "calibration": _calibration_record(
+            method, texts.calibration, any(k.kind == "experts" for k in done.kept)
+        ),
         "evaluation": measure.record(),
         "seconds": round(seconds, 1),
         "peak_memory": memory.bytes,
@@ -236,7 +239,18 @@ def rehearsed(
     check_static(method)
     check_steps(method, steps)
     shape = empty_like(model)
-    drawn = compose(without_measured_widths(method), importance="random", gradients=None, compensation="none")
+    check_kinds(parts_of(shape, method), method.blocks)
+    blocks = method.blocks
+    if method.experts_stay is not None:  # they would leave by random numbers
+        blocks = tuple(kind for kind in blocks if kind != "experts")
+    drawn = compose(
+        without_measured_widths(method),
+        importance="random",
+        expert_importance="random",
+        gradients=None,
+        compensation="none",
+        blocks=blocks,
+    )
     done = prune(shape.eval(), drawn, ratio, steps=steps)
     if method.compensation.adds_bias:
         cut = {k.name for k in done.kept if len(k.units) < k.of}
@@ -251,26 +265,26 @@ def calibration_source(loaded: LoadedModel, method: Method, text: Text, seed: in
 
     Raises `UsageError` for no windows, and for a cache that cannot take the statistics.
     """
-    if not needs(method):
+    if not needs_for(method, parts_of(loaded.model, method)):
         return None
-    check_windows(method, text)
+    check_windows(method, text, loaded.model)
     if shares.leads():
         check_cache()
     return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
 
 
-def check_windows(method: Method, text: Text) -> None:
-    """Raise `UsageError` for no windows where the method needs some."""
-    if needs(method) and text.windows < 1:
+def check_windows(method: Method, text: Text, model: nn.Module) -> None:
+    """Raise `UsageError` for no windows where the method needs some for the model."""
+    if text.windows < 1 and needs_for(method, parts_of(model, method)):
         raise UsageError(f"method {method.name!r} needs calibration; give at least one calibration window.")
 
 
-def _calibration_record(method: Method, text: Text) -> dict[str, Any] | None:
+def _calibration_record(method: Method, text: Text, experts: bool) -> dict[str, Any] | None:
     """The number and length of windows behind each part of the statistics; None if there are no parts."""
-    parts = needs(method)
+    parts = may_need(method) if experts else needs(method)
     if not parts:
         return None
-    windows = {"moments": text.windows, "damages": min(text.windows, DAMAGE_WINDOWS)}
+    windows = {"moments": text.windows, "routed": text.windows, "damages": min(text.windows, DAMAGE_WINDOWS)}
     if method.refit is not None:
         windows["consumers"] = min(text.windows, method.refit.windows)
     record: dict[str, Any] = {"corpus": text.corpus}

@@ -23,6 +23,7 @@ from probeprune.jobs.teachers import check_tokens
 from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import check_space, save
 from probeprune.model.described import Layout
+from probeprune.model.experts import find_parts
 from probeprune.model.loading import LoadedModel, auto_class
 from probeprune.model.making_records import TRAINING, check_pruning
 from probeprune.places import check_free, check_place, claimed, discard, resolved, writing
@@ -161,7 +162,7 @@ def _loraprune_to(
     windows, held_out = windows_of(loaded, job)
     parameters = sum(p.numel() for p in loaded.model.parameters())
     units = {b.name: b.units for b in find_blocks(loaded.model)}
-    prunable = sum(b.parameters for b in find_blocks(loaded.model))
+    prunable = sum(b.parameters for b in find_parts(loaded.model))
     if processes.is_first():
         measure("before", loaded.model)
     model, trained, kept = loraprune(
@@ -173,7 +174,7 @@ def _loraprune_to(
         **_training_record(loaded, job, trained, measure),
         "method": "loraprune, while training",
         "ratio": cut.ratio,
-        "removed_share": 1 - sum(b.parameters for b in find_blocks(model)) / prunable,
+        "removed_share": 1 - sum(b.parameters for b in find_parts(model)) / prunable,
         "parameters": [parameters, sum(p.numel() for p in model.parameters())],
         "layout": cut.layout,
         "kept": {

@@ -4,16 +4,24 @@ A `Family` (families.py) is a description; a `Block` is resolved and points to t
 nothing of scores, ratios or forward passes.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from probeprune.errors import UsageError, unknown
 from probeprune.model.families import find_family
-from probeprune.model.family_records import AttentionRecord, Family, MixerRecord, MlpRecord
+from probeprune.model.family_records import AttentionRecord, MixerRecord, MlpRecord
+from probeprune.model.layer_records import (
+    attribute,
+    has_block,
+    mlp_record,
+    norm_at,
+    refuse_experts,
+    whole_heads,
+)
 from probeprune.model.linear_maps import LinearMap, matrix, oriented, sizes
 from probeprune.model.multimodal import text_config
 from probeprune.model.permutable import permutable, refuse_shared
@@ -99,11 +107,29 @@ class Block:
     """Why no unit of the block can go, in words that follow the model's name; None where units can go."""
     input_factor: float = 1.0
     """What the norm's output is multiplied by before the block reads it."""
+    follows: int = 0
+    """For an MLP beside experts that a plain config gives this many channels for each channel of an expert; 0
+    for one of its own width."""
 
     @property
     def width(self) -> int:
         """Width of the coupled activation, in channels."""
         return self.units * self.unit_width
+
+    @property
+    def fine(self) -> bool:
+        """Whether units are channels."""
+        return self.kind == "mlp"
+
+    @property
+    def parts(self) -> int:
+        """Number of parts that keep the same number of units each."""
+        return self.kv_heads if self.kind == "attention" and self.unit_kind == "balanced" else 1
+
+    @property
+    def least(self) -> int:
+        """The smallest number of units that may stay."""
+        return 1
 
     @property
     def group_size(self) -> int:
@@ -199,50 +225,17 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     blocks = []
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"
-        _refuse_experts(prefix, layer, family)
+        refuse_experts(prefix, layer, family)
         for record in family.mixers:
-            if _has(layer, family, record):
+            if has_block(layer, family, record):
                 blocks.append(_mixer_block(prefix, index, layer, record))
-        if _has(layer, family, family.attention):
+        if has_block(layer, family, family.attention):
             blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first, whole))
-        if _has(layer, family, family.mlp):
-            blocks.append(_mlp_block(prefix, index, layer, family.mlp, norm_first))
+        mlp, follows = mlp_record(family, layer, config)
+        if mlp is not None and has_block(layer, family, mlp):
+            blocks.append(_mlp_block(prefix, index, layer, mlp, norm_first, follows))
     refuse_shared(model, {b.name: (*b.producers, b.consumer) for b in blocks})
     return blocks
-
-
-def _has(layer: nn.Module, family: Family, record: AttentionRecord | MlpRecord | MixerRecord) -> bool:
-    """Whether a layer has a block; layers of families that are no hybrids have all blocks."""
-    if record.only_in is not None:
-        return bool(attribute(layer, "block_type") == record.only_in)
-    return not family.mixers or record.module is None or attribute(layer, record.module) is not None
-
-
-def _refuse_experts(name: str, layer: nn.Module, family: Family) -> None:
-    """Raise `UsageError` for a layer with experts that its family's record does not know."""
-    if family.experts is not None and attribute(layer, family.experts) is not None:
-        raise UsageError(
-            f"{name} has experts ({family.experts}), not known in {family.name}; choose a dense model."
-        )
-
-
-def check_kinds(blocks: Collection[Block], kinds: Collection[str]) -> None:
-    """Raise `UsageError` where no block of these kinds can lose units."""
-    asked = [b for b in blocks if b.kind in kinds]
-    if asked and all(b.whole is not None for b in asked):
-        raise kept_whole(asked[0])
-
-
-def whole_heads(record: AttentionRecord, config: Any) -> str | None:
-    """Why no head of a model with this config can go; None where heads can go."""
-    return record.whole if record.whole_if is None or getattr(config, record.whole_if) else None
-
-
-def attribute(module: Any, path: str) -> Any:
-    """What a module has at a dotted path, such as `config.num_attention_heads`; None if there is none."""
-    for part in path.split("."):
-        module = getattr(module, part, None)
-    return module
 
 
 def _attention_block(
@@ -292,7 +285,7 @@ def _attention_block(
         entry=module,
         run=module,
         activation=None,
-        norm=_norm(layer, record.norm) if norm_first else None,
+        norm=norm_at(layer, record.norm) if norm_first else None,
         head_dim=head_dim,
         query_heads=query_heads,
         kv_heads=kv_heads,
@@ -321,7 +314,9 @@ def _key_value_rows(
     return before * head_dim, (before + between) * head_dim, kv_heads
 
 
-def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, norm_first: bool) -> Block:
+def _mlp_block(
+    prefix: str, index: int, layer: nn.Module, record: MlpRecord, norm_first: bool, follows: int
+) -> Block:
     name = f"{prefix}.{record.module or 'mlp'}"
     producers = tuple(permutable(layer, path, prefix) for path in record.producers)
     consumer = permutable(layer, record.consumer, prefix)
@@ -361,7 +356,8 @@ def _mlp_block(prefix: str, index: int, layer: nn.Module, record: MlpRecord, nor
         entry=entry,
         run=run,
         activation=activation,
-        norm=_norm(layer, record.norm) if norm_first else None,
+        norm=norm_at(layer, record.norm) if norm_first else None,
+        follows=follows,
     )
 
 
@@ -386,14 +382,6 @@ def _mixer_block(prefix: str, index: int, layer: nn.Module, record: MixerRecord)
         entry=module,
         run=module,
         activation=None,
-        norm=_norm(layer, record.norm),
+        norm=norm_at(layer, record.norm),
         whole=_MIXES,
     )
-
-
-def _norm(layer: nn.Module, paths: str | tuple[str, ...] | None) -> nn.Module | None:
-    """The norm at a path; of several paths, the first where the layer has one; None for no path."""
-    if paths is None:
-        return None
-    names = (paths,) if isinstance(paths, str) else paths
-    return layer.get_submodule(next((n for n in names if attribute(layer, n) is not None), names[0]))

@@ -75,6 +75,11 @@ FIELDS = _table(
         "in_features out_features num_key_value_groups num_heads split_size embed_dim": COUNT,
         "num_key_value_heads head_dim sliding_window": COUNT.or_none(),
         "max_window_layers": WHOLE,
+        "num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_k moe_intermediate_size "
+        "shared_expert_intermediate_size intermediate_size_mlp n_group topk_group": COUNT.or_none(),
+        "num_experts moe_topk": COUNT.or_list().or_none(),
+        "n_shared_experts moe_num_shared_experts first_k_dense_replace": WHOLE.or_none(),
+        "routed_scaling_factor": NUMBER,
         "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon rope_theta rotary_emb_base "
         "rope_local_base_freq factor low_freq_factor high_freq_factor beta_fast beta_slow": POSITIVE,
         "attention_factor final_logit_softcapping attn_logit_softcapping clip_qkv": POSITIVE.or_none(),
@@ -125,6 +130,8 @@ GENERATION_FIELDS = _table(
 def check_fields(file: Path, fields: Mapping[str, Any], table: Mapping[str, Allowed]) -> None:
     """Raise `UsageError` for the first field of a JSON object, or one nested in it, with another value."""
     for path, name, value in _walk(fields):
+        if name == "sliding_window" and value == 0 and fields.get("use_sliding_window") is False:
+            continue  # what Qwen2-MoE says of no window
         if name in table and not table[name].holds(value):
             # Writing out a number of thousands of digits is an error itself.
             huge = type(value) is int and abs(value) > MOST

@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from probeprune.model.blocks import Block
+from probeprune.model.experts import Stack
 from probeprune.model.linear_maps import sizes
 from probeprune.model.machine import release_freed
 
@@ -42,16 +43,23 @@ def _cholesky_solve_flops(right: Any, factor: Any, *args: Any, out_shape: Any = 
     return int(2 * factor[-1] ** 2 * right[-1])
 
 
+def _grouped_flops(left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Of rows sorted by expert (rows, in), (experts, in, out); of gradients (in, rows), (rows, out)."""
+    return 2 * int(left[0]) * int(left[1]) * int(right[-1])
+
+
 @contextmanager
 def counting_flops() -> Iterator[FlopCount]:
     """Count the FLOPs that run inside, with torch's `FlopCounterMode`."""
     count = FlopCount()
-    # Torch's table lacks the CPU's fused attention kernel and the solvers of a per-batch refit.
+    # Torch's table lacks the CPU's fused attention kernel, the solvers of a per-batch refit and the product
+    # of all experts at once.
     aten = torch.ops.aten
     more = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten.linalg_cholesky_ex: _cholesky_flops,
         aten.cholesky_solve: _cholesky_solve_flops,
+        aten._grouped_mm: _grouped_flops,
     }
     with FlopCounterMode(display=False, custom_mapping=more) as counter:
         yield count
@@ -78,9 +86,13 @@ def block_flops(block: Block, kept: int, batch: int, length: int, *, consumer: b
     return total
 
 
-def blocks_flops(blocks: Sequence[Block], kept: Sequence[int], batch: int, length: int) -> int:
-    """FLOPs of all blocks that keep `kept` units each, on (batch, length) tokens."""
-    return sum(block_flops(b, k, batch, length) for b, k in zip(blocks, kept, strict=True))
+def blocks_flops(blocks: Sequence[Block | Stack], kept: Sequence[int], batch: int, length: int) -> int:
+    """FLOPs of all blocks that keep `kept` units each, on (batch, length) tokens; of experts, those that the
+    tokens are sent to."""
+    return sum(
+        b.flops(k, batch * length) if isinstance(b, Stack) else block_flops(b, k, batch, length)
+        for b, k in zip(blocks, kept, strict=True)
+    )
 
 
 def synced_clock(device: torch.device) -> float:

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import find_blocks, find_layers
+from probeprune.model.experts import find_stacks
 from probeprune.model.families import find_family
 from probeprune.model.modeling_pruned import MODEL_TYPES, ConfigView, pruned_model, view_layer, view_rest
 from probeprune.model.multimodal import nested_configs, with_text_config
@@ -107,8 +108,13 @@ def describe(model: Any) -> None:
     except Unfit:
         config = per_layer_config(model, in_place=True)
         described = class_like(model, type(config))
+    config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     config._name_or_path = model.config._name_or_path
     _put_config(model, config)
+    counts = {stack.experts for stack in find_stacks(model)}
+    if len(counts) == 1 and isinstance(getattr(model, "num_experts", None), int):
+        model.num_experts = counts.pop()  # read by the loss that balances experts
     if not own_class:
         model.__class__ = described
     elif described is not plain:

@@ -16,12 +16,12 @@ from probeprune.model.family_records import PRUNED_PREFIX, AttentionRecord, Fami
 from probeprune.model.hybrid_families import HYBRID
 from probeprune.model.multimodal import MULTIMODAL, Multimodal, multimodal_of
 from probeprune.model.older_families import NEOX_MLP, OLDER, ONE_MAP
+from probeprune.model.sparse_families import NORMS_OVER_HEADS, SPARSE
 
 _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
 _ONE_NORM_MLP = MlpRecord(norm="input_layernorm")
 _UP_DOWN_MLP = MlpRecord(producers=("mlp.up_proj",))
 _GATE_UP_MLP = MlpRecord(producers=("mlp.gate_up_proj", "mlp.gate_up_proj"))
-_NORMS_OVER_HEADS = "normalises queries and keys over all heads together, so none can go without the others"
 _NORMS_BY_HEAD = "has weights for each head in the norms of queries and keys"
 
 
@@ -51,7 +51,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "OLMo 2, OLMo 3",
         ("olmo2", "olmo3"),
-        attention=AttentionRecord(norm=None, whole=_NORMS_OVER_HEADS),
+        attention=AttentionRecord(norm=None, whole=NORMS_OVER_HEADS),
         mlp=MlpRecord(norm=None),
         norm_last=True,
     ),
@@ -113,6 +113,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     *HYBRID,
     *OLDER,
+    *SPARSE,
 )
 
 
@@ -154,8 +155,8 @@ def find_family(model: nn.Module) -> Family:
         return family
     if _experts(model):
         raise UsageError(
-            f"{type(model).__name__} is a mixture-of-experts model, whose experts cannot be pruned; choose a "
-            f"dense model{_nearest(str(model_type))}; `probeprune models` lists all families."
+            f"{type(model).__name__} is a mixture of experts of a family that cannot be pruned"
+            f"{_nearest(str(model_type))}; choose another model: `probeprune models` lists all families."
         )
     raise UsageError(
         f"model type {model_type!r} ({type(model).__name__}) is not one of the {len(FAMILIES)} supported "

@@ -101,6 +101,51 @@ class MixerRecord:
 
 
 @dataclass(frozen=True)
+class ExpertsRecord:
+    """Where a sparse decoder layer has its experts: tensors with one entry per expert in front,
+    `gate_up_proj` and `down_proj`. All paths are relative to the layer."""
+
+    module: str = "mlp.experts"
+    """Module that holds the tensors; a layer without it is dense."""
+    entry: str = "mlp"
+    """Module whose input goes to the router, the experts and the shared MLP."""
+    transposed: bool = False
+    """Whether an expert's matrices lie as (in, out)."""
+    interleaved: bool = False
+    """Whether the rows of gate and up alternate; otherwise all of the gate come first."""
+    biases: bool = False
+    """Whether there are `gate_up_proj_bias` and `down_proj_bias`."""
+    router: tuple[str, ...] = ("mlp.gate.weight",)
+    """Parameters and buffers of the router with one entry per expert: on their first axis, or on their second
+    where the first has a single entry."""
+    beside: tuple[str, ...] = ()
+    """Weights in front of the experts that no expert owns, such as the gate of the shared MLP."""
+    counts: tuple[str, ...] = ("mlp.experts.num_experts", "mlp.gate.num_experts")
+    """Attributes with the number of experts that forward passes read."""
+    widths: tuple[str, ...] = ("mlp.experts.intermediate_dim",)
+    """Attributes with the width of an expert."""
+    count_field: str = "num_experts"
+    """Config field with the number of experts."""
+    width_field: str = "moe_intermediate_size"
+    """Config field with the width of an expert."""
+    per_token_field: str = "num_experts_per_tok"
+    """Config field with the number of experts that the router takes for a token."""
+    group_fields: tuple[str, str] | None = None
+    """Config fields with the number of groups of experts and the number of groups taken for a token."""
+    shared: MlpRecord | None = None
+    """The MLP beside the experts that sees every token; its `width_field` is None where `shared_times` says
+    its width."""
+    shared_times: str | int = 0
+    """How many experts wide a plain config has the shared MLP: a number, or a config field with it; 0 where
+    its width has a field of its own."""
+    everywhere: bool = False
+    """Whether every layer of the family is sparse."""
+    scales_input: bool = False
+    """Whether the router's weight multiplies an expert's input, and every expert sees every token, those that
+    are not its own as zeros. Otherwise the weight multiplies the output of the experts that were taken."""
+
+
+@dataclass(frozen=True)
 class Twin:
     """Another family that computes the same function and whose config ties the head size to nothing."""
 
@@ -121,11 +166,14 @@ class Family:
     """Path of the list of decoder layers in the causal LM."""
     attention: AttentionRecord = AttentionRecord()
     mlp: MlpRecord = MlpRecord()
+    """In a mixture of experts, that of its dense layers."""
     mixers: tuple[MixerRecord, ...] = ()
     """Of a hybrid family: blocks that some layers have in place of attention or beside it. Its layers need
     not have all blocks."""
-    experts: str | None = None
+    refused_experts: str | None = None
     """Path in a layer of experts, which are not known here: a model that has them is refused."""
+    experts: ExpertsRecord | None = None
+    """None for a family without experts."""
     norm_first: str | None = None
     """Config flag that, when false, puts each norm after its block, so that the block's input is the residual
     stream itself. None for a family whose norms always come first."""

@@ -17,11 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
+from transformers.integrations import moe
 
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block, UnitKind, find_blocks, find_layers
 from probeprune.model.decoding import next_token_losses
 from probeprune.model.described import empty_like
+from probeprune.model.experts import find_stacks
 from probeprune.model.forwards import replace_method
 from probeprune.model.layers import LayerRunner
 from probeprune.model.multimodal import text_config
@@ -153,6 +155,7 @@ class Rehearsal:
         model: its copy, of which the largest layer alone can run, and what is around the layers.
         dtype, device: what it computes in, and where.
         blocks: its blocks.
+        stacks: its stacks of experts.
         layer: the index of its largest layer.
     """
 
@@ -164,6 +167,9 @@ class Rehearsal:
         self.dtype, self.device = dtype, device
         self.model = empty_like(shape).eval().requires_grad_(False)
         self.blocks = find_blocks(self.model, units)
+        self.stacks = find_stacks(self.model)
+        if self.stacks:  # a loop over the experts that have tokens would read numbers
+            self.model.config._experts_implementation = "grouped_mm"
         layers = list(find_layers(self.model))
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
         self.layer = sizes.index(max(sizes))
@@ -192,7 +198,14 @@ class Rehearsal:
     def running(self) -> Iterator[LiveBytes]:
         """Run work on the copy inside the context, and count what it makes."""
         own = (t for t in (*self.model.parameters(), *self.model.buffers()) if not t.is_meta)
-        with torch.inference_mode(False), torch.no_grad(), _unpacked(), self._mode, LiveBytes(own) as live:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _unpacked(),
+            _looped(),
+            self._mode,
+            LiveBytes(own) as live,
+        ):
             yield live
 
     def runner(self, batch: Batch) -> LayerRunner:
@@ -222,6 +235,17 @@ def _unpacked() -> Iterator[None]:
     undo = replace_method(
         cast(Any, masking_utils), "find_packed_sequence_indices", lambda *args, **kwargs: None
     )
+    try:
+        yield
+    finally:
+        undo()
+
+
+@contextmanager
+def _looped() -> Iterator[None]:
+    """The products of all experts are taken one after the other: torch knows the shape of what its own kernel
+    makes in bfloat16 alone."""
+    undo = replace_method(cast(Any, moe), "_can_use_grouped_mm", lambda *args, **kwargs: False)
     try:
         yield
     finally:

@@ -66,7 +66,7 @@ HYBRID: tuple[Family, ...] = (
         mixers=(_MAMBA,),
         norm_last=True,
         logits_over="logits_scaling",
-        experts="block_sparse_moe",
+        refused_experts="block_sparse_moe",
     ),
     Family(
         "Nemotron-H (dense)",
@@ -80,14 +80,14 @@ HYBRID: tuple[Family, ...] = (
             only_in="mlp",
         ),
         mixers=(replace(_MAMBA, module="mixer", norm="norm", only_in="linear_attention"),),
-        experts="mixer.experts",
+        refused_experts="mixer.experts",
     ),
     Family(
         "Jamba (dense)",
         ("jamba",),
         mlp=_FEED_FORWARD,
         mixers=(replace(_MAMBA, maps=("in_proj", "x_proj", "dt_proj")),),
-        experts="feed_forward.experts",
+        refused_experts="feed_forward.experts",
     ),
 )
 """In the order of the table of families."""

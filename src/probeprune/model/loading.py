@@ -24,7 +24,7 @@ from transformers import (
 
 from probeprune.errors import UsageError, refusing, unknown
 from probeprune.foreign.quiet import quiet_libraries
-from probeprune.model.blocks import attribute, find_blocks
+from probeprune.model.blocks import find_blocks
 from probeprune.model.config_checks import FIELDS, GENERATION_FIELDS, check_fields, check_heads
 from probeprune.model.families import is_supported
 from probeprune.model.folder import (
@@ -38,6 +38,7 @@ from probeprune.model.folder import (
 )
 from probeprune.model.gguf_files import converted, embedded_gguf
 from probeprune.model.hub import snapshot
+from probeprune.model.layer_records import attribute
 from probeprune.model.machine import choose_device, choose_dtype
 from probeprune.model.making_records import read_pruning, read_training, refuse_attached
 from probeprune.model.multimodal import multimodal_of, text_config

@@ -32,6 +32,8 @@ class Pass:
     cache: object | None
     mask_heads: int = 1
     """Number of heads for which the attention mask differs; 1 for one mask for all heads."""
+    unmasked: torch.Tensor | None = None
+    """The token ids, where there is no mask that would tell padding; None otherwise, and for embeddings."""
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -137,7 +139,7 @@ def read_pass(arguments: dict[str, Any]) -> Pass:
         if valid is not None and not valid.is_meta and bool(valid.all()):
             valid = None
     heads = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 4 else 1
-    return Pass(Tokens(batch, length, valid), past > 0, cache, heads)
+    return Pass(Tokens(batch, length, valid), past > 0, cache, heads, ids if mask is None else None)
 
 
 _LENGTH = "_probeprune_length"

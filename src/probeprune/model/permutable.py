@@ -40,12 +40,12 @@ def permutable(root: nn.Module, path: str, name: str) -> LinearMap:
     return module
 
 
-def refuse_shared(model: nn.Module, maps: Mapping[str, Iterable[LinearMap]]) -> None:
+def refuse_shared(model: nn.Module, maps: Mapping[str, Iterable[nn.Module]]) -> None:
     """Raise `UsageError` for a weight used by two modules: permuting it would change both.
 
     Args:
         model: the whole model.
-        maps: the linear maps of each block, by the block's name.
+        maps: the modules with the weights of each block, by the block's name.
     """
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     spans = sorted(
@@ -60,9 +60,9 @@ def refuse_shared(model: nn.Module, maps: Mapping[str, Iterable[LinearMap]]) -> 
             overlapping |= {furthest, owner}
         if last > end:
             end, furthest = last, owner
-    for block, linears in maps.items():
-        for linear in linears:
-            if any(owners[id(p)] > 1 or id(p) in overlapping for p in linear.parameters()):
+    for block, modules in maps.items():
+        for module in modules:
+            if any(owners[id(p)] > 1 or id(p) in overlapping for p in module.parameters()):
                 raise UsageError(
                     f"a weight of {block} is tied to another module or shares its memory; "
                     "give each module its own copy before pruning."

@@ -115,6 +115,11 @@ def place(
     fits = used + weights.all <= limit
     if not weights.layers or (memory is None and (room_to_spare or (fits and work is None))):
         return None
+    if find_family(shape).experts is not None:
+        raise UsageError(
+            f"model {name[:200]!r} is a mixture of experts, whose layers have to be in memory together: "
+            f"{gib(used + weights.all)} of weights and more for the work on them, and there are {gib(limit)}."
+        )
     phases = (work or reading)(shape, dtype, device)
     used += retained(device) + later
     if used + max(size for _, size in opening.in_memory(phases)) <= limit:

@@ -16,9 +16,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 
 from probeprune.errors import UsageError
 from probeprune.foreign.quiet import quiet_libraries
-from probeprune.model.blocks import Block, attribute, find_blocks
+from probeprune.model.blocks import Block, find_blocks
+from probeprune.model.experts import find_stacks
 from probeprune.model.families import FAMILIES, INSIDE, find_family, is_supported
 from probeprune.model.family_records import PRUNED_PREFIX, Family, Twin
+from probeprune.model.layer_records import attribute
 from probeprune.model.linear_maps import sizes
 from probeprune.model.modeling_pruned import MODEL_TYPES, model_classes, pruned_config, pruned_model
 from probeprune.model.multimodal import (
@@ -71,16 +73,18 @@ def plain_candidates(
     """Plain configs (class, fields) that may describe a model's language model. Raises `Unfit` for layers of
     several widths."""
     sizes = {(b.query_heads, b.kv_heads, b.head_dim) for b in blocks if b.kind == "attention"}
-    if len(sizes) > 1 or len({b.units for b in blocks if b.kind == "mlp"}) > 1:
+    if len(sizes) > 1:
         raise Unfit("its layers have different widths")
     family = find_family(model)
     attention = next(b for b in blocks if b.kind == "attention")
     base = plain_config(text_config(model.config))
     widths = _head_fields(attention)
-    mlp = next(b.units for b in blocks if b.kind == "mlp")
-    if family.mlp.width_field is not None:
-        widths |= {family.mlp.width_field: mlp, **family.mlp.said_with}
-    elif mlp != 4 * base.hidden_size:
+    for layer in _width_fields(model, blocks).values():
+        if any(widths.setdefault(name, value) != value for name, value in layer.items()):
+            raise Unfit("its layers have different widths")
+    if family.mlp.width_field is None and any(
+        b.units != 4 * base.hidden_size for b in blocks if b.kind == "mlp"
+    ):
         raise Unfit(f"{type(base).__name__} has no field for the width of its MLPs")
     changes = {k: v for k, v in widths.items() if _said(base, k, v) != v}
     head_dim = attention.head_dim
@@ -212,18 +216,37 @@ def _layer_fields(
     """
     family = find_family(model)
     layers: dict[int, dict[str, Any]] = {}
+    for index, widths in _width_fields(model, blocks).items():
+        layers[index] = {k: v for k, v in widths.items() if _said(base, k, v) != v}
     for block in blocks:
         if block.kind == "attention":
             record: Any = family.attention
-            fields = _head_fields(block)
+            fields: dict[str, Any] = _head_fields(block)
         else:
-            record = family.mlp
-            fields = {} if record.width_field is None else {record.width_field: block.units}
+            record, fields = family.mlp, {}
         if count(linear.bias is not None for linear in (*block.producers, block.consumer)):
             fields[record.bias_field] = True
         layer = layers.setdefault(block.layer, {})
         layer.update({k: v for k, v in fields.items() if _said(base, k, v) != v})
     return layers
+
+
+def _width_fields(model: Any, blocks: Sequence[Block]) -> dict[int, dict[str, int]]:
+    """By layer, the fields of the family's config that hold the widths of its MLP and its experts."""
+    family = find_family(model)
+    stacks = {s.layer: s for s in find_stacks(model)}
+    fields: dict[int, dict[str, int]] = {b.layer: {} for b in blocks}
+    other_names: Mapping[str, str] = text_config(model.config).attribute_map
+    for layer, stack in stacks.items():
+        count, width = stack.record.count_field, stack.record.width_field
+        fields[layer] |= {other_names.get(count, count): stack.experts, width: stack.width}
+    for block in blocks:
+        if block.kind != "mlp":
+            continue
+        own = stacks[block.layer].record.shared if block.layer in stacks else family.mlp
+        if own is not None and own.width_field is not None:
+            fields[block.layer] |= {own.width_field: block.units, **own.said_with}
+    return fields
 
 
 def _head_fields(block: Block) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from transformers import CONFIG_MAPPING
 
+from probeprune.model.experts import EXPERT_UNITS
 from probeprune.model.families import FAMILIES, family_of
 from probeprune.model.family_records import Family
 from probeprune.model.gguf_architectures import ARCHITECTURES
@@ -29,7 +30,9 @@ class Support:
     why: str | None
     """Why heads stay, or would under that flag, in words that follow a model's name."""
     mlp: bool
-    """Whether MLP channels can go."""
+    """Whether MLP channels can go: those of dense layers, and of the MLP beside experts."""
+    experts: tuple[str, ...]
+    """Kinds of units of experts that can go (`experts.ExpertUnit`); empty for a dense family."""
     dynamic: tuple[str, ...]
     """Kinds of blocks whose units a batch can choose."""
     uniform: tuple[str, ...]
@@ -49,16 +52,21 @@ def support(family: Family) -> Support:
     attention = family.attention
     stay = attention.whole is not None and attention.whole_if is None
     carried = [a for a in ARCHITECTURES if set(a.model_types) & set(family.model_types)]
+    experts = family.experts
+    mlps = experts is None or experts.shared is not None or not experts.everywhere
     plain = [] if stay or not attention.plain_heads else ["attention"]
-    plain += [] if family.mlp.width_field is None else ["mlp"]
+    plain += ["mlp"] if mlps and family.mlp.width_field is not None else []
+    plain += [] if experts is None else ["experts"]
+    kinds = (["attention"] if not stay else []) + (["mlp"] if mlps else [])
     return Support(
         family=family.name,
         model_types=family.model_types,
         heads=() if stay else _units(family),
         heads_stay_if=attention.whole_if,
         why=attention.whole,
-        mlp=True,
-        dynamic=("mlp",) if stay else ("attention", "mlp"),
+        mlp=mlps,
+        experts=() if experts is None else EXPERT_UNITS,
+        dynamic=tuple(kinds),
         uniform=tuple(plain),
         nemotron_nas=bool(set(family.model_types) & set(COMPUTE_LIKE_LLAMA)),
         gguf=tuple(a.name for a in carried),

@@ -17,7 +17,6 @@ from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError, quoted
 from probeprune.files import write_json
 from probeprune.methods import TABLES, Method
-from probeprune.model.blocks import Block
 from probeprune.model.folder import check_inside, read_object
 from probeprune.model.identity import config_fields, weights_fingerprint
 from probeprune.model.making_records import ATTACHED
@@ -26,6 +25,7 @@ from probeprune.provenance import dtype_name, versions
 from probeprune.ranges import plain
 from probeprune.runtime.attachment import Attachment
 from probeprune.strategies.pruned_block import Cut
+from probeprune.strategies.widths import Prunable
 
 STATISTICS = "statistics.safetensors"
 
@@ -81,7 +81,7 @@ class Stored:
 def write_attachment(
     folder: Path,
     model: nn.Module,
-    blocks: Sequence[Block],
+    blocks: Sequence[Prunable],
     kept: Attachment,
     *,
     weights: Weights,

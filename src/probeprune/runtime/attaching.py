@@ -12,7 +12,8 @@ from probeprune.algebra.precision import exact
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
-from probeprune.model.blocks import Block, check_kinds, find_blocks
+from probeprune.model.blocks import Block
+from probeprune.model.experts import check_kinds
 from probeprune.model.multimodal import text_config
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import check_eval
@@ -24,6 +25,7 @@ from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.handle import HANDLE, Handle
 from probeprune.runtime.offloaded import OffloadedHandle
 from probeprune.strategies.pruned_block import Cut
+from probeprune.strategies.widths import Prunable
 
 
 @exact()
@@ -93,9 +95,9 @@ def attach_again(model: nn.Module, kept: Attachment) -> Handle:
     return _handle(model, kept, blocks)
 
 
-def _check_cut(block: Block, cut: Cut) -> None:
+def _check_cut(block: Prunable, cut: Cut) -> None:
     """Raise `UsageError` unless a block can be cut so."""
-    fits = 1 <= cut.width <= block.units
+    fits = 1 <= cut.width <= block.units if isinstance(block, Block) else cut.width == block.units
     if fits and cut.units is not None:
         units = cut.units.tolist()
         fits = len(units) == cut.width and units == sorted({u for u in units if 0 <= u < block.units})
@@ -103,21 +105,21 @@ def _check_cut(block: Block, cut: Cut) -> None:
         raise UsageError(f"the units that the method keeps of {block.name} are none of its {block.units}.")
 
 
-def _checked_blocks(model: nn.Module, method: Method) -> list[Block]:
+def _checked_blocks(model: nn.Module, method: Method) -> list[Prunable]:
     """The blocks of a model, once nothing stands against attaching a method; see `attach` for the errors."""
     check_eval(model)
     if HANDLE in model.__dict__:
         raise UsageError(
             "this model already has a method attached; detach it first: probeprune.detach(model)."
         )
-    blocks = find_blocks(model, method.unit_kind)
+    blocks = plan.parts_of(model, method)
     check_kinds(blocks, method.blocks)
     if method.when.every_batch and _attention(model) not in ("sdpa", "eager"):
         raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
     return blocks
 
 
-def _handle(model: nn.Module, kept: Attachment, blocks: Sequence[Block]) -> Handle:
+def _handle(model: nn.Module, kept: Attachment, blocks: Sequence[Prunable]) -> Handle:
     kind = OffloadedHandle if is_offloaded(model) else Handle
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
         return kind(model, kept.method, kept.ratio, blocks, kept.cuts, kept.statistics, kept.text)

@@ -10,6 +10,7 @@ from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
 from probeprune.model.partition import Snapshot
 from probeprune.model.passes import Pass, remember_length
+from probeprune.strategies.widths import Prunable
 
 _ATTRIBUTE = "_probeprune_choice"
 
@@ -56,7 +57,7 @@ def caches_of(started: Pass, output: Any) -> tuple[Any, ...]:
     return started.cache, *parts
 
 
-def check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int], filled: bool = False) -> None:
+def check_layout(cache: Any, blocks: Sequence[Prunable], widths: Sequence[int], filled: bool = False) -> None:
     """Raise `UsageError` for a cache that was allocated, or filled, for a different number of heads."""
     what_to_do = (
         "it was filled under another method; run its prompt again"
@@ -65,7 +66,7 @@ def check_layout(cache: Any, blocks: Sequence[Block], widths: Sequence[int], fil
     )
     layers = getattr(cache, "layers", ())
     for block, keep in zip(blocks, widths, strict=True):
-        if block.kind != "attention" or block.layer >= len(layers):
+        if not isinstance(block, Block) or block.kind != "attention" or block.layer >= len(layers):
             continue
         keys = getattr(layers[block.layer], "keys", None)
         heads = block.cached_heads(keep)

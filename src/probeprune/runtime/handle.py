@@ -8,6 +8,7 @@ whole model: the stage of a pass, the cache that it continues, one pass at a tim
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -18,22 +19,26 @@ from torch import nn
 
 from probeprune import plan
 from probeprune.calibration.statistics import Statistics
-from probeprune.errors import UsageError
+from probeprune.errors import Notice, UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block, uncalled_consumer
+from probeprune.model.experts import Stack
 from probeprune.model.multimodal import text_config
 from probeprune.model.narrow_linear import refuse_to_copy
+from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
-from probeprune.plan import Kept
+from probeprune.plan import Kept, kept_of
 from probeprune.runtime import ownership
 from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.block import BlockRuntime
 from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of, mark
 from probeprune.runtime.current_pass import CurrentPass
+from probeprune.runtime.padding import CHECKED, looks_padded
 from probeprune.runtime.refusals import refuse_continuous_batching, refuse_loading
 from probeprune.strategies import allocation
 from probeprune.strategies.pruned_block import Cut, PrunedBlock
 from probeprune.strategies.schedule import EveryBatch
+from probeprune.strategies.widths import Prunable
 
 HANDLE = "_probeprune_handle"
 """Attribute of an attached model: its handle."""
@@ -45,9 +50,10 @@ class Handle:
     Attributes:
         model, method, ratio: as given to `attach`.
         kept: what attaching it again takes; None once it is detached.
-        blocks: all blocks of the model.
+        blocks: all blocks of the model, stacks of experts among them.
         widths: number of units that each block keeps; the same at every batch.
         pruned: the blocks that lose units, under their cut.
+        stacks: the stacks of experts that lose units, under theirs.
         runtimes: the blocks that follow the batch; none for a static method.
         current: the current pass.
     """
@@ -57,7 +63,7 @@ class Handle:
         model: nn.Module,
         method: Method,
         ratio: float,
-        blocks: Sequence[Block],
+        blocks: Sequence[Prunable],
         cuts: Sequence[Cut],
         statistics: Statistics,
         text: Mapping[str, Any] | None = None,
@@ -67,12 +73,14 @@ class Handle:
         self.blocks, self.widths = blocks, [cut.width for cut in cuts]
         self.current = CurrentPass(layer_types=getattr(text_config(model.config), "layer_types", None) or ())
         self._lock = threading.RLock()
+        self._unmasked = CHECKED
         self._owner = object()
         # The choice in view is kept alive by the caches that it filled; without any, nobody can return to it.
         self._choice: weakref.ref[Choice] | None = None
         self._running: Choice | None = None
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
+        self.stacks = [] if is_offloaded(model) else plan.stack_cuts(blocks, cuts)
         self.pruned = self._take(cuts, statistics)
         self.runtimes: list[BlockRuntime] = []
         try:
@@ -93,9 +101,14 @@ class Handle:
     def _hook_model(self) -> None:
         """Be there in every pass of the model."""
         self.model.__dict__[HANDLE] = self
-        self._undo += refuse_loading(self.model, [p.block for p in self.pruned])
+        self._undo += refuse_loading(self.model, self._held())
         self._undo.append(refuse_continuous_batching(self.model))
         self._undo.append(on_pass(self.model, self.run_pass))
+
+    def _held(self) -> list[str]:
+        """Paths of what holds weights that are in view in part: linear maps, and tensors of experts."""
+        linears = [m.name for p in self.pruned for m in p.block.members]
+        return [*linears, *(f"{s.stack.name}.down_proj" for s, _ in self.stacks)]
 
     def _start(self) -> None:
         """Make the first cuts and hook the blocks."""
@@ -103,6 +116,8 @@ class Handle:
         if not isinstance(when, EveryBatch):
             for pruned in self.pruned:
                 pruned.first_cut()
+            for stack, units in self.stacks:
+                stack.keep(units)
             self._running = Choice(self._owner)  # stays until detached
             return
         for pruned in self.pruned:
@@ -111,16 +126,31 @@ class Handle:
                 continue
             follower = when.follower(pruned)
             follower.start()
-            i = self.blocks.index(pruned.block)
-            beside = self.blocks[i - 1] if i and when.probe.parallel else None
+            beside = self._beside(pruned.block) if when.probe.parallel else None
             self.runtimes.append(BlockRuntime(pruned, follower, when, self.current, beside))
         for runtime in self.runtimes:
             self._undo += [hook.remove for hook in runtime.hooks()]
 
+    def _beside(self, block: Block) -> Block | None:
+        """The block in front of one; None for the first.
+
+        Raises `UsageError` where experts are in between, which take the place of that block.
+        """
+        i = self.blocks.index(block)
+        if not i:
+            return None
+        before = self.blocks[i - 1]
+        if not isinstance(before, Block):
+            raise UsageError(
+                "a probe cannot run beside the experts of a mixture of experts; set parallel to False."
+            )
+        return before
+
     def weights(self) -> list[torch.Tensor]:
         """The parameters of all blocks, whole, where they are now."""
-        linears = dict.fromkeys(m.linear for b in self.blocks for m in b.members)
-        return [w for linear in linears for w in linear._parameters.values() if w is not None]
+        linears = (m.linear for b in self.blocks if isinstance(b, Block) for m in b.members)
+        modules = dict.fromkeys([*linears, *(b.module for b in self.blocks if isinstance(b, Stack))])
+        return [w for module in modules for w in module._parameters.values() if w is not None]
 
     @property
     def probed(self) -> tuple[list[Block], list[int]]:
@@ -140,11 +170,12 @@ class Handle:
     def kept_units(self) -> list[Kept]:
         """The units that every block keeps now."""
         partitions = {p.block.name: p.partition for p in self.pruned}
-        report = []
-        for b in self.blocks:
-            units = partitions[b.name].kept_units.tolist() if b.name in partitions else range(b.units)
-            report.append(Kept(b.name, b.kind, tuple(units), b.units))
-        return report
+        kept = {name: p.kept_units.cpu() for name, p in partitions.items()}
+        kept |= {s.stack.name: units.cpu() for s, units in self.stacks}
+        whole = (torch.arange(b.units, device="cpu") for b in self.blocks)
+        return [
+            kept_of(b, kept.get(b.name, all_), b.units) for b, all_ in zip(self.blocks, whole, strict=True)
+        ]
 
     def detach(self) -> None:
         """Restore the model, bit for bit. Harmless when called twice.
@@ -159,7 +190,9 @@ class Handle:
             self._undo = []
             for pruned in self.pruned:
                 pruned.partition.restore()
-            self.pruned, self.runtimes, self.kept = [], [], None
+            for stack, _ in self.stacks:
+                stack.restore()
+            self.pruned, self.stacks, self.runtimes, self.kept = [], [], [], None
             ownership.release(self)
             if self.model.__dict__.get(HANDLE) is self:
                 del self.model.__dict__[HANDLE]
@@ -195,6 +228,7 @@ class Handle:
                 raise UsageError("a pass was started from inside another one of the same model.")
             self._check_model()
             self._check_pass(started)
+            self._look_for_padding(started)
             try:
                 self._enter(started)
                 output = forward()
@@ -209,6 +243,19 @@ class Handle:
                 choice, self._running = self._running, None
             mark(caches_of(started, output), choice)
             return output
+
+    def _look_for_padding(self, started: Pass) -> None:
+        """Say so once where a prompt looks padded and comes without a mask."""
+        if started.continues or started.unmasked is None or not self._unmasked:
+            return
+        self._unmasked -= 1
+        if looks_padded(started.unmasked, self.model.config):
+            self._unmasked = 0
+            sentence = (
+                f"a batch looks padded and has no attention mask, so method {self.method.name!r} takes its "
+                "padding for text, in what it chooses and in what it remembers; give attention_mask."
+            )
+            warnings.warn(Notice(sentence), stacklevel=2)
 
     def _check_model(self) -> None:
         """Raise `UsageError` where the model has changed since `attach`."""

@@ -55,7 +55,7 @@ class OffloadedHandle(Handle):
         when, pruned = self.method.when, zip(self.blocks, self.widths, strict=True)
         if not isinstance(when, EveryBatch):
             return [], []
-        followed = [(b, k) for b, k in pruned if k < b.units and when.follows(b)]
+        followed = [(b, k) for b, k in pruned if isinstance(b, Block) and k < b.units and when.follows(b)]
         return [b for b, _ in followed], [k for _, k in followed]
 
     def kept_units(self) -> list[Kept]:

@@ -6,15 +6,14 @@ from typing import Any
 from torch import nn
 
 from probeprune.errors import UsageError
-from probeprune.model.blocks import Block
 from probeprune.model.forwards import replace_method
 from probeprune.model.narrow_linear import refuse_to_load
 
 
-def refuse_loading(model: nn.Module, blocks: Iterable[Block]) -> list[Callable[[], None]]:
-    """Refuse state dicts at every module that contains one of the blocks: a module loads before its children,
-    so nothing has been loaded then. Returns functions that undo it."""
-    parents = {m.name.rpartition(".")[0] for b in blocks for m in b.members}
+def refuse_loading(model: nn.Module, names: Iterable[str]) -> list[Callable[[], None]]:
+    """Refuse state dicts at every module that contains one of those named: a module loads before its
+    children, so nothing has been loaded then. Returns functions that undo it."""
+    parents = {name.rpartition(".")[0] for name in names}
     parents |= {p[:i] for p in parents for i, c in enumerate(p) if c == "."}
     return [
         model.get_submodule(name).register_load_state_dict_pre_hook(refuse_to_load).remove

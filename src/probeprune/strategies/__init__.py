@@ -8,5 +8,5 @@ this happens (`schedule`, `probe_every_batch`, `refit_every_batch`). Each record
 
 from typing import Literal
 
-Part = Literal["moments", "saliences", "damages", "consumers"]
+Part = Literal["moments", "routed", "saliences", "damages", "consumers"]
 """A part of `Statistics` that a strategy may need."""

@@ -12,10 +12,18 @@ from dataclasses import dataclass
 import torch
 
 from probeprune.errors import UsageError
-from probeprune.model.blocks import Block
+from probeprune.model.experts import Stack
 from probeprune.strategies import Part
 from probeprune.strategies.least_damage import least_damage, least_damage_even, least_damage_heads
-from probeprune.strategies.widths import Request, candidates, check_alive, check_even, nearest_width
+from probeprune.strategies.widths import (
+    Prunable,
+    Request,
+    candidates,
+    check_alive,
+    check_even,
+    nearest_width,
+    step_of,
+)
 
 MISSED = 0.01
 """Difference between a ratio and what was removed beyond which it is said; smaller ones are rounding."""
@@ -24,14 +32,14 @@ MISSED = 0.01
 def uniform(request: Request) -> list[int]:
     """The same share from every pruned block, exact in total.
 
-    Attention loses `int(r' * units)` units. The steps of a few heads are coarse, so MLPs lose as many
-    channels as it takes for the total to reach the ratio. Widths of MLPs are the nearest multiples of
+    Attention loses `int(r' * units)` units. The steps of a few heads are coarse, so MLPs and experts lose as
+    many units as it takes for the total to reach the ratio. Widths of MLPs are the nearest multiples of
     `round_to`.
     """
     blocks = request.blocks
     pruned, share = candidates(request)
     kept = [b.units for b in blocks]
-    mlps = [i for i in pruned if blocks[i].kind == "mlp"] or pruned
+    mlps = [i for i in pruned if blocks[i].kind != "attention"] or pruned
     left = request.ratio * sum(b.parameters for b in blocks)
     left -= _cut_heads(blocks, [i for i in pruned if i not in mlps], share, kept)
     to_come = sum(blocks[i].parameters for i in mlps)
@@ -45,7 +53,8 @@ def uniform(request: Request) -> list[int]:
 
 def even(request: Request) -> list[int]:
     """As `uniform`, but with one width for all layers, as a plain config needs: the common MLP width (a
-    multiple of `round_to`) that comes closest to the budget.
+    multiple of `round_to`) that comes closest to the budget. An MLP whose width a plain config takes from
+    that of the experts beside it follows them.
 
     Raises `UsageError` where layers are skipped or already differ.
     """
@@ -53,12 +62,25 @@ def even(request: Request) -> list[int]:
     check_even(request)
     pruned, share = candidates(request)
     kept = [b.units for b in blocks]
-    mlps = [i for i in pruned if blocks[i].kind == "mlp"]
+    mlps = [i for i in pruned if blocks[i].kind != "attention"]
     left = request.ratio * sum(b.parameters for b in blocks)
     left -= _cut_heads(blocks, [i for i in pruned if i not in mlps], share, kept)
-    for i in mlps:
-        kept[i] = nearest_width(blocks[i], left / len(mlps), request.round_to)
+    stacks = {blocks[i].layer: i for i in mlps if isinstance(blocks[i], Stack) and blocks[i].fine}
+    followers = {i for i in mlps if _follows(blocks[i])}
+    alive = [i for i in mlps if i not in followers or blocks[i].layer in stacks]
+    total = sum(blocks[i].parameters for i in alive)
+    for i in alive:
+        if i not in followers:
+            kept[i] = nearest_width(blocks[i], left * blocks[i].parameters / total, request.round_to)
+    for i in followers:
+        if blocks[i].layer in stacks:
+            kept[i] = _follows(blocks[i]) * kept[stacks[blocks[i].layer]]
     return kept
+
+
+def _follows(block: Prunable) -> int:
+    """Channels for each channel of an expert in a plain config; 0 for a block with a width of its own."""
+    return 0 if isinstance(block, Stack) else block.follows
 
 
 def nominal(request: Request) -> list[int]:
@@ -68,8 +90,8 @@ def nominal(request: Request) -> list[int]:
     multiple of `round_to`.
     """
 
-    def keep(block: Block, share: float) -> int:
-        gone = _heads(block, share) if block.kind == "attention" else _floor(share * block.units)
+    def keep(block: Prunable, share: float) -> int:
+        gone = _floor(share * block.units) if block.fine else _heads(block, share)
         return block.units - gone
 
     return _each_alone(request, keep)
@@ -82,7 +104,9 @@ def nominal_kept(request: Request) -> list[int]:
     heads.
     """
 
-    def keep(block: Block, share: float) -> int:
+    def keep(block: Prunable, share: float) -> int:
+        if block.kind == "experts" and not block.fine:
+            return block.units - _heads(block, share)
         if block.kind == "attention":
             channels = block.width - _floor(block.width * (1 - share))
             return block.units - _heads(block, channels / block.width)
@@ -91,20 +115,21 @@ def nominal_kept(request: Request) -> list[int]:
     return _each_alone(request, keep)
 
 
-def _each_alone(request: Request, keep: Callable[[Block, float], int]) -> list[int]:
+def _each_alone(request: Request, keep: Callable[[Prunable, float], int]) -> list[int]:
     """Widths by a rule that looks at one block at a time, given the share to remove."""
     pruned, share = candidates(request)
     kept = [b.units for b in request.blocks]
     for i in pruned:
         block = request.blocks[i]
         kept[i] = keep(block, round(share, 2))
-        if block.kind == "mlp":
-            kept[i] = min(-(-kept[i] // request.round_to) * request.round_to, block.units)
+        if block.fine:
+            step = step_of(block, request.round_to)
+            kept[i] = min(-(-kept[i] // step) * step, block.units)
         check_alive(block, kept[i])
     return kept
 
 
-def _cut_heads(blocks: Sequence[Block], which: Sequence[int], share: float, kept: list[int]) -> int:
+def _cut_heads(blocks: Sequence[Prunable], which: Sequence[int], share: float, kept: list[int]) -> int:
     """Subtract the share of these attention blocks from `kept`; return the number of parameters removed."""
     gone = 0
     for i in which:
@@ -114,10 +139,10 @@ def _cut_heads(blocks: Sequence[Block], which: Sequence[int], share: float, kept
     return gone
 
 
-def _heads(block: Block, share: float) -> int:
-    """Number of attention units to remove: the share rounded down, within each group for `balanced` units."""
-    parts = block.kv_heads if block.unit_kind == "balanced" else 1
-    return parts * _floor(share * block.units / parts)
+def _heads(block: Prunable, share: float) -> int:
+    """Number of coarse units to remove: the share rounded down, within each part for heads of equal
+    groups."""
+    return block.parts * _floor(share * block.units / block.parts)
 
 
 def global_threshold(request: Request) -> list[int]:
@@ -125,7 +150,8 @@ def global_threshold(request: Request) -> list[int]:
 
     Scores must be comparable between blocks (FLAP standardises them within each). Units are removed from the
     least important one on, until their parameters add up to the ratio; a head and an MLP channel thus count
-    by their size. A block always keeps its best unit; `balanced` units are removed in steps of one per group.
+    by their size. A block always keeps its best unit, a router as many experts as it takes; `balanced` units
+    are removed in steps of one per group.
     """
     blocks, scores = request.blocks, request.scores
     pruned, _ = candidates(request)
@@ -139,7 +165,7 @@ def global_threshold(request: Request) -> list[int]:
         block = blocks[owner[index]]
         if budget < block.unit_parameters / 2:
             break
-        if kept[owner[index]] > 1:
+        if kept[owner[index]] > block.least:
             kept[owner[index]] -= 1
             budget -= block.unit_parameters
     else:
@@ -147,8 +173,11 @@ def global_threshold(request: Request) -> list[int]:
             f"ratio {request.ratio:g} cannot be reached while every block keeps a unit; lower it."
         )
     for i, block in enumerate(blocks):
-        if block.unit_kind == "balanced" and block.kind == "attention":
-            kept[i] = -(-kept[i] // block.kv_heads) * block.kv_heads
+        if isinstance(block, Stack) and block.fine:
+            step = step_of(block, request.round_to)
+            kept[i] = min(max(round(kept[i] / step), 1) * step, block.units)
+        else:
+            kept[i] = -(-kept[i] // block.parts) * block.parts
     return kept
 
 
@@ -208,22 +237,25 @@ ALLOCATIONS: dict[str, Allocation] = {
 """Allocations by name."""
 
 
-def chosen_by_group(block: Block) -> bool:
+def chosen_by_group(block: Prunable) -> bool:
     """Whether every group of a block keeps as many units as the others, whatever their scores."""
-    return block.unit_kind == "balanced" and block.kind == "attention"
+    return block.parts > 1
 
 
-def choose_units(scores: torch.Tensor, keep: int, block: Block) -> torch.Tensor:
-    """Ids of the `keep` most important units, ascending: LongTensor (keep,). Ties go to the lower id."""
+def choose_units(scores: torch.Tensor, keep: int, block: Prunable) -> torch.Tensor:
+    """Ids of the `keep` most important units, ascending: LongTensor (keep,); of scores (experts, channels),
+    of each expert's own: (experts, keep). Ties go to the lower id."""
+    if scores.ndim == 2:
+        return scores.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(dim=1).values
     if chosen_by_group(block):
-        groups = scores.view(block.kv_heads, block.group_size)
-        best = groups.argsort(dim=1, descending=True, stable=True)[:, : keep // block.kv_heads]
-        first = torch.arange(block.kv_heads, device=scores.device)[:, None] * block.group_size
+        groups = scores.view(block.parts, -1)
+        best = groups.argsort(dim=1, descending=True, stable=True)[:, : keep // block.parts]
+        first = torch.arange(block.parts, device=scores.device)[:, None] * groups.shape[1]
         return (best + first).flatten().sort().values
     return scores.argsort(descending=True, stable=True)[:keep].sort().values
 
 
-def removed_share(blocks: Sequence[Block], kept: Sequence[int]) -> float:
+def removed_share(blocks: Sequence[Prunable], kept: Sequence[int]) -> float:
     """The achieved share: parameters that these widths remove, over those of all blocks."""
     return removed_parameters(blocks, kept) / sum(b.parameters for b in blocks)
 
@@ -241,7 +273,7 @@ def missed_ratio(ratio: float, removed: float) -> str | None:
     )
 
 
-def removed_parameters(blocks: Sequence[Block], kept: Sequence[int]) -> int:
+def removed_parameters(blocks: Sequence[Prunable], kept: Sequence[int]) -> int:
     """Number of parameters that these widths remove."""
     return sum((b.units - k) * b.unit_parameters for b, k in zip(blocks, kept, strict=True))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from probeprune.model.blocks import Block
+from probeprune.model.experts import Expert
 from probeprune.strategies import Part
 from probeprune.strategies.criteria import CRITERIA, REDUCTIONS
 
@@ -27,7 +28,7 @@ class ColumnNorms:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, block: Block) -> "ColumnNorms":
+    def of(cls, block: Block | Expert) -> "ColumnNorms":
         """The norms of the block's consumer, in the weight's present order."""
         weight = block.consumer_weight.float()
         squared = weight.square()
@@ -38,7 +39,7 @@ class ColumnNorms:
 class Evidence:
     """The inputs of an importance for one block; parts that are not available are None."""
 
-    block: Block
+    block: Block | Expert
     norms: ColumnNorms
     energy: torch.Tensor | None = None
     """`e_j` (n,): mean over samples of `z_j^2`, summed over positions."""
@@ -52,7 +53,7 @@ class Evidence:
     """Seed for importances that draw random numbers."""
 
 
-def _units(scores: torch.Tensor, block: Block) -> torch.Tensor:
+def _units(scores: torch.Tensor, block: Block | Expert) -> torch.Tensor:
     """Channel scores (n,) as (units, unit_width)."""
     return scores.view(block.units, block.unit_width)
 

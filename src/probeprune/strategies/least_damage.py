@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from probeprune.algebra import knapsack
 from probeprune.algebra.knapsack import Choice
 from probeprune.errors import UsageError
-from probeprune.model.blocks import Block
-from probeprune.strategies.widths import KINDS, Request, check_even, may_lose_units
+from probeprune.strategies.widths import Prunable, Request, check_even, may_lose_units, role
 
 
 def least_damage(request: Request) -> list[int]:
@@ -31,7 +30,8 @@ def least_damage_even(request: Request) -> list[int]:
     Raises `UsageError` where the ratio is out of reach, layers are skipped or already differ.
     """
     check_even(request)
-    alike = [[i for i, b in enumerate(request.blocks) if b.kind == kind] for kind in KINDS]
+    roles = dict.fromkeys(role(b) for b in request.blocks)
+    alike = [[i for i, b in enumerate(request.blocks) if role(b) == own] for own in roles]
     free = [all(may_lose_units(request.blocks[i], request) for i in group) for group in alike]
     return _solve_grouped(request, alike, free)
 
@@ -47,7 +47,7 @@ def least_damage_heads(request: Request) -> list[int]:
     attention = [i for i, b in enumerate(blocks) if b.kind == "attention"]
     if len({(blocks[i].units, blocks[i].parameters) for i in attention}) > 1:
         raise UsageError("this model's layers differ in their heads already; use allocation 'damage'.")
-    mlps = [[i] for i, b in enumerate(blocks) if b.kind == "mlp"]
+    mlps = [[i] for i, b in enumerate(blocks) if b.kind != "attention"]
     groups = [attention, *mlps]
     free = [all(may_lose_units(blocks[i], request) for i in group) for group in groups]
     return _solve_grouped(request, groups, free)
@@ -75,10 +75,7 @@ def _solve_grouped(request: Request, groups: Sequence[Sequence[int]], free: Sequ
     return kept
 
 
-def _widths(block: Block, round_to: int) -> list[int]:
+def _widths(block: Prunable, round_to: int) -> list[int]:
     """The widths of a block that the knapsack may choose from, widest first."""
-    if block.kind == "attention":
-        step = block.kv_heads if block.unit_kind == "balanced" else 1
-    else:
-        step = max(round_to, block.units // 48 // round_to * round_to)
+    step = max(round_to, block.units // 48 // round_to * round_to) if block.fine else block.parts
     return [block.units, *range(block.units - (block.units % step or step), 0, -step)]

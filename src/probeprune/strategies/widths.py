@@ -2,14 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block
+from probeprune.model.experts import Stack
 from probeprune.ranges import check
 
-KINDS = ("attention", "mlp")
+KINDS = ("attention", "mlp", "experts")
+
+ALIGNED = 8
+"""Widths of experts are multiples of this: the kernels that multiply all experts at once ask for rows of
+whole 16 bytes, in bfloat16 too."""
+
+Prunable = Block | Stack
+"""What an allocation gives a width to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +37,14 @@ class Damage:
 class Request:
     """The input of an allocation."""
 
-    blocks: Sequence[Block]
-    """All blocks of the model, in order."""
+    blocks: Sequence[Prunable]
+    """All blocks and stacks of experts of the model, in order."""
     ratio: float
     """Share of the budget to remove, in [0, 1)."""
     skip_layers: int = 0
     """Number of first layers that stay dense."""
     round_to: int = 1
-    """Widths of MLPs are multiples of this."""
+    """Widths of MLPs, and of experts whose channels go, are multiples of this."""
     kinds: Sequence[str] = KINDS
     """Which kinds of blocks are pruned."""
     scores: Sequence[torch.Tensor] = ()
@@ -71,25 +80,39 @@ def candidates(request: Request) -> tuple[list[int], float]:
     return pruned, share
 
 
-def may_lose_units(block: Block, request: Request) -> bool:
+def may_lose_units(block: Prunable, request: Request) -> bool:
     """Whether the request takes units from blocks of this kind, and the block can lose some."""
     return block.kind in request.kinds and block.whole is None
 
 
-def nearest_width(block: Block, parameters: float, round_to: int) -> int:
+def nearest_width(block: Prunable, parameters: float, round_to: int) -> int:
     """The number of units a block keeps so that about `parameters` go, in the steps that its widths come in.
 
     Raises `UsageError` where no unit would stay.
     """
-    step = round_to if block.kind == "mlp" else block.kv_heads if block.unit_kind == "balanced" else 1
+    step = step_of(block, round_to)
     keep = block.units - max(parameters, 0) / block.unit_parameters
     kept = min(max(round(keep / step), keep >= 1) * step, block.units)
     check_alive(block, kept)
     return kept
 
 
-def check_alive(block: Block, keep: int) -> None:
-    """Raise `UsageError` where a block would keep no unit."""
+def step_of(block: Prunable, round_to: int) -> int:
+    """The steps that the widths of a block come in."""
+    if not block.fine:
+        return block.parts
+    return lcm(round_to, ALIGNED) if isinstance(block, Stack) else round_to
+
+
+def check_alive(block: Prunable, keep: int) -> None:
+    """Raise `UsageError` where a block would keep no unit, or fewer experts than its router takes."""
+    if isinstance(block, Stack) and keep < block.least and block.unit == "expert":
+        groups = f" from {block.groups_per_token} of {block.groups} groups" if block.groups > 1 else ""
+        raise UsageError(
+            f"the ratio leaves {block.name} with {max(keep, 0)} of {block.experts} experts, and its router "
+            f"takes {block.per_token} for a token{groups}, so at least {block.least} must stay; lower the "
+            "ratio, or take channels of experts (experts='channel')."
+        )
     if keep < 1:
         raise UsageError(
             f"the ratio leaves {block.name} without units; lower the ratio or skip_layers, or choose finer "
@@ -102,6 +125,11 @@ def check_even(request: Request) -> None:
     blocks = request.blocks
     if request.ratio and request.skip_layers:
         raise UsageError("allocations 'even' and 'damage-even' give all layers one width: skip_layers=0.")
-    sizes = {(b.kind, b.units, b.parameters) for b in blocks if b.kind in KINDS}
-    if len(sizes) > len({kind for kind, *_ in sizes}):
+    sizes = {(role(b), b.units, b.parameters) for b in blocks}
+    if len(sizes) > len({role(b) for b in blocks}):
         raise UsageError("this model's layers differ in width already; use an allocation that is not even.")
+
+
+def role(block: Prunable) -> str:
+    """What a block is in its layer, alike in all layers: its kind and the end of its name."""
+    return f"{block.kind} {block.name.partition(f'.{block.layer}.')[2]}"

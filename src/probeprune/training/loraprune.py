@@ -19,9 +19,9 @@ from transformers.trainer_callback import ExportableState
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.methods import Method, compose, for_layout
-from probeprune.model.blocks import Block, Member, find_blocks, find_layers
+from probeprune.model.blocks import Block, Member, find_layers
 from probeprune.model.described import Layout
-from probeprune.plan import widths
+from probeprune.plan import parts_of, widths
 from probeprune.progress import Progress, silent
 from probeprune.ranges import check_fields
 from probeprune.strategies.importance import sum_of_shares
@@ -270,8 +270,11 @@ def loraprune(
         raise UsageError(
             "LoRAPrune needs LoRA's gradients up to the last step: give lora and keep_best=False."
         )
-    blocks = find_blocks(model)
-    pruner = LoraPrune(blocks, widths(cut.method(model), cut.ratio, blocks, [], Statistics()))
+    method = cut.method(model)
+    parts = parts_of(model, method)
+    planned = zip(parts, widths(method, cut.ratio, parts, [], Statistics()), strict=True)
+    linear = [(b, k) for b, k in planned if isinstance(b, Block)]  # experts stay whole
+    pruner = LoraPrune([b for b, _ in linear], [k for _, k in linear])
     try:
         trained = recover(model, windows, held_out, training, work, callbacks=[pruner], progress=progress)
     finally:

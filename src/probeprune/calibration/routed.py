@@ -1,0 +1,169 @@
+"""Routed moments: run windows of text through the dense model and see what its experts do with their tokens.
+
+An expert's inputs are read where the model gives them to it; what it makes of them is computed once more,
+which takes about the FLOPs of the experts. Results are cached by content, and a run that was killed goes on
+at its layer. Knows nothing of methods.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from probeprune.algebra.precision import exact
+from probeprune.algebra.routed_moments import RoutedMoments
+from probeprune.calibration.unfinished import Unfinished, resumed, states_bytes
+from probeprune.data.windows import BATCH_SIZE, batches
+from probeprune.errors import UsageError
+from probeprune.model.experts import Stack, find_stacks
+from probeprune.model.forwards import temporary_hooks
+from probeprune.model.identity import content_key
+from probeprune.model.layers import LayerRunner
+from probeprune.model.passes import check_eval, token_windows
+from probeprune.model.wrappers import unwrapped
+from probeprune.processes import shares
+from probeprune.progress import Progress, silent
+
+_FORMAT = 1
+
+
+@exact()
+def routed_moments(
+    model: nn.Module,
+    windows: torch.Tensor,
+    *,
+    batch_size: int = BATCH_SIZE,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, RoutedMoments]:
+    """Moments of the experts of every sparse layer, by the stack's name, on `windows` (count, length).
+
+    All windows run through one layer, then through the next, as in `collecting.calibrate`.
+
+    Args:
+        model: a supported causal LM, in eval mode, nothing attached.
+        windows: LongTensor of token ids.
+        batch_size: windows per forward pass.
+        cache: folder for results, stored by content; None stores nothing.
+        progress: called with ("experts", windows done over all layers, windows times layers).
+
+    Raises `UsageError` for windows longer than the model's positions, a model in training mode, or experts
+    that the model does not call.
+    """
+    model = unwrapped(model)
+    windows = token_windows(model, windows)
+    check_eval(model, "calibration needs")
+    stacks = {s.layer: s for s in find_stacks(model)}
+    layers = max(stacks, default=-1) + 1
+    path = None
+    if cache is not None:
+        key = content_key(model, windows, "routed", _FORMAT, _buffers(stacks.values()))
+        path = cache / f"{key}.safetensors"
+
+    def take(kept: Unfinished) -> dict[str, RoutedMoments]:
+        progress("experts", kept.done * len(windows), layers * len(windows))
+        parts = [*batches(shares.own_rows(windows), batch_size)]
+        with torch.inference_mode():
+            with shares.alike():
+                runner = LayerRunner(model, parts, hidden=kept.stream("hidden", len(parts)))
+            for layer in range(kept.done, layers):
+                with shares.alike(), runner.opened(layer):
+                    found = _collect(runner, layer, stacks.get(layer), progress, layers)
+                if found is not None:
+                    shares.pool([found])
+                    kept.results[stacks[layer].name] = found
+                kept.step(layer + 1)
+        return kept.results
+
+    states = states_bytes(model, windows)
+    made = resumed(path, "routed", model, take, states=states, settings=batch_size)
+    progress("experts", layers * len(windows), layers * len(windows))
+    # Collected under inference mode; clones are ordinary tensors.
+    return {
+        s.name: RoutedMoments.from_state({k: t.clone() for k, t in made[s.name].state().items()})
+        for s in stacks.values()
+    }
+
+
+def _buffers(stacks: Any) -> str:
+    """A hash of what routers hold beside parameters, which the model's fingerprint leaves out."""
+    digest = hashlib.blake2b(digest_size=16)
+    for stack in stacks:
+        for tensor in stack.router_buffers():
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _collect(
+    runner: LayerRunner, layer: int, stack: Stack | None, progress: Progress, layers: int
+) -> RoutedMoments | None:
+    """Advance the hidden states through one layer; returns the moments of its experts, None of a dense
+    one."""
+    moments = None
+    windows = sum(len(batch) for batch in runner.batches)
+    done = layer * windows
+    for i, hidden in enumerate(runner.hidden):
+        if stack is None:
+            runner.hidden[i] = runner.run(layer, i, hidden)
+        else:
+            moments = moments or RoutedMoments(stack.experts, stack.width, hidden.device)
+            with observed(stack, moments):
+                runner.hidden[i] = runner.run(layer, i, hidden)
+            moments.see(len(hidden), hidden.shape[0] * hidden.shape[1])
+        done += len(runner.batches[i])
+        progress("experts", done, layers * windows)
+    return moments
+
+
+@contextmanager
+def observed(stack: Stack, moments: RoutedMoments) -> Iterator[None]:
+    """Add to `moments` what the experts of a stack do in the passes inside the context, padding included.
+
+    Raises `UsageError` where the model does not call the module that holds them.
+    """
+    called: list[bool] = []
+
+    def see(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        called.append(True)
+        for expert, x, weights in routed_tokens(stack, (*args, *kwargs.values())):
+            z = stack.coupled(expert, x)
+            norms = torch.linalg.vector_norm(stack.output(expert, z).float(), dim=-1)
+            moments.update(expert, z, norms if weights is None else norms * weights.float())
+
+    with temporary_hooks(iter([stack.module.register_forward_pre_hook(see, with_kwargs=True)])):
+        yield
+    if not called:
+        raise UsageError(
+            f"the model does not call the module {stack.name}; switch off the fused kernel that takes its "
+            "place."
+        )
+
+
+def routed_tokens(
+    stack: Stack, given: Sequence[torch.Tensor]
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    """The tokens of each expert that has some, from what the module of the experts is given.
+
+    Args:
+        stack: the experts.
+        given: what its module's forward is called with.
+
+    Yields:
+        The expert, its inputs (tokens, hidden size), and the router's weights for them (tokens,); None where
+        the weights are in the inputs already.
+    """
+    if stack.record.scales_input:  # rows expert by expert, zero for tokens of others
+        rows = given[0].view(stack.experts, -1, stack.hidden_size)
+        for expert, own in enumerate(rows):
+            own = own[own.abs().amax(-1) > 0]
+            if len(own):
+                yield expert, own, None
+        return
+    x, index, weights = given[:3]
+    for expert in index.unique().tolist():
+        token, place = (index == expert).nonzero(as_tuple=True)
+        yield expert, x[token], weights[token, place]

@@ -1,0 +1,148 @@
+"""The families of mixtures of experts that can be pruned, one record each.
+
+Written as `families.py` says; knows no model.
+"""
+
+from dataclasses import replace
+
+from probeprune.model.family_records import AttentionRecord, ExpertsRecord, Family, MlpRecord
+
+NORMS_OVER_HEADS = "normalises queries and keys over all heads together, so none can go without the others"
+_SINKS = "has a learned sink for each head beside its linear maps"
+
+_MIXTRAL = ExpertsRecord(count_field="num_local_experts", width_field="intermediate_size", everywhere=True)
+"""Experts alone, as wide as the config says of MLPs."""
+_ROUTED = ("mlp.experts.num_experts", "mlp.router.num_experts")
+
+
+def _shared(path: str, width_field: str | None = None) -> MlpRecord:
+    """A gated MLP beside the experts, at a path in the layer."""
+    return MlpRecord(
+        module=path,
+        producers=(f"{path}.gate_proj", f"{path}.up_proj"),
+        consumer=f"{path}.down_proj",
+        width_field=width_field,
+    )
+
+
+SPARSE: tuple[Family, ...] = (
+    Family(
+        "Qwen1.5-MoE, Qwen2-MoE",
+        ("qwen2_moe",),
+        experts=ExpertsRecord(
+            beside=("mlp.shared_expert_gate.weight",),
+            shared=_shared("mlp.shared_expert", "shared_expert_intermediate_size"),
+        ),
+    ),
+    Family("Qwen3-MoE", ("qwen3_moe",), experts=ExpertsRecord()),
+    Family("Mixtral", ("mixtral",), experts=_MIXTRAL),
+    Family(
+        "OLMoE",
+        ("olmoe",),
+        attention=AttentionRecord(whole=NORMS_OVER_HEADS),
+        experts=replace(_MIXTRAL, count_field="num_experts"),
+    ),
+    Family(
+        "Phi-3.5-MoE",
+        ("phimoe",),
+        experts=replace(
+            _MIXTRAL,
+            router=("mlp.router.weight",),
+            counts=(*_ROUTED, "mlp.router.out_features", "mlp.num_experts"),
+            widths=("mlp.experts.intermediate_dim", "mlp.ffn_dim"),
+        ),
+    ),
+    Family(
+        "gpt-oss",
+        ("gpt_oss",),
+        attention=AttentionRecord(whole=_SINKS),
+        experts=replace(
+            _MIXTRAL,
+            transposed=True,
+            interleaved=True,
+            biases=True,
+            router=("mlp.router.weight", "mlp.router.bias"),
+            counts=_ROUTED,
+            widths=("mlp.experts.intermediate_size",),
+        ),
+    ),
+    Family(
+        "Granite MoE",
+        ("granitemoe",),
+        experts=replace(
+            _MIXTRAL,
+            module="block_sparse_moe.experts",
+            entry="block_sparse_moe",
+            router=("block_sparse_moe.router.weight",),
+            counts=("block_sparse_moe.experts.num_experts", "block_sparse_moe.router.num_experts"),
+            widths=("block_sparse_moe.experts.intermediate_dim",),
+        ),
+        norm_last=True,
+        logits_over="logits_scaling",
+    ),
+    Family(
+        "GLM-4.5, GLM-4.6",
+        ("glm4_moe",),
+        experts=ExpertsRecord(
+            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+            count_field="n_routed_experts",
+            group_fields=("n_group", "topk_group"),
+            shared=_shared("mlp.shared_experts"),
+            shared_times="n_shared_experts",
+        ),
+    ),
+    Family(
+        "ERNIE 4.5 MoE",
+        ("ernie4_5_moe",),
+        experts=ExpertsRecord(
+            router=("mlp.gate.weight", "mlp.gate.moe_statics.e_score_correction_bias"),
+            counts=("mlp.experts.num_experts", "mlp.gate.num_experts", "mlp.num_experts"),
+            count_field="moe_num_experts",
+            per_token_field="moe_k",
+            shared=_shared("mlp.shared_experts"),
+            shared_times="moe_num_shared_experts",
+        ),
+    ),
+    Family(
+        "Hunyuan (MoE)",
+        ("hunyuan_v1_moe",),
+        experts=replace(
+            _MIXTRAL,
+            router=("mlp.gate.wg.weight",),
+            counts=("mlp.experts.num_experts", "mlp.gate.num_experts", "mlp.gate.wg.out_features"),
+            count_field="num_experts",
+            per_token_field="moe_topk",
+            shared=_shared("mlp.shared_mlp"),
+            shared_times=1,
+        ),
+    ),
+    Family(
+        "LLaMA 4 (text)",
+        ("llama4_text",),
+        mlp=MlpRecord(
+            module="feed_forward",
+            producers=("feed_forward.gate_proj", "feed_forward.up_proj"),
+            consumer="feed_forward.down_proj",
+            width_field="intermediate_size_mlp",
+        ),
+        experts=replace(
+            _MIXTRAL,
+            module="feed_forward.experts",
+            entry="feed_forward",
+            everywhere=False,
+            transposed=True,
+            router=("feed_forward.router.weight",),
+            counts=(
+                "feed_forward.num_experts",
+                "feed_forward.experts.num_experts",
+                "feed_forward.router.num_experts",
+                "feed_forward.router.out_features",
+            ),
+            widths=("feed_forward.experts.intermediate_size", "feed_forward.experts.expert_dim"),
+            shared=_shared("feed_forward.shared_expert"),
+            shared_times=1,
+            scales_input=True,
+        ),
+    ),
+)
+"""In the order of the table."""

@@ -1,0 +1,121 @@
+"""Tiny random mixtures of experts, one or more rows for each family, with what its config can switch on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXTRAL = {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 28,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+    },
+    "mixtral": {**MIXTRAL, "sliding_window": 8},
+    "olmoe": {
+        "intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "clip_qkv": 4.0,
+        "num_key_value_heads": 4,
+    },
+    "phimoe": {**MIXTRAL, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.1},
+    "gpt_oss": {**MIXTRAL, "sliding_window": 8},
+    "granitemoe": {
+        **MIXTRAL,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+        "attention_multiplier": 0.4,
+        "attention_bias": True,
+    },
+    "glm4_moe": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "partial_rotary_factor": 0.5,
+    },
+    "ernie4_5_moe": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 16,
+        "moe_num_experts": 8,
+        "moe_num_shared_experts": 2,
+        "moe_k": 2,
+        "moe_layer_start_index": 1,
+        "num_hidden_layers": 3,
+        "use_bias": True,
+    },
+    "hunyuan_v1_moe": {"intermediate_size": 24, "num_experts": 6, "moe_topk": 2},
+    "llama4_text": {
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 40,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "interleave_moe_layer_step": 2,
+        "num_hidden_layers": 4,
+        "attention_chunk_size": 8,
+        "use_qk_norm": True,
+    },
+}
+"""Config fields of each row, by `model_type`."""
+
+
+def build(name: str) -> Callable[[], PreTrainedModel]:
+    """A function that makes the tiny model of a row, always the same."""
+
+    def make() -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[name](**{**SHAPE, **CONFIGS[name]})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        with torch.no_grad():
+            for path, p in model.named_parameters():
+                # The usual initialisation is so small that an expert can go without changing a logit.
+                std = (
+                    1.0
+                    if "embed" in path or path.endswith(("gate.weight", "router.weight", "wg.weight"))
+                    else 0.2
+                )
+                if p.ndim > 1 or "bias" in path or path.endswith("sinks"):
+                    p.normal_(std=std)
+            for path, b in model.named_buffers():
+                if path.endswith("e_score_correction_bias"):
+                    b.normal_(std=0.3)
+        return model.eval()
+
+    return make
