@@ -219,7 +219,7 @@ def test_checkpoints_of_the_first_schema_open(tmp_path, number_tokenizer):
                 sizes[name] = own
     del config["per_layer_config"]
     config |= {"model_type": "pruned_llama", "architectures": ["PrunedLlamaForCausalLM"], "pruned": sizes}
-    config["auto_map"] = pruned_config(type(dense.config))().auto_map
+    config["auto_map"] = pruned_config(type(dense.config), "Pruned")().auto_map
     file.write_text(json.dumps(config))
     for loaded in (
         AutoModelForCausalLM.from_pretrained(tmp_path / "old"),

@@ -24,6 +24,7 @@ from probeprune.model.blocks import Block
 from probeprune.model.cost import blocks_flops
 from probeprune.model.decoding import next_token_logits
 from probeprune.model.families import FAMILIES, find_family
+from probeprune.model.multimodal import MULTIMODAL
 from probeprune.model.partition import Partition
 from probeprune.model.passes import find_decoder
 from probeprune.model.pruned_configs import empty_model
@@ -67,7 +68,8 @@ def noting(read: dict[str, torch.Tensor], name: str):
 def test_every_family_has_a_tiny_model():
     built = (*tiny.FAMILIES.values(), *test_older_families.FAMILIES.values())
     types = {build().config.model_type for build in built}
-    types |= {name.split()[0] for name in tiny_families.ROWS} | tiny_experts.CONFIGS.keys()
+    types |= {name.split()[0] for name in (*tiny_families.ROWS, *tiny_families.HYBRIDS)}
+    types |= set(tiny_experts.CONFIGS)
     assert types == {t for f in FAMILIES for t in f.model_types}
 
 
@@ -217,7 +219,8 @@ def test_a_plain_config_holds_fewer_heads_where_the_record_says_so(row):
         changes["num_key_value_heads"] = 5
     try:
         smaller = empty_model(type(model), tiny_families.config_of(name, **changes), model)
-        o = smaller.get_submodule(find_blocks(model)[0].name).get_submodule(record.output)
+        attention = next(b for b in find_blocks(model) if b.kind == "attention")
+        o = smaller.get_submodule(attention.name).get_submodule(record.output)
         holds = o.in_features == 40 and name != "phi norms"
     except Exception:  # configs and models may raise anything
         holds = False
@@ -273,8 +276,10 @@ def test_the_command_lists_what_the_records_say(capsys):
     assert run(lambda: app(["models", "--json"])) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["family"], tuple(r["model_types"])) for r in rows] == [
-        (f.name, f.model_types) for f in FAMILIES
+        (f.name, f.model_types) for f in (*FAMILIES, *MULTIMODAL)
     ]
+    inside = [list(m.text_types) for m in MULTIMODAL]
+    assert [r["text_types"] for r in rows] == [*([] for _ in FAMILIES), *inside]
     by_type = {t: r for r in rows for t in r["model_types"]}
     assert by_type["olmo2"]["heads"] == [] and "over all heads" in by_type["olmo2"]["why"]
     assert by_type["olmo2"]["dynamic"] == by_type["olmo2"]["uniform"] == ["mlp"]
@@ -290,11 +295,17 @@ def test_the_pages_list_every_family():
     root = Path(__file__).parent.parent
     rows = all_support()
     page = (root / "docs" / "models.md").read_text(encoding="utf-8")
-    families = page.partition("\n## ")[0]
-    table = [line for line in families.splitlines() if line.startswith("| ") and "---" not in line]
-    wanted = [f"| {' | '.join(row)} |" for row in (COLUMNS, *map(cells, rows))]
+    own = page.partition("\n## ")[0] + page.partition("\n## Multimodal models")[2]
+    table = [line for line in own.splitlines() if line.startswith("| ") and "---" not in line]
+    wanted = [
+        f"| {' | '.join(row)} |"
+        for part in (False, True)
+        for row in (COLUMNS, *(cells(row) for row in rows if bool(row.text_types) == part))
+    ]
     assert table == wanted, "\n".join(wanted)
     prose = " ".join(page.split())
     assert all(f"a model {row.why}." in prose for row in rows if row.why is not None)
     readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
-    assert f"{len(rows)} families" in readme and f": {'; '.join(row.family for row in rows)}." in readme
+    for count, kind in ((len(FAMILIES), "families"), (len(MULTIMODAL), "multimodal classes")):
+        named = [row.family for row in rows if bool(row.text_types) == (kind != "families")]
+        assert f"{count} {kind}" in readme and f": {'; '.join(named)}." in readme

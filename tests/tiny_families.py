@@ -72,13 +72,72 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """Fields of the config beside those of the common shape, by name: a `model_type`, and what is on."""
 
+_MAMBA = {
+    "mamba_n_heads": 6,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_d_head": 16,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
+_DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {**_DELTA, "rope_parameters": _PARTLY},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 4},
+    "lfm2 plain": {
+        "layer_types": ["full_attention", "conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+        "conv_bias": True,
+    },
+    "falcon_h1": {
+        **_MAMBA,
+        "mamba_d_ssm": 96,
+        "attention_in_multiplier": 0.7,
+        "attention_out_multiplier": 1.3,
+        "mlp_multipliers": [0.8, 1.2],
+        "key_multiplier": 0.5,
+        "ssm_out_multiplier": 0.9,
+        "lm_head_multiplier": 0.4,
+        "embedding_multiplier": 1.5,
+    },
+    "bamba": {**_MAMBA, "attn_layer_indices": [1], "attention_bias": True, "mlp_bias": True},
+    "granitemoehybrid": {
+        **_MAMBA,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 60,
+        "layer_types": ["linear_attention", "full_attention", "full_attention"],
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
+        "num_hidden_layers": 5,
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "chunk_size": 8,
+        "mlp_bias": True,
+    },
+    "jamba": {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
+}
+"""The same for hybrids."""
+
 
 def config_of(name: str, **changes: Any) -> Any:
     """The config of a row, with some fields changed."""
     model_type = name.split()[0]
     sized_by_count = model_type in ("stablelm", "persimmon") or name == "phi norms"
     return CONFIG_MAPPING[model_type](
-        **{**(_SIZED_BY_COUNT if sized_by_count else _SHAPE), **ROWS[name], **changes}
+        **{**(_SIZED_BY_COUNT if sized_by_count else _SHAPE), **{**ROWS, **HYBRIDS}[name], **changes}
     )
 
 

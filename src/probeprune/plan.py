@@ -38,7 +38,7 @@ class Kept:
     """The units that one block keeps."""
 
     name: str
-    kind: Literal["attention", "mlp", "experts"]
+    kind: Literal["attention", "mlp", "mixer", "experts"]
     units: tuple[int, ...]
     """Their ids in the model as given, ascending; of channels of experts their places, since each expert
     keeps channels of its own (`by_expert`)."""

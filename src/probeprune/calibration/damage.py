@@ -92,6 +92,8 @@ def damages(
 
 def _curve(block: Block, moments: Gram, metric: torch.Tensor, damping: float) -> torch.Tensor:
     """Damage of one block by the number of units removed: (units + 1,)."""
+    if block.kind == "mixer":  # nobody asks
+        return torch.zeros(block.units + 1, dtype=torch.float64, device="cpu")
     weight, centred = block.consumer_weight, block.consumer.bias is not None
     try:
         inverse = torch.cholesky_inverse(factorised(damped_moment(moments, centred, damping)))

@@ -190,7 +190,7 @@ class _LayerwiseRefit:
             progress("refit", layer, last + 1)
             here = [b for b in blocks if b.layer == layer]
             with self.layers.opened(layer), self._partitioned(here) as cut:
-                self.kept.results |= self._fit_layer(here, cut, last)
+                self.kept.results |= self._fit_layer(layer, here, cut, last)
             self.kept.step(layer + 1)
         progress("refit", last + 1, last + 1)
         return self.kept.results
@@ -211,14 +211,15 @@ class _LayerwiseRefit:
                 partition.restore()
             self.partitions.clear()
 
-    def _fit_layer(self, here: Sequence[Block], cut: Sequence[Block], last: int) -> dict[str, Consumer]:
+    def _fit_layer(
+        self, layer: int, here: Sequence[Block], cut: Sequence[Block], last: int
+    ) -> dict[str, Consumer]:
         """Fit the blocks of a layer that are cut, and advance the streams through it.
 
         The dense stream runs through the layer once. Behind it, in sequence, the pruned one runs up to the
         inputs of each consumer that is fitted, because the units of the block in front are chosen by then,
         and through the layer as it is cut.
         """
-        layer = here[0].layer
         fitted: dict[str, Consumer] = {}
         if cut and self.how.sequential and self.pruned is self.dense:
             self.pruned = self.kept.stream("pruned", len(self.dense))

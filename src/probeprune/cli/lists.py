@@ -41,7 +41,7 @@ def list_methods(as_json: Json = False) -> None:
 
 
 def list_models(as_json: Json = False) -> None:
-    """List the model families that can be pruned, and what each can do.
+    """List the model families and multimodal classes that can be pruned, and what each can do.
 
     Example: [bold]probeprune models[/bold]
     """
@@ -58,6 +58,7 @@ def list_models(as_json: Json = False) -> None:
         if row.why is not None:
             stay = f"with {row.heads_stay_if}, heads stay" if row.heads_stay_if else "heads stay"
             out().print(f"{row.family}: {stay}, because a model {row.why}.", highlight=False)
+    out().print("In brackets: the language models that a multimodal class may hold, which alone are pruned.")
     out().print(
         f"A model is {EMBEDDED_MODEL} (embedded), a local directory, a GGUF file or a Hugging Face hub id."
     )
@@ -80,7 +81,7 @@ def cells(row: Support) -> tuple[str, ...]:
 
     return (
         row.family,
-        ", ".join(row.model_types),
+        ", ".join(row.model_types) + (f" ({', '.join(row.text_types)})" if row.text_types else ""),
         (", ".join(row.heads) or "stay") + (" *" if row.heads_stay_if else ""),
         "yes" if row.mlp else "-",
         ", ".join(row.experts) or "-",

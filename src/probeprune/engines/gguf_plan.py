@@ -18,6 +18,7 @@ from probeprune.model.family_records import Family
 from probeprune.model.gguf_architectures import ARCHITECTURES, Architecture
 from probeprune.model.gguf_config import Value, keys, rotated, unfit, window
 from probeprune.model.gguf_tensors import Heads, Place, places
+from probeprune.model.multimodal import multimodal_of
 from probeprune.model.wrappers import unwrapped
 
 
@@ -78,6 +79,11 @@ def plan(model: Any, type: str) -> Plan:
             divide.
     """
     model, chosen = unwrapped(model), storage(type)
+    if multimodal_of(model.config.model_type) is not None:
+        raise UsageError(
+            f"a GGUF file holds a language model alone, and {model.__class__.__name__} reads images too; "
+            "keep the checkpoint, which transformers opens."
+        )
     blocks = find_blocks(model)
     family = find_family(model)
     architecture = _carrier(model, family, blocks)

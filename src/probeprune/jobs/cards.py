@@ -26,13 +26,16 @@ _PARTS = {
 """Parts of `Statistics` in the words of a reader."""
 
 
-def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
+def pruning_card(
+    done: Pruning, record: dict[str, Any], name: str, opens: str = "AutoModelForCausalLM"
+) -> str:
     """The model card of a pruned model.
 
     Args:
         done: the result of `prune`.
         record: the content of pruning.json.
         name: name or path under which the card's example opens the model.
+        opens: the class of transformers that opens it.
     """
     base = record["base_model"]
     return "\n".join(
@@ -50,7 +53,7 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
             "",
             "## Use",
             "",
-            *_use(record["layout"], name),
+            *_use(record["layout"], name, opens),
             "",
             "`pruning.json` lists the heads and channels of the dense model that are kept. The licence is "
             "that of the dense model.",
@@ -59,7 +62,7 @@ def pruning_card(done: Pruning, record: dict[str, Any], name: str) -> str:
     )
 
 
-def _use(layout: Layout, name: str) -> list[str]:
+def _use(layout: Layout, name: str, opens: str) -> list[str]:
     """How a checkpoint of a layout is opened."""
     if layout == "nemotron-nas":
         return [
@@ -84,9 +87,9 @@ def _use(layout: Layout, name: str) -> list[str]:
         opening,
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {opens}, AutoTokenizer",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({python_string(name)}{remote})",
+        f"model = {opens}.from_pretrained({python_string(name)}{remote})",
         f"tokenizer = AutoTokenizer.from_pretrained({python_string(name)}{remote})",
         "```",
     ]
@@ -132,13 +135,19 @@ def _pruning_quality(evaluation: dict[str, Any] | None) -> str:
     )
 
 
-def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "checkpoint"]) -> str:
+def training_card(
+    record: dict[str, Any],
+    name: str,
+    kind: Literal["adapter", "checkpoint"],
+    opens: str = "AutoModelForCausalLM",
+) -> str:
     """The model card of a trained model.
 
     Args:
         record: the content of training.json.
         name: name or path under which the card's example opens the result.
         kind: whether the result is a LoRA adapter or a whole model.
+        opens: the class of transformers that opens the model.
     """
     quality = "Perplexity was not measured."
     if record["evaluation"] is not None:
@@ -156,10 +165,10 @@ def training_card(record: dict[str, Any], name: str, kind: Literal["adapter", "c
     if "removed_share" in record:
         title = f"{record['base_model']}, pruned by {record['removed_share']:.0%} while training"
     if kind == "adapter":
-        base = f"AutoModelForCausalLM.from_pretrained({python_string(record['base_model'])})"
+        base = f"{opens}.from_pretrained({python_string(record['base_model'])})"
         use = f"PeftModel.from_pretrained({base}, {python_string(name)})"
     else:
-        use = f"AutoModelForCausalLM.from_pretrained({python_string(name)})"
+        use = f"{opens}.from_pretrained({python_string(name)})"
     return "\n".join(
         [
             *front("peft" if kind == "adapter" else "transformers", {}),

@@ -22,6 +22,7 @@ from probeprune.model.described import Layout
 from probeprune.model.experts import Stack, find_parts
 from probeprune.model.footprint import Batch, Phase, Rehearsal, measuring
 from probeprune.model.linear_maps import sizes
+from probeprune.model.multimodal import text_config
 from probeprune.model.outline import Outline
 from probeprune.model.placing import Work, in_use, opening_of, place, reading, retained
 from probeprune.plan import expert_needs, loses_experts, needs, needs_for, parts_of
@@ -116,7 +117,7 @@ def forecast(outline: Outline, job: Job, *, memory: int | None = None, timed: bo
     shape, method = outline.model, job.method
     exact = not (ALLOCATIONS[method.allocation].needs or ALLOCATIONS[method.allocation].needs_scores)
     opens_tokenizer = not outline.has_tokenizer and job.device.type == "cpu"
-    later = _TOKENIZER * shape.config.vocab_size if opens_tokenizer else 0
+    later = _TOKENIZER * text_config(shape.config).vocab_size if opens_tokenizer else 0
     base = in_use(job.device)[0] + retained(job.device) + later
     refused, after, phases, kept = None, None, [], []
     try:
@@ -155,7 +156,8 @@ def _memory(parts: Sequence[tuple[str, int]], base: int) -> Memory:
 
 def _figures(model: Any, job: Job) -> Figures:
     blocks, length = find_parts(model), max(job.texts.calibration.length, 1)
-    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    config = text_config(model.config)
+    width, vocabulary = config.hidden_size, config.vocab_size
     heads = sum(b.kv_heads * b.head_dim for b in blocks if isinstance(b, Block) and b.kind == "attention")
     itemsize = job.dtype_to_save.itemsize
     parameters = sum(p.numel() for p in model.parameters())
@@ -299,7 +301,8 @@ def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
     method, texts = job.method, job.texts
     blocks = parts_of(shape, method)
     dense, small = _figures_flops(shape, texts), _figures_flops(pruned, texts)
-    head = 2 * shape.config.hidden_size * shape.config.vocab_size
+    config = text_config(shape.config)
+    head = 2 * config.hidden_size * config.vocab_size
     evaluated = texts.evaluation.windows * texts.evaluation.length
     text, parts = texts.calibration, needs_for(method, blocks)
     tokens = text.windows * text.length

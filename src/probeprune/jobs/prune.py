@@ -25,7 +25,7 @@ from probeprune.model.cost import PeakMemory
 from probeprune.model.described import Layout, empty_like
 from probeprune.model.described import export as export_model
 from probeprune.model.experts import check_kinds
-from probeprune.model.loading import LoadedModel
+from probeprune.model.loading import LoadedModel, auto_class
 from probeprune.model.machine import cache_dir, check_cache
 from probeprune.model.offloading import cast, check_changes
 from probeprune.places import check_file, check_free, claimed, resolved
@@ -177,7 +177,9 @@ def _prune_to(
             export = check_export(pruned, loaded.tokenizer, output.type, name=output.file.stem)
             write_export(pruned, export, output.file, progress)
         else:
-            _write(loaded, output, pruning_card(done, record, resolved(output.folder).name), record)
+            opens = auto_class(loaded.model.config).__name__
+            card = pruning_card(done, record, resolved(output.folder).name, opens)
+            _write(loaded, output, card, record)
     return record
 
 

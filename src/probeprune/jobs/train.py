@@ -24,7 +24,7 @@ from probeprune.model.blocks import find_blocks
 from probeprune.model.checkpoint import check_space, save
 from probeprune.model.described import Layout
 from probeprune.model.experts import find_parts
-from probeprune.model.loading import LoadedModel
+from probeprune.model.loading import LoadedModel, auto_class
 from probeprune.model.making_records import TRAINING, check_pruning
 from probeprune.places import check_free, check_place, claimed, discard, resolved, writing
 from probeprune.progress import Progress, silent
@@ -276,7 +276,7 @@ def _write_adapter(loaded: LoadedModel, out: Path, model: PeftModel, record: dic
     with writing(out) as folder:
         _save_adapter(loaded, model, folder)
         loaded.tokenizer.save_pretrained(folder)
-        card = training_card(record, resolved(out).name, "adapter")
+        card = training_card(record, resolved(out).name, "adapter", _opens(loaded))
         (folder / "README.md").write_text(card, encoding="utf-8")
         _copy_log(_work(out), folder)
     discard(_work(out))
@@ -310,10 +310,15 @@ def _write_checkpoint(
         out,
         tokenizer=loaded.tokenizer,
         layout=layout,
-        card=training_card(record, resolved(out).name, "checkpoint"),
+        card=training_card(record, resolved(out).name, "checkpoint", _opens(loaded)),
         write_extra=write_extra,
     )
     discard(_work(out))
+
+
+def _opens(loaded: LoadedModel) -> str:
+    """The class that a model card names."""
+    return str(auto_class(loaded.model.config).__name__)
 
 
 def _save_adapter(loaded: LoadedModel, model: PeftModel, folder: Path) -> None:

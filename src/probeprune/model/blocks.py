@@ -6,15 +6,24 @@ nothing of scores, ratios or forward passes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from probeprune.errors import UsageError, unknown
 from probeprune.model.families import find_family
-from probeprune.model.family_records import AttentionRecord, Family, MlpRecord
+from probeprune.model.family_records import AttentionRecord, MixerRecord, MlpRecord
+from probeprune.model.layer_records import (
+    attribute,
+    has_block,
+    mlp_record,
+    norm_at,
+    refuse_experts,
+    whole_heads,
+)
 from probeprune.model.linear_maps import LinearMap, matrix, oriented, sizes
+from probeprune.model.multimodal import text_config
 from probeprune.model.permutable import permutable, refuse_shared
 from probeprune.model.wrappers import unwrapped
 
@@ -59,14 +68,14 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One prunable attention or MLP block of a model.
+    """One attention or MLP block of a model, or another that mixes tokens and stays whole.
 
     The coupled activation `z`, the consumer's input, has shape (batch, sequence, units * unit_width).
     """
 
     name: str
     layer: int
-    kind: Literal["attention", "mlp"]
+    kind: Literal["attention", "mlp", "mixer"]
     units: int
     unit_width: int
     """Number of channels of `z` that belong to one unit."""
@@ -96,6 +105,8 @@ class Block:
     """Whether the KV cache holds keys and values once for every query head."""
     whole: str | None = None
     """Why no unit of the block can go, in words that follow the model's name; None where units can go."""
+    input_factor: float = 1.0
+    """What the norm's output is multiplied by before the block reads it."""
     follows: int = 0
     """For an MLP beside experts that a plain config gives this many channels for each channel of an expert; 0
     for one of its own width."""
@@ -208,30 +219,23 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     if units not in get_args(UnitKind):
         raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
     model = unwrapped(model)
-    family = find_family(model)
-    norm_first = family.norm_first is None or bool(getattr(model.config, family.norm_first))
-    whole = whole_heads(family.attention, model.config)
+    family, config = find_family(model), text_config(model.config)
+    norm_first = family.norm_first is None or bool(getattr(config, family.norm_first))
+    whole = whole_heads(family.attention, config)
     blocks = []
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"
-        blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first, whole))
-        record, follows = _mlp_record(family, layer, model.config)
-        if record is not None:
-            blocks.append(_mlp_block(prefix, index, layer, record, norm_first, follows))
+        refuse_experts(prefix, layer, family)
+        for record in family.mixers:
+            if has_block(layer, family, record):
+                blocks.append(_mixer_block(prefix, index, layer, record))
+        if has_block(layer, family, family.attention):
+            blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first, whole))
+        mlp, follows = mlp_record(family, layer, config)
+        if mlp is not None and has_block(layer, family, mlp):
+            blocks.append(_mlp_block(prefix, index, layer, mlp, norm_first, follows))
     refuse_shared(model, {b.name: (*b.producers, b.consumer) for b in blocks})
     return blocks
-
-
-def whole_heads(record: AttentionRecord, config: Any) -> str | None:
-    """Why no head of a model with this config can go; None where heads can go."""
-    return record.whole if record.whole_if is None or getattr(config, record.whole_if) else None
-
-
-def attribute(module: Any, path: str) -> Any:
-    """What a module has at a dotted path, such as `config.num_attention_heads`; None if there is none."""
-    for part in path.split("."):
-        module = getattr(module, part, None)
-    return module
 
 
 def _attention_block(
@@ -266,7 +270,7 @@ def _attention_block(
     if record.fused == "by group" and units == "group":
         rows: tuple[Member, ...] = (Member(query, q, 0, (group + 2) * head_dim),)
     else:
-        rows = (Member(query, q, 0, width),)
+        rows = (Member(query, q, 0, 2 * width if record.gated else width),)
         if units == "group":
             rows += (Member(key, k, 0, head_dim, key_rows), Member(value, v, 0, head_dim, value_rows))
     return Block(
@@ -281,7 +285,7 @@ def _attention_block(
         entry=module,
         run=module,
         activation=None,
-        norm=_norm(layer, record.norm) if norm_first else None,
+        norm=norm_at(layer, record.norm) if norm_first else None,
         head_dim=head_dim,
         query_heads=query_heads,
         kv_heads=kv_heads,
@@ -291,6 +295,7 @@ def _attention_block(
         query_width=record.query_width,
         repeats_kv=repeats_kv,
         whole=whole,
+        input_factor=1.0 if record.input_factor is None else float(getattr(layer, record.input_factor)),
     )
 
 
@@ -307,17 +312,6 @@ def _key_value_rows(
     before = query_heads if record.fused == "stacked" else query_heads // kv_heads
     between = kv_heads if record.fused == "stacked" else 1
     return before * head_dim, (before + between) * head_dim, kv_heads
-
-
-def _mlp_record(family: Family, layer: nn.Module, config: Any) -> tuple[MlpRecord | None, int]:
-    """Where a layer has its MLP, None for one that has experts alone, and `Block.follows`."""
-    experts = family.experts
-    if experts is None or attribute(layer, experts.module) is None:
-        return family.mlp, 0
-    shared, times = experts.shared, experts.shared_times
-    if shared is None or attribute(layer, str(shared.module)) is None:
-        return None, 0
-    return shared, int(getattr(config, times)) if isinstance(times, str) else times
 
 
 def _mlp_block(
@@ -362,14 +356,32 @@ def _mlp_block(
         entry=entry,
         run=run,
         activation=activation,
-        norm=_norm(layer, record.norm) if norm_first else None,
+        norm=norm_at(layer, record.norm) if norm_first else None,
         follows=follows,
     )
 
 
-def _norm(layer: nn.Module, paths: str | tuple[str, ...] | None) -> nn.Module | None:
-    """The norm at a path; of several paths, the first where the layer has one; None for no path."""
-    if paths is None:
-        return None
-    names = (paths,) if isinstance(paths, str) else paths
-    return layer.get_submodule(next((n for n in names if attribute(layer, n) is not None), names[0]))
+_MIXES = "mixes tokens in it without heads that could go one by one"
+
+
+def _mixer_block(prefix: str, index: int, layer: nn.Module, record: MixerRecord) -> Block:
+    module = layer.get_submodule(record.module)
+    name = f"{prefix}.{record.module}"
+    producers = tuple(permutable(module, path, name) for path in record.maps)
+    consumer = permutable(module, record.output, name)
+    width = sizes(consumer)[1]
+    return Block(
+        name=name,
+        layer=index,
+        kind="mixer",
+        units=1,
+        unit_width=width,
+        members=(Member(f"{name}.{record.output}", consumer, 1, width),),
+        producers=producers,
+        consumer=consumer,
+        entry=module,
+        run=module,
+        activation=None,
+        norm=norm_at(layer, record.norm),
+        whole=_MIXES,
+    )

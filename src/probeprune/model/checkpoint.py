@@ -20,9 +20,11 @@ from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.described import Layout, export
 from probeprune.model.gguf_keys import take_along
 from probeprune.model.making_records import PRUNING
+from probeprune.model.multimodal import multimodal_of
 from probeprune.model.nemotron_nas import nemotron_config
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.older_names import add_rope_fields, rename_tokenizer
+from probeprune.model.processor_files import take_processor_along
 from probeprune.model.shards import save_by_layer
 from probeprune.places import check_free, resolved, writing
 
@@ -47,7 +49,7 @@ def save(
     Args:
         model: a causal LM of a supported family, after `prune` or loaded from a checkpoint.
         path: a directory that does not exist or is empty.
-        tokenizer: saved next to the model.
+        tokenizer: saved next to the model, with the processor's files beside it where the model reads images.
         layout: see `described.Layout`; None for `uniform` if the model's widths allow it, otherwise
             `per-layer`. A layout given by name is required: it is an error if it cannot hold the model.
         card: the model card in Markdown, written as README.md.
@@ -77,6 +79,8 @@ def save(
                 tokenizer.save_pretrained(folder)
                 rename_tokenizer(folder)
                 take_along(tokenizer, folder)
+                if multimodal_of(exported.config.model_type) is not None:
+                    take_processor_along(tokenizer, folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         if record is not None:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from probeprune.model.cost import counting_flops, synced_clock
-from probeprune.model.families import family_of
+from probeprune.model.families import find_family, is_supported
 from probeprune.model.layers import LayerRunner
+from probeprune.model.multimodal import text_config
 from probeprune.model.offloading import device_of, is_offloaded
 from probeprune.model.passes import find_decoder
 from probeprune.progress import Progress, silent
@@ -99,10 +100,10 @@ def next_token_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
     Applies the model's output head, its family's factor of logits and, for Gemma, its soft cap on them.
     """
-    config: Any = model.config
+    config: Any = text_config(model.config)
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     logits: torch.Tensor = head(hidden).float()
-    family = family_of(config.model_type)
+    family = find_family(model) if is_supported(config.model_type) else None
     if family is not None and family.logits_times is not None:
         logits = logits * getattr(config, family.logits_times)
     if family is not None and family.logits_over is not None:

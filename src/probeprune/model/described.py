@@ -13,6 +13,7 @@ from probeprune.model.blocks import find_blocks, find_layers
 from probeprune.model.experts import find_stacks
 from probeprune.model.families import find_family
 from probeprune.model.modeling_pruned import MODEL_TYPES, ConfigView, pruned_model, view_layer, view_rest
+from probeprune.model.multimodal import nested_configs, with_text_config
 from probeprune.model.nemotron_nas import llama_config
 from probeprune.model.offloading import share_offloading
 from probeprune.model.pruned_configs import (
@@ -101,7 +102,7 @@ def describe(model: Any) -> None:
     own_class = type(model) not in (plain, *(pruned_model(plain, prefix) for prefix in MODEL_TYPES))
     model.__dict__.pop("save_pretrained", None)
     try:
-        config = make_config(*plain_candidates(model, blocks)[0])
+        config = with_text_config(model.config, make_config(*plain_candidates(model, blocks)[0]))
         _check_fits(model.state_dict(), empty_model(plain, config, model))
         described = plain
     except Unfit:
@@ -129,11 +130,14 @@ def _refuse_save(*args: Any, **kwargs: Any) -> None:
 
 def _put_config(model: Any, config: PretrainedConfig) -> None:
     """Put `config` in place of the model's config, wherever a module refers to that."""
-    old = model.config
+    old, new = nested_configs(model.config), nested_configs(config)
+    for name, own in old.items():  # the outer one first, which sets those inside
+        new[name]._attn_implementation = own._attn_implementation
+    replaced = {id(own): new[name] for name, own in old.items()}
     for module in model.modules():
         held = module.__dict__.get("config")
-        if held is old:
-            module.config = config
+        if id(held) in replaced:
+            module.config = replaced[id(held)]
         elif isinstance(held, ConfigView):
             module.config = held.on(config)
     if config.is_heterogeneous:
@@ -151,7 +155,7 @@ def _uniform(model: Any) -> PreTrainedModel:
     reasons = []
     for config_class, fields in plain_candidates(model, blocks):
         try:
-            return _fitted(model, make_config(config_class, fields))
+            return _fitted(model, with_text_config(model.config, make_config(config_class, fields)))
         except Unfit as error:
             reasons.append(str(error))
     raise Unfit("; ".join(reasons))

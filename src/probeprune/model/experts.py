@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from probeprune.errors import UsageError, unknown
-from probeprune.model.blocks import Block, UnitKind, attribute, find_blocks, find_layers
+from probeprune.model.blocks import Block, UnitKind, find_blocks, find_layers
 from probeprune.model.families import find_family
 from probeprune.model.family_records import ExpertsRecord
+from probeprune.model.layer_records import attribute
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.permutable import refuse_shared
 from probeprune.model.wrappers import unwrapped

@@ -7,11 +7,14 @@ model.
 
 from dataclasses import replace
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 
 from probeprune.errors import UsageError
-from probeprune.model.family_records import AttentionRecord, Family, MlpRecord, Twin
+from probeprune.model.family_records import PRUNED_PREFIX, AttentionRecord, Family, MlpRecord, Twin
+from probeprune.model.hybrid_families import HYBRID
+from probeprune.model.multimodal import MULTIMODAL, Multimodal, multimodal_of
 from probeprune.model.older_families import NEOX_MLP, OLDER, ONE_MAP
 from probeprune.model.sparse_families import NORMS_OVER_HEADS, SPARSE
 
@@ -108,33 +111,45 @@ FAMILIES: tuple[Family, ...] = (
         attention=replace(ONE_MAP, query_count="num_heads"),
         mlp=NEOX_MLP,
     ),
+    *HYBRID,
     *OLDER,
     *SPARSE,
 )
 
 
-PRUNED_PREFIX = "pruned_"
-"""Prefix of the `model_type` of checkpoints whose layers differ in width (see `modeling_pruned.py`)."""
+INSIDE: tuple[Family, ...] = (
+    Family(
+        "Qwen2-VL, Qwen2.5-VL (text)",
+        ("qwen2_vl_text", "qwen2_5_vl_text"),
+        attention=AttentionRecord(plain_heads=False),
+    ),
+    Family("Qwen3-VL (text)", ("qwen3_vl_text",)),
+)
+"""The families of language models that exist inside multimodal ones alone (`multimodal.py`)."""
 
 
 def is_supported(model_type: object) -> bool:
-    """Whether configs of this `model_type` belong to a supported family."""
-    return any(model_type in family.model_types for family in FAMILIES)
+    """Whether configs of this `model_type` belong to a supported family, or hold one that may."""
+    return multimodal_of(model_type) is not None or family_of(str(model_type)) is not None
 
 
 def family_of(model_type: str) -> Family | None:
     """The record of the family that configs of this `model_type` belong to; None for an unsupported one."""
-    plain = model_type.removeprefix(PRUNED_PREFIX)
-    return next((family for family in FAMILIES if plain in family.model_types), None)
+    plain = str(model_type).removeprefix(PRUNED_PREFIX)
+    return next((family for family in (*FAMILIES, *INSIDE) if plain in family.model_types), None)
 
 
 def find_family(model: nn.Module) -> Family:
     """The record of a model's architecture family, by its config's `model_type`.
 
+    Of a multimodal model it is that of the language model inside, with its layers where they are there.
+
     Raises `UsageError` for a model of an unsupported family.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    family = family_of(str(model_type))
+    config: Any = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    multimodal = multimodal_of(model_type)
+    family = family_of(str(model_type)) if multimodal is None else _inside(model, multimodal)
     if family is not None:
         _check_layers(model, family)
         return family
@@ -150,9 +165,25 @@ def find_family(model: nn.Module) -> Family:
     )
 
 
+def _inside(model: nn.Module, multimodal: Multimodal) -> Family:
+    """The family of a multimodal model's language model, as it is found in the whole."""
+    config: Any = model.config
+    model_type = config.text_config.model_type
+    family = family_of(model_type)
+    if family is None or model_type not in multimodal.text_types:
+        raise UsageError(
+            f"the language model inside {type(model).__name__} is of type {model_type!r}, and it is "
+            f"supported with {', '.join(multimodal.text_types)} alone; `probeprune models` lists all."
+        )
+    layers = f"{multimodal.text}.{family.layers.partition('.')[2]}"
+    twin = family.twin if family.twin and family.twin.model_type in multimodal.text_types else None
+    # The head stands on the whole model, whose code knows no factor of logits.
+    return replace(family, layers=layers, twin=twin, logits_times=None, logits_over=None)
+
+
 def _nearest(model_type: str) -> str:
     """The supported `model_type` most like this one, to put into a sentence; empty if none is like it."""
-    known = [t for f in FAMILIES for t in f.model_types]
+    known = [t for f in FAMILIES for t in f.model_types] + [t for m in MULTIMODAL for t in m.model_types]
     near = get_close_matches(model_type, known, n=1)
     return f" (nearest: {near[0]})" if near else ""
 
@@ -164,7 +195,7 @@ def _check_layers(model: nn.Module, family: Family) -> None:
     except AttributeError:
         raise UsageError(
             f"{type(model).__name__} has no {family.layers}; give the whole model with its head, as "
-            "AutoModelForCausalLM opens it."
+            "AutoModelForCausalLM or, for a multimodal one, AutoModelForImageTextToText opens it."
         ) from None
 
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+PRUNED_PREFIX = "pruned_"
+"""Prefix of the `model_type` of checkpoints whose layers differ in width (see `modeling_pruned.py`)."""
+
 
 @dataclass(frozen=True)
 class AttentionRecord:
@@ -44,6 +47,12 @@ class AttentionRecord:
     """Whether a plain config of the family, or of its `Twin`, holds fewer heads of the same size. It cannot
     where the number of heads sets their size or must divide the hidden size, or where the hidden size sets
     the width of the output map."""
+    gated: bool = False
+    """Whether the query map makes a gate of the same width too, head by head its queries and its gate."""
+    input_factor: str | None = None
+    """The layer's attribute by which the norm's output is multiplied before the module reads it."""
+    only_in: str | None = None
+    """Of a hybrid family: the `block_type` of the layers that have this block; None if the module says so."""
     whole: str | None = None
     """Why no head can go, to follow a model's name; None where heads can go."""
     whole_if: str | None = None
@@ -66,8 +75,29 @@ class MlpRecord:
     """Path of the activation function; needed only if `module` is None."""
     width_field: str | None = "intermediate_size"
     """Config field with the width of all MLPs; None where the modelling code has it fixed."""
+    said_with: Mapping[str, Any] = field(default_factory=dict)
+    """Config fields under whose values that field is the width itself."""
     bias_field: str = "mlp_bias"
     """Config field that gives the block's linear maps biases; configs without the field have none to give."""
+    only_in: str | None = None
+    """As in `AttentionRecord`."""
+
+
+@dataclass(frozen=True)
+class MixerRecord:
+    """Where some decoder layers have a block that mixes tokens in another way, which stays whole.
+
+    The paths of `module` and `norm` are relative to the layer, those of the linear maps to the module.
+    """
+
+    module: str
+    norm: str = "input_layernorm"
+    maps: tuple[str, ...] = ()
+    """All linear maps but the last."""
+    output: str = "out_proj"
+    """The map that writes to the residual stream."""
+    only_in: str | None = None
+    """As in `AttentionRecord`."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +167,11 @@ class Family:
     attention: AttentionRecord = AttentionRecord()
     mlp: MlpRecord = MlpRecord()
     """In a mixture of experts, that of its dense layers."""
+    mixers: tuple[MixerRecord, ...] = ()
+    """Of a hybrid family: blocks that some layers have in place of attention or beside it. Its layers need
+    not have all blocks."""
+    refused_experts: str | None = None
+    """Path in a layer of experts, which are not known here: a model that has them is refused."""
     experts: ExpertsRecord | None = None
     """None for a family without experts."""
     norm_first: str | None = None

@@ -26,6 +26,7 @@ from probeprune.model.described import empty_like
 from probeprune.model.experts import find_stacks
 from probeprune.model.forwards import replace_method
 from probeprune.model.layers import LayerRunner
+from probeprune.model.multimodal import text_config
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def _looped() -> Iterator[None]:
 
 def states_of(model: Any, dtype: torch.dtype, windows: int, length: int) -> int:
     """Bytes of the hidden states of some windows between two layers."""
-    return max(windows, 0) * length * int(model.config.hidden_size) * dtype.itemsize
+    return max(windows, 0) * length * int(text_config(model.config).hidden_size) * dtype.itemsize
 
 
 def measuring(rehearsal: Rehearsal, batch: Batch, windows: int) -> list[Phase]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -23,9 +24,9 @@ from transformers import (
 
 from probeprune.errors import UsageError, refusing, unknown
 from probeprune.foreign.quiet import quiet_libraries
-from probeprune.model.blocks import attribute, find_blocks
+from probeprune.model.blocks import find_blocks
 from probeprune.model.config_checks import FIELDS, GENERATION_FIELDS, check_fields, check_heads
-from probeprune.model.families import family_of
+from probeprune.model.families import is_supported
 from probeprune.model.folder import (
     CONFIG,
     Stored,
@@ -37,8 +38,10 @@ from probeprune.model.folder import (
 )
 from probeprune.model.gguf_files import converted, embedded_gguf
 from probeprune.model.hub import snapshot
+from probeprune.model.layer_records import attribute
 from probeprune.model.machine import choose_device, choose_dtype
 from probeprune.model.making_records import read_pruning, read_training, refuse_attached
+from probeprune.model.multimodal import multimodal_of, text_config
 from probeprune.model.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
 from probeprune.model.nemotron_nas import from_nemotron
 from probeprune.model.offloading import device_of, room_of, set_scratch
@@ -131,7 +134,7 @@ def load_model(
             "offload_folder": scratch.path,
         }
     with quiet_libraries(bars=False), refusing(f"model '{name}' could not be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(options["config"]).from_pretrained(
             folder, dtype=chosen, attn_implementation=attn_implementation, **where, **options
         )
     if where:
@@ -269,7 +272,9 @@ def load_config(name: str, folder: Path, trust_remote_code: bool) -> PretrainedC
             config = from_nemotron(file, fields)
         else:
             config = read_config(folder, fields, trust_remote_code=trust_remote_code)
-    if supported:
+    if supported and multimodal_of(config.model_type) is not None:
+        check_heads(file, config.text_config, fields.get("text_config") or {})
+    elif supported:
         check_heads(file, config, fields)
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(
@@ -280,7 +285,7 @@ def load_config(name: str, folder: Path, trust_remote_code: bool) -> PretrainedC
 
 
 def _is_supported(model_type: object) -> bool:
-    return model_type == NEMOTRON_NAS or family_of(str(model_type)) is not None
+    return model_type == NEMOTRON_NAS or is_supported(model_type)
 
 
 _OLD_MASKS = tuple(
@@ -289,6 +294,12 @@ _OLD_MASKS = tuple(
 )
 """Ends of the names of causal masks that older releases of GPT-2 and its kin stored with the weights. Today's
 code makes them itself."""
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that opens the model of a config, with its head."""
+    return AutoModelForCausalLM if multimodal_of(config.model_type) is None else AutoModelForImageTextToText
+
 
 # -- weights ---------------------------------------------------------------------------------------
 
@@ -305,7 +316,7 @@ def _check_weights(
     file = folder / CONFIG
     _check_sizes(file, options["config"], tensors)
     with refusing(f"no model can be made from '{file}'"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto_class(options["config"]).from_pretrained(
             folder, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     wanted = model.state_dict()
@@ -346,6 +357,7 @@ def _check_weights(
 def _check_sizes(file: Path, config: Any, tensors: Mapping[str, Stored]) -> None:
     """Raise `UsageError` for sizes that the stored tensors rule out; they would take all memory."""
     width = max((size for t in tensors.values() for size in t.shape), default=0)
+    config = text_config(config)
     limits = {"num_hidden_layers": len(tensors), "hidden_size": width, "head_dim": width, "vocab_size": width}
     for field, limit in limits.items():
         value = getattr(config, field, None)

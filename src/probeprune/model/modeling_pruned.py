@@ -38,6 +38,7 @@ MODEL_TYPES = {"PerLayer": "", "Pruned": "pruned_"}
 _HEADS = {
     "AutoModel": "MODEL_MAPPING",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
@@ -123,6 +124,17 @@ class _Narrow(PreTrainedModel):
             _rebuild_layers(self, config)
             view_rest(self, config)
         narrow(self, getattr(config, "pruned", {}))
+
+    def initialize_weights(self) -> None:
+        """As for the family's own classes: buffers that no checkpoint holds get their values too, which
+        transformers leaves out for code that comes with a checkpoint."""
+        own = ("is_custom_code", "is_remote_code")
+        self.__dict__.update(dict.fromkeys(own, lambda: False))
+        try:
+            super().initialize_weights()
+        finally:
+            for name in own:
+                del self.__dict__[name]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, for models whose layers have the same key-value heads.
@@ -217,7 +229,7 @@ def view_rest(model: nn.Module, config: Any) -> None:
 
 
 @cache
-def pruned_config(family: Any, prefix: str = "Pruned") -> Any:
+def pruned_config(family: Any, prefix: str) -> Any:
     """The counterpart of a family's config class, `PerLayer...` or `Pruned...`: a class too."""
 
     def __init__(self: Any, *args: Any, per_layer_config: Any = None, **kwargs: Any) -> None:
@@ -250,7 +262,12 @@ def pruned_config(family: Any, prefix: str = "Pruned") -> Any:
 def model_classes(family: Any) -> dict[str, Any]:
     """The family's own model classes, by auto class."""
     plain = {auto: getattr(modeling_auto, table).get(family, None) for auto, table in _HEADS.items()}
-    return {auto: model for auto, model in plain.items() if isinstance(model, type)}
+    # An auto class may open only a part of a model, whose config is another.
+    return {
+        auto: model
+        for auto, model in plain.items()
+        if isinstance(model, type) and getattr(model, "config_class", None) is family
+    }
 
 
 def _auto_map(family: Any, prefix: str) -> dict[str, str]:
@@ -260,7 +277,7 @@ def _auto_map(family: Any, prefix: str) -> dict[str, str]:
 
 
 @cache
-def pruned_model(plain: Any, prefix: str = "Pruned") -> Any:
+def pruned_model(plain: Any, prefix: str) -> Any:
     """The counterpart of a family's model class, with any head: a class too."""
     config_class = pruned_config(plain.config_class, prefix)
     members = {"__module__": __name__, "config_class": config_class}

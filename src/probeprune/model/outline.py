@@ -16,7 +16,14 @@ from probeprune.model.folder import check_files, stored_sizes, weight_names
 from probeprune.model.gguf_architectures import find_architecture
 from probeprune.model.gguf_files import embedded_gguf
 from probeprune.model.gguf_reading import read_outline
-from probeprune.model.loading import EMBEDDED_MODEL, is_folder, load_config, open_shape, unknown_locally
+from probeprune.model.loading import (
+    EMBEDDED_MODEL,
+    auto_class,
+    is_folder,
+    load_config,
+    open_shape,
+    unknown_locally,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def open_outline(name: str, *, trust_remote_code: bool = False) -> Outline:
         torch.device("meta"),
     ):
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return _outline(name, model.eval(), has_weights=False)
 
 

@@ -17,6 +17,7 @@ from probeprune.algebra.moments import Tokens
 from probeprune.errors import UsageError, first_line
 from probeprune.model.families import find_family
 from probeprune.model.forwards import replace_forward, replace_method
+from probeprune.model.multimodal import text_config
 from probeprune.model.narrow_linear import refuse_to_copy
 from probeprune.model.wrappers import unwrapped
 
@@ -233,6 +234,7 @@ def position_limit(config: Any) -> int | None:
 
     RoPE that is scaled to longer sequences (dynamic NTK, YaRN and others) counts with its factor.
     """
+    config = text_config(config)
     named: list[int | None] = [getattr(config, n, None) for n in ("max_position_embeddings", "max_seq_len")]
     limit = next((n for n in named if n is not None), None)
     rope = getattr(config, "rope_parameters", None) or {}

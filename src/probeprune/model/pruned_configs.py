@@ -16,23 +16,33 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 
 from probeprune.errors import UsageError
 from probeprune.foreign.quiet import quiet_libraries
-from probeprune.model.blocks import Block, attribute, find_blocks
+from probeprune.model.blocks import Block, find_blocks
 from probeprune.model.experts import find_stacks
-from probeprune.model.families import FAMILIES, PRUNED_PREFIX, find_family, is_supported
-from probeprune.model.family_records import Family, Twin
+from probeprune.model.families import FAMILIES, INSIDE, find_family, is_supported
+from probeprune.model.family_records import PRUNED_PREFIX, Family, Twin
+from probeprune.model.layer_records import attribute
 from probeprune.model.linear_maps import sizes
 from probeprune.model.modeling_pruned import MODEL_TYPES, model_classes, pruned_config, pruned_model
+from probeprune.model.multimodal import (
+    MULTIMODAL,
+    Multimodal,
+    multimodal_of,
+    plain_fields,
+    text_config,
+)
 
 
-def register_checkpoints(family: Family) -> None:
+def register_checkpoints(family: Family | Multimodal) -> None:
     """Let transformers' auto classes open those checkpoints of a family that no other code can open."""
     for model_type in family.model_types:
-        pruned = pruned_config(CONFIG_MAPPING[model_type])
+        pruned = pruned_config(CONFIG_MAPPING[model_type], "Pruned")
         AutoConfig.register(pruned.model_type, pruned, exist_ok=True)
 
 
-for _family in FAMILIES:
+for _family in (*FAMILIES, *INSIDE):
     register_checkpoints(_family)
+for _multimodal in MULTIMODAL:
+    register_checkpoints(_multimodal)
 
 
 def read_config(folder: Path, fields: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
@@ -47,7 +57,8 @@ def read_config(folder: Path, fields: Mapping[str, Any], *, trust_remote_code: b
         trust_remote_code: run code that comes with a checkpoint of an unknown family.
     """
     model_type = fields.get("model_type")
-    if "per_layer_config" in fields and is_supported(model_type):
+    own = str(model_type).removeprefix(PRUNED_PREFIX) == model_type
+    if "per_layer_config" in fields and own and is_supported(model_type):
         return pruned_config(CONFIG_MAPPING[model_type], "PerLayer").from_pretrained(folder)
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
@@ -59,14 +70,14 @@ class Unfit(Exception):
 def plain_candidates(
     model: Any, blocks: Sequence[Block]
 ) -> list[tuple[type[PretrainedConfig], dict[str, Any]]]:
-    """Plain configs (class, fields) that may describe a model. Raises `Unfit` for layers of several
-    widths."""
+    """Plain configs (class, fields) that may describe a model's language model. Raises `Unfit` for layers of
+    several widths."""
     sizes = {(b.query_heads, b.kv_heads, b.head_dim) for b in blocks if b.kind == "attention"}
     if len(sizes) > 1:
         raise Unfit("its layers have different widths")
     family = find_family(model)
     attention = next(b for b in blocks if b.kind == "attention")
-    base = plain_config(model.config)
+    base = plain_config(text_config(model.config))
     widths = _head_fields(attention)
     for layer in _width_fields(model, blocks).values():
         if any(widths.setdefault(name, value) != value for name, value in layer.items()):
@@ -112,10 +123,7 @@ def plain_config(config: Any) -> PretrainedConfig:
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     if not config.is_heterogeneous and model_type == config.model_type:
         return copy.deepcopy(config)
-    fields = config.to_dict()
-    for name in ("model_type", "per_layer_config", "pruned", "auto_map", "architectures"):
-        fields.pop(name, None)
-    return AutoConfig.for_model(model_type, **fields)
+    return AutoConfig.for_model(model_type, **plain_fields(config))
 
 
 def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
@@ -127,6 +135,8 @@ def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
             computes the same function, and have biases that the model lacks: the weights get zeros for them.
     """
     blocks = find_blocks(model)
+    if multimodal_of(model.config.model_type) is not None or find_family(model).mixers:
+        return _listed_config(model, blocks)
     best: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
     for config_class, fields in _per_layer_candidates(model, blocks, in_place):
         try:
@@ -142,7 +152,19 @@ def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
             best = config_class, fields, found
     assert best is not None  # a config without fields of its own for attention is as good as the dense one
     config_class, fields, found = best
-    return make_config(pruned_config(config_class), {**fields, "pruned": found})
+    return make_config(pruned_config(config_class, "Pruned"), {**fields, "pruned": found})
+
+
+def _listed_config(model: Any, blocks: Sequence[Block]) -> PretrainedConfig:
+    """The config of a multimodal model or a hybrid, with all that differs listed beside it.
+
+    Inside a config, transformers knows no fields of single layers; of hybrids, layers are made of more.
+    """
+    base: Any = plain_config(model.config)
+    found = _differences(model, blocks, empty_model(plain_class(model), base, model))
+    fields = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures")}
+    kind: Any = type(base)
+    return make_config(pruned_config(kind, "Pruned"), {**fields, "pruned": found} if found else fields)
 
 
 def _per_layer_candidates(
@@ -214,7 +236,7 @@ def _width_fields(model: Any, blocks: Sequence[Block]) -> dict[int, dict[str, in
     family = find_family(model)
     stacks = {s.layer: s for s in find_stacks(model)}
     fields: dict[int, dict[str, int]] = {b.layer: {} for b in blocks}
-    other_names: Mapping[str, str] = model.config.attribute_map
+    other_names: Mapping[str, str] = text_config(model.config).attribute_map
     for layer, stack in stacks.items():
         count, width = stack.record.count_field, stack.record.width_field
         fields[layer] |= {other_names.get(count, count): stack.experts, width: stack.width}
@@ -223,7 +245,7 @@ def _width_fields(model: Any, blocks: Sequence[Block]) -> dict[int, dict[str, in
             continue
         own = stacks[block.layer].record.shared if block.layer in stacks else family.mlp
         if own is not None and own.width_field is not None:
-            fields[block.layer][own.width_field] = block.units
+            fields[block.layer] |= {own.width_field: block.units, **own.said_with}
     return fields
 
 

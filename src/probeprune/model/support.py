@@ -3,14 +3,15 @@
 The records are those of `families.py` and `gguf_architectures.py`. Knows no model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import CONFIG_MAPPING
 
 from probeprune.model.experts import EXPERT_UNITS
-from probeprune.model.families import FAMILIES
+from probeprune.model.families import FAMILIES, family_of
 from probeprune.model.family_records import Family
 from probeprune.model.gguf_architectures import ARCHITECTURES
+from probeprune.model.multimodal import MULTIMODAL, Multimodal
 from probeprune.model.nemotron_nas import COMPUTE_LIKE_LLAMA
 
 
@@ -42,6 +43,8 @@ class Support:
     """Architectures of GGUF files that carry its models, with one width for all layers."""
     gguf_per_layer: tuple[str, ...]
     """Those that carry layers of different widths."""
+    text_types: tuple[str, ...] = ()
+    """`model_type` of the language models inside a multimodal class; empty for models of text alone."""
 
 
 def support(family: Family) -> Support:
@@ -72,8 +75,24 @@ def support(family: Family) -> Support:
 
 
 def all_support() -> list[Support]:
-    """What can be done with each family, in the order of the records."""
-    return [support(family) for family in FAMILIES]
+    """What can be done with each family and each multimodal class, in the order of the records."""
+    return [*map(support, FAMILIES), *map(inside, MULTIMODAL)]
+
+
+def inside(multimodal: Multimodal) -> Support:
+    """What can be done with a multimodal class: what all language models that it may hold allow."""
+    known = [family for family in map(family_of, multimodal.text_types) if family is not None]
+    each = [support(family) for family in known]
+    return replace(
+        each[0],
+        family=multimodal.name,
+        model_types=multimodal.model_types,
+        uniform=tuple(kind for kind in each[0].uniform if all(kind in own.uniform for own in each)),
+        nemotron_nas=False,
+        gguf=(),
+        gguf_per_layer=(),
+        text_types=multimodal.text_types,
+    )
 
 
 def _units(family: Family) -> tuple[str, ...]:

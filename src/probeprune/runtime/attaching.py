@@ -14,6 +14,7 @@ from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
 from probeprune.model.blocks import Block
 from probeprune.model.experts import check_kinds
+from probeprune.model.multimodal import text_config
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import check_eval
 from probeprune.model.wrappers import unwrapped
@@ -138,5 +139,5 @@ def attached_to(model: nn.Module) -> Handle | None:
 
 
 def _attention(model: nn.Module) -> str:
-    config: Any = model.config
+    config: Any = text_config(model.config)
     return str(config._attn_implementation)

@@ -127,7 +127,7 @@ class BlockRuntime:
         with record_function("probeprune::choose"):
             selection = choose(residual, tokens, self.when.probe)
         with record_function("probeprune::run_ahead"):
-            z = run_ahead(self._shadow, x, selection, kwargs, norm)
+            z = run_ahead(self._shadow, x, selection, kwargs, norm, self.block.input_factor)
         self.follower.on_probe(z, selection, tokens)
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ def check_layout(cache: Any, blocks: Sequence[Prunable], widths: Sequence[int], 
     )
     layers = getattr(cache, "layers", ())
     for block, keep in zip(blocks, widths, strict=True):
-        if not isinstance(block, Block) or block.kind == "mlp" or block.layer >= len(layers):
+        if not isinstance(block, Block) or block.kind != "attention" or block.layer >= len(layers):
             continue
         keys = getattr(layers[block.layer], "keys", None)
         heads = block.cached_heads(keep)

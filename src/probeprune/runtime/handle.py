@@ -23,6 +23,7 @@ from probeprune.errors import Notice, UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block, uncalled_consumer
 from probeprune.model.experts import Stack
+from probeprune.model.multimodal import text_config
 from probeprune.model.narrow_linear import refuse_to_copy
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
@@ -70,7 +71,7 @@ class Handle:
         self.model, self.method, self.ratio = model, method, ratio
         self.kept: Attachment | None = Attachment(method, ratio, cuts, statistics, text or {})
         self.blocks, self.widths = blocks, [cut.width for cut in cuts]
-        self.current = CurrentPass(layer_types=getattr(model.config, "layer_types", None) or ())
+        self.current = CurrentPass(layer_types=getattr(text_config(model.config), "layer_types", None) or ())
         self._lock = threading.RLock()
         self._unmasked = CHECKED
         self._owner = object()
@@ -274,7 +275,7 @@ class Handle:
         A draft by the first layers alone (`assistant_early_exit`) lowers the config's number of layers for as
         long as it runs; the blocks behind them are not asked for.
         """
-        config: Any = self.model.config
+        config: Any = text_config(self.model.config)
         for runtime in self.runtimes:
             if not runtime.passed and runtime.block.layer < config.num_hidden_layers:
                 raise uncalled_consumer(runtime.block)

@@ -162,6 +162,7 @@ def run_ahead(
     selection: Selection,
     kwargs: dict[str, Any],
     norm: nn.Module | None = None,
+    factor: float = 1.0,
 ) -> torch.Tensor:
     """The coupled activation `z^p` (samples, tokens, n) of the probe, through the block's own computation.
 
@@ -171,10 +172,12 @@ def run_ahead(
         selection: which part of it to run.
         kwargs: the block's other arguments; masks and positions are cut to the probe's own.
         norm: the norm to apply first, where `x` is a residual.
+        factor: what that norm's output is multiplied by.
     """
     part = x.index_select(0, selection.samples).index_select(1, selection.tokens)
     if norm is not None:
         part = type(norm).forward(norm, part)  # hooks on it are for the model's own pass
+        part = part if factor == 1 else part * factor
     return shadow.run(part, restrict(kwargs, selection, x.shape[0]))
 
 

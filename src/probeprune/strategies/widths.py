@@ -131,5 +131,5 @@ def check_even(request: Request) -> None:
 
 
 def role(block: Prunable) -> str:
-    """What a block is in its layer, alike in all layers: the end of its name."""
-    return block.name.partition(f".{block.layer}.")[2]
+    """What a block is in its layer, alike in all layers: its kind and the end of its name."""
+    return f"{block.kind} {block.name.partition(f'.{block.layer}.')[2]}"

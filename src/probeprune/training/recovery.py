@@ -199,7 +199,10 @@ def _untimed(entry: dict[str, Any]) -> dict[str, float]:
 def lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
     """PEFT's configuration for all linear maps of the model's blocks."""
     blocks = find_blocks(model)
-    names = {m.name.rpartition(".")[2] for b in blocks for m in b.members}
+    paths = {m.name for b in blocks for m in b.members}
+    names = {path.rpartition(".")[2] for path in paths}
+    if any(n not in paths and n.rpartition(".")[2] in names for n, _ in model.named_modules()):
+        names = paths  # other maps, as those of a vision tower, are called alike
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -1,0 +1,54 @@
+"""What a family's record says of one decoder layer: which blocks it has, and where. Knows no blocks."""
+
+from typing import Any
+
+from torch import nn
+
+from probeprune.errors import UsageError
+from probeprune.model.family_records import AttentionRecord, Family, MixerRecord, MlpRecord
+
+
+def attribute(module: Any, path: str) -> Any:
+    """What a module has at a dotted path, such as `config.num_attention_heads`; None if there is none."""
+    for part in path.split("."):
+        module = getattr(module, part, None)
+    return module
+
+
+def has_block(layer: nn.Module, family: Family, record: AttentionRecord | MlpRecord | MixerRecord) -> bool:
+    """Whether a layer has a block; layers of families that are no hybrids have all blocks."""
+    if record.only_in is not None:
+        return bool(attribute(layer, "block_type") == record.only_in)
+    return not family.mixers or record.module is None or attribute(layer, record.module) is not None
+
+
+def refuse_experts(name: str, layer: nn.Module, family: Family) -> None:
+    """Raise `UsageError` for a layer with experts that its family's record does not know."""
+    if family.refused_experts is not None and attribute(layer, family.refused_experts) is not None:
+        raise UsageError(
+            f"{name} has experts ({family.refused_experts}), not known in {family.name}; give a dense model."
+        )
+
+
+def whole_heads(record: AttentionRecord, config: Any) -> str | None:
+    """Why no head of a model with this config can go; None where heads can go."""
+    return record.whole if record.whole_if is None or getattr(config, record.whole_if) else None
+
+
+def mlp_record(family: Family, layer: nn.Module, config: Any) -> tuple[MlpRecord | None, int]:
+    """Where a layer has its MLP, None for one that has experts alone, and `Block.follows`."""
+    experts = family.experts
+    if experts is None or attribute(layer, experts.module) is None:
+        return family.mlp, 0
+    shared, times = experts.shared, experts.shared_times
+    if shared is None or attribute(layer, str(shared.module)) is None:
+        return None, 0
+    return shared, int(getattr(config, times)) if isinstance(times, str) else times
+
+
+def norm_at(layer: nn.Module, paths: str | tuple[str, ...] | None) -> nn.Module | None:
+    """The norm at a path; of several paths, the first where the layer has one; None for no path."""
+    if paths is None:
+        return None
+    names = (paths,) if isinstance(paths, str) else paths
+    return layer.get_submodule(next((n for n in names if attribute(layer, n) is not None), names[0]))

@@ -1,0 +1,139 @@
+"""Hybrids: layers that have attention or an MLP are pruned there, and what else mixes tokens stays whole."""
+
+import pytest
+import tiny_families
+import torch
+from test_cost import LENGTH, decoder_flops, outside_blocks
+from test_families import BALANCED, DENSE_FIRST, IDS, MASK, PROBE, TOLD, WINDOWS, noting
+from test_families import test_a_plain_config_holds_fewer_heads_where_the_record_says_so as plain_heads
+from test_families import (
+    test_all_units_in_any_order_are_the_dense_block_and_restoring_puts_them_back as any_order,
+)
+from test_families import test_logits_by_parts_are_the_models_own as by_parts
+from tiny import PARALLEL, close, kept, logits, masked, opened, snapshot
+from transformers import AutoModelForCausalLM
+
+from probeprune import attach, compose, find_blocks, prune, save, with_equal_widths
+from probeprune.errors import UsageError
+from probeprune.model.cost import blocks_flops
+from probeprune.model.families import find_family
+from probeprune.strategies.probe import probe_flops
+
+test_any_order, test_by_parts, test_plain_heads = any_order, by_parts, plain_heads
+BESIDE = compose(PARALLEL, skip_layers=0)
+
+
+def half(model) -> float:
+    """The ratio, of all blocks, at which about half of what is no mixer goes."""
+    blocks = find_blocks(model)
+    whole = sum(b.parameters for b in blocks if b.whole is not None)
+    return 0.51 * (1 - whole / sum(b.parameters for b in blocks))
+
+
+@pytest.fixture(scope="module", params=tiny_families.HYBRIDS)
+def row(request):
+    """The name of a row, its model, and that model's logits on a padded batch."""
+    model = tiny_families.build(request.param)()
+    return request.param, model, logits(model, IDS, MASK)
+
+
+def test_blocks_are_all_linear_maps_of_the_layers(row):
+    _, model, _ = row
+    blocks = find_blocks(model)
+    weights = sum(
+        p.numel()
+        for path, module in model.named_modules()
+        if ".layers." in path and isinstance(module, torch.nn.Linear)
+        for p in module.parameters()
+    )
+    assert sum(b.parameters for b in blocks) == weights
+    assert {b.kind for b in blocks} == {"attention", "mlp", "mixer"}
+    assert all((b.whole is not None) == (b.kind == "mixer") for b in blocks)
+    ran: list[str] = []
+    for block in blocks:
+        read: dict[str, torch.Tensor] = {}
+        hooks = [
+            block.entry.register_forward_pre_hook(noting(read, "entry"), with_kwargs=True),
+            block.consumer.register_forward_hook(lambda *_, name=block.name: ran.append(name)),
+            block.norm.register_forward_hook(lambda _, a, out, r=read: r.update(normed=out)),
+        ]
+        logits(model, IDS, MASK)
+        for hook in hooks:
+            hook.remove()
+        close(read["entry"], read["normed"] * block.input_factor)
+    assert ran == [b.name for b in blocks]
+
+
+def test_flops_counted_are_those_of_the_formulas(row):
+    _, model, _ = row
+    rest = outside_blocks(model, 3)  # convolutions, states and rotary angles
+    assert rest >= 0
+    with attach(model, PROBE, half(model), calibration=WINDOWS) as handle:
+        counted = decoder_flops(model, 3)
+        own = blocks_flops(handle.blocks, handle.widths, 3, LENGTH)
+        probe = probe_flops(handle.blocks, handle.widths, handle.method.when.probe, 3, LENGTH)
+    assert counted - rest == own + probe
+
+
+@pytest.mark.parametrize("method", [PROBE, BESIDE, BALANCED], ids=lambda m: m.name)
+def test_a_batch_is_the_dense_model_masked_and_detaching_restores_all_bits(row, method):
+    _, model, dense = row
+    before, ratio = snapshot(model), half(model)
+    with attach(model, method, ratio, calibration=WINDOWS) as handle:
+        got, choice = logits(model, IDS, MASK), kept(handle)
+        assert {b.kind for b, units in choice if len(units) < b.units} == {"attention", "mlp"}
+        assert handle.removed_share == pytest.approx(ratio, abs=0.03)
+        cached = model.generate(IDS, attention_mask=MASK, **TOLD)
+        prompted = kept(handle)
+    before.assert_untouched()
+    with masked(choice):
+        close(got, logits(model, IDS, MASK))
+    with masked(prompted):
+        assert cached.equal(model.generate(IDS, attention_mask=MASK, use_cache=False, **TOLD))
+    assert (got - dense).abs().max() > 0.01 * dense.abs().max(), "nothing was pruned"
+    assert logits(model, IDS, MASK).equal(dense)
+
+
+def test_a_cut_model_and_its_checkpoints_are_the_dense_one_masked(row, tmp_path):
+    name, model, _ = row
+    both = find_family(model).attention.plain_heads
+    even = compose(with_equal_widths("magnitude"), blocks=("attention", "mlp") if both else ("mlp",))
+    for method, layout in ((even, "uniform"), (compose(DENSE_FIRST, skip_layers=1), None)):
+        smaller = tiny_families.build(name)()
+        pruning = prune(smaller, method, 0.2)
+        got = logits(smaller, IDS, MASK)
+        blocks = {b.name: b for b in find_blocks(model)}
+        with masked([(blocks[k.name], k.units) for k in pruning.kept]):
+            close(got, logits(model, IDS, MASK))
+        folder = tmp_path / method.name.replace(" ", "-")
+        save(smaller, folder, layout=layout)
+        if layout == "uniform":
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            assert type(loaded) is type(model)
+            assert not (folder / "modeling_pruned.py").exists()
+        else:
+            loaded = opened(folder, dtype=torch.float32)
+        assert logits(loaded, IDS, MASK).equal(got)
+        assert [b.units for b in find_blocks(loaded)] == [len(k.units) for k in pruning.kept]
+    tokens = [loaded.generate(IDS, attention_mask=MASK, use_cache=c, **TOLD) for c in (True, False)]
+    assert tokens[0].equal(tokens[1])
+
+
+@pytest.mark.parametrize("method", ["best-static", "flap", "best-dynamic"])
+def test_methods_that_calibrate_in_every_way_run_on_layers_without_attention(method):
+    model = tiny_families.build("nemotron_h")()
+    before = snapshot(model)
+    chosen = compose(method, skip_layers=0)
+    with attach(model, chosen, 0.1, calibration=WINDOWS) as handle:
+        choice = kept(handle)
+        assert logits(model, IDS, MASK).isfinite().all()
+    assert any(len(units) < b.units for b, units in choice)
+    before.assert_untouched()
+
+
+def test_experts_of_a_hybrid_are_refused():
+    model = AutoModelForCausalLM.from_config(
+        tiny_families.config_of("granitemoehybrid", num_local_experts=2, num_experts_per_tok=1)
+    )
+    with pytest.raises(UsageError, match=r"has experts .*, not known in Granite 4"):
+        find_blocks(model.eval())
