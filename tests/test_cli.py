@@ -121,7 +121,7 @@ def test_methods_and_models_are_listed(capsys):
         (["compare", "--seed=0x10"], "--seed must be a whole number from 0 to 4294967295, not '0x10'."),
         (["compare", "one", "two"], "got unexpected extra argument"),
         (["prune"], "missing option '--method'; `probeprune prune --help` shows what there is."),
-        (["compar"], "no such command 'compar'"),
+        (["compar"], "no such command 'compar'. Did you mean 'compare'? `probeprune --help` shows"),
         (["[red]x[/red]"], "no such command '[red]x[/red]'"),
         (["--verbos"], "no such option: --verbos; `probeprune --help` shows what there is."),
     ],
