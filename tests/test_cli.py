@@ -123,7 +123,7 @@ def test_methods_and_models_are_listed(capsys):
         (["prune"], "missing option '--method'; `probeprune prune --help` shows what there is."),
         (["compar"], "no such command 'compar'. Did you mean 'compare'? `probeprune --help` shows"),
         (["[red]x[/red]"], "no such command '[red]x[/red]'"),
-        (["--verbos"], "no such option: --verbos; `probeprune --help` shows what there is."),
+        (["--verbos"], "no such option: --verbos (Possible options: --verbose, --version); `probeprune"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, says, tmp_path, capsys):
