@@ -218,7 +218,6 @@ def test_the_tables_are_printed(config_only, capsys):
 
 
 REFUSED = {
-    "no static method": ("--method", "probe", "--ratio", "0.3"),
     "a method that trains": ("--method", "llm-pruner+lora", "--ratio", "0.3"),
     "an unknown method": ("--method", "wandasp", "--ratio", "0.3"),
     "nothing left": ("--method", "wanda-sp", "--ratio", "0.99"),
@@ -241,6 +240,11 @@ def test_refused_in_the_words_of_prune(why, tmp_path, capsys, number_tokenizer):
         said = [text.partition(" takes ")[0] for text in said]
     assert said[0] == said[1] and "probeprune:" in said[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cuts_nothing_has_no_plan(config_only, capsys):
+    code, _, err = plan(capsys, config_only, "--method", "probe", "--ratio", 0.3)
+    assert code == 2 and "method 'probe' leaves nothing to cut for good" in " ".join(err.split())
 
 
 def test_an_unknown_family_and_names_that_are_no_model(tmp_path, capsys):
