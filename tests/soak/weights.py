@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from soak.caching import Caching
 from soak.oracle import permuted
-from soak.world import PERHAPS
+from soak.world import LIMITS, PERHAPS
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
@@ -64,10 +64,12 @@ class Weights(Caching):
         if any(want.isnan().any() for want in wanted.values()):
             return  # eager attention in float64 masks with infinity: the dense model has no gradients either
         largest = max(want.abs().max() for want in wanted.values())
+        # A cast rounds what a compensation computed, in another order than the twin's.
+        share = max(1e-3, *(LIMITS[dtype] for dtype in {self.dtype, *self.rounded}))
         for name, p in self.model.named_parameters():
             got, want = torch.zeros_like(p) if p.grad is None else p.grad, wanted[name]
             # Some gradients are zero but for rounding: the bias of keys moves all scores alike.
-            limit = 1e-3 * want.abs().max() + 1e-5 * largest
+            limit = share * want.abs().max() + 1e-5 * largest
             assert (got - want).abs().max() <= limit, f"the gradient of {name}"
 
     def gradients(self) -> dict[str, torch.Tensor]:
