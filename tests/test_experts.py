@@ -417,7 +417,8 @@ def test_the_command_writes_a_plain_checkpoint(kind, tmp_path, number_tokenizer,
     own = {s.name: s.units for s in find_stacks(loaded, kind)}
     assert kept == own and all(k < (16 if kind == "channel" else 8) for k in kept.values())
     noun = "channels of each expert" if kind == "channel" else "experts"
-    assert noun in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert noun in card and f"{'channels of ' * (kind == 'channel')}experts are removed" in card
     assert call("plan", 0.95) == 2
     capsys.readouterr()
 
