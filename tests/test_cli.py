@@ -121,9 +121,9 @@ def test_methods_and_models_are_listed(capsys):
         (["compare", "--seed=0x10"], "--seed must be a whole number from 0 to 4294967295, not '0x10'."),
         (["compare", "one", "two"], "got unexpected extra argument"),
         (["prune"], "missing option '--method'; `probeprune prune --help` shows what there is."),
-        (["compar"], "no such command 'compar'"),
+        (["compar"], "no such command 'compar'. Did you mean 'compare'? `probeprune --help` shows"),
         (["[red]x[/red]"], "no such command '[red]x[/red]'"),
-        (["--verbos"], "no such option: --verbos; `probeprune --help` shows what there is."),
+        (["--verbos"], "no such option: --verbos (Possible options: --verbose, --version); `probeprune"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, says, tmp_path, capsys):

@@ -74,7 +74,7 @@ def test_the_readme_runs_on_the_real_model(small_model, few_windows, monkeypatch
     before = probeprune.load_model("smollm2-135m").model.state_dict()
     namespace = run_snippets(ROOT / "README.md")
     assert capsys.readouterr().out.count("The capital of France is") == 1
-    after = namespace["model"].state_dict()
+    after = namespace["loaded"].model.state_dict()
     assert all(after[name].equal(weight) for name, weight in before.items())
 
 

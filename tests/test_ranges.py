@@ -204,7 +204,7 @@ def test_every_number_of_every_command_shows_its_range():
 
 
 def called(command: str, option: str, value: str, folder) -> int:
-    out = [] if command in ("generate", "plan") else ["--out", str(folder / "out")]
+    out = [] if command in ("generate", "plan", "eval") else ["--out", str(folder / "out")]
     return run(lambda: app([command, *NEEDED.get(command, []), *out, option, value]))
 
 

@@ -107,4 +107,6 @@ def _sentence(error: Any) -> str:
     command = "probeprune"
     if error.ctx is not None and error.ctx.parent is not None:
         command = f"{command} {error.ctx.info_name}"
-    return f"{problem[:1].lower()}{problem[1:]}; `{command} --help` shows what there is."
+    problem = f"{problem[:1].lower()}{problem[1:]}"
+    stop = "" if problem.endswith("?") else ";"  # typer ends with a question where it knows a near name
+    return f"{problem}{stop} `{command} --help` shows what there is."
