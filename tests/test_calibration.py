@@ -1,6 +1,7 @@
 """Calibration is cached by content and goes on after a kill with the same result."""
 
 import pytest
+import tiny_experts
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -10,7 +11,7 @@ from probeprune import UsageError, attach, prepare
 from probeprune.algebra.moments import Moments
 from probeprune.calibration import collecting, unfinished
 from probeprune.calibration.collecting import calibrate, merge
-from probeprune.model.identity import model_fingerprint
+from probeprune.model.identity import model_fingerprint, weights_fingerprint
 
 WINDOWS = token_ids(10, 12)
 
@@ -99,6 +100,19 @@ def test_overflowed_statistics_name_their_block():
         model.model.layers[4].mlp.up_proj.weight[0] = float("inf")
     with pytest.raises(FloatingPointError, match=r"layers\.4\.mlp"):
         attach(model, "wanda-sp", 0.2, calibration=WINDOWS)
+
+
+def test_the_fingerprint_reads_saved_buffers():
+    model = tiny_experts.build("glm4_moe")()
+    before = model_fingerprint(model), weights_fingerprint(model)
+    (name, bias), *_ = [b for b in model.named_buffers() if b[0].endswith("e_score_correction_bias")]
+    assert name in model.state_dict()
+    kept = bias.clone()
+    bias += 1
+    assert not {model_fingerprint(model), weights_fingerprint(model)} & set(before)
+    bias.copy_(kept)  # caches of rotary angles and the like are no part of it
+    model.model.rotary_emb.inv_freq *= 2
+    assert (model_fingerprint(model), weights_fingerprint(model)) == before
 
 
 def test_the_fingerprint_reads_every_weight():

@@ -27,13 +27,19 @@ from probeprune.algebra.routed_moments import RoutedMoments
 from probeprune.calibration.routed import routed_moments
 from probeprune.calibration.statistics import Statistics
 from probeprune.cli import app, run
+from probeprune.data.windows import Text
 from probeprune.errors import Notice
+from probeprune.jobs.forecast import comparing_work
+from probeprune.jobs.prune import Texts
 from probeprune.model.cost import blocks_flops, counting_flops
+from probeprune.model.described import empty_like
 from probeprune.model.experts import Stack, find_parts, find_stacks
 from probeprune.model.families import find_family
 from probeprune.model.passes import find_decoder
+from probeprune.model.placing import place
 from probeprune.model.stack_cut import StackCut
 from probeprune.plan import Kept, expert_scores
+from probeprune.runtime.attaching import attach_again
 from probeprune.strategies.probe import probe_flops
 from probeprune.surgery import cut
 
@@ -206,6 +212,9 @@ def test_an_attached_static_method_is_the_cut(row):
             assert handle.removed_share == pytest.approx(pruning.removed_share)
             with pytest.raises(UsageError, match="cuts experts cannot be saved with its model; prune"):
                 save(handle, Path("never"))
+            same = handle.kept
+        with attach_again(row.model, same) as handle:
+            assert logits(row.model, IDS, MASK).equal(logits(smaller, IDS, MASK))
         before.assert_untouched()
 
 
@@ -396,7 +405,7 @@ def test_the_command_writes_a_plain_checkpoint(kind, tmp_path, number_tokenizer,
 
     assert call("plan", 0.3) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert planned["refused"] is None
+    assert planned["refused"] is None and planned["by_layer"] is None
     assert call("prune", 0.3, "--out", tmp_path / "out") == 0
     record = json.loads(capsys.readouterr().out)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -408,9 +417,23 @@ def test_the_command_writes_a_plain_checkpoint(kind, tmp_path, number_tokenizer,
     own = {s.name: s.units for s in find_stacks(loaded, kind)}
     assert kept == own and all(k < (16 if kind == "channel" else 8) for k in kept.values())
     noun = "channels of each expert" if kind == "channel" else "experts"
-    assert noun in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert noun in card and f"{'channels of ' * (kind == 'channel')}experts are removed" in card
     assert call("plan", 0.95) == 2
     capsys.readouterr()
+
+
+def test_memory_is_that_of_all_layers_together_and_of_what_stays_of_experts():
+    model = empty_like(tiny_experts.build("mixtral")())
+    cpu, texts = torch.device("cpu"), Texts(Text("c4", 4, 16), Text("wikitext2", 4, 16), 0, 4)
+    work = comparing_work([(WHOLE, 0.3)], texts)
+    assert place("mixtral", model, torch.float32, cpu, 2**40, work) is None
+    with pytest.raises(UsageError, match=r"together: it takes .* GiB of weights, .*; give memory of"):
+        place("mixtral", model, torch.float32, cpu, 2**20, work)
+    stacks = find_stacks(model, "expert")
+    assert min(p.kept for p in work(model, torch.float32, cpu) if "dense" in p.name) >= sum(
+        4 * s.per_token * s.unit_parameters for s in stacks
+    )
 
 
 def test_the_loss_that_balances_experts_counts_those_that_are_left():

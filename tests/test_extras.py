@@ -61,6 +61,8 @@ WORKS = {
     f"{PRUNE} --windows 0 {SMALL} --out pruned": None,
     f"generate model --method probe --ratio 0.2 --prompt 7 --max-new-tokens 2 {SMALL}": None,
     "plan model --method wanda-sp --ratio 0.2 --layout per-layer": None,
+    f"prune model --method probe --ratio 0.2 --weights reference --windows 0 {SMALL} --out kept": None,
+    f"eval kept --base model --texts text.jsonl --windows 2 --prompts 0 {SMALL}": None,
     "methods": None,
     "models": None,
     "engines": None,
@@ -72,12 +74,17 @@ SAYS = {
     "loraprune model --ratio 0.2 --out loraprune": "train",
     f"compare model --methods wanda-sp+lora --corpus text.jsonl --windows 2 {SMALL} --out other": "train",
     "table --preset tasks.yaml --out table": "eval",
+    f"eval model --texts none --tasks piqa --limit 2 {SMALL}": "eval",
+    f"eval model --texts none --tasks mmlu --limit 2 {SMALL}": "eval",
     "table --preset text.yaml --executor ray --out cluster": "ray",
     f"{PRUNE} --recover 2 --out never": "train",
     f"{PRUNE} --calibration rows.parquet --out never": "hub",
     f"{PRUNE} --calibration owner/name --out never": "hub",
 }
 """Commands that end with a sentence, and the extra that it names."""
+
+UPLOADS = "push pruned owner/name"
+"""A command that needs no extra, and a token, which is not there."""
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +116,11 @@ def test_the_core_needs_no_extra(folder):
     run(folder, CORE)
 
 
-def test_commands_work_without_extras_or_name_the_one_they_need(folder):
-    (folder / "commands.json").write_text(json.dumps([words.split() for words in (*WORKS, *SAYS)]))
+def test_commands_work_without_extras_or_name_the_one_they_need(folder, monkeypatch):
+    (folder / "commands.json").write_text(json.dumps([words.split() for words in (*WORKS, *SAYS, UPLOADS)]))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(folder / "no-token"))
     printed = run(folder, COMMANDS)
     said = json.loads(printed.splitlines()[-1])
     for words, leaves_out in WORKS.items():
@@ -122,6 +132,7 @@ def test_commands_work_without_extras_or_name_the_one_they_need(folder):
         sentence = errors.splitlines()[-1]
         assert code == 2 and sentence.startswith("probeprune: "), (words, errors)
         assert f'pip install "probeprune[{name}]"' in sentence and "Traceback" not in errors, (words, errors)
+    assert said[UPLOADS][0] == 2 and "there is no token of the hub" in said[UPLOADS][1]
     assert not (folder / "never").exists() and not (folder / "recovered").exists()
 
 

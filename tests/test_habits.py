@@ -70,6 +70,8 @@ def test_a_config_gives_options_that_are_not_typed(tmp_path, capsys):
         ("[plan]\nratio = \n", "own.toml is no TOML file"),
         ("\n[plan]\nratio = 2\n", "own.toml, line 3: --ratio must be a number in [0, 1), not 2"),
         ("\n[plan]\nratio = 'much'\n", "own.toml, line 3: "),
+        ("[eval]\njson = true\n", "own.toml, line 2: json takes a value, not true or false"),
+        ("ratio = true\n", "own.toml, line 1: ratio takes a value, not true or false"),
         ("ratio = 1979-05-27\n", "own.toml, line 1: ratio must be text, a number, true or false, or a list"),
     ],
 )
@@ -79,6 +81,12 @@ def test_a_mistake_in_a_config_is_one_sentence_with_its_line(content, says, tmp_
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert call("--config", "none.toml", "methods") == 2
+
+
+def test_a_switch_of_most_commands_is_no_value_of_another(tmp_path, capsys):
+    (tmp_path / "probeprune.toml").write_text("json = true\n")
+    assert call("--verbose", "eval", "--method", "probe") == 2
+    assert "json" not in capsys.readouterr().err
 
 
 def test_verbose_says_where_values_come_from_and_quiet_says_nothing(tmp_path, capsys):

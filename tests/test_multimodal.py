@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,7 @@ from probeprune.model.multimodal import MULTIMODAL, multimodal_of
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import find_decoder
 from probeprune.strategies.probe import probe_flops
+from probeprune.training.distilling import say_unlike
 from probeprune.training.recovery import merged, recover
 
 
@@ -214,6 +216,9 @@ def test_a_plan_says_what_a_multimodal_model_takes(llava, capsys):
 def test_recovery_trains_the_language_model_alone(kind, tmp_path):
     model = tiny_multimodal.build("llava")()
     prune(model, DENSE_FIRST, 0.35)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        say_unlike(model, tiny_multimodal.build("llava")())  # which it was pruned from
     before = {n: t.clone() for n, t in model.state_dict().items()}
     training = replace(SHORT, steps=2) if kind == "lora" else replace(SHORT, steps=2, lora=None)
     after = merged(recover(model, TEXT, HELD_OUT, training, tmp_path / "work").model).state_dict()

@@ -87,6 +87,16 @@ EVERY = {
 }
 
 
+def test_one_threshold_over_scores_is_planned_as_an_equal_cut():
+    model = FAMILIES["llama-gqa"]()
+    found = forecast(outline(model), job("flap", "per-layer", skip_layers=1))
+    assert found.refused is None and not found.exact
+    blocks = sum(b.parameters for b in find_blocks(model))
+    assert (found.before.parameters - found.after.parameters) / blocks == pytest.approx(0.3, abs=0.02)
+    never = forecast(outline(model), job("flap", "per-layer", ratio=0.99, skip_layers=0))
+    assert "while every block keeps a unit" in never.refused
+
+
 @pytest.mark.parametrize("family", EVERY)
 def test_a_rehearsal_counts_what_the_layer_holds(family):
     model = EVERY[family]()
@@ -242,9 +252,9 @@ def test_refused_in_the_words_of_prune(why, tmp_path, capsys, number_tokenizer):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cuts_nothing_has_no_plan(config_only, capsys):
+def test_a_dynamic_method_has_no_smaller_model_to_plan(config_only, capsys):
     code, _, err = plan(capsys, config_only, "--method", "probe", "--ratio", 0.3)
-    assert code == 2 and "method 'probe' leaves nothing to cut for good" in " ".join(err.split())
+    assert code == 2 and "no smaller model to plan" in " ".join(err.split())
 
 
 def test_an_unknown_family_and_names_that_are_no_model(tmp_path, capsys):

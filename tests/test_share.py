@@ -12,6 +12,7 @@ from tiny import FAMILIES, token_ids
 
 import probeprune
 from probeprune import UsageError, attach, prune, save
+from probeprune.jobs.share import hub_card
 
 WINDOWS = token_ids(4, 16, seed=9)
 
@@ -53,6 +54,14 @@ def test_what_is_pushed_opens_by_its_name_and_computes_the_same(session):
     )
     assert "keeps a model with method 'probe' attached" in session["dense"]
     assert session["texts"] == ["one two", "three"]
+
+
+def test_the_card_names_what_a_trained_model_was_pruned_from_and_what_a_multimodal_one_reads(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "pruned_gemma3"}')
+    record = {"base_model": "pruned", "pruning": {"base_model": "them/dense"}, "evaluation": None}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    card = ModelCard(hub_card(tmp_path, "me/trained", []))
+    assert card.data.base_model == "them/dense" and card.data.pipeline_tag == "image-text-to-text"
 
 
 def test_the_card_has_the_metadata_that_the_hub_reads(session):

@@ -239,17 +239,26 @@ def widths(
 
 
 def _comparable(blocks: Sequence[Prunable], scores: Sequence[Scores | None]) -> list[Scores]:
-    """One score for each width of every block; zeros for experts that stay whole."""
+    """One score for each width of every block; zeros for experts that stay whole.
+
+    Of scores without numbers, where only shapes are tried, places take their place: an equal cut.
+    """
     if all(s is None for s in scores):
         return []
     device = next(s.device for s in scores if s is not None)
     found: list[Scores] = []
     for block, own in zip(blocks, scores, strict=True):
         if own is not None:
-            found.append(by_rank(own) if own.ndim == 2 else own)
+            own = by_rank(own) if own.ndim == 2 else own
+            found.append(_places(len(own)) if own.is_meta else own)
         elif isinstance(block, Stack):
             found.append(torch.zeros(block.units, dtype=torch.float32, device=device))
     return found
+
+
+def _places(units: int) -> Scores:
+    """Scores (units,) by which all blocks lose the same share under one threshold."""
+    return (torch.arange(units, dtype=torch.float32, device="cpu") + 0.5) / units
 
 
 def _damage(statistics: Statistics, block: Prunable) -> Damage:

@@ -62,7 +62,7 @@ class GridOptions:
     ] = METHODS
     ratios: Annotated[
         str,
-        typer.Option(help="Pruning ratios, separated by commas: shares of all attention and MLP parameters."),
+        typer.Option(help="Pruning ratios, separated by commas: shares of the parameters of all blocks."),
         RANGES["ratio"],
     ] = "0.2,0.4"
     units: Annotated[

@@ -29,9 +29,9 @@ else:
 NAME = "probeprune.toml"
 """The file that is read from the working directory where `--config` names none."""
 
-Options = Mapping[str, Mapping[str, str]]
-"""For each command, its options by the names that keys have, such as `calibration-windows`, with the names of
-their parameters."""
+Options = Mapping[str, Mapping[str, tuple[str, bool]]]
+"""For each command, its options by the names that keys have, such as `calibration-windows`: the name of the
+parameter, and whether it is a switch."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,25 @@ def read_config(file: Path | None, options: Options) -> dict[str, dict[str, Sett
         where = _where(path, lines, "", key)
         option = _known(key, everywhere, f"{where}: ", "option", others="[sections] of commands")
         for command, known in options.items():
-            if option in known:
-                found[command][known[option]] = Setting(option, _value(value, key, where), where)
+            # `json` is a switch of most commands, and a file of `eval`.
+            if option in known and (known[option][1] or not isinstance(value, bool)):
+                found[command][known[option][0]] = Setting(option, _value(value, key, where), where)
+        if not any(option in known and known[option][0] in found[c] for c, known in options.items()):
+            raise _no_switch(where, key)
     for command, values in sections.items():
         _known(command, options, f"{_where(path, lines, command, '')}: ", "command")
         for key, value in values.items():
             where = _where(path, lines, command, key)
             option = _known(key, options[command], f"{where}: ", f"option of {command}")
-            found[command][options[command][option]] = Setting(option, _value(value, key, where), where)
+            parameter, switch = options[command][option]
+            if isinstance(value, bool) and not switch:
+                raise _no_switch(where, key)
+            found[command][parameter] = Setting(option, _value(value, key, where), where)
     return found
+
+
+def _no_switch(where: str, key: str) -> UsageError:
+    return UsageError(f"{where}: {key} takes a value, not true or false.")
 
 
 def _known(key: str, names: Collection[str], where: str, what: str, others: str = "") -> str:

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from probeprune.cli.facts import is_dense, missed
-from probeprune.cli.groups import CalibrationOptions, DeviceMap, LoadOptions, Model
+from probeprune.cli.groups import RATIO, CalibrationOptions, DeviceMap, LoadOptions, Model
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, out, print_text, print_written, progress_bar, warn
 from probeprune.cli.values import names
@@ -42,11 +42,7 @@ class MethodOptions:
             show_default="none, or the one that is kept with the model",
         ),
     ] = None
-    ratio: Annotated[
-        float | None,
-        typer.Option(help="Pruning ratio: share of all attention and MLP parameters to prune."),
-        RANGES["ratio"],
-    ] = None
+    ratio: Annotated[float | None, typer.Option(help=RATIO), RANGES["ratio"]] = None
 
     def chosen(self) -> Method | None:
         """The method; None for none. Raises `UsageError` for one that trains, or only half of the options."""
@@ -152,6 +148,7 @@ def evaluate(
 
     Example: [bold]probeprune eval probe-40 --base smollm2-135m --tasks piqa --limit 100[/bold]
     """
+    from probeprune.jobs.evaluate import check_tasks
     from probeprune.jobs.evaluate import evaluate as run
     from probeprune.jobs.keep import attachment
     from probeprune.places import check_file
@@ -159,6 +156,7 @@ def evaluate(
 
     method, wanted = pruning.chosen(), measures.wanted(calibration.length)
     text = calibration.text()
+    check_tasks(wanted.tasks)
     if json_file is not None and str(json_file) != "-":
         check_file(json_file)
     loaded = load.open(model, device_map=device_map, attached=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from probeprune.cli.facts import is_dense, missed, with_refresh
-from probeprune.cli.groups import CalibrationOptions, DeviceMap, Json, LoadOptions, Model
+from probeprune.cli.groups import RATIO, CalibrationOptions, DeviceMap, Json, LoadOptions, Model
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, print_line, print_text, progress_bar, warn
 from probeprune.errors import UsageError
@@ -47,10 +47,7 @@ class PruningOptions:
     ] = None
     ratio: Annotated[
         float | None,
-        typer.Option(
-            help="Pruning ratio: share of all attention and MLP parameters to prune.",
-            show_default="0.2, or the one that is kept with the model",
-        ),
+        typer.Option(help=RATIO, show_default="0.2, or the one that is kept with the model"),
         RANGES["ratio"],
     ] = None
     refresh: Annotated[

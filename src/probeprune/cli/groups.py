@@ -34,11 +34,8 @@ Model = Annotated[
         help="Model: smollm2-135m (embedded), a local directory, a GGUF file or a Hugging Face hub id."
     ),
 ]
-Ratio = Annotated[
-    float,
-    typer.Option(help="Pruning ratio: share of all attention and MLP parameters to prune."),
-    RANGES["ratio"],
-]
+RATIO = "Pruning ratio: share of the parameters of all blocks (attention, MLPs, experts) to prune."
+Ratio = Annotated[float, typer.Option(help=RATIO), RANGES["ratio"]]
 Memory = Annotated[
     str | None,
     typer.Option(

@@ -43,7 +43,8 @@ def plan(
     """Say what `prune` with the same options will make and take, and what it would refuse, before any work.
 
     Reads the model's config and the headers of its weights; of a hub model no weights are downloaded, and a
-    folder with a config.json alone will do. What would be refused ends this command too, in the same words.
+    folder with a config.json alone will do. Methods are those that cut weights. What would be refused ends
+    this command too, in the same words.
 
     Example: [bold]probeprune plan smollm2-135m --method best-static --ratio 0.2[/bold]
     """
@@ -52,6 +53,11 @@ def plan(
     from probeprune.model.machine import choose_device, choose_dtype
     from probeprune.model.outline import open_outline
 
+    if pruning.is_dynamic:
+        raise UsageError(
+            f"method {pruning.method!r} prunes at every batch and cuts no weights: `prune` keeps it "
+            "beside the dense ones, so there is no smaller model to plan; choose a static method."
+        )
     method, layout = pruning.composed(widths, calibration.seed), widths.checked_layout()
     texts = Texts(
         calibration.text(), evaluation.text(calibration.length), calibration.seed, pruning.batch_size
@@ -89,16 +95,20 @@ def _show(found: Forecast, name: str) -> None:
     out().print(table)
     if not found.exact:
         print_text("Widths will be measured; the figures after the cut are those of an equal one.")
-    if found.in_memory is None or found.by_layer is None:
+    if found.in_memory is None:
         return
     table = Table("memory to prune", "peak", "mostly for", title_justify="left")
     table.add_row("all weights in memory", _bytes(found.in_memory.bytes), found.in_memory.largest)
-    table.add_row("a layer at a time, least --memory", _bytes(found.by_layer.bytes), found.by_layer.largest)
+    by_layer = "The layers of a mixture of experts have to be in memory together."
+    if found.by_layer is not None:
+        least = found.by_layer
+        table.add_row("a layer at a time, least --memory", _bytes(least.bytes), least.largest)
+        by_layer = (
+            f"A layer at a time, up to {_bytes(found.states_bytes)} of hidden states are kept in memory "
+            "where it is given, else in files."
+        )
     out().print(table)
-    print_text(
-        f"{_bytes(found.base_bytes)} of it are this process itself. A layer at a time, up to "
-        f"{_bytes(found.states_bytes)} of hidden states are kept in memory where it is given, else in files."
-    )
+    print_text(f"{_bytes(found.base_bytes)} of it are this process itself. {by_layer}")
     if found.seconds is not None:
         print_text(
             f"The matrix products take about {_time(found.seconds)} at the speed just measured; all else "

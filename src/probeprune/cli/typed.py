@@ -55,7 +55,12 @@ class Commands(TyperGroup):
         Logs where those of `command` come from. Raises `UsageError` for a file that cannot be used.
         """
         options = {
-            name: {opt[2:]: p.name for p in known.params for opt in p.opts if opt.startswith("--") and p.name}
+            name: {
+                opt[2:]: (p.name, bool(getattr(p, "is_flag", False)))
+                for p in known.params
+                for opt in p.opts
+                if opt.startswith("--") and p.name
+            }
             for name, known in self.commands.items()
         }
         self._settings = read_config(config, options)

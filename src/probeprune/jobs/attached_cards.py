@@ -5,6 +5,7 @@ from typing import Any
 
 from probeprune.foreign.literal import markdown, python_string
 from probeprune.jobs.cards import front, is_hub_id, table
+from probeprune.model.multimodal import multimodal_of
 
 _WHEN = {
     "probe": "at every batch a small probe runs ahead and chooses heads and channels anew",
@@ -27,7 +28,7 @@ def attached_card(record: Mapping[str, Any], name: str) -> str:
     hub = {"base_model": base} if base and is_hub_id(base) else {}
     return "\n".join(
         [
-            *front("transformers", hub),
+            *front("transformers", hub, multimodal_of(record["config"].get("model_type")) is not None),
             f"# {markdown(title)}",
             "",
             *_what(record),
@@ -65,7 +66,7 @@ def _what(record: Mapping[str, Any]) -> list[str]:
     does = _WHEN.get(kind, "heads and channels follow the batch")
     lines = [
         f"A model that is pruned while it runs: {does}. {record['removed_share']:.0%} of the parameters of "
-        "its attention and MLP blocks are left out; its weights take as much memory as the dense model's.",
+        "its blocks are left out; its weights take as much memory as the dense model's.",
         "",
     ]
     if record["weights"] == "copy":
@@ -93,7 +94,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{method['importance']}, {method['allocation']}, {method['compensation']['kind']}",
         ),
         ("unit of attention", str(method["unit_kind"])),
-        ("asked for", f"{record['ratio']:.1%} of the attention and MLP blocks' {method['budget']}"),
+        ("asked for", f"{record['ratio']:.1%} of the blocks' {method['budget']}"),
         ("left out", f"{record['removed_share']:.1%} of their parameters"),
         ("base model", str(record["base_model"] or "not known by name")),
         ("fingerprint of its weights", record["fingerprint"]),

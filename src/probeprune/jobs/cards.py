@@ -40,11 +40,11 @@ def pruning_card(
     base = record["base_model"]
     return "\n".join(
         [
-            *front("transformers", {"base_model": base} if is_hub_id(base) else {}),
+            *front("transformers", {"base_model": base} if is_hub_id(base) else {}, _reads_images(opens)),
             f"# {markdown(base)}, pruned by {done.removed_share:.0%}",
             "",
-            "Structured pruning: whole attention heads and MLP channels are removed, so the model is smaller "
-            "and faster in any engine.",
+            f"Structured pruning: {_units(done)} are removed, so the model is smaller and faster in any "
+            "engine.",
             "",
             *table(_pruning_rows(done, record)),
             "## What it cost",
@@ -55,8 +55,8 @@ def pruning_card(
             "",
             *_use(record["layout"], name, opens),
             "",
-            "`pruning.json` lists the heads and channels of the dense model that are kept. The licence is "
-            "that of the dense model.",
+            "`pruning.json` lists the units of the dense model that are kept. The licence is that of the "
+            "dense model.",
             "",
         ]
     )
@@ -102,7 +102,7 @@ def _pruning_rows(done: Pruning, record: dict[str, Any]) -> list[tuple[str, str]
     rows = [
         ("method", f"{method.name} ({method.source})" if method.source else method.name),
         ("importance, allocation, compensation", strategies),
-        ("asked for", f"{done.ratio:.1%} of the attention and MLP blocks' {_BUDGETS[method.budget]}"),
+        ("asked for", f"{done.ratio:.1%} of the blocks' {_BUDGETS[method.budget]}"),
         ("removed", f"{done.removed_share:.1%} of their parameters"),
         ("parameters, with embeddings", f"{before / 1e6:.1f} M before, {after / 1e6:.1f} M after"),
         ("kept", _kept_line(done)),
@@ -171,7 +171,7 @@ def training_card(
         use = f"{opens}.from_pretrained({python_string(name)})"
     return "\n".join(
         [
-            *front("peft" if kind == "adapter" else "transformers", {}),
+            *front("peft" if kind == "adapter" else "transformers", {}, _reads_images(opens)),
             f"# {markdown(title)}",
             "",
             *table(_training_rows(record)),
@@ -231,12 +231,22 @@ def _loss(record: dict[str, Any]) -> str:
     )
 
 
-def front(library: str, more: dict[str, str]) -> list[str]:
-    """The metadata block that the hub reads."""
+def _reads_images(opens: str) -> bool:
+    """Whether a class of transformers opens models that read images."""
+    return opens == "AutoModelForImageTextToText"
+
+
+def pipeline_tag(images: bool) -> str:
+    """The hub's name of what a model does; `images` for one that reads images beside text."""
+    return "image-text-to-text" if images else "text-generation"
+
+
+def front(library: str, more: dict[str, str], images: bool) -> list[str]:
+    """The metadata block that the hub reads; `images` as in `pipeline_tag`."""
     metadata = {
         **more,
         "library_name": library,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": pipeline_tag(images),
         "tags": ["pruned", "structured-pruning", "probeprune"],
     }
     written = yaml.safe_dump(metadata, sort_keys=False, default_flow_style=None)
@@ -268,6 +278,16 @@ def is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return "/" in name and not Path(name).exists()
+
+
+def _units(done: Pruning) -> str:
+    """What a method may remove: `whole attention heads and MLP channels`, and units of experts."""
+    units = "whole attention heads and MLP channels"
+    if not any(k.kind == "experts" and len(k.units) < k.of for k in done.kept):
+        return units
+    return units.replace(" and", ",") + (
+        " and experts" if done.method.experts == "expert" else " and channels of experts"
+    )
 
 
 def _kept_line(done: Pruning) -> str:

@@ -20,6 +20,7 @@ from probeprune.evaluation.greedy import greedy_agreement, greedy_texts
 from probeprune.evaluation.perplexity import mean_error, perplexity
 from probeprune.evaluation.task_data import TASKS
 from probeprune.evaluation.tasks import TaskSettings, evaluate_task
+from probeprune.foreign.extras import need
 from probeprune.model.decoding import vocabulary
 from probeprune.model.loading import LoadedModel
 from probeprune.progress import Progress, silent
@@ -82,6 +83,19 @@ class Figure:
         return {"of": self.of, "metric": self.metric, **known, **self.facts}
 
 
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise `UsageError` for tasks without the library that scores them, and for names that it does not
+    know."""
+    if not tasks:
+        return
+    need("eval")
+    named = [name for name in tasks if name not in TASKS]
+    if named:
+        from probeprune.evaluation.named_tasks import check_task_names
+
+        check_task_names(named)
+
+
 Attached = Callable[[], AbstractContextManager[Any]]
 """Attaches the method to the model anew, until the context ends."""
 
@@ -108,11 +122,7 @@ def evaluate(
             whose data cannot be had.
         FloatingPointError: a loss that is not finite.
     """
-    named = [name for name in wanted.tasks if name not in TASKS]
-    if named:
-        from probeprune.evaluation.named_tasks import check_task_names
-
-        check_task_names(named)
+    check_tasks(wanted.tasks)
     if base is not None and vocabulary(base.model) != vocabulary(loaded.model):
         raise UsageError(
             f"the base model's vocabulary has {vocabulary(base.model)} tokens and the model's "

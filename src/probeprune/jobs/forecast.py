@@ -24,8 +24,8 @@ from probeprune.model.footprint import Batch, Phase, Rehearsal, measuring
 from probeprune.model.linear_maps import sizes
 from probeprune.model.multimodal import text_config
 from probeprune.model.outline import Outline
-from probeprune.model.placing import Work, in_use, opening_of, place, reading, retained
-from probeprune.plan import expert_needs, loses_experts, needs, needs_for, parts_of
+from probeprune.model.placing import Work, in_use, opening_of, place, reading, retained, runs_by_layer
+from probeprune.plan import Kept, expert_needs, loses_experts, needs, needs_for, parts_of
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import Refit
@@ -96,7 +96,8 @@ class Forecast:
     after: Figures | None
     in_memory: Memory | None
     by_layer: Memory | None
-    """A layer at a time, with all hidden states in files: the least that can be asked for."""
+    """A layer at a time, with all hidden states in files: the least that can be asked for. None for a model
+    whose layers have to be in memory together."""
     states_bytes: int
     """Of hidden states that a layer at a time keeps in memory as far as they find room, and else in files."""
     base_bytes: int
@@ -142,7 +143,7 @@ def forecast(outline: Outline, job: Job, *, memory: int | None = None, timed: bo
         before,
         after,
         _memory(opening.in_memory(phases), base),
-        _memory(opening.by_layer(phases), base),
+        _memory(opening.by_layer(phases), base) if runs_by_layer(shape) else None,
         max(p.states for p in phases),
         base,
         _seconds(shape, pruned, kept, job) if timed else None,
@@ -238,16 +239,34 @@ def comparing_work(methods: Iterable[tuple[Method, float]], texts: Texts) -> Wor
         for method, ratio in methods:
             if not method.when.prunes:
                 continue
-            done, _ = rehearsed(shape, replace(method, when=Once()), ratio, "per-layer")
+            once = replace(method, when=Once(), blocks=_losing(method))
+            done, _ = rehearsed(shape, once, ratio, "per-layer")
             job = Job(method, ratio, "per-layer", texts, dtype, device, dtype)
             dense = Rehearsal(shape, dtype, device, method.unit_kind)
             more, made = _statistics(dense, [len(k.units) for k in done.kept], job, following=True)
+            made += _copies(parts_of(shape, once), done.kept) * dtype.itemsize
             batch = Batch(texts.batch_size, texts.evaluation.length)
             phases += more
             phases += [_with(p, made) for p in _evaluating(dense, batch, texts.evaluation.windows, 0)]
         return phases or reading(shape, dtype, device)
 
     return work
+
+
+def _losing(method: Method) -> tuple[Any, ...]:
+    """The kinds of blocks that lose units under a method, whichever schedule takes the place of its own."""
+    if method.experts_stay is None:
+        return method.blocks
+    return tuple(kind for kind in method.blocks if kind != "experts") or method.blocks
+
+
+def _copies(parts: Sequence[Prunable], kept: Sequence[Kept]) -> int:
+    """Parameters that an attached method holds beside the dense weights: what stays of cut stacks of experts
+    (`StackCut`)."""
+    pairs = zip(parts, kept, strict=True)
+    return sum(
+        len(k.units) * p.unit_parameters for p, k in pairs if isinstance(p, Stack) and len(k.units) < k.of
+    )
 
 
 def _statistics(

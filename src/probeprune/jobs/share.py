@@ -17,10 +17,11 @@ from huggingface_hub.utils import validate_repo_id
 from probeprune.errors import UsageError, first_line, quoted
 from probeprune.foreign.literal import markdown, python_string
 from probeprune.foreign.quiet import quiet_libraries
-from probeprune.jobs.cards import is_hub_id
+from probeprune.jobs.cards import is_hub_id, pipeline_tag
 from probeprune.model.folder import CONFIG, read_object
 from probeprune.model.loading import EMBEDDED_MODEL
 from probeprune.model.making_records import ATTACHED, PRUNING, TRAINING
+from probeprune.model.multimodal import multimodal_of
 
 EMBEDDED_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub's name of the embedded model."""
@@ -105,7 +106,9 @@ def hub_card(folder: Path, repo: str, figures: Sequence[EvalResult]) -> str:
     if base is not None:
         data.base_model = base
     data.library_name = data.library_name or "transformers"
-    data.pipeline_tag = data.pipeline_tag or "text-generation"
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    images = multimodal_of(config.get("model_type")) is not None
+    data.pipeline_tag = data.pipeline_tag or pipeline_tag(images)
     data.tags = list(dict.fromkeys([*(data.tags or ()), *_TAGS]))
     if figures:
         data.model_name, data.eval_results = repo.rpartition("/")[2], list(figures)
@@ -134,11 +137,15 @@ def _record(folder: Path) -> Mapping[str, Any]:
 
 
 def _base_model(folder: Path) -> str | None:
-    """The hub's name of the model that a folder was made from, where there is one."""
-    base = _record(folder).get("base_model")
-    if base == EMBEDDED_MODEL:
-        return EMBEDDED_ON_THE_HUB
-    return base if isinstance(base, str) and is_hub_id(base) else None
+    """The hub's name of the model that a folder was made from, where there is one; through the pruned
+    checkpoint that it was trained from."""
+    record = _record(folder)
+    for base in (record.get("base_model"), (record.get("pruning") or {}).get("base_model")):
+        if base == EMBEDDED_MODEL:
+            return EMBEDDED_ON_THE_HUB
+        if isinstance(base, str) and is_hub_id(base):
+            return base
+    return None
 
 
 def _figures(folder: Path, results: Path | None) -> list[EvalResult]:

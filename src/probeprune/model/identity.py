@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,8 @@ def content_key(model: nn.Module, windows: torch.Tensor, *settings: object) -> s
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash of all weights (names, dtypes and bytes) and of the config fields that change the function.
+    """A hash of all weights (names, dtypes and bytes; saved buffers among them) and of the config fields that
+    change the function.
 
     All weights are hashed only on the first call and after a change, so repeated calls are cheap.
     """
@@ -41,7 +43,8 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of all weights alone (names, dtypes and bytes), whichever library's release reads their config.
+    """A hash of all weights alone (names, dtypes and bytes; saved buffers among them), whichever library's
+    release reads their config.
 
     A method may be attached: the hash is that of the dense model.
     """
@@ -52,6 +55,8 @@ def weights_fingerprint(model: nn.Module) -> str:
         # A view's parameter has its units in another order.
         own = dense_parameter(owner, key) if is_view(owner) else fetched(model, name)
         _add(digest, name, own)
+    for name, buffer in _saved_buffers(model):
+        _add(digest, name, buffer)
     return digest.hexdigest()
 
 
@@ -81,6 +86,8 @@ def _state(model: nn.Module) -> object:
         version = None if p.is_inference() else p._version
         facts = (name, p.data_ptr(), version, p.dtype, p.shape, p.device)
         weights.append((*facts, few.view(torch.uint8).numpy().tobytes()))
+    for name, b in _saved_buffers(model):  # small: corrections of a router's scores, scales
+        weights.append((name, b.dtype, b.shape, bytes(_bytes(b))))
     return _config(model), weights
 
 
@@ -95,9 +102,23 @@ def _hash(model: nn.Module) -> str:
     digest.update(_config(model).encode())
     for name, p in named_weights(model):
         _add(digest, name, p)
+    for name, buffer in _saved_buffers(model):
+        _add(digest, name, buffer)
     return digest.hexdigest()
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that a checkpoint holds, such as the correction of a router's scores."""
+    for path, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if key not in module._non_persistent_buffers_set and not buffer.is_meta:
+                yield f"{path}.{key}", buffer
 
 
 def _add(digest: Any, name: str, p: torch.Tensor) -> None:
     digest.update(f"{name}{p.dtype}{tuple(p.shape)}".encode())
-    digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    digest.update(_bytes(p))
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

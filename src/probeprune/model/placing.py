@@ -105,7 +105,7 @@ def place(
         later: bytes that will be in use and are not yet.
 
     Raises:
-        UsageError: less memory than one layer at a time takes.
+        UsageError: less memory than one layer at a time takes, or for a mixture of experts than all of it.
     """
     opening = opening_of(shape, dtype, device, stored)
     weights = opening.weights
@@ -115,24 +115,25 @@ def place(
     fits = used + weights.all <= limit
     if not weights.layers or (memory is None and (room_to_spare or (fits and work is None))):
         return None
-    if find_family(shape).experts is not None:
-        raise UsageError(
-            f"model {name[:200]!r} is a mixture of experts, whose layers have to be in memory together: "
-            f"{gib(used + weights.all)} of weights and more for the work on them, and there are {gib(limit)}."
-        )
     phases = (work or reading)(shape, dtype, device)
     used += retained(device) + later
-    if used + max(size for _, size in opening.in_memory(phases)) <= limit:
+    most, whole = max(opening.in_memory(phases), key=lambda part: part[1])
+    if used + whole <= limit:
         return None
+    if not runs_by_layer(shape):
+        raise UsageError(
+            f"model {name[:200]!r} is a mixture of experts, whose layers have to be in memory together: it "
+            f"takes {gib(used + whole)} ({gib(weights.all)} of weights, most of the rest for {most}), and "
+            f"there are {gib(limit)}; {_more(memory, used + whole)}, or make batches or windows smaller."
+        )
     most, least = max(opening.by_layer(phases), key=lambda part: part[1])
     least += used
     if limit < least:
         raise UsageError(
             f"model {name[:200]!r} takes {gib(least)} even a layer at a time ({gib(weights.rest)} of "
             f"embeddings and output head, {gib(weights.largest)} the largest layer, most of the rest for "
-            f"{most}), and there are {gib(limit)}; "
-            + ("free some memory" if memory is None else f"give memory of {gib(least)} or more")
-            + ", or make batches or windows smaller."
+            f"{most}), and there are {gib(limit)}; {_more(memory, least)}, or make batches or windows "
+            "smaller."
         )
     warnings.warn(
         f"the weights take {gib(weights.all)}, and there is room for {gib(limit - used)} with what is done "
@@ -145,6 +146,16 @@ def place(
     places = {n: str(device) for n in others if n and not layers.startswith(f"{n}.")}
     places |= {f"{layers}{i}": "disk" for i in range(len(find_layers(shape)))}
     return Placing(places, Room((limit - least) // max(phase.sets for phase in phases)))
+
+
+def runs_by_layer(shape: nn.Module) -> bool:
+    """Whether the work on a model can keep its layers on disk."""
+    return find_family(shape).experts is None
+
+
+def _more(memory: int | None, least: int) -> str:
+    """What to do about a limit that is too small."""
+    return "free some memory" if memory is None else f"give memory of {gib(least)} or more"
 
 
 def opening_of(

@@ -12,8 +12,7 @@ from probeprune.algebra.precision import exact
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.methods import Method, check_untrained, get_method
-from probeprune.model.blocks import Block
-from probeprune.model.experts import check_kinds
+from probeprune.model.experts import Stack, check_kinds
 from probeprune.model.multimodal import text_config
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import check_eval
@@ -97,10 +96,19 @@ def attach_again(model: nn.Module, kept: Attachment) -> Handle:
 
 def _check_cut(block: Prunable, cut: Cut) -> None:
     """Raise `UsageError` unless a block can be cut so."""
-    fits = 1 <= cut.width <= block.units if isinstance(block, Block) else cut.width == block.units
-    if fits and cut.units is not None:
-        units = cut.units.tolist()
-        fits = len(units) == cut.width and units == sorted({u for u in units if 0 <= u < block.units})
+    fits = block.least <= cut.width <= block.units
+    own: list[list[int]] = []
+    if cut.units is not None and cut.units.ndim == 2:  # of each expert
+        fits = fits and isinstance(block, Stack) and block.fine and len(cut.units) == block.experts
+        own = cut.units.tolist()
+    elif cut.units is not None:
+        own = [cut.units.tolist()]
+    elif isinstance(block, Stack):
+        fits = cut.width == block.units
+    for units in own:
+        fits = (
+            fits and len(units) == cut.width and units == sorted({u for u in units if 0 <= u < block.units})
+        )
     if not fits:
         raise UsageError(f"the units that the method keeps of {block.name} are none of its {block.units}.")
 

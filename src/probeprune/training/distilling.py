@@ -88,7 +88,7 @@ def _unlike(model: PreTrainedModel, teacher: PreTrainedModel) -> str:
     """In what the model differs from every cut of the teacher; empty if in nothing."""
     family, origin = find_family(model), find_family(teacher)
     twin = () if origin.twin is None else (origin.twin.model_type,)
-    if family is not origin and not set(twin) & set(family.model_types):
+    if family != origin and not set(twin) & set(family.model_types):
         return f"{family.name}, and {origin.name}"
     own, other = (m.get_input_embeddings().embedding_dim for m in (model, teacher))
     return "" if own == other else f"hidden size {own}, and {other}"
