@@ -38,7 +38,7 @@ class Elimination:
         """(units,), float32: the rank of each unit in the order; the last to leave is the most important.
         Units that stay share the highest rank."""
         gone = len(self.order)
-        ranks = torch.full((gone + len(self.stay),), float(gone), device=self.order.device)
+        ranks = torch.full((gone + len(self.stay),), gone, dtype=torch.float32, device=self.order.device)
         ranks[self.order] = torch.arange(gone, dtype=torch.float32, device=self.order.device)
         return ranks
 
