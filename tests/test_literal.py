@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from probeprune import prune, report
-from probeprune.cli import app, run, terminal
+from probeprune.cli import app, run, saved, terminal
 from probeprune.cli.generate import _print_texts
 from probeprune.errors import UsageError
 from probeprune.foreign.literal import markdown, python_string, visible
@@ -62,8 +62,8 @@ def obeyed(printed: str) -> list[str]:
         terminal.print_text,
         lambda text: terminal.warn([text]),
         lambda text: terminal.print_written([text]),
-        lambda text: terminal.print_saved({"evaluation": None}, text, "ok", (), False),
-        lambda text: terminal.print_saved(
+        lambda text: saved.print_saved({"evaluation": None}, text, "ok", (), False),
+        lambda text: saved.print_saved(
             {"evaluation": {"corpus": text, "perplexity": {"dense": 3.0}}}, "out", "ok", ("dense",), False
         ),
         lambda text: terminal.out().print(text, soft_wrap=True),
