@@ -24,6 +24,7 @@ class Weights(Caching):
             return
         if not any(p.requires_grad for p in self.model.parameters()):
             return
+        self._begin_prompt()
         self._mark_stale()
         arguments, real = self.inputs(2, 7, "left", "2d", seed)
         arguments["use_cache"] = False
