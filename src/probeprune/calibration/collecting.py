@@ -4,14 +4,16 @@ Results are cached by content (the model's weights, the windows, the settings), 
 on at its layer. Knows nothing of methods: one calibration serves them all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from probeprune.algebra.moments import OWN_POSITIONS, Moments
 from probeprune.algebra.precision import exact
+from probeprune.algebra.routed_moments import RoutedMoments
 from probeprune.calibration.unfinished import Unfinished, resumed, states_bytes
 from probeprune.data.windows import batches
 from probeprune.model.blocks import Block, find_blocks
@@ -21,8 +23,10 @@ from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
+from probeprune.strategies import Part
 
 _FORMAT = 4
+M = TypeVar("M", Moments, RoutedMoments)
 
 
 @exact()
@@ -58,29 +62,59 @@ def calibrate(
     blocks = find_blocks(model)
     key = None if cache is None else content_key(model, windows, "moments", _FORMAT, own_positions)
     path = None if cache is None else cache / f"{key}.safetensors"
-    layers = blocks[-1].layer + 1
 
-    def take(kept: Unfinished) -> dict[str, Moments]:
-        progress("calibration", kept.done * len(windows), layers * len(windows))
+    def of_layer(runner: LayerRunner, layer: int) -> dict[str, Moments]:
+        here = [b for b in blocks if b.layer == layer]
+        return collect(runner, layer, here, own_positions, progress)
+
+    layers = blocks[-1].layer + 1
+    moments = by_layer(model, windows, path, "moments", layers, of_layer, batch_size, "calibration", progress)
+    return {b.name: moments[b.name] for b in blocks}
+
+
+def by_layer(
+    model: nn.Module,
+    windows: torch.Tensor,
+    path: Path | None,
+    part: Part,
+    layers: int,
+    of_layer: Callable[[LayerRunner, int], dict[str, M]],
+    batch_size: int,
+    label: str,
+    progress: Progress,
+) -> dict[str, M]:
+    """Moments by name, collected one layer after the other; of several processes, each takes some windows.
+
+    Args:
+        model, windows, batch_size, progress: as in `calibrate`.
+        path: where the result is stored; None stores nothing.
+        part: its key in `stored.CODECS`.
+        layers: number of layers to run, from the first one on.
+        of_layer: advances the hidden states through a layer and returns its moments.
+        label: what `progress` is called with.
+    """
+
+    def take(kept: Unfinished) -> dict[str, M]:
+        progress(label, kept.done * len(windows), layers * len(windows))
         parts = [*batches(shares.own_rows(windows), batch_size)]
         with torch.inference_mode():
             with shares.alike():
                 runner = LayerRunner(model, parts, hidden=kept.stream("hidden", len(parts)))
             for layer in range(kept.done, layers):
-                here = [b for b in blocks if b.layer == layer]
                 with shares.alike(), runner.opened(layer):
-                    found = collect(runner, layer, here, own_positions, progress)
+                    found = of_layer(runner, layer)
                 shares.pool(found.values())
                 kept.results |= found
                 kept.step(layer + 1)
         return kept.results
 
     states = states_bytes(model, windows)
-    moments = resumed(path, "moments", model, take, states=states, settings=batch_size)
-    progress("calibration", layers * len(windows), layers * len(windows))
+    made = resumed(path, part, model, take, states=states, settings=batch_size)
+    progress(label, layers * len(windows), layers * len(windows))
     # Collected under inference mode; clones are ordinary tensors.
     return {
-        b.name: Moments.from_state({k: t.clone() for k, t in moments[b.name].state().items()}) for b in blocks
+        name: type(one).from_state({k: t.clone() for k, t in one.state().items()})
+        for name, one in made.items()
     }
 
 

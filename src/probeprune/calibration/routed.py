@@ -5,9 +5,8 @@ which takes about the FLOPs of the experts. Results are cached by content, and a
 at its layer. Knows nothing of methods.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import nn
 
 from probeprune.algebra.precision import exact
 from probeprune.algebra.routed_moments import RoutedMoments
-from probeprune.calibration.unfinished import Unfinished, resumed, states_bytes
-from probeprune.data.windows import BATCH_SIZE, batches
+from probeprune.calibration.collecting import by_layer
+from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
 from probeprune.model.experts import Stack, find_stacks
 from probeprune.model.forwards import temporary_hooks
@@ -25,7 +24,6 @@ from probeprune.model.identity import content_key
 from probeprune.model.layers import LayerRunner
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
-from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 
 _FORMAT = 1
@@ -58,65 +56,33 @@ def routed_moments(
     windows = token_windows(model, windows)
     check_eval(model, "calibration needs")
     stacks = {s.layer: s for s in find_stacks(model)}
+    key = None if cache is None else content_key(model, windows, "routed", _FORMAT)
+    path = None if cache is None else cache / f"{key}.safetensors"
+
+    def of_layer(runner: LayerRunner, layer: int) -> dict[str, RoutedMoments]:
+        return _collect(runner, layer, stacks.get(layer), progress, layers)
+
     layers = max(stacks, default=-1) + 1
-    path = None
-    if cache is not None:
-        key = content_key(model, windows, "routed", _FORMAT, _buffers(stacks.values()))
-        path = cache / f"{key}.safetensors"
-
-    def take(kept: Unfinished) -> dict[str, RoutedMoments]:
-        progress("experts", kept.done * len(windows), layers * len(windows))
-        parts = [*batches(shares.own_rows(windows), batch_size)]
-        with torch.inference_mode():
-            with shares.alike():
-                runner = LayerRunner(model, parts, hidden=kept.stream("hidden", len(parts)))
-            for layer in range(kept.done, layers):
-                with shares.alike(), runner.opened(layer):
-                    found = _collect(runner, layer, stacks.get(layer), progress, layers)
-                if found is not None:
-                    shares.pool([found])
-                    kept.results[stacks[layer].name] = found
-                kept.step(layer + 1)
-        return kept.results
-
-    states = states_bytes(model, windows)
-    made = resumed(path, "routed", model, take, states=states, settings=batch_size)
-    progress("experts", layers * len(windows), layers * len(windows))
-    # Collected under inference mode; clones are ordinary tensors.
-    return {
-        s.name: RoutedMoments.from_state({k: t.clone() for k, t in made[s.name].state().items()})
-        for s in stacks.values()
-    }
-
-
-def _buffers(stacks: Any) -> str:
-    """A hash of what routers hold beside parameters, which the model's fingerprint leaves out."""
-    digest = hashlib.blake2b(digest_size=16)
-    for stack in stacks:
-        for tensor in stack.router_buffers():
-            digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    made = by_layer(model, windows, path, "routed", layers, of_layer, batch_size, "experts", progress)
+    return {s.name: made[s.name] for s in stacks.values()}
 
 
 def _collect(
     runner: LayerRunner, layer: int, stack: Stack | None, progress: Progress, layers: int
-) -> RoutedMoments | None:
-    """Advance the hidden states through one layer; returns the moments of its experts, None of a dense
+) -> dict[str, RoutedMoments]:
+    """Advance the hidden states through one layer; returns the moments of its experts, none of a dense
     one."""
-    moments = None
+    moments = None if stack is None else RoutedMoments(stack.experts, stack.width, stack.device)
     windows = sum(len(batch) for batch in runner.batches)
     done = layer * windows
     for i, hidden in enumerate(runner.hidden):
-        if stack is None:
+        with nullcontext() if stack is None or moments is None else observed(stack, moments):
             runner.hidden[i] = runner.run(layer, i, hidden)
-        else:
-            moments = moments or RoutedMoments(stack.experts, stack.width, hidden.device)
-            with observed(stack, moments):
-                runner.hidden[i] = runner.run(layer, i, hidden)
+        if moments is not None:
             moments.see(len(hidden), hidden.shape[0] * hidden.shape[1])
         done += len(runner.batches[i])
         progress("experts", done, layers * windows)
-    return moments
+    return {} if stack is None or moments is None else {stack.name: moments}
 
 
 @contextmanager

@@ -144,11 +144,6 @@ class Stack:
         biases = self.hidden_size if self.record.biases else 0
         return self.experts * (self.width * self._channel + biases + self.router_entries) + self.beside
 
-    def router_buffers(self) -> list[torch.Tensor]:
-        """Those of the router's tensors with an entry per expert that are no parameters."""
-        found = (entry_of(self.root, path) for path in self.record.router)
-        return [owner._buffers[key] for owner, key in found if key in owner._buffers]  # type: ignore[misc]
-
     def flops(self, kept: int, tokens: int) -> int:
         """FLOPs of the router, of the experts that `tokens` tokens are sent to and of what is beside the
         router, where `kept` units stay."""
