@@ -130,7 +130,7 @@ def _checked_blocks(model: nn.Module, method: Method) -> list[Prunable]:
 def _handle(model: nn.Module, kept: Attachment, blocks: Sequence[Prunable]) -> Handle:
     kind = OffloadedHandle if is_offloaded(model) else Handle
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
-        return kind(model, kept.method, kept.ratio, blocks, kept.cuts, kept.statistics, kept.text)
+        return kind(model, kept, blocks)
 
 
 def detach(model: nn.Module) -> None:

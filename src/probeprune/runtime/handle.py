@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import nn
 from probeprune import plan
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import Notice, UsageError
-from probeprune.methods import Method
 from probeprune.model.blocks import Block, uncalled_consumer
 from probeprune.model.experts import Stack
 from probeprune.model.multimodal import text_config
@@ -58,19 +57,10 @@ class Handle:
         current: the current pass.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        ratio: float,
-        blocks: Sequence[Prunable],
-        cuts: Sequence[Cut],
-        statistics: Statistics,
-        text: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.model, self.method, self.ratio = model, method, ratio
-        self.kept: Attachment | None = Attachment(method, ratio, cuts, statistics, text or {})
-        self.blocks, self.widths = blocks, [cut.width for cut in cuts]
+    def __init__(self, model: nn.Module, kept: Attachment, blocks: Sequence[Prunable]) -> None:
+        self.model, self.method, self.ratio = model, kept.method, kept.ratio
+        self.kept: Attachment | None = kept
+        self.blocks, self.widths = blocks, [cut.width for cut in kept.cuts]
         self.current = CurrentPass(layer_types=getattr(text_config(model.config), "layer_types", None) or ())
         self._lock = threading.RLock()
         self._unmasked = CHECKED
@@ -80,14 +70,14 @@ class Handle:
         self._running: Choice | None = None
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
-        self.stacks = [] if is_offloaded(model) else plan.stack_cuts(blocks, cuts)
-        self.pruned = self._take(cuts, statistics)
+        self.stacks = [] if is_offloaded(model) else plan.stack_cuts(blocks, kept.cuts)
+        self.pruned = self._take(kept.cuts, kept.statistics)
         self.runtimes: list[BlockRuntime] = []
         try:
             ownership.claim(self)
             self._places = _places(model, [p.block for p in self.pruned])
             self._start()
-            if method.when.every_batch:
+            if self.method.when.every_batch:
                 self._undo.append(follow_batches(model))
             self._hook_model()
         except BaseException:

@@ -12,6 +12,7 @@ from probeprune.model.blocks import Block, find_layers
 from probeprune.model.forwards import replace_forward
 from probeprune.model.layers import RunPass, on_layers
 from probeprune.plan import Kept
+from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.handle import HANDLE, Handle
 from probeprune.strategies.pruned_block import Cut, PrunedBlock
 from probeprune.strategies.schedule import EveryBatch
@@ -78,14 +79,8 @@ class OffloadedHandle(Handle):
     def _layer_handle(self, layer: int) -> "_LayerHandle":
         here = [i for i, b in enumerate(self.blocks) if b.layer == layer]
         with torch.inference_mode(False), torch.no_grad():
-            return _LayerHandle(
-                self.model,
-                self.method,
-                self.ratio,
-                [self.blocks[i] for i in here],
-                [self._cuts[i] for i in here],
-                self._statistics,
-            )
+            own = Attachment(self.method, self.ratio, [self._cuts[i] for i in here], self._statistics)
+            return _LayerHandle(self.model, own, [self.blocks[i] for i in here])
 
 
 class _LayerHandle(Handle):
