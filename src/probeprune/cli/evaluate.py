@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 from rich.table import Table
 
-from probeprune.cli.facts import is_dense, missed
+from probeprune.cli.facts import is_dense, missed, refuse_beside_kept
 from probeprune.cli.groups import RATIO, CalibrationOptions, DeviceMap, LoadOptions, Model
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, out, print_text, print_written, progress_bar, warn
@@ -161,29 +161,23 @@ def evaluate(
         check_file(json_file)
     loaded = load.open(model, device_map=device_map, attached=True)
     kept: Attachment | None = None
+    removed = 0.0
     if loaded.handle is not None:
-        if pruning.method is not None:
-            raise UsageError(
-                f"'{model}' keeps a method of its own; leave out --method and --ratio, or give the "
-                "dense model."
-            )
-        kept = loaded.handle.kept
+        refuse_beside_kept(model, {"method": pruning.method, "ratio": pruning.ratio})
+        kept, removed = loaded.handle.kept, loaded.handle.removed_share
         loaded.handle.detach()  # it begins anew for every measurement
     other = None if base is None else load.open(base, device_map=device_map)
     with progress_bar() as show, notices():
         if method is not None:
             assert pruning.ratio is not None
-            kept = attachment(loaded, method, pruning.ratio, text, calibration.seed, progress=show)
+            kept, removed = attachment(loaded, method, pruning.ratio, text, calibration.seed, progress=show)
         attached: Callable[[], AbstractContextManager[Any]] = nullcontext
-        removed = 0.0
         if kept is not None:
             again = kept
 
             def attached() -> AbstractContextManager[Any]:
                 return attach_again(loaded.model, again)
 
-            with attach_again(loaded.model, kept) as handle:
-                removed = handle.removed_share
         figures = run(loaded, wanted, base=other, attached=attached, progress=show)
     record = _record(loaded, other, kept, removed, figures)
     if json_file is None or str(json_file) != "-":

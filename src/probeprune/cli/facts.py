@@ -68,3 +68,13 @@ def with_refresh(method: Method, tokens: int) -> Method:
     if not isinstance(method.when, ProbeEveryBatch):
         raise UsageError(f"--refresh is for methods that probe; {method.name!r} chooses its units once.")
     return compose(method, name=method.name, when=replace(method.when, refresh=tokens))
+
+
+def refuse_beside_kept(model: str, options: Mapping[str, object]) -> None:
+    """Raise `UsageError` for options (by name, None where not given) that would change the method that is
+    kept with a model."""
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(
+            f"'{model}' keeps a method of its own; leave out {' and '.join(given)}, or give the dense model."
+        )

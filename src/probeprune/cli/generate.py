@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from probeprune.cli.facts import is_dense, missed, with_refresh
+from probeprune.cli.facts import is_dense, missed, refuse_beside_kept, with_refresh
 from probeprune.cli.groups import RATIO, CalibrationOptions, DeviceMap, Json, LoadOptions, Model
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import err, print_line, print_text, progress_bar, warn
@@ -67,13 +67,9 @@ class PruningOptions:
 
     def check_kept(self, model: str) -> None:
         """Raise `UsageError` for options that would change the method that is kept with a model."""
-        given = {"method": self.method, "ratio": self.ratio, "refresh": self.refresh or None}
-        names = [f"--{name}" for name, value in given.items() if value is not None]
-        if names:
-            raise UsageError(
-                f"'{model}' keeps a method of its own; leave out {' and '.join(names)}, or give "
-                "the dense model."
-            )
+        refuse_beside_kept(
+            model, {"method": self.method, "ratio": self.ratio, "refresh": self.refresh or None}
+        )
 
 
 @dataclass(frozen=True)

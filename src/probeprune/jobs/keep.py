@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from probeprune import processes
-from probeprune.data.windows import Text
+from probeprune.data.windows import BATCH_SIZE, Text, WindowSource
 from probeprune.errors import UsageError
 from probeprune.jobs.attached import save_attached
 from probeprune.jobs.measure import Measure
@@ -24,6 +24,7 @@ from probeprune.progress import Progress, silent
 from probeprune.runtime.attached_folder import Weights
 from probeprune.runtime.attaching import attach
 from probeprune.runtime.attachment import Attachment
+from probeprune.runtime.handle import Handle
 
 
 def keep_to(
@@ -71,18 +72,7 @@ def keep_to(
         measure("dense", loaded.model)
         started = time.monotonic()
         with PeakMemory(loaded.device) as memory:
-            prepared = None
-            if source is not None:
-                prepared = prepare(
-                    loaded.model,
-                    method,
-                    ratio,
-                    source,
-                    batch_size=texts.batch_size,
-                    cache=cache_dir() / "statistics",
-                    progress=progress,
-                )
-            handle = attach(loaded.model, method, ratio, calibration=prepared)
+            handle = _attached(loaded, method, ratio, source, texts.batch_size, progress)
         with handle:
             if handle.removed_share <= 0:
                 raise UsageError(f"ratio {ratio:g} is too small to leave out a single unit; raise it.")
@@ -124,8 +114,9 @@ def attachment(
     seed: int,
     *,
     progress: Progress = silent,
-) -> Attachment:
-    """What attaching a method to a model takes, calibrated once, from the cache where possible.
+) -> tuple[Attachment, float]:
+    """What attaching a method to a model takes, calibrated once, from the cache where possible; and the share
+    of the blocks' parameters that is left out then.
 
     Args:
         loaded: the model, with nothing attached.
@@ -135,13 +126,28 @@ def attachment(
 
     Raises as `prepare` and `attach` do.
     """
-    source, prepared = calibration_source(loaded, method, text, seed), None
+    source = calibration_source(loaded, method, text, seed)
+    with _attached(loaded, method, ratio, source, BATCH_SIZE, progress) as handle:
+        assert handle.kept is not None
+        return handle.kept, handle.removed_share
+
+
+def _attached(
+    loaded: LoadedModel,
+    method: Method,
+    ratio: float,
+    source: WindowSource | None,
+    batch_size: int,
+    progress: Progress,
+) -> Handle:
+    """The method attached, calibrated from the cache where possible; without a source it needs nothing."""
+    prepared = None
     if source is not None:
         cache = cache_dir() / "statistics"
-        prepared = prepare(loaded.model, method, ratio, source, cache=cache, progress=progress)
-    with attach(loaded.model, method, ratio, calibration=prepared) as handle:
-        assert handle.kept is not None
-        return handle.kept
+        prepared = prepare(
+            loaded.model, method, ratio, source, batch_size=batch_size, cache=cache, progress=progress
+        )
+    return attach(loaded.model, method, ratio, calibration=prepared)
 
 
 def _name(name: str) -> str:

@@ -103,7 +103,7 @@ class PrunedLM(LiveModel):
             kept = loaded.handle.kept
             loaded.handle.detach()
         elif method is not None:
-            kept = attachment(loaded, get_method(method), plain("ratio", ratio), text, plain("seed", seed))
+            kept, _ = attachment(loaded, get_method(method), plain("ratio", ratio), text, plain("seed", seed))
         super().__init__(loaded.model, loaded.tokenizer, batch_size=size)
         self._max_length = max_length
         self._kept = kept
