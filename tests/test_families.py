@@ -51,6 +51,11 @@ def row(request):
     return request.param, model, logits(model, IDS, MASK)
 
 
+def seen(model) -> torch.Tensor:
+    """A model's logits on the padded batch."""
+    return logits(model, IDS, MASK)
+
+
 def free(blocks: list[Block]) -> list[Block]:
     """Those that can lose units."""
     return [b for b in blocks if b.whole is None]
@@ -172,41 +177,68 @@ def test_query_heads_go_alone_where_groups_have_several(row):
     assert all(b.unit_kind == "balanced" for b, _ in heads if b.group_size > 1)
 
 
-def test_flops_counted_are_those_of_the_formulas(row):
-    _, model, _ = row
-    rest = outside_blocks(model, 3)
-    blocks = find_blocks(model)
-    rotary = 2 * blocks[0].head_dim * LENGTH * 2 * len(set(getattr(model.config, "layer_types", None) or "1"))
-    assert 0 <= rest <= 3 * rotary
-    with attach(model, PROBE, RATIO, calibration=WINDOWS) as handle:
+def check_flops(model, rest: int, ratio: float = RATIO) -> None:
+    """FLOPs counted in a pruned pass are those of the formulas; `rest` are those outside the blocks."""
+    with attach(model, PROBE, ratio, calibration=WINDOWS) as handle:
         counted = decoder_flops(model, 3)
         own = blocks_flops(handle.blocks, handle.widths, 3, LENGTH)
         probe = probe_flops(handle.blocks, handle.widths, handle.method.when.probe, 3, LENGTH)
     assert counted - rest == own + probe
 
 
+def check_checkpoint(model, build, run, method, ratio, folder, layout, auto=AutoModelForCausalLM):
+    """A cut model is the dense one masked, and so is its checkpoint.
+
+    Args:
+        model: the dense model.
+        build: makes it again, to be cut.
+        run: gives a model's logits.
+        method, ratio: of the cut.
+        folder, layout: of the checkpoint.
+        auto: the class that opens it.
+
+    Returns the cut model, and the one that was opened.
+    """
+    smaller = build()
+    pruning = prune(smaller, method, ratio)
+    got = run(smaller)
+    blocks = {b.name: b for b in find_blocks(model)}
+    with masked([(blocks[k.name], k.units) for k in pruning.kept]):
+        close(got, run(model))
+    save(smaller, folder, layout=layout)
+    if layout == "uniform":
+        loaded = auto.from_pretrained(folder, dtype=torch.float32).eval()
+        assert type(loaded) is type(model)
+        assert not (folder / "modeling_pruned.py").exists()
+    else:
+        loaded = opened(folder, auto, dtype=torch.float32)
+    assert run(loaded).equal(got)
+    assert [b.units for b in find_blocks(loaded)] == [len(k.units) for k in pruning.kept]
+    return smaller, loaded
+
+
+def even(both: bool):
+    """One width for all layers, of attention and MLPs or of MLPs alone."""
+    return compose(with_equal_widths("magnitude"), blocks=("attention", "mlp") if both else ("mlp",))
+
+
+def test_flops_counted_are_those_of_the_formulas(row):
+    _, model, _ = row
+    rest = outside_blocks(model, 3)
+    blocks = find_blocks(model)
+    rotary = 2 * blocks[0].head_dim * LENGTH * 2 * len(set(getattr(model.config, "layer_types", None) or "1"))
+    assert 0 <= rest <= 3 * rotary
+    check_flops(model, rest)
+
+
 def test_a_cut_model_and_its_checkpoints_are_the_dense_one_masked(row, tmp_path):
     name, model, _ = row
-    record = find_family(model).attention
-    both = record.plain_heads and name != "phi norms"
-    even = compose(with_equal_widths("magnitude"), blocks=("attention", "mlp") if both else ("mlp",))
-    for method, ratio, layout in ((even, RATIO if both else 0.25, "uniform"), (DENSE_FIRST, 0.35, None)):
-        smaller = tiny_families.build(name)()
-        pruning = prune(smaller, method, ratio)
-        got = logits(smaller, IDS, MASK)
-        blocks = {b.name: b for b in find_blocks(model)}
-        with masked([(blocks[k.name], k.units) for k in pruning.kept]):
-            close(got, logits(model, IDS, MASK))
+    both = find_family(model).attention.plain_heads and name != "phi norms"
+    cuts = ((even(both), RATIO if both else 0.25, "uniform"), (DENSE_FIRST, 0.35, None))
+    for method, ratio, layout in cuts:
         folder = tmp_path / method.name.replace(" ", "-")
-        save(smaller, folder, layout=layout)
-        if layout == "uniform":
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            assert type(loaded) is type(model)
-            assert not (folder / "modeling_pruned.py").exists()
-        else:
-            loaded = opened(folder, dtype=torch.float32)
-        assert logits(loaded, IDS, MASK).equal(got)
-        assert [b.units for b in find_blocks(loaded)] == [len(k.units) for k in pruning.kept]
+        build = tiny_families.build(name)
+        _, loaded = check_checkpoint(model, build, seen, method, ratio, folder, layout)
     tokens = [loaded.generate(IDS, attention_mask=MASK, use_cache=c, **TOLD) for c in (True, False)]
     assert tokens[0].equal(tokens[1])
 

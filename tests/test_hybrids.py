@@ -3,21 +3,32 @@
 import pytest
 import tiny_families
 import torch
-from test_cost import LENGTH, decoder_flops, outside_blocks
-from test_families import BALANCED, DENSE_FIRST, IDS, MASK, PROBE, TOLD, WINDOWS, noting
+from test_cost import outside_blocks
+from test_families import (
+    BALANCED,
+    DENSE_FIRST,
+    IDS,
+    MASK,
+    PROBE,
+    TOLD,
+    WINDOWS,
+    check_checkpoint,
+    check_flops,
+    even,
+    noting,
+    seen,
+)
 from test_families import test_a_plain_config_holds_fewer_heads_where_the_record_says_so as plain_heads
 from test_families import (
     test_all_units_in_any_order_are_the_dense_block_and_restoring_puts_them_back as any_order,
 )
 from test_families import test_logits_by_parts_are_the_models_own as by_parts
-from tiny import PARALLEL, close, kept, logits, masked, opened, snapshot
+from tiny import PARALLEL, close, kept, logits, masked, snapshot
 from transformers import AutoModelForCausalLM
 
-from probeprune import attach, compose, find_blocks, prune, save, with_equal_widths
+from probeprune import attach, compose, find_blocks
 from probeprune.errors import UsageError
-from probeprune.model.cost import blocks_flops
 from probeprune.model.families import find_family
-from probeprune.strategies.probe import probe_flops
 
 test_any_order, test_by_parts, test_plain_heads = any_order, by_parts, plain_heads
 BESIDE = compose(PARALLEL, skip_layers=0)
@@ -68,11 +79,7 @@ def test_flops_counted_are_those_of_the_formulas(row):
     _, model, _ = row
     rest = outside_blocks(model, 3)  # convolutions, states and rotary angles
     assert rest >= 0
-    with attach(model, PROBE, half(model), calibration=WINDOWS) as handle:
-        counted = decoder_flops(model, 3)
-        own = blocks_flops(handle.blocks, handle.widths, 3, LENGTH)
-        probe = probe_flops(handle.blocks, handle.widths, handle.method.when.probe, 3, LENGTH)
-    assert counted - rest == own + probe
+    check_flops(model, rest, half(model))
 
 
 @pytest.mark.parametrize("method", [PROBE, BESIDE, BALANCED], ids=lambda m: m.name)
@@ -97,24 +104,10 @@ def test_a_batch_is_the_dense_model_masked_and_detaching_restores_all_bits(row, 
 def test_a_cut_model_and_its_checkpoints_are_the_dense_one_masked(row, tmp_path):
     name, model, _ = row
     both = find_family(model).attention.plain_heads
-    even = compose(with_equal_widths("magnitude"), blocks=("attention", "mlp") if both else ("mlp",))
-    for method, layout in ((even, "uniform"), (compose(DENSE_FIRST, skip_layers=1), None)):
-        smaller = tiny_families.build(name)()
-        pruning = prune(smaller, method, 0.2)
-        got = logits(smaller, IDS, MASK)
-        blocks = {b.name: b for b in find_blocks(model)}
-        with masked([(blocks[k.name], k.units) for k in pruning.kept]):
-            close(got, logits(model, IDS, MASK))
+    for method, layout in ((even(both), "uniform"), (compose(DENSE_FIRST, skip_layers=1), None)):
         folder = tmp_path / method.name.replace(" ", "-")
-        save(smaller, folder, layout=layout)
-        if layout == "uniform":
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            assert type(loaded) is type(model)
-            assert not (folder / "modeling_pruned.py").exists()
-        else:
-            loaded = opened(folder, dtype=torch.float32)
-        assert logits(loaded, IDS, MASK).equal(got)
-        assert [b.units for b in find_blocks(loaded)] == [len(k.units) for k in pruning.kept]
+        build = tiny_families.build(name)
+        _, loaded = check_checkpoint(model, build, seen, method, 0.2, folder, layout)
     tokens = [loaded.generate(IDS, attention_mask=MASK, use_cache=c, **TOLD) for c in (True, False)]
     assert tokens[0].equal(tokens[1])
 

@@ -11,17 +11,26 @@ import pytest
 import tiny_multimodal
 import torch
 from short_training import HELD_OUT, SHORT, TEXT
-from test_cost import LENGTH, decoder_flops, outside_blocks
-from test_families import BALANCED, DENSE_FIRST, PROBE, RATIO, TOLD, WINDOWS
+from test_cost import outside_blocks
+from test_families import (
+    BALANCED,
+    DENSE_FIRST,
+    PROBE,
+    RATIO,
+    TOLD,
+    WINDOWS,
+    check_checkpoint,
+    check_flops,
+    even,
+)
 from tiny import close, kept, masked, opened, snapshot
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from probeprune import attach, compose, find_blocks, prune, save, with_equal_widths
+from probeprune import attach, compose, find_blocks, prune, save
 from probeprune.cli import app, run
 from probeprune.engines.gguf_plan import plan
 from probeprune.errors import Notice, UsageError
 from probeprune.model import placing
-from probeprune.model.cost import blocks_flops
 from probeprune.model.decoding import next_token_logits
 from probeprune.model.families import find_family
 from probeprune.model.footprint import Phase, weights_of
@@ -29,7 +38,6 @@ from probeprune.model.loading import load_model
 from probeprune.model.multimodal import MULTIMODAL, multimodal_of
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import find_decoder
-from probeprune.strategies.probe import probe_flops
 from probeprune.training.distilling import say_unlike
 from probeprune.training.recovery import merged, recover
 
@@ -98,34 +106,19 @@ def test_flops_counted_are_those_of_the_formulas(row):
     _, model, _, _ = row
     rest = outside_blocks(model, 3)
     assert rest >= 0
-    with attach(model, PROBE, RATIO, calibration=WINDOWS) as handle:
-        counted = decoder_flops(model, 3)
-        own = blocks_flops(handle.blocks, handle.widths, 3, LENGTH)
-        probe = probe_flops(handle.blocks, handle.widths, handle.method.when.probe, 3, LENGTH)
-    assert counted - rest == own + probe
+    check_flops(model, rest)
 
 
 def test_a_cut_model_and_its_checkpoints_are_the_dense_one_masked(row, tmp_path):
     name, model, batch, _ = row
     both = find_family(model).attention.plain_heads
-    even = compose(with_equal_widths("magnitude"), blocks=("attention", "mlp") if both else ("mlp",))
-    for method, ratio, layout in ((even, RATIO if both else 0.25, "uniform"), (DENSE_FIRST, 0.35, None)):
-        smaller = tiny_multimodal.build(name)()
-        pruning = prune(smaller, method, ratio)
-        got = seen(smaller, batch)
-        blocks = {b.name: b for b in find_blocks(model)}
-        with masked([(blocks[k.name], k.units) for k in pruning.kept]):
-            close(got, seen(model, batch))
+    auto, build = AutoModelForImageTextToText, tiny_multimodal.build(name)
+    cuts = ((even(both), RATIO if both else 0.25, "uniform"), (DENSE_FIRST, 0.35, None))
+    for method, ratio, layout in cuts:
         folder = tmp_path / method.name.replace(" ", "-")
-        save(smaller, folder, layout=layout)
-        if layout == "uniform":
-            loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-            assert type(loaded) is type(model)
-            assert not (folder / "modeling_pruned.py").exists()
-        else:
-            loaded = opened(folder, AutoModelForImageTextToText, dtype=torch.float32)
-        assert seen(loaded, batch).equal(got)
-        assert [b.units for b in find_blocks(loaded)] == [len(k.units) for k in pruning.kept]
+        smaller, loaded = check_checkpoint(
+            model, build, lambda m: seen(m, batch), method, ratio, folder, layout, auto
+        )
         assert all(t.equal(loaded.get_parameter(n)) for n, t in beside_text(model).items() if "weight" in n)
     assert written(loaded, batch).equal(written(smaller, batch))
 

@@ -98,6 +98,21 @@ def lively(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel
     return make
 
 
+def noisy(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
+    """As `lively`, with noise on all other parameters too, those of norms among them."""
+
+    def make() -> PreTrainedModel:
+        model = build()
+        with torch.no_grad():
+            for module in model.modules():
+                if not isinstance(module, nn.Linear | nn.Embedding):
+                    for parameter in module.parameters(recurse=False):
+                        parameter += 0.3 * torch.randn_like(parameter)
+        return model
+
+    return lively(make)
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     name: lively(build)
     for name, build in {

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny import LLAMA3, SHAPE, lively
-from torch import nn
+from tiny import LLAMA3, SHAPE, noisy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 LAYERS = 3
@@ -143,14 +142,4 @@ def config_of(name: str, **changes: Any) -> Any:
 
 def build(name: str) -> Callable[[], PreTrainedModel]:
     """Makes the model of a row, in eval mode, the same each time."""
-
-    def make() -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
-        with torch.no_grad():
-            for module in model.modules():
-                if not isinstance(module, nn.Linear | nn.Embedding):
-                    for parameter in module.parameters(recurse=False):
-                        parameter += 0.3 * torch.randn_like(parameter)
-        return model
-
-    return lively(make)
+    return noisy(lambda: AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32))

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny import SHAPE, lively, token_ids
+from tiny import SHAPE, noisy, token_ids
 from tiny_families import HYBRIDS
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 IMAGE = 120
@@ -107,17 +106,7 @@ def config_of(name: str) -> Any:
 
 def build(name: str) -> Callable[[], PreTrainedModel]:
     """Makes the model of a row, in eval mode, the same each time."""
-
-    def make() -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config_of(name), dtype=torch.float32)
-        with torch.no_grad():
-            for module in model.modules():
-                if not isinstance(module, nn.Linear | nn.Embedding):
-                    for parameter in module.parameters(recurse=False):
-                        parameter += 0.3 * torch.randn_like(parameter)
-        return model
-
-    return lively(make)
+    return noisy(lambda: AutoModelForImageTextToText.from_config(config_of(name), dtype=torch.float32))
 
 
 def batch_of(name: str, count: int = 3) -> dict[str, torch.Tensor]:
