@@ -5,7 +5,12 @@ import torch
 from refitting import explicit
 
 from probeprune.algebra import least_squares, precision
-from probeprune.algebra.least_squares import Equations, Gram, damped_moment, solve, squared_error
+from probeprune.algebra.least_squares import Equations, Gram, damped_moment, squared_error
+
+
+def solve(gram, weight, bias, damping):
+    """The weight and bias that solve the equations; without `bias` none is fitted."""
+    return Equations(gram, weight, bias is not None, damping).solution()[:2]
 
 
 def data(seed=0, tokens=300, k=12, d=5):

@@ -181,17 +181,6 @@ class Equations:
         return fitted.float().to(self._device), shift, error
 
 
-def solve(
-    gram: Gram, weight: torch.Tensor, bias: torch.Tensor | None, damping: float
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight (d, k) and bias (d,) that solve `Equations`, float32.
-
-    Without `bias` none is fitted; its value does not matter. Raises what `Equations` does.
-    """
-    fitted, shift, _ = Equations(gram, weight, bias is not None, damping).solution()
-    return fitted, shift
-
-
 def damped_moment(gram: Gram, centred: bool, damping: float) -> torch.Tensor:
     """`Z + L` (k, k) of `Equations`, in `precision.choosing_dtype`."""
     _, _, zz, _ = _second_moments(gram, centred, choosing_dtype(damping))

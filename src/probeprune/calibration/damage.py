@@ -49,7 +49,7 @@ def damages(
         windows: LongTensor (count, length) of token ids.
         metrics: sensitivities of the blocks' outputs (`sensitivity.sensitivities`).
         units: kind of attention units.
-        damping: damping of the moments, as in `least_squares.solve`.
+        damping: damping of the moments, as in `least_squares.Equations`.
         batch_size: windows per forward pass.
         progress: called with (`damage`, layers done, layers in all).
         kept: where the pass begins, and takes down how far it has come; None for the beginning.
