@@ -28,7 +28,7 @@ SHAPES = {
 
 RUNS = (
     ("wanda-sp", 0.4, ["--calibration-windows", "4", "--length", "64"]),
-    ("llm-pruner", 0.2, ["--calibration-windows", "10", "--length", "64"]),
+    ("llm-pruner", 0.2, ["--calibration-windows", "4", "--length", "64"]),
 )
 
 PROBE = """
@@ -139,7 +139,7 @@ def make(folder: Path, shape: str, layers: int | None) -> Path:
 
 
 def measured(command: list[str], scratch: Path) -> str:
-    """Seconds and peak memory of a command, and its last line."""
+    """Seconds, seconds of processors, and peak memory of a command, and its last line."""
     started = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -151,7 +151,11 @@ def measured(command: list[str], scratch: Path) -> str:
     assert process.stdout is not None
     said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
-    figures = f"{time.monotonic() - started:.0f} s, peak {usage.ru_maxrss / 2**20:.2f} GiB resident"
+    worked = usage.ru_utime + usage.ru_stime
+    figures = (
+        f"{time.monotonic() - started:.0f} s ({worked:.0f} s of processors), "
+        f"peak {usage.ru_maxrss / 2**20:.2f} GiB resident"
+    )
     if os.waitstatus_to_exitcode(status):
         return f"failed after {figures}\n{said}"
     return f"{figures} ({said.strip().splitlines()[-1].strip()})"
