@@ -63,6 +63,15 @@ class Unprepared(Exception):
         self.cause = cause
 
 
+@contextmanager
+def preparing() -> Iterator[None]:
+    """Raise what fails inside as `Unprepared`."""
+    try:
+        yield
+    except Exception as error:
+        raise Unprepared(error) from error
+
+
 @dataclass
 class Workbench:
     """Opens models for subjects.
@@ -104,10 +113,8 @@ class Workbench:
     @contextmanager
     def prepared(self, subject: Subject) -> Iterator[Ready]:
         """The subject, ready to be measured. Raises `Unprepared` for what calibration and the like raise."""
-        try:
+        with preparing():
             prepared = self._trained(subject) if subject.method.when.trains else self._attached(subject)
-        except Exception as error:
-            raise Unprepared(error) from error
         try:
             yield prepared
         finally:
