@@ -126,7 +126,8 @@ class Subject:
     def key(self) -> str:
         """Hash of all settings."""
         budget = None if self.budget is None else self.budget.record()
-        return _key({**records.to_json(self), "budget": budget})
+        calibration = None if self.calibration is None else self.calibration.record()
+        return _key({**records.to_json(self), "budget": budget, "calibration": calibration})
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Measure one cell: a prepared model on a text, a task or its cost, as one line of results."""
 
-from dataclasses import asdict
-
 import torch
 
 from probeprune.data.corpora import load_corpus
@@ -88,7 +86,7 @@ def _identity(cell: Cell) -> Identity:
         "method": subject.method.record(),
         "ratio": subject.ratio,
         "seed": subject.seed,
-        "calibration": None if subject.calibration is None else asdict(subject.calibration),
+        "calibration": None if subject.calibration is None else subject.calibration.record(),
     }
 
 

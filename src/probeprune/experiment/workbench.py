@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, WindowSource
 from probeprune.experiment.cells import Subject
 from probeprune.methods import Method, without_training
@@ -131,8 +130,7 @@ class Workbench:
         text = subject.calibration
         if text is None:
             return None
-        tokenizer = self.dense(subject).tokenizer
-        return WindowSource(load_corpus(text.corpus), tokenizer, text.windows, text.length, subject.seed)
+        return text.source(self.dense(subject).tokenizer, subject.seed)
 
     def preparation(self, subject: Subject) -> Preparation | None:
         """Makes what methods must know of the subject's dense model; None for one that needs no calibration.
