@@ -362,16 +362,17 @@ class WindowSource:
         The first windows of many are those of few.
         """
         count = self.windows if count is None else plain("count", count)
-        length = self.length if length is None else plain("length", length)
+        length = self.length if length is None else length
         turns = [self.documents, *self.beside]
-        of_corpus: dict[int, list[int]] = {}
+        places: dict[int, list[int]] = {}  # of the windows of each corpus
         for window in range(count):
-            of_corpus.setdefault(id(turns[window % len(turns)]), []).append(window)
-        windows = torch.empty(count, length, dtype=torch.long, device="cpu")
-        for documents in turns:
-            places = of_corpus.pop(id(documents), None)
-            if places is not None:
-                windows[places] = calibration_windows(
-                    documents, self.tokenizer, count=len(places), length=length, seed=self.seed
-                )
-        return windows
+            places.setdefault(id(turns[window % len(turns)]), []).append(window)
+        parts = [
+            calibration_windows(
+                documents, self.tokenizer, count=len(places[number]), length=length, seed=self.seed
+            )
+            for number, documents in {id(documents): documents for documents in turns}.items()
+            if number in places
+        ]
+        order = torch.tensor([window for own in places.values() for window in own])
+        return torch.cat(parts)[order.argsort()]
