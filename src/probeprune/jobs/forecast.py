@@ -159,10 +159,10 @@ def _figures(model: Any, job: Job) -> Figures:
     blocks, length = find_parts(model), max(job.texts.calibration.length, 1)
     config = text_config(model.config)
     width, vocabulary = config.hidden_size, config.vocab_size
-    heads = sum(b.kv_heads * b.head_dim for b in blocks if isinstance(b, Block) and b.kind == "attention")
+    cached = sum(b.cached_numbers(b.units) for b in blocks if isinstance(b, Block) and b.kind == "attention")
     itemsize = job.dtype_to_save.itemsize
     parameters = sum(p.numel() for p in model.parameters())
-    kv = 2 * heads * itemsize
+    kv = cached * itemsize
     active = Rehearsal(model, job.dtype_to_save, job.device).layer_pass(Batch(1, length))
     return Figures(
         parameters=parameters,

@@ -14,6 +14,7 @@ from torch import nn
 from probeprune.errors import UsageError
 from probeprune.model.family_records import PRUNED_PREFIX, AttentionRecord, Family, MlpRecord, Twin
 from probeprune.model.hybrid_families import HYBRID
+from probeprune.model.latent_families import LATENT
 from probeprune.model.multimodal import MULTIMODAL, Multimodal, multimodal_of
 from probeprune.model.older_families import NEOX_MLP, OLDER, ONE_MAP
 from probeprune.model.sparse_families import NORMS_OVER_HEADS, SPARSE
@@ -114,6 +115,7 @@ FAMILIES: tuple[Family, ...] = (
     *HYBRID,
     *OLDER,
     *SPARSE,
+    *LATENT,
 )
 
 

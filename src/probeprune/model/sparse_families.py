@@ -25,6 +25,15 @@ def _shared(path: str, width_field: str | None = None) -> MlpRecord:
     )
 
 
+ROUTED_BY_GROUP = ExpertsRecord(
+    router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    count_field="n_routed_experts",
+    group_fields=("n_group", "topk_group"),
+    shared=_shared("mlp.shared_experts"),
+    shared_times="n_shared_experts",
+)
+"""Experts of the DeepSeek-V3 kind: in groups, with a correction of their scores and shared ones beside."""
+
 SPARSE: tuple[Family, ...] = (
     Family(
         "Qwen1.5-MoE, Qwen2-MoE",
@@ -83,13 +92,7 @@ SPARSE: tuple[Family, ...] = (
     Family(
         "GLM-4.5, GLM-4.6",
         ("glm4_moe",),
-        experts=ExpertsRecord(
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            count_field="n_routed_experts",
-            group_fields=("n_group", "topk_group"),
-            shared=_shared("mlp.shared_experts"),
-            shared_times="n_shared_experts",
-        ),
+        experts=ROUTED_BY_GROUP,
     ),
     Family(
         "ERNIE 4.5 MoE",
