@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from probeprune.model.described import empty_like
 from probeprune.model.experts import Stack, find_parts, find_stacks
 from probeprune.model.families import find_family
 from probeprune.model.passes import find_decoder
-from probeprune.model.placing import place
+from probeprune.model.placing import opening_of, place
 from probeprune.model.stack_cut import StackCut
 from probeprune.plan import Kept, expert_scores
 from probeprune.runtime.attaching import attach_again
@@ -405,7 +405,7 @@ def test_the_command_writes_a_plain_checkpoint(kind, tmp_path, number_tokenizer,
 
     assert call("plan", 0.3) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert planned["refused"] is None and planned["by_layer"] is None
+    assert planned["refused"] is None and planned["by_layer"]["bytes"] < planned["in_memory"]["bytes"]
     assert call("prune", 0.3, "--out", tmp_path / "out") == 0
     record = json.loads(capsys.readouterr().out)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -423,17 +423,22 @@ def test_the_command_writes_a_plain_checkpoint(kind, tmp_path, number_tokenizer,
     capsys.readouterr()
 
 
-def test_memory_is_that_of_all_layers_together_and_of_what_stays_of_experts():
+def test_memory_counts_what_stays_of_experts_beside_them():
     model = empty_like(tiny_experts.build("mixtral")())
     cpu, texts = torch.device("cpu"), Texts(Text("c4", 4, 16), Text("wikitext2", 4, 16), 0, 4)
     work = comparing_work([(WHOLE, 0.3)], texts)
     assert place("mixtral", model, torch.float32, cpu, 2**40, work) is None
-    with pytest.raises(UsageError, match=r"together: it takes .* GiB of weights, .*; give memory of"):
+    with pytest.raises(UsageError, match=r"takes .* GiB even a layer at a time .*; give memory of"):
         place("mixtral", model, torch.float32, cpu, 2**20, work)
     stacks = find_stacks(model, "expert")
-    assert min(p.kept for p in work(model, torch.float32, cpu) if "dense" in p.name) >= sum(
-        4 * s.per_token * s.unit_parameters for s in stacks
-    )
+    phases = work(model, torch.float32, cpu)
+    least = 4 * stacks[0].per_token * stacks[0].unit_parameters
+    assert min(p.copies for p in phases if "dense" in p.name) >= len(stacks) * least
+    opening = opening_of(model, torch.float32, cpu, [(torch.float32, 4)])
+    plain = [replace(p, copies=0) for p in phases]
+    for how, layers in ((opening.in_memory, len(stacks)), (opening.by_layer, 1)):
+        more = [own - other for (_, own), (_, other) in zip(how(phases), how(plain), strict=True)]
+        assert min(more) == 0 and max(more) >= layers * least
 
 
 def test_the_loss_that_balances_experts_counts_those_that_are_left():

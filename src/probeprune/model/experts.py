@@ -19,7 +19,6 @@ from probeprune.model.blocks import Block, UnitKind, find_blocks, find_layers
 from probeprune.model.families import find_family
 from probeprune.model.family_records import ExpertsRecord
 from probeprune.model.layer_records import attribute
-from probeprune.model.offloading import is_offloaded
 from probeprune.model.permutable import refuse_shared
 from probeprune.model.wrappers import unwrapped
 
@@ -212,11 +211,6 @@ def find_stacks(model: nn.Module, unit: ExpertUnit = "channel", whole: str | Non
     record = family.experts
     if record is None:
         return []
-    if is_offloaded(model):
-        raise UsageError(
-            "the layers of a mixture of experts have to be in memory to be pruned; load it without "
-            "offloading."
-        )
     layers = enumerate(find_layers(model))
     sparse = [(i, layer) for i, layer in layers if attribute(layer, record.module) is not None]
     stacks = [
