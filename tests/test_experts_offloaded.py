@@ -33,8 +33,9 @@ from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES
 TEXT = token_ids(6, 16, seed=9) % 57 + 3
 LONG = token_ids(10, 64, seed=3) % 57 + 3
 RATIO = {"even": 0.3, "whole": 0.3, "mixed": 0.2, "probe": 0.08}
-FUSED = ("gpt_oss", "granitemoe", "llama4_text")
+FUSED = ("gpt_oss", "granitemoe", "granitemoehybrid", "llama4_text")
 """Families whose published checkpoints hold all experts of a layer in one tensor."""
+FIRST = ("experts.gate_up_proj", "experts.up_proj")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:experts stay whole"),
@@ -106,7 +107,7 @@ def test_each_weight_is_joined_as_transformers_joins_it(folder):
         assert name == same and own.equal(other)
     for (name, own), (same, other) in zip(here.named_buffers(), there.named_buffers(), strict=True):
         assert name == same and own.equal(other)
-    pieces = [len(stored_in(there, n)) for n, _ in there.named_parameters() if n.endswith("gate_up_proj")]
+    pieces = [len(stored_in(there, n)) for n, _ in there.named_parameters() if n.endswith(FIRST)]
     assert all((n == 1) == (folder.name in FUSED) for n in pieces) and pieces
     assert are_joined(here) == (folder.name not in FUSED)
     assert model_fingerprint(here) == model_fingerprint(there)
