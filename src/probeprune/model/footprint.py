@@ -62,6 +62,9 @@ class Phase:
     """Number of layers whose weights are in memory where layers are on disk."""
     cut: int = 0
     """Weights that a cut has made so far, of all layers."""
+    copies: int = 0
+    """What an attached method holds of experts beside their whole tensors, of all layers; a layer at a time,
+    of the layer at work."""
 
     @property
     def bytes(self) -> int:

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import nn
 
-from probeprune.errors import UsageError
 from probeprune.model.family_records import AttentionRecord, Family, MixerRecord, MlpRecord
 
 
@@ -28,14 +27,6 @@ def has_block(layer: nn.Module, family: Family, record: AttentionRecord | MlpRec
     return not family.mixers or record.module is None or attribute(layer, record.module) is not None
 
 
-def refuse_experts(name: str, layer: nn.Module, family: Family) -> None:
-    """Raise `UsageError` for a layer with experts that its family's record does not know."""
-    if family.refused_experts is not None and attribute(layer, family.refused_experts) is not None:
-        raise UsageError(
-            f"{name} has experts ({family.refused_experts}), not known in {family.name}; give a dense model."
-        )
-
-
 def whole_heads(record: AttentionRecord, config: Any) -> str | None:
     """Why no head of a model with this config can go; None where heads can go."""
     return record.whole if record.whole_if is None or getattr(config, record.whole_if) else None
@@ -44,8 +35,10 @@ def whole_heads(record: AttentionRecord, config: Any) -> str | None:
 def mlp_record(family: Family, layer: nn.Module, config: Any) -> tuple[MlpRecord | None, int]:
     """Where a layer has its MLP, None for one that has experts alone, and `Block.follows`."""
     experts = family.experts
-    if experts is None or attribute(layer, experts.module) is None:
+    if experts is None:
         return family.mlp, 0
+    if attribute(layer, experts.module) is None:
+        return family.mlp, int(experts.width_field == family.mlp.width_field)
     shared, times = experts.shared, experts.shared_times
     if shared is None or attribute(layer, str(shared.module)) is None:
         return None, 0

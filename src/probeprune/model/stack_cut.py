@@ -38,13 +38,16 @@ class StackCut:
                 self._put(owner, key, _expert_axis(_held(owner, key)), units)
             self._count(record.counts, len(units))
             return
-        rows = torch.stack([2 * units, 2 * units + 1], -1).flatten(1) if record.interleaved else None
-        rows = torch.cat([units, units + stack.width], 1) if rows is None else rows
+        rows = units
+        if record.interleaved:
+            rows = torch.stack([2 * units, 2 * units + 1], -1).flatten(1)
+        elif record.gated:
+            rows = torch.cat([units, units + stack.width], 1)
         out, into = (2, 1) if record.transposed else (1, 2)
-        self._put(stack.module, "gate_up_proj", out, rows)
+        self._put(stack.module, record.producer, out, rows)
         self._put(stack.module, "down_proj", into, units)
         if record.biases:
-            self._put(stack.module, "gate_up_proj_bias", 1, rows)
+            self._put(stack.module, f"{record.producer}_bias", 1, rows)
         self._count(record.widths, units.shape[1])
 
     def _put(self, owner: nn.Module, key: str, axis: int, index: torch.Tensor) -> None:

@@ -24,8 +24,8 @@ from probeprune.model.blocks import Block, uncalled_consumer
 from probeprune.model.experts import Stack
 from probeprune.model.multimodal import text_config
 from probeprune.model.narrow_linear import refuse_to_copy
-from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
+from probeprune.model.stack_cut import StackCut
 from probeprune.plan import Kept, kept_of
 from probeprune.runtime import ownership
 from probeprune.runtime.attachment import Attachment
@@ -70,7 +70,7 @@ class Handle:
         self._running: Choice | None = None
         self._since_choice = self._since_refresh = 0  # tokens
         self._undo: list[Callable[[], None]] = []
-        self.stacks = [] if is_offloaded(model) else plan.stack_cuts(blocks, kept.cuts)
+        self.stacks = self._take_stacks(kept.cuts)
         self.pruned = self._take(kept.cuts, kept.statistics)
         self.runtimes: list[BlockRuntime] = []
         try:
@@ -87,6 +87,10 @@ class Handle:
     def _take(self, cuts: Sequence[Cut], statistics: Statistics) -> list[PrunedBlock]:
         """The blocks that lose units, ready for their first cut."""
         return plan.pruned_blocks(self.method, self.blocks, cuts, statistics)
+
+    def _take_stacks(self, cuts: Sequence[Cut]) -> list[tuple[StackCut, torch.Tensor]]:
+        """The stacks of experts that lose units, and what they keep."""
+        return plan.stack_cuts(self.blocks, cuts)
 
     def _hook_model(self) -> None:
         """Be there in every pass of the model."""

@@ -49,7 +49,7 @@ def frequency(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.T
 def magnitude(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
     """Control: 2-norm of all weights of an expert's matrices."""
     squares = torch.zeros(stack.experts, dtype=torch.float32, device=stack.device)
-    for name in ("gate_up_proj", "down_proj"):
+    for name in (stack.record.producer, "down_proj"):
         for i in range(stack.experts):
             squares[i] += stack.matrix(name, i).float().square().sum()
     return squares.sqrt()
