@@ -520,7 +520,7 @@ def test_experts_without_tokens_score_lowest_and_are_named():
     ("changes", "why"),
     [
         ({"importance": "param_first"}, "importance param_first is not defined for their channels"),
-        ({"base": "best-static"}, "a refit makes up for the units of linear maps alone"),
+        ({"base": "best-static", "experts": "expert"}, "a refit makes up for channels of experts, not for"),
         ({"allocation": "damage"}, "the damage of cutting experts is not measured"),
     ],
 )

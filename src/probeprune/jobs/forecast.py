@@ -344,6 +344,11 @@ def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
         flops += min(text.windows, how.windows) * text.length * passes * dense
         for b, k in zip(blocks, kept, strict=True):
             if isinstance(b, Stack):
+                if k < b.units:
+                    width = b.width if chosen else k
+                    seen = min(text.windows, how.windows) * text.length * b.per_token
+                    flops += seen * 2 * width * (width + b.hidden_size)
+                    double += b.experts * (16 if chosen else 2) * width**3 / 3
                 continue
             width = b.width if chosen else k * b.unit_width
             if k < b.units:
