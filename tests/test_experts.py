@@ -145,7 +145,9 @@ def formula(stack: Stack, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, t
         z = (up + 1) * gate * torch.sigmoid(1.702 * gate)
     else:
         gate, up = made.chunk(2)
-        z = gate * torch.sigmoid(gate) * up
+        gelu = stack.record.per_token_field == "top_k_experts"  # Gemma 4
+        made = nn.functional.gelu(gate, approximate="tanh") if gelu else gate * torch.sigmoid(gate)
+        z = made * up
     return z, z @ down + weights.get("down_proj_bias", 0)
 
 
@@ -153,7 +155,7 @@ def test_parts_hold_all_weights_of_the_layers(row):
     parts = find_parts(row.model)
     layers = find_family(row.model).layers
     weights = {n: p for n, p in row.model.named_parameters() if n.startswith(layers)}
-    others = sum(p.numel() for n, p in weights.items() if "norm" in n or n.endswith("sinks"))
+    others = sum(p.numel() for n, p in weights.items() if "norm" in n or n.endswith(("sinks", ".scale")))
     assert sum(b.parameters for b in parts) == sum(p.numel() for p in weights.values()) - others
     stacks = [b for b in parts if isinstance(b, Stack)]
     assert stacks and all(s.layer > 0 or row.name not in ("glm4_moe", "ernie4_5_moe") for s in stacks)

@@ -182,6 +182,8 @@ class Family:
     not have all blocks."""
     refused_experts: str | None = None
     """Path in a layer of experts, which are not known here: a model that has them is refused."""
+    refused_if: Mapping[str, str] = field(default_factory=dict)
+    """Config fields that, where true, make a model refused, and why, in words that follow its name."""
     experts: ExpertsRecord | None = None
     """None for a family without experts."""
     norm_first: str | None = None

@@ -28,6 +28,16 @@ def has_block(layer: nn.Module, family: Family, record: AttentionRecord | MlpRec
     return not family.mixers or record.module is None or attribute(layer, record.module) is not None
 
 
+def refuse_config(model: nn.Module, family: Family, config: Any) -> None:
+    """Raise `UsageError` for a model that its family's record refuses by its config."""
+    for name, why in family.refused_if.items():
+        if getattr(config, name, None):
+            raise UsageError(
+                f"{type(model).__name__} {why} ({name} {getattr(config, name)}), and cannot be pruned; give "
+                f"another model: of {family.name}, one whose config says {name} 0."
+            )
+
+
 def refuse_experts(name: str, layer: nn.Module, family: Family) -> None:
     """Raise `UsageError` for a layer with experts that its family's record does not know."""
     if family.refused_experts is not None and attribute(layer, family.refused_experts) is not None:
