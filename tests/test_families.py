@@ -25,7 +25,7 @@ from probeprune.model.cost import blocks_flops
 from probeprune.model.decoding import next_token_logits
 from probeprune.model.families import FAMILIES, find_family
 from probeprune.model.modeling_pruned import has_own_layers
-from probeprune.model.multimodal import MULTIMODAL
+from probeprune.model.multimodal import MULTIMODAL, text_config
 from probeprune.model.partition import Partition
 from probeprune.model.passes import find_decoder
 from probeprune.model.pruned_configs import empty_model
@@ -169,16 +169,20 @@ def test_all_units_in_any_order_are_the_dense_block_and_restoring_puts_them_back
 
 def test_query_heads_go_alone_where_groups_have_several(row):
     _, model, _ = row
-    method = BALANCED
-    if has_own_layers(type(model.config)):  # two sizes of heads have no one width
-        method = compose(BALANCED, name="balanced, each", allocation="uniform")
-    with attach(model, method, 0.4) as handle:
+    with attach(model, balanced(model), 0.4) as handle:
         got, choice = logits(model, IDS, MASK), kept(handle)
     with masked(choice):
         close(got, logits(model, IDS, MASK))
     heads = [(b, len(units)) for b, units in choice if b.kind == "attention"]
     assert all((keep < b.units) == (b.whole is None) for b, keep in heads)
     assert all(b.unit_kind == "balanced" for b, _ in heads if b.group_size > 1)
+
+
+def balanced(model):
+    """`BALANCED`, and the same share of each layer where two sizes of heads have no one width."""
+    if not has_own_layers(type(text_config(model.config))):
+        return BALANCED
+    return compose(BALANCED, name="balanced, each", allocation="uniform")
 
 
 def check_flops(model, rest: int, ratio: float = RATIO) -> None:
