@@ -19,6 +19,7 @@ from probeprune.model.blocks import Block, UnitKind, find_blocks, find_layers
 from probeprune.model.families import find_family
 from probeprune.model.family_records import ExpertsRecord
 from probeprune.model.layer_records import attribute
+from probeprune.model.multimodal import text_config
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.permutable import refuse_shared
 from probeprune.model.wrappers import unwrapped
@@ -219,9 +220,8 @@ def find_stacks(model: nn.Module, unit: ExpertUnit = "channel", whole: str | Non
         )
     layers = enumerate(find_layers(model))
     sparse = [(i, layer) for i, layer in layers if attribute(layer, record.module) is not None]
-    stacks = [
-        _stack(f"{family.layers}.{i}", i, layer, record, model.config, unit, whole) for i, layer in sparse
-    ]
+    config = text_config(model.config)
+    stacks = [_stack(f"{family.layers}.{i}", i, layer, record, config, unit, whole) for i, layer in sparse]
     refuse_shared(model, {s.name: (s.module,) for s in stacks})
     return stacks
 
