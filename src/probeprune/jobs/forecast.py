@@ -24,7 +24,7 @@ from probeprune.model.footprint import Batch, Phase, Rehearsal, measuring
 from probeprune.model.linear_maps import sizes
 from probeprune.model.multimodal import text_config
 from probeprune.model.outline import Outline
-from probeprune.model.placing import Work, in_use, opening_of, place, reading, retained, runs_by_layer
+from probeprune.model.placing import Work, in_use, opening_of, place, reading, retained
 from probeprune.plan import Kept, expert_needs, loses_experts, needs, needs_for, parts_of
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.strategies.allocation import ALLOCATIONS
@@ -96,8 +96,7 @@ class Forecast:
     after: Figures | None
     in_memory: Memory | None
     by_layer: Memory | None
-    """A layer at a time, with all hidden states in files: the least that can be asked for. None for a model
-    whose layers have to be in memory together."""
+    """A layer at a time, with all hidden states in files: the least that can be asked for."""
     states_bytes: int
     """Of hidden states that a layer at a time keeps in memory as far as they find room, and else in files."""
     base_bytes: int
@@ -143,7 +142,7 @@ def forecast(outline: Outline, job: Job, *, memory: int | None = None, timed: bo
         before,
         after,
         _memory(opening.in_memory(phases), base),
-        _memory(opening.by_layer(phases), base) if runs_by_layer(shape) else None,
+        _memory(opening.by_layer(phases), base),
         max(p.states for p in phases),
         base,
         _seconds(shape, pruned, kept, job) if timed else None,
@@ -244,10 +243,11 @@ def comparing_work(methods: Iterable[tuple[Method, float]], texts: Texts) -> Wor
             job = Job(method, ratio, "per-layer", texts, dtype, device, dtype)
             dense = Rehearsal(shape, dtype, device, method.unit_kind)
             more, made = _statistics(dense, [len(k.units) for k in done.kept], job, following=True)
-            made += _copies(parts_of(shape, once), done.kept) * dtype.itemsize
+            copies = _copies(parts_of(shape, once), done.kept) * dtype.itemsize
             batch = Batch(texts.batch_size, texts.evaluation.length)
             phases += more
-            phases += [_with(p, made) for p in _evaluating(dense, batch, texts.evaluation.windows, 0)]
+            evaluating = _evaluating(dense, batch, texts.evaluation.windows, 0)
+            phases += [replace(_with(p, made), copies=copies) for p in evaluating]
         return phases or reading(shape, dtype, device)
 
     return work
@@ -309,7 +309,7 @@ def _statistics(
 
 
 def _with(phase: Phase, kept: int) -> Phase:
-    return Phase(phase.name, phase.work, phase.states, phase.sets, phase.kept + kept, phase.layers)
+    return replace(phase, kept=phase.kept + kept)
 
 
 # -- time ------------------------------------------------------------------------------------------
@@ -344,6 +344,11 @@ def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
         flops += min(text.windows, how.windows) * text.length * passes * dense
         for b, k in zip(blocks, kept, strict=True):
             if isinstance(b, Stack):
+                if k < b.units:
+                    width = b.width if chosen else k
+                    seen = min(text.windows, how.windows) * text.length * b.per_token
+                    flops += seen * 2 * width * (width + b.hidden_size)
+                    double += b.experts * (16 if chosen else 2) * width**3 / 3
                 continue
             width = b.width if chosen else k * b.unit_width
             if k < b.units:

@@ -21,7 +21,6 @@ from probeprune.model.layer_records import (
     mlp_record,
     norm_at,
     refuse_config,
-    refuse_experts,
     whole_heads,
 )
 from probeprune.model.linear_maps import LinearMap, matrix, oriented, sizes
@@ -116,8 +115,8 @@ class Block:
     input_factor: float = 1.0
     """What the norm's output is multiplied by before the block reads it."""
     follows: int = 0
-    """For an MLP beside experts that a plain config gives this many channels for each channel of an expert; 0
-    for one of its own width."""
+    """For an MLP that a plain config gives this many channels for each channel of an expert, beside it or in
+    other layers; 0 for one of its own width."""
 
     @property
     def width(self) -> int:
@@ -241,7 +240,6 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
     blocks = []
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"
-        refuse_experts(prefix, layer, family)
         for record in family.mixers:
             if has_block(layer, family, record):
                 blocks.append(_mixer_block(prefix, index, layer, record))

@@ -113,12 +113,14 @@ class MixerRecord:
 @dataclass(frozen=True)
 class ExpertsRecord:
     """Where a sparse decoder layer has its experts: tensors with one entry per expert in front,
-    `gate_up_proj` and `down_proj`. All paths are relative to the layer."""
+    `gate_up_proj` (without a gate `up_proj`) and `down_proj`. All paths are relative to the layer."""
 
     module: str = "mlp.experts"
     """Module that holds the tensors; a layer without it is dense."""
     entry: str = "mlp"
     """Module whose input goes to the router, the experts and the shared MLP."""
+    gated: bool = True
+    """Whether an expert has a gate."""
     transposed: bool = False
     """Whether an expert's matrices lie as (in, out)."""
     interleaved: bool = False
@@ -129,7 +131,8 @@ class ExpertsRecord:
     """Parameters and buffers of the router with one entry per expert: on their first axis, or on their second
     where the first has a single entry."""
     beside: tuple[str, ...] = ()
-    """Weights in front of the experts that no expert owns, such as the gate of the shared MLP."""
+    """Weights around the experts that no expert owns, such as the gate of the shared MLP, or a map of what
+    all experts read; those of them that a layer has count."""
     counts: tuple[str, ...] = ("mlp.experts.num_experts", "mlp.gate.num_experts")
     """Attributes with the number of experts that forward passes read."""
     widths: tuple[str, ...] = ("mlp.experts.intermediate_dim",)
@@ -149,10 +152,15 @@ class ExpertsRecord:
     """How many experts wide a plain config has the shared MLP: a number, or a config field with it; 0 where
     its width has a field of its own."""
     everywhere: bool = False
-    """Whether every layer of the family is sparse."""
+    """Whether every layer of the family that has an MLP or experts is sparse."""
     scales_input: bool = False
     """Whether the router's weight multiplies an expert's input, and every expert sees every token, those that
     are not its own as zeros. Otherwise the weight multiplies the output of the experts that were taken."""
+
+    @property
+    def producer(self) -> str:
+        """The tensor whose rows make an expert's channels."""
+        return "gate_up_proj" if self.gated else "up_proj"
 
 
 @dataclass(frozen=True)
@@ -180,8 +188,6 @@ class Family:
     mixers: tuple[MixerRecord, ...] = ()
     """Of a hybrid family: blocks that some layers have in place of attention or beside it. Its layers need
     not have all blocks."""
-    refused_experts: str | None = None
-    """Path in a layer of experts, which are not known here: a model that has them is refused."""
     refused_if: Mapping[str, str] = field(default_factory=dict)
     """Config fields that, where true, make a model refused, and why, in words that follow its name."""
     experts: ExpertsRecord | None = None

@@ -38,14 +38,6 @@ def refuse_config(model: nn.Module, family: Family, config: Any) -> None:
             )
 
 
-def refuse_experts(name: str, layer: nn.Module, family: Family) -> None:
-    """Raise `UsageError` for a layer with experts that its family's record does not know."""
-    if family.refused_experts is not None and attribute(layer, family.refused_experts) is not None:
-        raise UsageError(
-            f"{name} has experts ({family.refused_experts}), not known in {family.name}; give a dense model."
-        )
-
-
 def whole_heads(record: AttentionRecord, config: Any) -> str | None:
     """Why no head of a model with this config can go; None where heads can go."""
     return record.whole if record.whole_if is None or getattr(config, record.whole_if) else None
@@ -54,8 +46,10 @@ def whole_heads(record: AttentionRecord, config: Any) -> str | None:
 def mlp_record(family: Family, layer: nn.Module, config: Any) -> tuple[MlpRecord | None, int]:
     """Where a layer has its MLP, None for one that has experts alone, and `Block.follows`."""
     experts = family.experts
-    if experts is None or attribute(layer, experts.module) is None:
+    if experts is None:
         return family.mlp, 0
+    if attribute(layer, experts.module) is None:
+        return family.mlp, int(experts.width_field == family.mlp.width_field)
     shared, times = experts.shared, experts.shared_times
     if shared is None or attribute(layer, str(shared.module)) is None:
         return None, 0

@@ -10,7 +10,8 @@ they are first asked for. Both are the family's own model, and their forward pas
 - `Pruned...`: for what no field of the family says, such as a bias on one linear map alone. Beside the
   former, `config.pruned` maps a module's path in the causal LM to what differs: for a linear map
   `in_features`, `out_features` or `bias`; for any other module the attributes that its forward reads
-  (`config.x` for an attribute of its config). The `model_type` begins with `pruned_`, so that nobody opens it
+  (`config.x` for an attribute of its config), and under `tensors` the shapes of tensors of its own. The
+  `model_type` begins with `pruned_`, so that nobody opens it
   without this file.
 """
 
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -97,7 +99,7 @@ def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
             made = Conv1D(changes.get("out_features", module.nf), columns)
             setattr(model.get_submodule(parent), name, made)
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and "tensors" not in changes:
             sizes = {
                 "in_features": module.in_features,
                 "out_features": module.out_features,
@@ -107,11 +109,23 @@ def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
             setattr(model.get_submodule(parent), name, type(module)(**sizes))
             continue
         for name, value in changes.items():
+            if name == "tensors":
+                _resize(module, value)
+                continue
             owner, _, attribute = name.rpartition(".")
             if owner == "config":
                 module.config = ConfigView(module.config, {attribute: value})  # type: ignore[assignment]
             else:
                 setattr(module, name, value)
+
+
+def _resize(module: nn.Module, shapes: dict[str, list[int]]) -> None:
+    """Give parameters and buffers of a module, by name, other shapes; their numbers come from a file."""
+    for name, shape in shapes.items():
+        old: Any = getattr(module, name)
+        made = torch.empty(shape, dtype=old.dtype, device=old.device)
+        parameter = isinstance(old, nn.Parameter)
+        setattr(module, name, nn.Parameter(made, requires_grad=old.requires_grad) if parameter else made)
 
 
 class _Narrow(PreTrainedModel):

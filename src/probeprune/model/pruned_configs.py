@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from probeprune.errors import UsageError
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import Block, find_blocks
-from probeprune.model.experts import find_stacks
+from probeprune.model.experts import Stack, entry_of, find_stacks
 from probeprune.model.families import FAMILIES, INSIDE, find_family, is_supported
 from probeprune.model.family_records import PRUNED_PREFIX, Family, Twin
 from probeprune.model.layer_records import attribute
@@ -171,7 +171,11 @@ def _listed_config(model: Any, blocks: Sequence[Block]) -> PretrainedConfig:
     Inside a config, transformers knows no fields of single layers; of hybrids, layers are made of more.
     """
     base: Any = plain_config(model.config)
-    found = _differences(model, blocks, empty_model(plain_class(model), base, model))
+    plain = empty_model(plain_class(model), base, model)
+    found = _differences(model, blocks, plain)
+    for stack in find_stacks(model):
+        for path, differs in _stack_differences(stack, plain).items():
+            found[path] = {**found.get(path, {}), **differs}
     fields = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures")}
     kind: Any = type(base)
     return make_config(pruned_config(kind, "Pruned"), {**fields, "pruned": found} if found else fields)
@@ -245,7 +249,7 @@ def _width_fields(model: Any, blocks: Sequence[Block]) -> dict[int, dict[str, in
     """By layer, the fields of the family's config that hold the widths of its MLP and its experts."""
     family = find_family(model)
     stacks = {s.layer: s for s in find_stacks(model)}
-    fields: dict[int, dict[str, int]] = {b.layer: {} for b in blocks}
+    fields: dict[int, dict[str, int]] = {layer: {} for layer in (*(b.layer for b in blocks), *stacks)}
     other_names: Mapping[str, str] = text_config(model.config).attribute_map
     for layer, stack in stacks.items():
         count, width = stack.record.count_field, stack.record.width_field
@@ -316,6 +320,26 @@ def _differences(model: Any, blocks: Sequence[Block], plain: Any) -> dict[str, d
             }
             if counts:
                 found[block.name] = counts
+    return found
+
+
+def _stack_differences(stack: Stack, plain: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a described model of the same layers lacks of a stack of experts and its router, by module: shapes
+    of tensors, and attributes that say them."""
+    record, name = stack.record, stack.name.removesuffix(f".{stack.record.module}")
+    found: dict[str, dict[str, Any]] = {}
+    tensors = [f"{record.module}.{key}" for key in stack.module._parameters]
+    for path in (*tensors, *record.router):
+        owner, key = entry_of(stack.root, path)
+        where = f"{name}.{path.rpartition('.')[0]}"
+        ours, theirs = getattr(owner, key), getattr(plain.get_submodule(where), key)
+        if ours.shape != theirs.shape:
+            found.setdefault(where, {}).setdefault("tensors", {})[key] = list(ours.shape)
+    for path in (*record.counts, *record.widths):
+        owner, key = entry_of(stack.root, path)
+        where = f"{name}.{path.rpartition('.')[0]}"
+        if getattr(owner, key) != getattr(plain.get_submodule(where), key):
+            found.setdefault(where, {})[key] = getattr(owner, key)
     return found
 
 

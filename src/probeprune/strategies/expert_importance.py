@@ -49,7 +49,7 @@ def frequency(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.T
 def magnitude(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
     """Control: 2-norm of all weights of an expert's matrices."""
     squares = torch.zeros(stack.experts, dtype=torch.float32, device=stack.device)
-    for name in ("gate_up_proj", "down_proj"):
+    for name in (stack.record.producer, "down_proj"):
         for i in range(stack.experts):
             squares[i] += stack.matrix(name, i).float().square().sum()
     return squares.sqrt()
@@ -69,8 +69,8 @@ EXPERT_IMPORTANCES: dict[str, ExpertImportance] = {
 }
 """Importances of whole experts by name: `g` is the router's weight of an expert, `f` its output."""
 
-CHANNEL_IMPORTANCES = ("ppsp", "wanda-sp", "flap", "magnitude", "random")
-"""Importances that are defined for channels of experts."""
+CHANNEL_IMPORTANCES = ("ppsp", "wanda-sp", "flap", "magnitude", "random", "obs")
+"""Importances that are defined for channels of experts; by `obs` the refit orders them."""
 
 
 def channel_scores(stack: Stack, importance: str, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
