@@ -399,7 +399,8 @@ def test_checkpoints_open_without_this_package(name, reopened):
     for method in ("even", "whole", "mixed"):
         close(got[f"{name}-{method}"], wanted[f"{name}-{method}"])  # kernels round by the alignment of files
     config = json.loads((folder / f"{name}-whole" / "config.json").read_text())
-    assert "per_layer_config" not in config and "auto_map" not in config
+    own = name == "gemma4_text"  # every config of the family has fields of single layers
+    assert ("per_layer_config" in config) == own and "auto_map" not in config
 
 
 def test_a_plain_config_holds_fewer_heads_where_the_record_says_so(row, tmp_path):

@@ -75,7 +75,7 @@ def test_every_family_has_a_tiny_model():
     built = (*tiny.FAMILIES.values(), *test_older_families.FAMILIES.values())
     types = {build().config.model_type for build in built}
     types |= {name.split()[0] for name in (*tiny_families.ROWS, *tiny_families.HYBRIDS)}
-    types |= set(tiny_experts.CONFIGS)
+    types |= {name.split()[0] for name in tiny_experts.CONFIGS}
     assert types == {t for f in FAMILIES for t in f.model_types}
 
 
@@ -265,6 +265,18 @@ def test_a_plain_config_holds_fewer_heads_where_the_record_says_so(row):
     except Exception:  # configs and models may raise anything
         holds = False
     assert holds == (record.plain_heads and name != "phi norms")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_kv_shared_layers": 1}, {"hidden_size_per_layer_input": 4}], ids=str
+)
+def test_layers_that_read_more_than_the_stream_are_refused_by_the_field_that_says_so(changes):
+    config = tiny_families.config_of("gemma4_text", **changes, vocab_size_per_layer_input=128)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    name, value = next(iter(changes.items()))
+    with pytest.raises(UsageError, match=rf"{name} {value}\), and cannot be pruned; give another model"):
+        find_blocks(model)
 
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
