@@ -239,7 +239,7 @@ def _width_fields(model: Any, blocks: Sequence[Block]) -> dict[int, dict[str, in
     """By layer, the fields of the family's config that hold the widths of its MLP and its experts."""
     family = find_family(model)
     stacks = {s.layer: s for s in find_stacks(model)}
-    fields: dict[int, dict[str, int]] = {b.layer: {} for b in blocks} | {i: {} for i in stacks}
+    fields: dict[int, dict[str, int]] = {layer: {} for layer in (*(b.layer for b in blocks), *stacks)}
     other_names: Mapping[str, str] = text_config(model.config).attribute_map
     for layer, stack in stacks.items():
         count, width = stack.record.count_field, stack.record.width_field

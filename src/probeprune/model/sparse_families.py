@@ -33,6 +33,14 @@ GRANITE_MOE = replace(
     counts=("block_sparse_moe.experts.num_experts", "block_sparse_moe.router.num_experts"),
     widths=("block_sparse_moe.experts.intermediate_dim",),
 )
+GLM_MOE = ExpertsRecord(
+    router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    count_field="n_routed_experts",
+    group_fields=("n_group", "topk_group"),
+    shared=shared_mlp("mlp.shared_experts"),
+    shared_times="n_shared_experts",
+)
+"""Groups of experts, whose scores have a correction, beside a shared MLP."""
 QWEN_MOE = ExpertsRecord(
     beside=("mlp.shared_expert_gate.weight",),
     shared=shared_mlp("mlp.shared_expert", "shared_expert_intermediate_size"),
@@ -88,13 +96,7 @@ SPARSE: tuple[Family, ...] = (
     Family(
         "GLM-4.5, GLM-4.6",
         ("glm4_moe",),
-        experts=ExpertsRecord(
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            count_field="n_routed_experts",
-            group_fields=("n_group", "topk_group"),
-            shared=shared_mlp("mlp.shared_experts"),
-            shared_times="n_shared_experts",
-        ),
+        experts=GLM_MOE,
     ),
     Family(
         "ERNIE 4.5 MoE",
