@@ -330,6 +330,18 @@ def test_a_probed_batch_is_the_dense_model_masked_and_detaching_restores_all_bit
     assert logits(row.model, IDS, MASK).equal(row.dense)
 
 
+def test_a_batch_chooses_heads_alone(row):
+    if find_family(row.model).attention.whole is not None:
+        return
+    heads = sum(b.parameters for b in find_blocks(row.model) if b.kind == "attention")
+    ratio = 0.4 * heads / sum(b.parameters for b in find_parts(row.model))
+    with attach(row.model, compose(PROBE, blocks=("attention",)), ratio, calibration=WINDOWS) as handle:
+        got, choice = logits(row.model, IDS, MASK), kept(handle)
+    assert any(len(units) < b.units for b, units in choice if b.kind == "attention")
+    with masked([(b, units) for b, units in choice if b.kind != "experts"]):
+        close(got, logits(row.model, IDS, MASK))
+
+
 # -- checkpoints -----------------------------------------------------------------------------------
 
 OPEN = """
@@ -360,6 +372,8 @@ def reopened(tmp_path_factory):
     for name in tiny_experts.CONFIGS:
         for method, layout in ((EVEN, "uniform"), (WHOLE, "uniform"), (MIXED, "per-layer")):
             model = tiny_experts.build(name)()
+            if layout == "uniform" and not find_family(model).attention.plain_heads:
+                method = compose(method, name=method.name, blocks=("mlp", "experts"))
             prune(model, method, RATIO[method.name], calibration=WINDOWS)
             where = f"{name}-{method.name}"
             save(model, folder / where, layout=layout)
@@ -391,7 +405,8 @@ def test_a_plain_config_holds_fewer_heads_where_the_record_says_so(row, tmp_path
     if record.whole is not None:
         return
     smaller = row.fresh()
-    cut(smaller, {b.name: torch.arange(1) for b in find_blocks(smaller) if b.kind == "attention"})
+    heads = [b for b in find_blocks(smaller) if b.kind == "attention"]
+    cut(smaller, {b.name: torch.arange(b.units - 1) for b in heads})
     try:
         save(smaller, tmp_path / "out", layout="uniform")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
@@ -505,7 +520,7 @@ def test_experts_without_tokens_score_lowest_and_are_named():
     ("changes", "why"),
     [
         ({"importance": "param_first"}, "importance param_first is not defined for their channels"),
-        ({"base": "best-static"}, "a refit makes up for the units of linear maps alone"),
+        ({"base": "best-static", "experts": "expert"}, "a refit makes up for channels of experts, not for"),
         ({"allocation": "damage"}, "the damage of cutting experts is not measured"),
     ],
 )

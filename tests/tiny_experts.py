@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tiny import LATENT
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 SHAPE = {
@@ -19,6 +20,20 @@ SHAPE = {
     "eos_token_id": 2,
 }
 MIXTRAL = {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2}
+SHARED = {
+    "intermediate_size": 40,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+}
+"""Groups of experts, and shared ones beside them."""
+_LATENT = {**LATENT, "num_key_value_heads": 4}
 
 _QWEN = {
     "intermediate_size": 40,
@@ -73,21 +88,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.4,
         "attention_bias": True,
     },
-    "glm4_moe": {
-        "intermediate_size": 40,
-        "moe_intermediate_size": 16,
-        "n_routed_experts": 8,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.5,
-        "first_k_dense_replace": 1,
-        "num_hidden_layers": 3,
-        "use_qk_norm": True,
-        "attention_bias": True,
-        "partial_rotary_factor": 0.5,
-    },
+    "glm4_moe": {**SHARED, "use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.5},
     "ernie4_5_moe": {
         "intermediate_size": 40,
         "moe_intermediate_size": 16,
@@ -109,6 +110,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 8,
         "use_qk_norm": True,
     },
+    "deepseek_v2": {
+        **SHARED,
+        **_LATENT,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "mlp_bias": True,
+    },
+    "deepseek_v3": {**SHARED, **_LATENT, "q_lora_rank": 10, "attention_bias": True},
+    "glm4_moe_lite": {**SHARED, **_LATENT, "q_lora_rank": 10, "attention_bias": True},
     "qwen3_next": {
         **_QWEN,
         "linear_num_value_heads": 4,

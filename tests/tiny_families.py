@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny import LLAMA3, SHAPE, noisy
+from tiny import LATENT, LLAMA3, SHAPE, noisy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 LAYERS = 3
@@ -28,7 +28,6 @@ _YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-
 ROWS: dict[str, dict[str, Any]] = {
     "gemma": {},
     "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **WINDOWS},
@@ -66,6 +65,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "helium": {},
     "ministral": WINDOWS,
     "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}, "sliding_window": 8},
+    "minicpm3": {**_ONE_EACH, **LATENT, "q_lora_rank": 20, "attention_bias": True, "dim_model_base": 16},
+    "minicpm3 plain": {
+        **_ONE_EACH,
+        **LATENT,
+        "q_lora_rank": None,
+        "mlp_bias": True,
+        "rope_parameters": _YARN,
+    },
+    "youtu": {**_ONE_EACH, **LATENT, "q_lora_rank": 20, "attention_bias": True, "rope_parameters": _YARN},
+    "youtu plain": {**_ONE_EACH, **LATENT, "q_lora_rank": None, "rope_interleave": False},
     "persimmon": {"rope_parameters": _PARTLY, "qk_layernorm": True},
     "persimmon plain": {"rope_parameters": _PARTLY, "qk_layernorm": False},
 }

@@ -127,7 +127,10 @@ class Method:
 _EXPERTS_STAY: tuple[tuple[Callable[[Method], bool], str], ...] = (
     (lambda m: m.when.every_batch, "no batch chooses units of experts"),
     (lambda m: isinstance(m.when, DuringTraining), "pruning during training leaves experts alone"),
-    (lambda m: m.refit is not None, "a refit makes up for the units of linear maps alone"),
+    (
+        lambda m: m.refit is not None and m.experts == "expert",
+        "a refit makes up for channels of experts, not for whole ones (experts='channel')",
+    ),
     (
         lambda m: bool(ALLOCATIONS[m.allocation].needs),
         "the damage of cutting experts is not measured (allocation {0.allocation})",

@@ -18,7 +18,6 @@ from probeprune.methods import Method
 from probeprune.model.blocks import Block
 from probeprune.model.experts import Stack, find_parts
 from probeprune.model.layers import opened
-from probeprune.model.stack_cut import StackCut
 from probeprune.processes import shares
 from probeprune.ranges import plain
 from probeprune.strategies import Part, allocation
@@ -112,6 +111,8 @@ def expert_scores(method: Method, stack: Stack, statistics: Statistics) -> Score
     for scores that are not finite.
     """
     if not loses_experts(method, [stack]):
+        return None
+    if stack.unit == "channel" and method.ordered_by_refit:
         return None
     moments = statistics.routed.get(stack.name)
     if "routed" in needs_for(method, [stack]):
@@ -288,20 +289,10 @@ def first_cuts(
     return [cut(b, k, s) for b, k, s in zip(blocks, keep, scores, strict=True)]
 
 
-def stack_cuts(blocks: Sequence[Prunable], cuts: Sequence[Cut]) -> list[tuple[StackCut, torch.Tensor]]:
-    """The stacks of experts that lose units, and the ids of those they keep."""
-    found = []
-    for block, cut in zip(blocks, cuts, strict=True):
-        if isinstance(block, Stack) and cut.width < block.units:
-            assert cut.units is not None
-            found.append((StackCut(block), cut.units))
-    return found
-
-
 def pruned_blocks(
     method: Method, blocks: Sequence[Prunable], cuts: Sequence[Cut], statistics: Statistics
 ) -> list[PrunedBlock]:
-    """The blocks that lose units, ready for their first cut; stacks of experts are in `stack_cuts`.
+    """The blocks that lose units, ready for their first cut; those of experts are in `expert_cuts.py`.
 
     Raises `UsageError` where a refitted consumer is missing or was made for other units.
     """
@@ -333,7 +324,7 @@ def check_consumers(
     units."""
     if "consumers" in method.compensation.needs:
         for block, cut in zip(blocks, cuts, strict=True):
-            if cut.width < block.units and isinstance(block, Block):
+            if cut.width < block.units:
                 statistics.check_consumer(block, cut.width, cut.units)
 
 

@@ -5,7 +5,7 @@ which takes about the FLOPs of the experts. Results are cached by content, and a
 at its layer. Knows nothing of methods.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def observed(stack: Stack, moments: RoutedMoments) -> Iterator[None]:
 
     def see(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         called.append(True)
-        for expert, x, weights in routed_tokens(stack, (*args, *kwargs.values())):
+        for expert, _, x, weights in routed_tokens(stack, (*args, *kwargs.values())):
             z = stack.coupled(expert, x)
             norms = torch.linalg.vector_norm(stack.output(expert, z).float(), dim=-1)
             moments.update(expert, z, norms if weights is None else norms * weights.float())
@@ -103,33 +103,39 @@ def observed(stack: Stack, moments: RoutedMoments) -> Iterator[None]:
     with temporary_hooks(iter([stack.module.register_forward_pre_hook(see, with_kwargs=True)])):
         yield
     if not called:
-        raise UsageError(
-            f"the model does not call the module {stack.name}; switch off the fused kernel that takes its "
-            "place."
-        )
+        raise uncalled_experts(stack)
+
+
+def uncalled_experts(stack: Stack) -> UsageError:
+    """The error for a stack whose module is never called, though its weights may be used."""
+    return UsageError(
+        f"the model does not call the module {stack.name}; switch off the fused kernel that takes its place."
+    )
 
 
 def routed_tokens(
-    stack: Stack, given: Sequence[torch.Tensor]
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    stack: Stack, given: Sequence[torch.Tensor], only: Container[int] | None = None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """The tokens of each expert that has some, from what the module of the experts is given.
 
     Args:
         stack: the experts.
         given: what its module's forward is called with.
+        only: the experts that are asked for; None for all.
 
     Yields:
-        The expert, its inputs (tokens, hidden size), and the router's weights for them (tokens,); None where
-        the weights are in the inputs already.
+        The expert, the indices of its tokens (tokens,), its inputs (tokens, hidden size), and the router's
+        weights for them (tokens,); None where the weights are in the inputs already.
     """
     if stack.record.scales_input:  # rows expert by expert, zero for tokens of others
         rows = given[0].view(stack.experts, -1, stack.hidden_size)
         for expert, own in enumerate(rows):
-            own = own[own.abs().amax(-1) > 0]
-            if len(own):
-                yield expert, own, None
+            token = (own.abs().amax(-1) > 0).nonzero().flatten()
+            if len(token) and (only is None or expert in only):
+                yield expert, token, own[token], None
         return
     x, index, weights = given[:3]
     for expert in index.unique().tolist():
-        token, place = (index == expert).nonzero(as_tuple=True)
-        yield expert, x[token], weights[token, place]
+        if only is None or expert in only:
+            token, place = (index == expert).nonzero(as_tuple=True)
+            yield expert, token, x[token], weights[token, place]

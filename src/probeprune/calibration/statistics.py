@@ -85,16 +85,17 @@ class Statistics:
             if damage is None or damage.curve.shape != (block.units + 1,):
                 raise UsageError(f"there is no damage curve that fits {block.name}; prepare this very model.")
 
-    def check_consumer(self, block: Block, width: int, units: torch.Tensor | None) -> Consumer:
-        """The refitted consumer of a block.
+    def check_consumer(self, block: Prunable, width: int, units: torch.Tensor | None) -> Consumer:
+        """The refitted consumer of a block, or those of a stack of experts.
 
         Raises `UsageError` unless it was made for these units, or for `width` units that the refit chose.
         """
         consumer = self.consumers.get(block.name)
-        fits = consumer is not None and len(consumer.units) == width
+        of_one = 1 if isinstance(block, Stack) else block.unit_width
+        fits = consumer is not None and consumer.units.shape[-1] == width
         if consumer is not None and units is not None:
             fits = consumer.units.equal(units.cpu())
-        if consumer is None or not fits or consumer.weight.shape[1] != width * block.unit_width:
+        if consumer is None or not fits or consumer.weight.shape[-1] != width * of_one:
             raise UsageError(
                 f"there is no consumer of {block.name} refitted to the units it keeps; prepare this model, "
                 "method and ratio: probeprune.prepare."

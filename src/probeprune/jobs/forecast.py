@@ -158,10 +158,10 @@ def _figures(model: Any, job: Job) -> Figures:
     blocks, length = find_parts(model), max(job.texts.calibration.length, 1)
     config = text_config(model.config)
     width, vocabulary = config.hidden_size, config.vocab_size
-    heads = sum(b.kv_heads * b.head_dim for b in blocks if isinstance(b, Block) and b.kind == "attention")
+    cached = sum(b.cached_numbers(b.units) for b in blocks if isinstance(b, Block) and b.kind == "attention")
     itemsize = job.dtype_to_save.itemsize
     parameters = sum(p.numel() for p in model.parameters())
-    kv = 2 * heads * itemsize
+    kv = cached * itemsize
     active = Rehearsal(model, job.dtype_to_save, job.device).layer_pass(Batch(1, length))
     return Figures(
         parameters=parameters,
@@ -344,6 +344,11 @@ def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
         flops += min(text.windows, how.windows) * text.length * passes * dense
         for b, k in zip(blocks, kept, strict=True):
             if isinstance(b, Stack):
+                if k < b.units:
+                    width = b.width if chosen else k
+                    seen = min(text.windows, how.windows) * text.length * b.per_token
+                    flops += seen * 2 * width * (width + b.hidden_size)
+                    double += b.experts * (16 if chosen else 2) * width**3 / 3
                 continue
             width = b.width if chosen else k * b.unit_width
             if k < b.units:

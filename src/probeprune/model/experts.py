@@ -291,7 +291,7 @@ def _stack(
             f"the config says {record.per_token_field} {per_token}, and {name} holds {experts} experts; get "
             "the checkpoint again."
         )
-    groups = [int(getattr(config, field)) for field in record.group_fields or ()] or [1, 1]
+    groups = [int(getattr(config, field) or 1) for field in record.group_fields or ()] or [1, 1]
     router = [owner._parameters.get(key) for owner, key in (entry_of(layer, path) for path in record.router)]
     entries = [p for p in router if p is not None]
     beside = [p for p in (attribute(layer, path) for path in record.beside) if p is not None]

@@ -19,17 +19,27 @@ class AttentionRecord:
     module: str = "self_attn"
     norm: str | tuple[str, ...] | None = "input_layernorm"
     """Of several paths, the first that a layer has; None for a block that reads the residual stream."""
-    query: str = "q_proj"
+    query: str | tuple[str, ...] = "q_proj"
     key: str = "k_proj"
-    value: str = "v_proj"
-    """Query, key and value may all name the same linear map, see `fused`."""
+    value: str | tuple[str, ...] = "v_proj"
+    """Query, key and value may all name the same linear map, see `fused`. Of several paths, the first that a
+    module has: values may be what the map of keys makes."""
     output: str = "o_proj"
-    fused: Literal["stacked", "by group"] | None = None
+    fused: Literal["stacked", "by group", "by head"] | None = None
     """Order of the rows of a map that makes queries, keys and values together: all queries, then all keys,
     then all values (`stacked`), or key-value head by key-value head its queries, its key and its value
-    (`by group`)."""
+    (`by group`). Of one that makes keys and values alone, for every query head its own: head by head its key
+    and its value (`by head`)."""
+    latents: tuple[str, ...] = ()
+    """Linear maps in front of those that all heads read, which stay: a module need not have all of them. The
+    last makes all that a KV cache holds where the module has `expands`."""
+    expands: str | None = None
+    """The method by which a module makes keys and values from what a KV cache holds; where it lacks that, the
+    cache holds keys and values (`transformers` before 5.15)."""
     head_dim: str = "head_dim"
     """The module's attribute that holds its head size."""
+    value_dim: str | None = None
+    """The same of values alone, where that of queries and keys is another."""
     query_count: str | None = None
     """Where the module's forward reads its number of query heads: an attribute of the module or of its config
     (`config.num_attention_heads`). None if it does not read one."""

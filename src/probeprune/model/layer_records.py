@@ -14,6 +14,12 @@ def attribute(module: Any, path: str) -> Any:
     return module
 
 
+def first_of(module: nn.Module, paths: str | tuple[str, ...]) -> str:
+    """The path, of several the first where the module has something, else the first."""
+    names = (paths,) if isinstance(paths, str) else paths
+    return next((n for n in names if attribute(module, n) is not None), names[0])
+
+
 def has_block(layer: nn.Module, family: Family, record: AttentionRecord | MlpRecord | MixerRecord) -> bool:
     """Whether a layer has a block; layers of families that are no hybrids have all blocks."""
     if record.only_in is not None:
@@ -41,7 +47,4 @@ def mlp_record(family: Family, layer: nn.Module, config: Any) -> tuple[MlpRecord
 
 def norm_at(layer: nn.Module, paths: str | tuple[str, ...] | None) -> nn.Module | None:
     """The norm at a path; of several paths, the first where the layer has one; None for no path."""
-    if paths is None:
-        return None
-    names = (paths,) if isinstance(paths, str) else paths
-    return layer.get_submodule(next((n for n in names if attribute(layer, n) is not None), names[0]))
+    return None if paths is None else layer.get_submodule(first_of(layer, paths))

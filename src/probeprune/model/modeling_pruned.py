@@ -155,7 +155,7 @@ class _Narrow(PreTrainedModel):
 
         Raises `ValueError` for others: the paged cache has one size for all layers.
         """
-        makes_keys = ("k_proj", "qkv_proj", "query_key_value", "c_attn")
+        makes_keys = ("k_proj", "kv_b_proj", "qkv_proj", "query_key_value", "c_attn")
         heads = {getattr(layer, "num_key_value_heads", None) for layer in self.config.per_layer_config}
         if len(heads) > 1 or any(path.endswith(makes_keys) for path in getattr(self.config, "pruned", {})):
             raise ValueError(

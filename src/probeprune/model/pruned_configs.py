@@ -88,7 +88,7 @@ def plain_candidates(
         raise Unfit(f"{type(base).__name__} has no field for the width of its MLPs")
     changes = {k: v for k, v in widths.items() if _said(base, k, v) != v}
     head_dim = attention.head_dim
-    if _says_head_dim(type(base)):
+    if _says_head_dim(type(base), family):
         tied = base.hidden_size == attention.query_heads * head_dim
         if getattr(base, "head_dim", None) not in (None, head_dim) or not tied:
             changes["head_dim"] = head_dim
@@ -180,7 +180,7 @@ def _per_layer_candidates(
     layers = _layer_fields(model, base, blocks, all if in_place else any)
     head_dim = next(b.head_dim for b in blocks if b.kind == "attention")
     yield type(base), _with_layers(fields, layers)
-    if fields.get("head_dim") != head_dim and _says_head_dim(type(base)):
+    if fields.get("head_dim") != head_dim and _says_head_dim(type(base), find_family(model)):
         yield type(base), _with_layers({**fields, "head_dim": head_dim}, layers)
     twin = find_family(model).twin
     if not in_place and twin is not None:
@@ -258,9 +258,10 @@ def _head_fields(block: Block) -> dict[str, Any]:
     return {"num_attention_heads": block.query_heads, "num_key_value_heads": block.kv_heads}
 
 
-def _says_head_dim(config_class: type) -> bool:
-    """Whether configs of a class can be told the size of heads; Falcon's work it out."""
-    return not isinstance(getattr(config_class, "head_dim", None), property)
+def _says_head_dim(config_class: type, family: Family) -> bool:
+    """Whether `head_dim` of configs of a class is the size of heads: Falcon's work it out, and where keys are
+    made from latents it is that of the part with positions."""
+    return not family.attention.latents and not isinstance(getattr(config_class, "head_dim", None), property)
 
 
 def _said(config: Any, name: str, default: Any) -> Any:

@@ -25,6 +25,14 @@ def shared_mlp(path: str, width_field: str | None = None) -> MlpRecord:
     )
 
 
+ROUTED_BY_GROUP = ExpertsRecord(
+    router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    count_field="n_routed_experts",
+    group_fields=("n_group", "topk_group"),
+    shared=shared_mlp("mlp.shared_experts"),
+    shared_times="n_shared_experts",
+)
+"""Experts of the DeepSeek-V3 kind: in groups, with a correction of their scores and shared ones beside."""
 GRANITE_MOE = replace(
     MIXTRAL,
     module="block_sparse_moe.experts",
@@ -33,14 +41,6 @@ GRANITE_MOE = replace(
     counts=("block_sparse_moe.experts.num_experts", "block_sparse_moe.router.num_experts"),
     widths=("block_sparse_moe.experts.intermediate_dim",),
 )
-GLM_MOE = ExpertsRecord(
-    router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-    count_field="n_routed_experts",
-    group_fields=("n_group", "topk_group"),
-    shared=shared_mlp("mlp.shared_experts"),
-    shared_times="n_shared_experts",
-)
-"""Groups of experts, whose scores have a correction, beside a shared MLP."""
 QWEN_MOE = ExpertsRecord(
     beside=("mlp.shared_expert_gate.weight",),
     shared=shared_mlp("mlp.shared_expert", "shared_expert_intermediate_size"),
@@ -96,7 +96,7 @@ SPARSE: tuple[Family, ...] = (
     Family(
         "GLM-4.5, GLM-4.6",
         ("glm4_moe",),
-        experts=GLM_MOE,
+        experts=ROUTED_BY_GROUP,
     ),
     Family(
         "ERNIE 4.5 MoE",

@@ -50,6 +50,25 @@ class StackCut:
             self._put(stack.module, f"{record.producer}_bias", 1, rows)
         self._count(record.widths, units.shape[1])
 
+    @torch.no_grad()
+    def replace_consumers(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Give the experts that are shown another `down_proj`, behind `keep`.
+
+        Args:
+            weight: of each (experts, hidden size, channels).
+            bias: of each (experts, hidden size); None leaves what is there.
+        """
+        assert self._tensors  # what is shown is a copy
+        own: Any = self.stack.module._parameters["down_proj"]
+        own.copy_(weight.mT if self.stack.record.transposed else weight)
+        if bias is not None:
+            every = torch.arange(self.stack.experts, device=bias.device)
+            self._put(
+                self.stack.module, "down_proj_bias", 0, every
+            )  # channels leave it as it is: no copy yet
+            beside: Any = self.stack.module._parameters["down_proj_bias"]
+            beside.copy_(bias)
+
     def _put(self, owner: nn.Module, key: str, axis: int, index: torch.Tensor) -> None:
         """Put the entries of a tensor that stay in its place; an index (experts, n) differs by expert."""
         table: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
@@ -74,7 +93,7 @@ class StackCut:
 
     def restore(self) -> None:
         """Put the same tensors back in their place, and what forward passes read of them."""
-        for table, key, old in self._tensors:
+        for table, key, old in reversed(self._tensors):
             now: torch.Tensor = table[key]
             if (now.device, now.dtype) != (old.device, old.dtype):  # the model was moved or cast
                 old.data = old.data.to(now.device, now.dtype)

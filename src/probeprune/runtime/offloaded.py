@@ -8,10 +8,10 @@ import torch
 
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
+from probeprune.expert_cuts import ExpertCut
 from probeprune.model.blocks import Block, find_layers
 from probeprune.model.forwards import replace_forward
 from probeprune.model.layers import RunPass, on_layers
-from probeprune.model.stack_cut import StackCut
 from probeprune.plan import Kept, kept_of
 from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.handle import HANDLE, Handle
@@ -37,7 +37,7 @@ class OffloadedHandle(Handle):
         self._cuts, self._statistics = cuts, statistics
         return []
 
-    def _take_stacks(self, cuts: Sequence[Cut]) -> list[tuple[StackCut, torch.Tensor]]:
+    def _take_stacks(self, cuts: Sequence[Cut], statistics: Statistics) -> list[ExpertCut]:
         """None either."""
         return []
 

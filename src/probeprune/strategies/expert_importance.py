@@ -69,8 +69,8 @@ EXPERT_IMPORTANCES: dict[str, ExpertImportance] = {
 }
 """Importances of whole experts by name: `g` is the router's weight of an expert, `f` its output."""
 
-CHANNEL_IMPORTANCES = ("ppsp", "wanda-sp", "flap", "magnitude", "random")
-"""Importances that are defined for channels of experts."""
+CHANNEL_IMPORTANCES = ("ppsp", "wanda-sp", "flap", "magnitude", "random", "obs")
+"""Importances that are defined for channels of experts; by `obs` the refit orders them."""
 
 
 def channel_scores(stack: Stack, importance: str, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
