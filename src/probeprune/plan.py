@@ -131,7 +131,13 @@ def expert_scores(method: Method, stack: Stack, statistics: Statistics) -> Score
                 stacklevel=2,
             )
     if stack.unit == "expert":
-        scores = EXPERT_IMPORTANCES[method.expert_importance].score(stack, moments, method.seed)
+        rule = EXPERT_IMPORTANCES[method.expert_importance]
+        if rule.exchange and (moments is None or len(moments.exchange) != 2 * stack.experts):
+            raise UsageError(
+                f"the statistics do not say what each expert's leaving changes in {stack.name}; prepare this "
+                "model and method: probeprune.prepare."
+            )
+        scores = rule.score(stack, moments, method.seed)
     else:
         scores = channel_scores(stack, method.importance, moments, method.seed)
     if not scores.is_meta and not torch.isfinite(scores).all():

@@ -15,6 +15,7 @@ from probeprune.algebra.elimination import eliminate_fitted
 from probeprune.algebra.least_squares import Equations, Gram, squared_error
 from probeprune.algebra.moments import Moments
 from probeprune.algebra.precision import choosing_dtype
+from probeprune.calibration import leaving
 from probeprune.calibration.expert_refit import experts_at_once, moment_bytes
 from probeprune.model.blocks import Block, Member, find_layers
 from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
@@ -25,6 +26,7 @@ from probeprune.model.layers import LayerRunner, capture
 from probeprune.strategies.compensation import Refit
 from probeprune.strategies.criteria import CRITERIA, Gradients, Settled
 
+_SIZES = ("per_token", "hidden_size", "experts")
 _SMALL = 160
 """Channels of a block whose algebra is run to see what it takes."""
 
@@ -47,15 +49,21 @@ def moments(rehearsal: Rehearsal, batch: Batch, windows: int, own_positions: int
     return Phase("moments", live.peak, states, kept=4 * rows * all_channels)
 
 
-def routed(rehearsal: Rehearsal, batch: Batch, windows: int) -> Phase:
+def routed(rehearsal: Rehearsal, batch: Batch, windows: int, exchange: bool = False) -> Phase:
     """The part of the work that collects moments of experts (`routed.routed_moments`), at most: all tokens of
-    a batch go to one expert, whose activations are computed once more beside the layer's own."""
+    a batch go to one expert, whose activations are computed once more beside the layer's own. With
+    `exchange`, what the output changes by when an expert leaves (`leaving.exchange_moment`) comes to that."""
     batch = Batch(min(batch.size, windows), batch.length)
     widest = max(s.width for s in rehearsal.stacks)
     again = batch.tokens * (2 * rehearsal.stacks[0].hidden_size + 3 * widest) * rehearsal.dtype.itemsize
     again += 2 * 4 * batch.tokens * widest  # in float32, and its squares
     states = states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
     held = 4 * 2 * sum(s.experts * s.width for s in rehearsal.stacks)
+    if exchange:
+        held += 4 * sum((2 * s.experts) ** 2 for s in rehearsal.stacks)
+        k, d, experts = (max(getattr(s, n) for s in rehearsal.stacks) for n in _SIZES)
+        # Changes, contributions, both in a row, an expert's part; shares; the router without an expert.
+        again += 4 * leaving.TOKENS * (6 * k * d + (k + 2) * experts) + 2 * 4 * experts * d
     return Phase("moments of experts", rehearsal.layer_pass(batch) + again, states, kept=held)
 
 

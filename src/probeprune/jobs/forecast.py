@@ -29,6 +29,7 @@ from probeprune.plan import Kept, expert_needs, loses_experts, needs, needs_for,
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import Refit
+from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.schedule import Once
@@ -284,7 +285,8 @@ def _statistics(
         phases.append(footprints.moments(dense, batch, text.windows, own))
         held += phases[-1].kept
     if "routed" in parts:
-        phases.append(_with(footprints.routed(dense, batch, text.windows), held))
+        exchange = method.experts == "expert" and EXPERT_IMPORTANCES[method.expert_importance].exchange
+        phases.append(_with(footprints.routed(dense, batch, text.windows, exchange), held))
         held = phases[-1].kept
     if "saliences" in parts:
         criterion = str(IMPORTANCES[method.importance].criterion)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from probeprune.algebra.leaving import leaving_order
 from probeprune.algebra.routed_moments import RoutedMoments
 from probeprune.model.experts import Stack
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
@@ -24,6 +25,8 @@ class ExpertImportance:
     formula: str
     routed: bool = True
     """Whether it reads the moments."""
+    exchange: bool = False
+    """Whether it reads what the output changes by when an expert leaves."""
 
 
 def reap(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
@@ -46,6 +49,20 @@ def frequency(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.T
     return moments.count / moments.tokens.clamp_min(1)
 
 
+def refit(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
+    """The squared error per token of the layer's experts when it has left, and all that leave before it
+    (`leaving.leaving_order`): their tokens go to the experts that the router takes without them, and those
+    that are left have been given the best scale each. An order by elimination, one expert after the other."""
+    assert moments is not None
+    order, damages = leaving_order(moments.exchange / moments.tokens.clamp_min(1))
+    ranks = torch.arange(len(order), dtype=damages.dtype, device=damages.device)
+    scores = torch.empty_like(damages)
+    scores[order] = (
+        damages + 1e-6 * damages[-1] * ranks
+    )  # where the error stays, who leaves later is worth more
+    return scores.float()
+
+
 def magnitude(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
     """Control: 2-norm of all weights of an expert's matrices."""
     squares = torch.zeros(stack.experts, dtype=torch.float32, device=stack.device)
@@ -64,6 +81,9 @@ EXPERT_IMPORTANCES: dict[str, ExpertImportance] = {
     "reap": ExpertImportance(reap, "mean over its tokens of g(x) norm2(f(x))"),
     "total": ExpertImportance(total, "sum over its tokens of g(x) norm2(f(x)), over all tokens"),
     "frequency": ExpertImportance(frequency, "share of tokens routed to it"),
+    "refit": ExpertImportance(
+        refit, "squared error when it leaves, others taking over and rescaled, one by one", exchange=True
+    ),
     "magnitude": ExpertImportance(magnitude, "norm2 of its weights", routed=False),
     "random": ExpertImportance(random, "uniform random numbers", routed=False),
 }
