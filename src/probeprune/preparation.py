@@ -97,19 +97,22 @@ def gather(
     """
     blocks = plan.parts_of(model, method)
     parts = plan.needs_for(method, blocks)
+    channels = plan.loses_experts(method, blocks) and method.experts == "channel"
     pieces: dict[Part, dict[str, Any]] = {}
     if "moments" in parts:
         pieces["moments"] = get(Piece("moments", {"own_positions": _own_positions(method)}, method))
     if "routed" in parts:
         pieces["routed"] = get(Piece("routed", _routed_settings(method), method))
     if "saliences" in parts:
-        pieces["saliences"] = get(Piece("saliences", _salience_settings(method), method))
+        settings = _salience_settings(method)
+        settings |= {"experts": True} if channels else {}
+        pieces["saliences"] = get(Piece("saliences", settings, method))
     if "damages" in parts:
         pieces["damages"] = get(
             Piece("damages", {**_curve_settings(method), "budget": method.budget}, method)
         )
     statistics = Statistics(**pieces)
-    statistics.check(parts, blocks)
+    statistics.check(parts, blocks, channels)
     if "consumers" in parts and ratio:
         scores = plan.all_scores(model, method, blocks, statistics)
         keep = widths or plan.widths(method, ratio, blocks, scores, statistics)
@@ -275,6 +278,7 @@ class Preparation:
                 piece.settings["criterion"],
                 gradients=method.gradient_settings,
                 seed=method.seed,
+                experts=bool(piece.settings.get("experts")),
                 cache=self.cache,
                 progress=self.progress,
             )

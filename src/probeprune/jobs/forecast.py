@@ -293,7 +293,8 @@ def _statistics(
         wide = dense
         if job.dtype.itemsize < 4:
             wide = Rehearsal(dense.model, torch.float32, job.device, method.unit_kind)
-        phases += footprints.saliences(dense, wide, criterion, method.gradient_settings)
+        channels = method.experts == "channel" and loses_experts(method, dense.stacks)
+        phases += footprints.saliences(dense, wide, criterion, method.gradient_settings, channels)
     how = method.refit or Refit()
     chosen = "consumers" in parts and method.ordered_by_refit
     if "damages" in parts or (chosen and how.sensitivity):

@@ -5,14 +5,14 @@ statistics are those of its tokens. Whole experts have importances of their own,
 Scores are float32; larger is more important.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from probeprune.algebra.leaving import leaving_order
 from probeprune.algebra.routed_moments import RoutedMoments
-from probeprune.model.experts import Stack
+from probeprune.model.experts import Expert, Stack
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
 
 
@@ -90,13 +90,36 @@ EXPERT_IMPORTANCES: dict[str, ExpertImportance] = {
 """Importances of whole experts by name: `g` is the router's weight of an expert, `f` its output."""
 
 CHANNEL_IMPORTANCES = ("ppsp", "wanda-sp", "flap", "magnitude", "random", "obs")
-"""Importances that are defined for channels of experts; by `obs` the refit orders them."""
+"""Importances that are defined for channels of experts beside those from gradients; by `obs` the refit orders
+them."""
 
 
-def channel_scores(stack: Stack, importance: str, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
-    """Scores of the channels of each expert by an importance of blocks: (experts, channels)."""
+def scores_channels(importance: str) -> bool:
+    """Whether an importance of blocks is defined for channels of experts."""
+    return importance in CHANNEL_IMPORTANCES or IMPORTANCES[importance].criterion is not None
+
+
+def channel_scores(
+    stack: Stack,
+    importance: str,
+    moments: RoutedMoments | None,
+    seed: int,
+    saliences: Mapping[str, torch.Tensor] | None = None,
+    reduction: str = "sum",
+) -> torch.Tensor:
+    """Scores of the channels of each expert by an importance of blocks: (experts, channels).
+
+    Args:
+        stack: the experts.
+        importance: a key of `IMPORTANCES`.
+        moments: of the experts, where it reads them.
+        seed: for random numbers.
+        saliences: of the stack's `gate_up_proj` and `down_proj`, by these names, where it reads them:
+            (experts, rows or columns).
+        reduction: how those of a channel's matrices are combined.
+    """
     score = IMPORTANCES[importance].score
-    assert score is not None and importance in CHANNEL_IMPORTANCES
+    assert score is not None and scores_channels(importance)
     if importance == "random":
         return _uniform(stack, (stack.experts, stack.width), seed)
     energy = None if moments is None else moments.sample_energy
@@ -110,10 +133,21 @@ def channel_scores(stack: Stack, importance: str, moments: RoutedMoments | None,
                 ColumnNorms.of(expert),
                 energy=None if energy is None else energy[i],
                 variance=None if variance is None else variance[i],
+                saliences=() if saliences is None else _parts(expert, saliences, i),
+                reduction=reduction,
             )
         )
 
     return torch.stack([own(i) for i in range(stack.experts)])
+
+
+def _parts(expert: Expert, saliences: Mapping[str, torch.Tensor], index: int) -> tuple[torch.Tensor, ...]:
+    """One tensor (channels,) for each part of an expert's matrices."""
+    keys = [*["gate_up_proj"] * (len(expert.members) - 1), "down_proj"]
+    return tuple(
+        saliences[key][index].narrow(0, m.start, expert.units * m.width).view(expert.units, m.width).sum(1)
+        for key, m in zip(keys, expert.members, strict=True)
+    )
 
 
 def by_rank(scores: torch.Tensor) -> torch.Tensor:
