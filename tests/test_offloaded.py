@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from probeprune.engines import gguf_write
 from probeprune.errors import UsageError
 from probeprune.evaluation.likelihood import Request, make_batches, score
 from probeprune.evaluation.perplexity import perplexity
+from probeprune.model import checkpoint, shards
 from probeprune.model.families import find_family
 from probeprune.model.hidden_states import HiddenStates, Room
 from probeprune.model.identity import model_fingerprint
-from probeprune.model.offloading import in_memory, is_offloaded, named_weights
+from probeprune.model.offloading import changes_of, in_memory, is_offloaded, named_weights
 from probeprune.plan import needs
 from probeprune.strategies.schedule import Once
 
@@ -94,6 +96,25 @@ def test_pruned_and_saved_a_layer_at_a_time(method, family, tmp_path):
     here, there = opened(tmp_path / "here"), opened(tmp_path / "there")
     for (name, p), (same, q) in zip(here.named_parameters(), there.named_parameters(), strict=True):
         assert name == same and p.equal(q)
+
+
+def test_layers_that_become_shards_by_a_link_need_no_room(tmp_path, monkeypatch):
+    model = on_disk(FAMILIES["llama-gqa"](), tmp_path / "dense")
+    prune(model, small("magnitude"), 0.3)
+    changes = changes_of(model)
+    linked = sum(file.stat().st_size for file in changes.iterdir())
+    whole = sum(p.nbytes for p in model.parameters())
+    assert linked > 0.1 * whole
+    usage = type("Usage", (), {"free": whole - linked // 2 + checkpoint._HEADROOM})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    save(model, tmp_path / "out")
+    elsewhere = Path("/dev/shm") / tmp_path.name
+    if elsewhere.parent.is_dir() and elsewhere.parent.stat().st_dev != changes.stat().st_dev:
+        with pytest.raises(UsageError, match="and its disk has"):
+            save(model, elsewhere)
+    monkeypatch.setattr(shards, "_ready", lambda model, shapes: None)
+    with pytest.raises(UsageError, match="and its disk has"):
+        save(model, tmp_path / "copied")
 
 
 @pytest.mark.parametrize("method", ["dense", *STATIC, *DYNAMIC])

@@ -26,6 +26,7 @@ from probeprune.model.experts import Stack, find_stacks
 from probeprune.model.families import find_family
 from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.layers import Captured, LayerRunner, capture
+from probeprune.model.multimodal import text_config
 from probeprune.model.partition import Partition
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.processes import shares
@@ -107,7 +108,9 @@ def refit(
         with shares.alike():
             runner = LayerRunner(model, parts, hidden=kept.stream("dense", len(parts)))
         added = not find_family(model).norm_last
-        return _LayerwiseRefit(runner, request, how, first_held, added, kept).run(blocks, stacks, progress)
+        size = text_config(model.config).hidden_size
+        one = _LayerwiseRefit(runner, request, how, first_held, added, size, kept)
+        return one.run(blocks, stacks, progress)
 
 
 def _split(windows: torch.Tensor, how: Refit) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,6 +134,7 @@ class _LayerwiseRefit:
         first_held: index of the first held-out batch.
         kept: where the pass begins, and takes down how far it has come.
         added: whether consumers' outputs are added to the residual stream without a norm.
+        hidden_size: that of the residual stream.
         parallel: whether the attention and the MLP of the current layer read one residual.
         experts: the refit of the current layer's experts, if they are cut.
         dense, pruned: hidden states in front of the current layer, by batch; the same list until the first
@@ -144,10 +148,11 @@ class _LayerwiseRefit:
         how: Refit,
         first_held: int,
         added: bool,
+        hidden_size: int,
         kept: Unfinished,
     ) -> None:
         self.layers, self.request, self.how = layers, request, how
-        self.first_held, self.added, self.kept = first_held, added, kept
+        self.first_held, self.added, self.hidden_size, self.kept = first_held, added, hidden_size, kept
         self.parallel = False
         self.partitions: dict[str, Partition] = {}
         self.experts: StackRefit | None = None
@@ -198,7 +203,9 @@ class _LayerwiseRefit:
         if stack is None:
             yield
             return
-        share = self.how.share if self.how.sequential and self.added else 0.0
+        # Behind experts that work on a latent comes another map, as a norm does elsewhere.
+        beside = self.added and stack.hidden_size == self.hidden_size
+        share = self.how.share if self.how.sequential and beside else 0.0
         wanted = self.dense.beside() if self.how.sequential else None
         cut, metric = self.request.cuts[stack.name], self.request.metrics.get(stack.name)
         self.experts = StackRefit(stack, cut, self.how, self.first_held, share, metric, wanted)

@@ -25,7 +25,7 @@ from probeprune.model.nemotron_nas import nemotron_config
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.older_names import add_rope_fields, rename_tokenizer
 from probeprune.model.processor_files import take_processor_along
-from probeprune.model.shards import save_by_layer
+from probeprune.model.shards import bytes_to_write, save_by_layer
 from probeprune.places import check_free, resolved, writing
 
 MODELLING_FILE = "modeling_pruned.py"
@@ -65,8 +65,11 @@ def save(
     target = Path(path)
     check_free(target)
     exported = export(model, layout)
-    tensors = {id(t): t for t in exported.state_dict().values()}.values()
-    check_space(target, sum(t.numel() * t.element_size() for t in tensors))
+    if is_offloaded(exported):
+        check_space(target, bytes_to_write(exported, _existing(target)))
+    else:
+        tensors = {id(t): t for t in exported.state_dict().values()}.values()
+        check_space(target, sum(t.nbytes for t in tensors))
     with writing(target) as folder:
         with quiet_libraries(bars=False):
             _save_model(exported, folder)
@@ -92,14 +95,18 @@ def save(
 
 def check_space(target: Path, size: int) -> None:
     """Raise `UsageError` unless the disk of `target` has room for `size` bytes of weights."""
-    real = resolved(target)
-    folder = next(p for p in (real, *real.parents) if p.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_existing(target)).free
     if free < size + _HEADROOM:
         raise UsageError(
             f"{target} needs {(size + _HEADROOM) / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB "
             "left; free some space or choose another directory."
         )
+
+
+def _existing(target: Path) -> Path:
+    """The folder that there is where `target` is to be made."""
+    real = resolved(target)
+    return next(p for p in (real, *real.parents) if p.exists())
 
 
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
