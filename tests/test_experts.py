@@ -522,7 +522,6 @@ def test_experts_without_tokens_score_lowest_and_are_named():
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"importance": "param_first"}, "importance param_first is not defined for their channels"),
         ({"base": "best-static", "experts": "expert"}, "a refit makes up for channels of experts, not for"),
         ({"allocation": "damage"}, "the damage of cutting experts is not measured"),
     ],
@@ -535,10 +534,9 @@ def test_what_is_not_defined_for_experts_leaves_them_and_says_so(changes, why):
     with pytest.raises(UsageError, match=f"experts stay whole, because {why}"):
         prune(model, compose(method, blocks=("experts",)), 0.2, calibration=WINDOWS)
     whole = [s.units for s in find_stacks(model)]
-    if "importance" not in changes:  # gradients need longer windows
-        with pytest.warns(Notice, match=f"experts stay whole, because {why}"):
-            prune(model, method, 0.1, calibration=WINDOWS)
-        assert [s.units for s in find_stacks(model)] == whole
+    with pytest.warns(Notice, match=f"experts stay whole, because {why}"):
+        prune(model, method, 0.1, calibration=WINDOWS)
+    assert [s.units for s in find_stacks(model)] == whole
 
 
 def test_settings_that_cannot_be():

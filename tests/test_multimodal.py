@@ -70,7 +70,7 @@ def beside_text(model) -> dict[str, torch.Tensor]:
 
 
 def test_every_class_has_a_tiny_model():
-    types = {name.split()[0] for name in tiny_multimodal.ROWS}
+    types = {name.split()[0] for name in (*tiny_multimodal.ROWS, *tiny_multimodal.SPARSE)}
     assert types == {t for m in MULTIMODAL for t in m.model_types}
 
 

@@ -18,7 +18,8 @@ from probeprune.model.modeling_pruned import has_own_layers
 class Multimodal:
     """One class of multimodal models, as data.
 
-    Its config holds that of the language model as `text_config`; the output head is that of the whole.
+    Its config holds that of the language model as `text_config`; the output head is that of the whole, which
+    may have it inside the language model.
     """
 
     name: str
@@ -41,6 +42,10 @@ MULTIMODAL: tuple[Multimodal, ...] = (
     Multimodal("Qwen2.5-VL", ("qwen2_5_vl",), ("qwen2_5_vl_text",)),
     Multimodal("Qwen3-VL", ("qwen3_vl",), ("qwen3_vl_text",)),
     Multimodal("Qwen3.5", ("qwen3_5",), ("qwen3_5_text",)),
+    Multimodal("Qwen3-VL MoE", ("qwen3_vl_moe",), ("qwen3_vl_moe_text",)),
+    Multimodal("Qwen3.5 MoE", ("qwen3_5_moe",), ("qwen3_5_moe_text",)),
+    Multimodal("GLM-4.5V", ("glm4v_moe",), ("glm4v_moe_text",)),
+    Multimodal("LLaMA 4", ("llama4",), ("llama4_text",), text="language_model.model"),
     Multimodal("LLaVA 1.5, 1.6 (LLaVA-NeXT)", ("llava", "llava_next"), _OF_LLAVA),
     Multimodal("InternVL 3", ("internvl",), ("qwen2", "qwen3")),
     Multimodal("Idefics 3, SmolVLM", ("idefics3", "smolvlm"), ("llama", "mistral"), text="model.text_model"),
