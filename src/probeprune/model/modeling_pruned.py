@@ -182,8 +182,9 @@ def _without_overrides(config: Any) -> Iterator[None]:
 
 def has_own_layers(config_class: Any) -> bool:
     """Whether every config of a class has fields of single layers, which the family's own code reads (Gemma
-    4, whose layers have two sizes of heads)."""
-    return bool(_default_config(config_class).is_heterogeneous)
+    4, whose layers have two sizes of heads; the first releases say the second size in `global_head_dim`)."""
+    default = _default_config(config_class)
+    return bool(default.is_heterogeneous) or hasattr(default, "global_head_dim")
 
 
 @cache
