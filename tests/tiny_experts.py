@@ -99,6 +99,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "use_bias": True,
     },
+    "granitemoeshared": {**MIXTRAL, "shared_intermediate_size": 40, "residual_multiplier": 0.5},
+    "dots1": {**SHARED, "attention_bias": True, "sliding_window": 8},
+    "solar_open": SHARED,
+    "exaone_moe": {
+        **{k: v for k, v in SHARED.items() if k not in ("n_routed_experts", "n_shared_experts")},
+        "num_experts": 8,
+        "num_shared_experts": 2,
+        "sliding_window": 8,
+    },
+    "minimax_m2": MIXTRAL,
     "hunyuan_v1_moe": {"intermediate_size": 24, "num_experts": 6, "moe_topk": 2},
     "llama4_text": {
         "intermediate_size": 24,

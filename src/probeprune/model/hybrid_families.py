@@ -7,7 +7,7 @@ and counts in ratios as such.
 from dataclasses import replace
 
 from probeprune.model.family_records import AttentionRecord, ExpertsRecord, Family, MixerRecord, MlpRecord
-from probeprune.model.sparse_families import GRANITE_MOE, MIXTRAL, QWEN_MOE
+from probeprune.model.sparse_families import GRANITE_MLP, GRANITE_MOE, MIXTRAL, QWEN_MOE
 
 _MAMBA = MixerRecord("mamba", maps=("in_proj",), output="out_proj")
 """A Mamba mixer with one map in front; the second release of Mamba has no other."""
@@ -21,13 +21,6 @@ _FEED_FORWARD = MlpRecord(
 _DELTA = MixerRecord(
     "linear_attn", maps=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), output="out_proj"
 )
-_GRANITE_MLP = MlpRecord(
-    module="shared_mlp",
-    producers=("shared_mlp.input_linear", "shared_mlp.input_linear"),
-    consumer="shared_mlp.output_linear",
-    width_field="shared_intermediate_size",
-)
-
 HYBRID: tuple[Family, ...] = (
     Family(
         "Qwen3.5 (text)",
@@ -76,9 +69,9 @@ HYBRID: tuple[Family, ...] = (
     Family(
         "Granite 4.0",
         ("granitemoehybrid",),
-        mlp=_GRANITE_MLP,
+        mlp=GRANITE_MLP,
         mixers=(_MAMBA,),
-        experts=replace(GRANITE_MOE, shared=_GRANITE_MLP),
+        experts=replace(GRANITE_MOE, shared=GRANITE_MLP),
         norm_last=True,
         logits_over="logits_scaling",
     ),
