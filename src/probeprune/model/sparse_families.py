@@ -125,6 +125,23 @@ SPARSE: tuple[Family, ...] = (
         experts=replace(MIXTRAL, router=("mlp.gate.weight", "mlp.e_score_correction_bias")),
     ),
     Family(
+        "Hunyuan 3",
+        ("hy_v3",),
+        experts=ExpertsRecord(
+            router=("mlp.gate.weight", "mlp.e_score_correction_bias"),
+            shared=shared_mlp("mlp.shared_experts"),
+            shared_times="num_shared_experts",
+        ),
+    ),
+    Family("Mellum 2", ("mellum",), experts=ExpertsRecord()),
+    Family(
+        "FlexOlmo",
+        ("flex_olmo",),
+        attention=AttentionRecord(norm=None, whole=NORMS_OVER_HEADS),
+        experts=replace(MIXTRAL, count_field="num_experts"),
+        norm_last=True,
+    ),
+    Family(
         "ERNIE 4.5 MoE",
         ("ernie4_5_moe",),
         experts=ExpertsRecord(

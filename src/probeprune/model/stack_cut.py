@@ -33,8 +33,7 @@ class StackCut:
         if stack.unit == "expert":
             for key in list(stack.module._parameters):
                 self._put(stack.module, key, 0, units)
-            for path in record.router:
-                owner, key = entry_of(stack.root, path)
+            for _, owner, key in stack.router:
                 self._put(owner, key, _expert_axis(_held(owner, key)), units)
             self._count(record.counts, len(units))
             return
