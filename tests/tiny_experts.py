@@ -143,6 +143,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 8,
         "use_qk_norm": True,
     },
+    "gemma4_text": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 16,
+        "enable_moe_block": True,
+        "num_experts": 6,
+        "top_k_experts": 2,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "deepseek_v2": {
         **SHARED,
         **_LATENT,

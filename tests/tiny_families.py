@@ -28,6 +28,18 @@ _YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+GEMMA4 = {
+    **WINDOWS,
+    "attention_k_eq_v": True,
+    "intermediate_size": 160,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+"""Gemma 4 with two sizes of heads, and no map for values in layers of global attention."""
+
 ROWS: dict[str, dict[str, Any]] = {
     "gemma": {},
     "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **WINDOWS},
@@ -76,6 +88,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "helium": {},
     "ministral": WINDOWS,
     "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}, "sliding_window": 8},
+    "gemma4_text": GEMMA4,
+    "gemma4_text bias": {**GEMMA4, "attention_k_eq_v": False, "attention_bias": True},
     "minicpm3": {**_ONE_EACH, **LATENT, "q_lora_rank": 20, "attention_bias": True, "dim_model_base": 16},
     "minicpm3 plain": {
         **_ONE_EACH,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tiny import SHAPE, noisy, token_ids
-from tiny_families import HYBRIDS
+from tiny_families import GEMMA4, HYBRIDS
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 IMAGE = 120
@@ -33,6 +33,20 @@ ROWS: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4,
         "boi_token_index": 121,
         "eoi_token_index": 122,
+    },
+    "gemma4": {
+        "text_config": {**_TEXT, **GEMMA4, "use_bidirectional_attention": "vision"},
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            **_SIZES,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+        },
+        "audio_token_id": 124,
+        "video_token_id": 123,
     },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": None},
@@ -194,6 +208,11 @@ def batch_of(name: str, count: int = 3) -> dict[str, torch.Tensor]:
         batch["image_sizes"] = torch.tensor([[24, 24]] * count)
     if kind == "gemma3":
         batch["token_type_ids"] = image_tokens
+    if kind == "gemma4":
+        batch["pixel_values"] = pixels[..., :16, :16].reshape(count, 16, 48)
+        places = torch.tensor([[x, y] for y in range(4) for x in range(4)])
+        batch["image_position_ids"] = places.expand(count, 16, 2)
+        batch["mm_token_type_ids"] = image_tokens
     if kind in ("idefics3", "smolvlm"):
         batch["pixel_values"] = pixels[:, None]
     if kind.startswith(("qwen", "glm")):

@@ -17,7 +17,7 @@ from probeprune.ranges import check_fields
 from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import COMPENSATIONS, Compensation, Refit
 from probeprune.strategies.criteria import CRITERIA, Gradients
-from probeprune.strategies.expert_importance import CHANNEL_IMPORTANCES, EXPERT_IMPORTANCES
+from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES, scores_channels
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe import Probe
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
@@ -136,7 +136,7 @@ _EXPERTS_STAY: tuple[tuple[Callable[[Method], bool], str], ...] = (
         "the damage of cutting experts is not measured (allocation {0.allocation})",
     ),
     (
-        lambda m: m.experts == "channel" and m.importance not in CHANNEL_IMPORTANCES,
+        lambda m: m.experts == "channel" and not scores_channels(m.importance),
         "importance {0.importance} is not defined for their channels, only for whole experts "
         "(experts='expert')",
     ),

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -131,12 +131,29 @@ def expert_scores(method: Method, stack: Stack, statistics: Statistics) -> Score
                 stacklevel=2,
             )
     if stack.unit == "expert":
-        scores = EXPERT_IMPORTANCES[method.expert_importance].score(stack, moments, method.seed)
+        rule = EXPERT_IMPORTANCES[method.expert_importance]
+        if rule.exchange and (moments is None or len(moments.exchange) != 2 * stack.experts):
+            raise UsageError(
+                f"the statistics do not say what each expert's leaving changes in {stack.name}; prepare this "
+                "model and method: probeprune.prepare."
+            )
+        scores = rule.score(stack, moments, method.seed)
     else:
-        scores = channel_scores(stack, method.importance, moments, method.seed)
+        scores = channel_scores(
+            stack, method.importance, moments, method.seed, **_saliences(method, stack, statistics)
+        )
     if not scores.is_meta and not torch.isfinite(scores).all():
         raise overflow(stack)
     return scores
+
+
+def _saliences(method: Method, stack: Stack, statistics: Statistics) -> dict[str, Any]:
+    """What channels of experts are scored by, for an importance from gradients."""
+    if IMPORTANCES[method.importance].criterion is None:
+        return {}
+    found = statistics.saliences
+    own = {key: found[f"{stack.name}.{key}"].to(stack.device) for key in ("gate_up_proj", "down_proj")}
+    return {"saliences": own, "reduction": method.gradient_settings.reduction}
 
 
 def static_scores(method: Method, block: Block, statistics: Statistics) -> Scores | None:

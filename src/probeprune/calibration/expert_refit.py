@@ -8,21 +8,18 @@ by the square of the router's weight, as it does in the layer's output.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from probeprune.algebra.least_squares import Gram, squared_error
 from probeprune.calibration.fitting import Fitted, best_fit, eliminated, explained
-from probeprune.calibration.routed import routed_tokens, uncalled_experts
+from probeprune.calibration.routing import routed_tokens, routing
 from probeprune.errors import Notice
 from probeprune.model.experts import Stack
-from probeprune.model.forwards import temporary_hooks
 from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.stack_cut import StackCut
 from probeprune.processes import shares
@@ -36,66 +33,6 @@ AT_ONCE = 2**30
 SCARCE = 1.0
 """How much stronger the damping is for an expert with as many tokens as channels: with t tokens and k
 channels it is `1 + SCARCE k / t` times what the refit asks for."""
-
-
-class Routing:
-    """What the experts of a layer are given in a pass, and what they add.
-
-    Attributes:
-        given: what their module is called with.
-        added: the sum of what they add for each token (tokens, d), float32.
-    """
-
-    given: tuple[torch.Tensor, ...]
-    added: torch.Tensor
-
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-
-    def beside(self, out: torch.Tensor) -> torch.Tensor:
-        """What else reaches the layer's output `out` (batch, length, d): (tokens, d), float32."""
-        return out.flatten(0, -2).float() - self.added
-
-    def parts(self, lacking: torch.Tensor) -> torch.Tensor:
-        """What the output of each of a token's experts is to gain, for them to gain `lacking` (tokens, d)
-        together: (tokens, d), the same for all of them."""
-        if self.stack.record.scales_input:
-            return lacking / self.stack.per_token
-        total = self.given[2].float().sum(-1, keepdim=True)
-        return torch.where(total > 0, lacking / total, 0.0)  # a weight may be too small for the dtype
-
-
-class _Reached(Exception):
-    """Stops a forward pass in front of the experts."""
-
-
-@contextmanager
-def routing(stack: Stack, stop: bool = False) -> Iterator[Routing]:
-    """Watch the experts in the pass inside the context.
-
-    With `stop`, the pass ends in front of them and leaves the context; nothing is added then. Raises
-    `UsageError` where the model does not call the module that holds them.
-    """
-    seen = Routing(stack)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.given = (*args, *kwargs.values())
-        if stop:
-            raise _Reached
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if stack.record.scales_input:
-            output = output.view(stack.experts, -1, output.shape[-1]).sum(0)
-        seen.added = output.flatten(0, -2).float().clone()
-
-    def register() -> Iterator[Any]:
-        yield stack.module.register_forward_pre_hook(before, with_kwargs=True)
-        yield stack.module.register_forward_hook(after)
-
-    with temporary_hooks(register()), suppress(_Reached):
-        yield seen
-    if not hasattr(seen, "given"):
-        raise uncalled_experts(stack)
 
 
 def experts_at_once(stack: Stack, channels: int, sets: int = 1) -> int:

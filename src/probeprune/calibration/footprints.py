@@ -15,16 +15,18 @@ from probeprune.algebra.elimination import eliminate_fitted
 from probeprune.algebra.least_squares import Equations, Gram, squared_error
 from probeprune.algebra.moments import Moments
 from probeprune.algebra.precision import choosing_dtype
+from probeprune.calibration import leaving
 from probeprune.calibration.expert_refit import experts_at_once, moment_bytes
 from probeprune.model.blocks import Block, Member, find_layers
 from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
-from probeprune.model.experts import Stack
+from probeprune.model.experts import ExpertMap, Stack
 from probeprune.model.footprint import Batch, LiveBytes, Phase, Rehearsal, states_of
 from probeprune.model.forwards import temporary_hooks
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.strategies.compensation import Refit
 from probeprune.strategies.criteria import CRITERIA, Gradients, Settled
 
+_SIZES = ("per_token", "hidden_size", "experts")
 _SMALL = 160
 """Channels of a block whose algebra is run to see what it takes."""
 
@@ -47,60 +49,81 @@ def moments(rehearsal: Rehearsal, batch: Batch, windows: int, own_positions: int
     return Phase("moments", live.peak, states, kept=4 * rows * all_channels)
 
 
-def routed(rehearsal: Rehearsal, batch: Batch, windows: int) -> Phase:
+def routed(rehearsal: Rehearsal, batch: Batch, windows: int, exchange: bool = False) -> Phase:
     """The part of the work that collects moments of experts (`routed.routed_moments`), at most: all tokens of
-    a batch go to one expert, whose activations are computed once more beside the layer's own."""
+    a batch go to one expert, whose activations are computed once more beside the layer's own. With
+    `exchange`, what the output changes by when an expert leaves (`leaving.exchange_moment`) comes to that."""
     batch = Batch(min(batch.size, windows), batch.length)
     widest = max(s.width for s in rehearsal.stacks)
     again = batch.tokens * (2 * rehearsal.stacks[0].hidden_size + 3 * widest) * rehearsal.dtype.itemsize
     again += 2 * 4 * batch.tokens * widest  # in float32, and its squares
     states = states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
     held = 4 * 2 * sum(s.experts * s.width for s in rehearsal.stacks)
+    if exchange:
+        held += 4 * sum((2 * s.experts) ** 2 for s in rehearsal.stacks)
+        k, d, experts = (max(getattr(s, n) for s in rehearsal.stacks) for n in _SIZES)
+        # Changes, contributions, both in a row, an expert's part; shares; the router without an expert.
+        again += 4 * leaving.TOKENS * (6 * k * d + (k + 2) * experts) + 2 * 4 * experts * d
     return Phase("moments of experts", rehearsal.layer_pass(batch) + again, states, kept=held)
 
 
 # -- gradients -------------------------------------------------------------------------------------
 
 
-def saliences(rehearsal: Rehearsal, wide: Rehearsal, criterion: str, gradients: Gradients) -> list[Phase]:
+def saliences(
+    rehearsal: Rehearsal, wide: Rehearsal, criterion: str, gradients: Gradients, experts: bool = False
+) -> list[Phase]:
     """The parts of the work that takes gradients (`gradients.saliences`).
 
-    `wide` is the model in float32, in which each layer is differentiated.
+    `wide` is the model in float32, in which each layer is differentiated. With `experts`, those of experts
+    are taken too.
     """
     rule = CRITERIA[criterion]
     held: dict[str, list[torch.Tensor]] = {}
-    members = {m.name: m for b in wide.here for m in b.members}
+    members: list[Member | ExpertMap] = []
+    weights: list[tuple[Any, list[Member | ExpertMap]]] = []
+    for member in (m for b in wide.here for m in b.members):
+        members.append(member)
+        weights.append((member.linear.weight, [member]))
+    for stack in wide.stacks_here if experts else []:
+        members += stack.maps
+        for key in ("gate_up_proj", "down_proj"):
+            weights.append((stack.module._parameters[key], [m for m in stack.maps if m.key == key]))
 
-    def taker(member: Member) -> Callable[[torch.Tensor], None]:
+    def take(member: Member | ExpertMap, gradient: torch.Tensor) -> None:
+        torch.isfinite(gradient).all()
+        observed = rule.observe(member.oriented(gradient).float(), member)
+        if member.name in held:
+            for mean, value in zip(held[member.name], observed, strict=True):
+                mean.add_(value, alpha=0.5)
+        else:
+            held[member.name] = [value / 2 for value in observed]
+
+    def taker(owners: Sequence[Member | ExpertMap]) -> Callable[[torch.Tensor], None]:
         def hook(p: torch.Tensor) -> None:
             gradient, p.grad = p.grad, None
             assert gradient is not None
-            torch.isfinite(gradient).all()
-            observed = rule.observe(member.oriented(gradient).float(), member)
-            if member.name in held:
-                for mean, value in zip(held[member.name], observed, strict=True):
-                    mean.add_(value, alpha=0.5)
-            else:
-                held[member.name] = [value / 2 for value in observed]
+            for owner, part in zip(owners, gradient if gradient.ndim > 2 else [gradient], strict=True):
+                take(owner, part)
 
         return hook
 
     batch = Batch(1, gradients.length)
     with wide.running() as live:
         runner = wide.runner(batch)
-        for m in members.values():
-            m.linear.weight.requires_grad_(True)
-        hooks = [m.linear.weight.register_post_accumulate_grad_hook(taker(m)) for m in members.values()]
+        for weight, _ in weights:
+            weight.requires_grad_(True)
+        hooks = [weight.register_post_accumulate_grad_hook(taker(owners)) for weight, owners in weights]
         for _ in range(2):
             hidden = runner.hidden[0].detach().requires_grad_(True)
             with torch.enable_grad():
                 runner.run(wide.layer, 0, hidden).backward(torch.empty_like(hidden))
         for hook in hooks:
             hook.remove()
-        for m in members.values():
-            m.linear.weight.requires_grad_(False)
-        for name, m in members.items():
-            rule.salience(Settled(held.pop(name), m, m.weight.float(), gradients, 0))
+        for weight, _ in weights:
+            weight.requires_grad_(False)
+        for m in members:
+            rule.salience(Settled(held.pop(m.name), m, m.weight.float(), gradients, 0))
     work = live.peak
     if rehearsal.dtype.itemsize < 4:  # a float32 copy beside the layer
         work += 4 * sum(p.numel() for p in find_layers(rehearsal.model)[rehearsal.layer].parameters())

@@ -15,7 +15,7 @@ from torch import nn
 
 from probeprune.algebra.precision import exact
 from probeprune.calibration.backward import backward_by_layer, backward_bytes
-from probeprune.calibration.routed import uncalled_experts
+from probeprune.calibration.routing import uncalled_experts
 from probeprune.calibration.stored import TENSORS
 from probeprune.calibration.unfinished import Unfinished, resumed
 from probeprune.model.blocks import Block, find_blocks, uncalled_consumer

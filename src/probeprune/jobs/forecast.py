@@ -29,6 +29,7 @@ from probeprune.plan import Kept, expert_needs, loses_experts, needs, needs_for,
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import Refit
+from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.schedule import Once
@@ -284,14 +285,16 @@ def _statistics(
         phases.append(footprints.moments(dense, batch, text.windows, own))
         held += phases[-1].kept
     if "routed" in parts:
-        phases.append(_with(footprints.routed(dense, batch, text.windows), held))
+        exchange = method.experts == "expert" and EXPERT_IMPORTANCES[method.expert_importance].exchange
+        phases.append(_with(footprints.routed(dense, batch, text.windows, exchange), held))
         held = phases[-1].kept
     if "saliences" in parts:
         criterion = str(IMPORTANCES[method.importance].criterion)
         wide = dense
         if job.dtype.itemsize < 4:
             wide = Rehearsal(dense.model, torch.float32, job.device, method.unit_kind)
-        phases += footprints.saliences(dense, wide, criterion, method.gradient_settings)
+        channels = method.experts == "channel" and loses_experts(method, dense.stacks)
+        phases += footprints.saliences(dense, wide, criterion, method.gradient_settings, channels)
     how = method.refit or Refit()
     chosen = "consumers" in parts and method.ordered_by_refit
     if "damages" in parts or (chosen and how.sensitivity):

@@ -20,6 +20,7 @@ from probeprune.model.layer_records import (
     has_block,
     mlp_record,
     norm_at,
+    refuse_config,
     whole_heads,
 )
 from probeprune.model.linear_maps import LinearMap, matrix, oriented, sizes
@@ -233,6 +234,7 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
         raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
     model = unwrapped(model)
     family, config = find_family(model), text_config(model.config)
+    refuse_config(model, family, config)
     norm_first = family.norm_first is None or bool(getattr(config, family.norm_first))
     whole = whole_heads(family.attention, config)
     blocks = []

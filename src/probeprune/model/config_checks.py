@@ -52,6 +52,7 @@ PART = Allowed("a number above 0 and at most 1", lambda v: _number(v) and 0 < v 
 NUMBER = Allowed("a number", _number)
 FLAG = Allowed("true or false", lambda v: isinstance(v, bool))
 NAME = Allowed("a name", lambda v: isinstance(v, str) and v != "")
+FLAG_OR_NAME = Allowed("true, false or a name", lambda v: FLAG.holds(v) or NAME.holds(v))
 NAMES = Allowed("a list of names", lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v))
 POSITIVES = Allowed(
     "a list of numbers above 0", lambda v: isinstance(v, list) and all(map(POSITIVE.holds, v))
@@ -105,7 +106,10 @@ FIELDS = _table(
         "rope_interleave norm_topk_prob": FLAG.or_none(),
         "no_rope_layers": FLAGS.or_none(),
         "no_rope_layer_interval": COUNT.or_none(),
-        "use_bidirectional_attention": FLAG.or_none(),
+        "use_bidirectional_attention": FLAG_OR_NAME.or_none(),
+        "top_k_experts num_global_key_value_heads global_head_dim": COUNT.or_none(),
+        "hidden_size_per_layer_input num_kv_shared_layers": WHOLE.or_none(),
+        "attention_k_eq_v enable_moe_block use_double_wide_mlp": FLAG,
         "hidden_act hidden_activation activation_function dtype torch_dtype": NAME.or_none(),
         "rope_type type": NAME,
         "layer_types": NAMES.or_none(),

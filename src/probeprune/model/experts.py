@@ -50,6 +50,40 @@ class ExpertMember:
 
 
 @dataclass(frozen=True, eq=False)
+class ExpertMap:
+    """One matrix of one expert, as gradient criteria see a linear map (`blocks.Member`)."""
+
+    stack: "Stack"
+    key: str
+    """Name of the tensor: `gate_up_proj`, of whose rows a channel has two, or `down_proj`."""
+    expert: int
+
+    @property
+    def tensor(self) -> str:
+        """Path of the tensor in the model."""
+        return f"{self.stack.name}.{self.key}"
+
+    @property
+    def name(self) -> str:
+        """A name of its own."""
+        return f"{self.tensor}.{self.expert}"
+
+    @property
+    def axis(self) -> int:
+        """0 where channels own rows, 1 where they own columns."""
+        return int(self.key == "down_proj")
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(out, in), without gradients: a view."""
+        return self.stack.matrix(self.key, self.expert)
+
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View (out, in) of a tensor that lies as the matrix does in the model."""
+        return tensor.T if self.stack.record.transposed else tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Expert:
     """One expert of a stack, with the channels as its units, as importances see a block."""
 
@@ -174,6 +208,12 @@ class Stack:
         else:
             rows = (ExpertMember(made, 0, 1),)
         return Expert(self.layer, self.width, (*rows, ExpertMember(down, 1, 1)))
+
+    @property
+    def maps(self) -> list[ExpertMap]:
+        """All matrices of all experts: expert by expert, those of one tensor first."""
+        keys = ("gate_up_proj", "down_proj")
+        return [ExpertMap(self, key, expert) for key in keys for expert in range(self.experts)]
 
     @property
     def device(self) -> torch.device:

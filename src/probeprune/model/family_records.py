@@ -188,6 +188,8 @@ class Family:
     mixers: tuple[MixerRecord, ...] = ()
     """Of a hybrid family: blocks that some layers have in place of attention or beside it. Its layers need
     not have all blocks."""
+    refused_if: Mapping[str, str] = field(default_factory=dict)
+    """Config fields that, where true, make a model refused, and why, in words that follow its name."""
     experts: ExpertsRecord | None = None
     """None for a family without experts."""
     norm_first: str | None = None

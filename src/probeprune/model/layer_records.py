@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from probeprune.errors import UsageError
 from probeprune.model.family_records import AttentionRecord, Family, MixerRecord, MlpRecord
 
 
@@ -25,6 +26,16 @@ def has_block(layer: nn.Module, family: Family, record: AttentionRecord | MlpRec
     if record.only_in is not None:
         return bool(attribute(layer, "block_type") == record.only_in)
     return not family.mixers or record.module is None or attribute(layer, record.module) is not None
+
+
+def refuse_config(model: nn.Module, family: Family, config: Any) -> None:
+    """Raise `UsageError` for a model that its family's record refuses by its config."""
+    for name, why in family.refused_if.items():
+        if getattr(config, name, None):
+            raise UsageError(
+                f"{type(model).__name__} {why} ({name} {getattr(config, name)}), and cannot be pruned; give "
+                f"another model: of {family.name}, one whose config says {name} 0."
+            )
 
 
 def whole_heads(record: AttentionRecord, config: Any) -> str | None:

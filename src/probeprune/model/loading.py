@@ -42,6 +42,7 @@ from probeprune.model.joined import left_on_disk
 from probeprune.model.layer_records import attribute
 from probeprune.model.machine import choose_device, choose_dtype
 from probeprune.model.making_records import read_pruning, read_training, refuse_attached
+from probeprune.model.modeling_pruned import distinct_layers
 from probeprune.model.multimodal import multimodal_of, text_config
 from probeprune.model.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
 from probeprune.model.nemotron_nas import from_nemotron
@@ -364,8 +365,9 @@ def _check_sizes(file: Path, config: Any, tensors: Mapping[str, Stored]) -> None
     config = text_config(config)
     limits = {"num_hidden_layers": len(tensors), "hidden_size": width, "head_dim": width, "vocab_size": width}
     for field, limit in limits.items():
-        value = getattr(config, field, None)
-        if isinstance(value, int) and value > limit:
+        said = (getattr(own, field, None) for own in distinct_layers(config))
+        value = max((v for v in said if isinstance(v, int)), default=0)
+        if value > limit:
             raise UsageError(
                 f"'{file}' says {field} {value}, and the weights hold {len(tensors)} tensors of at most "
                 f"{width} rows or columns; get the checkpoint again."

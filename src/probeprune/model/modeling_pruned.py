@@ -132,11 +132,14 @@ class _Narrow(PreTrainedModel):
     """What the counterparts of all model classes have in common."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        with _without_overrides(config):
+        if has_own_layers(type(config)):
             super().__init__(config, *args, **kwargs)
-        if config.is_heterogeneous:
-            _rebuild_layers(self, config)
-            view_rest(self, config)
+        else:
+            with _without_overrides(config):
+                super().__init__(config, *args, **kwargs)
+            if config.is_heterogeneous:
+                _rebuild_layers(self, config)
+                view_rest(self, config)
         narrow(self, getattr(config, "pruned", {}))
 
     def initialize_weights(self) -> None:
@@ -175,6 +178,17 @@ def _without_overrides(config: Any) -> Iterator[None]:
     finally:
         if overrides is not None:
             config.__dict__["_heterogeneity_spec"] = overrides
+
+
+def has_own_layers(config_class: Any) -> bool:
+    """Whether every config of a class has fields of single layers, which the family's own code reads (Gemma
+    4, whose layers have two sizes of heads)."""
+    return bool(_default_config(config_class).is_heterogeneous)
+
+
+@cache
+def _default_config(config_class: Any) -> Any:
+    return config_class()
 
 
 def distinct_layers(config: Any) -> list[Any]:

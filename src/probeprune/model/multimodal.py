@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from probeprune.model.family_records import PRUNED_PREFIX
+from probeprune.model.modeling_pruned import has_own_layers
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ _OF_LLAVA = ("llama", "mistral", "qwen2")
 
 MULTIMODAL: tuple[Multimodal, ...] = (
     Multimodal("Gemma 3", ("gemma3",), ("gemma3_text",)),
+    Multimodal("Gemma 4", ("gemma4",), ("gemma4_text",)),
     Multimodal("Mistral Small 3, Ministral 3", ("mistral3",), ("mistral", "ministral3")),
     Multimodal("Qwen2-VL", ("qwen2_vl",), ("qwen2_vl_text",)),
     Multimodal("Qwen2.5-VL", ("qwen2_5_vl",), ("qwen2_5_vl_text",)),
@@ -80,7 +82,8 @@ def with_text_config(config: Any, text: Any) -> Any:
 def plain_fields(config: Any) -> dict[str, Any]:
     """The fields of a config that another of its kind may take over: not those of one checkpoint."""
     fields: dict[str, Any] = config.to_dict()
-    for name in ("model_type", "per_layer_config", "pruned", "auto_map", "architectures"):
+    own = ("per_layer_config",) if has_own_layers(type(config)) else ()
+    for name in {"model_type", "per_layer_config", "pruned", "auto_map", "architectures"} - {*own}:
         fields.pop(name, None)
     return fields
 

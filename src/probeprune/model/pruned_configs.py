@@ -22,7 +22,13 @@ from probeprune.model.families import FAMILIES, INSIDE, find_family, is_supporte
 from probeprune.model.family_records import PRUNED_PREFIX, Family, Twin
 from probeprune.model.layer_records import attribute
 from probeprune.model.linear_maps import sizes
-from probeprune.model.modeling_pruned import MODEL_TYPES, model_classes, pruned_config, pruned_model
+from probeprune.model.modeling_pruned import (
+    MODEL_TYPES,
+    has_own_layers,
+    model_classes,
+    pruned_config,
+    pruned_model,
+)
 from probeprune.model.multimodal import (
     MULTIMODAL,
     Multimodal,
@@ -58,7 +64,8 @@ def read_config(folder: Path, fields: Mapping[str, Any], *, trust_remote_code: b
     """
     model_type = fields.get("model_type")
     own = str(model_type).removeprefix(PRUNED_PREFIX) == model_type
-    if "per_layer_config" in fields and own and is_supported(model_type):
+    ours = own and is_supported(model_type) and not has_own_layers(CONFIG_MAPPING[model_type])
+    if "per_layer_config" in fields and ours:
         return pruned_config(CONFIG_MAPPING[model_type], "PerLayer").from_pretrained(folder)
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
@@ -73,12 +80,13 @@ def plain_candidates(
     """Plain configs (class, fields) that may describe a model's language model. Raises `Unfit` for layers of
     several widths."""
     sizes = {(b.query_heads, b.kv_heads, b.head_dim) for b in blocks if b.kind == "attention"}
-    if len(sizes) > 1:
-        raise Unfit("its layers have different widths")
     family = find_family(model)
     attention = next(b for b in blocks if b.kind == "attention")
     base = plain_config(text_config(model.config))
-    widths = _head_fields(attention)
+    own = has_own_layers(type(base))  # its heads are as the config has them, or do not fit
+    if len(sizes) > 1 and not own:
+        raise Unfit("its layers have different widths")
+    widths = {} if own else _head_fields(attention)
     for layer in _width_fields(model, blocks).values():
         if any(widths.setdefault(name, value) != value for name, value in layer.items()):
             raise Unfit("its layers have different widths")
@@ -121,7 +129,8 @@ def make_config(config_class: type[PretrainedConfig], fields: dict[str, Any]) ->
 def plain_config(config: Any) -> PretrainedConfig:
     """A copy of a model's config as a plain one of its family, without widths of single layers."""
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
-    if not config.is_heterogeneous and model_type == config.model_type:
+    plain = not config.is_heterogeneous or has_own_layers(type(config))
+    if plain and model_type == config.model_type:
         return copy.deepcopy(config)
     return AutoConfig.for_model(model_type, **plain_fields(config))
 
@@ -135,7 +144,8 @@ def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
             computes the same function, and have biases that the model lacks: the weights get zeros for them.
     """
     blocks = find_blocks(model)
-    if multimodal_of(model.config.model_type) is not None or find_family(model).mixers:
+    own = has_own_layers(type(model.config)) or find_family(model).mixers
+    if multimodal_of(model.config.model_type) is not None or own:
         return _listed_config(model, blocks)
     best: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
     for config_class, fields in _per_layer_candidates(model, blocks, in_place):
@@ -261,7 +271,8 @@ def _head_fields(block: Block) -> dict[str, Any]:
 def _says_head_dim(config_class: type, family: Family) -> bool:
     """Whether `head_dim` of configs of a class is the size of heads: Falcon's work it out, and where keys are
     made from latents it is that of the part with positions."""
-    return not family.attention.latents and not isinstance(getattr(config_class, "head_dim", None), property)
+    worked_out = isinstance(getattr(config_class, "head_dim", None), property)
+    return not (family.attention.latents or worked_out or has_own_layers(config_class))
 
 
 def _said(config: Any, name: str, default: Any) -> Any:

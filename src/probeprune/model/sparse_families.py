@@ -54,6 +54,8 @@ QWEN_MOE = ExpertsRecord(
 """Experts beside a shared MLP with a gate and a width of its own."""
 
 
+_GEMMA4_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
+
 SPARSE: tuple[Family, ...] = (
     Family(
         "Qwen1.5-MoE, Qwen2-MoE",
@@ -165,6 +167,27 @@ SPARSE: tuple[Family, ...] = (
             shared=shared_mlp("mlp.shared_mlp"),
             shared_times=1,
         ),
+    ),
+    Family(
+        "Gemma 4 (text)",
+        ("gemma4_text",),
+        # Layers of global attention may have no map for values: they are the keys before their norm.
+        attention=AttentionRecord(value=("v_proj", "k_proj"), plain_heads=False),
+        mlp=_GEMMA4_MLP,
+        experts=ExpertsRecord(
+            module="experts",
+            entry="experts",
+            router=("router.proj.weight", "router.per_expert_scale"),
+            counts=("experts.num_experts", "router.proj.out_features"),
+            widths=("experts.intermediate_dim",),
+            per_token_field="top_k_experts",
+            shared=_GEMMA4_MLP,
+        ),
+        norm_last=True,
+        refused_if={
+            "num_kv_shared_layers": "has layers that read keys and values of others",
+            "hidden_size_per_layer_input": "gives each layer an input of its own",
+        },
     ),
     Family(
         "LLaMA 4 (text)",

@@ -33,9 +33,7 @@ class StackCut:
         if stack.unit == "expert":
             for key in list(stack.module._parameters):
                 self._put(stack.module, key, 0, units)
-            for _, owner, key in stack.router:
-                self._put(owner, key, _expert_axis(_held(owner, key)), units)
-            self._count(record.counts, len(units))
+            self.keep_routes(units)
             return
         rows = units
         if record.interleaved:
@@ -48,6 +46,25 @@ class StackCut:
         if record.biases:
             self._put(stack.module, f"{record.producer}_bias", 1, rows)
         self._count(record.widths, units.shape[1])
+
+    @torch.no_grad()
+    def keep_routes(self, experts: torch.Tensor) -> None:
+        """Have the router know these experts alone, by ids, ascending: LongTensor (kept,)."""
+        for _, owner, key in self.stack.router:
+            self._put(owner, key, _expert_axis(_held(owner, key)), experts)
+        self._count(self.stack.record.counts, len(experts))
+
+    @torch.no_grad()
+    def forbid(self, expert: int) -> bool:
+        """Have the router never take an expert; False where it has no correction of scores to say so."""
+        for _, owner, key in self.stack.router:
+            if key.endswith(("correction_bias", "expert_bias")):
+                held = _held(owner, key)
+                axis = _expert_axis(held)
+                self._put(owner, key, axis, torch.arange(held.shape[axis], device=held.device))
+                _held(owner, key).select(axis, expert).fill_(float("-inf"))
+                return True
+        return False
 
     @torch.no_grad()
     def replace_consumers(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
