@@ -115,7 +115,7 @@ def without(model: nn.Module, keeps: list[Kept]) -> Iterator[nn.Module]:
                 router = stack.root.get_parameter(stack.record.router[0])
                 gone[router.data_ptr()] = lost
                 for path in stack.record.router:
-                    if path.endswith("e_score_correction_bias"):
+                    if path.endswith(("e_score_correction_bias", "expert_bias")):
                         owner, _, name = path.rpartition(".")
                         getattr(stack.root.get_submodule(owner), name)[..., lost] = float("-inf")
     linear = nn.functional.linear

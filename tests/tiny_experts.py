@@ -33,6 +33,11 @@ SHARED = {
     "num_hidden_layers": 3,
 }
 """Groups of experts, and shared ones beside them."""
+_SHARED_BY_COUNT = {
+    **{k: v for k, v in SHARED.items() if k not in ("n_routed_experts", "n_shared_experts")},
+    "num_experts": 8,
+    "num_shared_experts": 2,
+}
 _LATENT = {**LATENT, "num_key_value_heads": 4}
 
 _QWEN = {
@@ -98,6 +103,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
         "num_hidden_layers": 3,
         "use_bias": True,
+    },
+    "granitemoeshared": {**MIXTRAL, "shared_intermediate_size": 40, "residual_multiplier": 0.5},
+    "dots1": {**SHARED, "attention_bias": True, "sliding_window": 8},
+    "solar_open": SHARED,
+    "exaone_moe": {**_SHARED_BY_COUNT, "sliding_window": 8},
+    "minimax_m2": MIXTRAL,
+    "hy_v3": {
+        **_SHARED_BY_COUNT,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+    "mellum": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+    },
+    "flex_olmo": {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2},
+    "lfm2_moe": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+        "num_hidden_layers": 3,
+        "use_expert_bias": True,
+        "layer_types": ["conv", "full_attention", "conv"],
     },
     "hunyuan_v1_moe": {"intermediate_size": 24, "num_experts": 6, "moe_topk": 2},
     "llama4_text": {
@@ -210,7 +243,7 @@ def build(name: str) -> Callable[[], PreTrainedModel]:
                 if p.ndim > 1 or "bias" in path or path.endswith("sinks"):
                     p.normal_(std=std)
             for path, b in model.named_buffers():
-                if path.endswith("e_score_correction_bias"):
+                if path.endswith(("e_score_correction_bias", "expert_bias")):
                     b.normal_(std=0.3)
         return model.eval()
 

@@ -192,6 +192,12 @@ class Stack:
         maps = self.hidden_size * (3 if self.record.gated else 2)
         return 2 * tokens * (self.router_width * experts + maps * width * seen + self.maps_beside)
 
+    @property
+    def router(self) -> list[tuple[str, nn.Module, str]]:
+        """The tensors of the router, those of its record that the layer has: path in the layer, the module
+        that has one, its name there."""
+        return [(path, *entry_of(self.root, path)) for path in self.record.router if _held(self.root, path)]
+
     def expert(self, index: int) -> Expert:
         """One expert, as importances see a block."""
         made, down = self.matrix(self.record.producer, index), self.matrix("down_proj", index)
@@ -355,6 +361,11 @@ def _stack(
         groups_per_token=groups[1],
         whole=whole,
     )
+
+
+def _held(layer: nn.Module, path: str) -> bool:
+    owner, key = entry_of(layer, path)
+    return key in owner._parameters or key in owner._buffers
 
 
 def entry_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -129,7 +129,7 @@ class ExpertsRecord:
     """Whether there are `gate_up_proj_bias` and `down_proj_bias`."""
     router: tuple[str, ...] = ("mlp.gate.weight",)
     """Parameters and buffers of the router with one entry per expert: on their first axis, or on their second
-    where the first has a single entry."""
+    where the first has a single entry; of some, those that a layer has."""
     beside: tuple[str, ...] = ()
     """Weights around the experts that no expert owns, such as the gate of the shared MLP, or a map of what
     all experts read; those of them that a layer has count."""

@@ -7,7 +7,7 @@ and counts in ratios as such.
 from dataclasses import replace
 
 from probeprune.model.family_records import AttentionRecord, ExpertsRecord, Family, MixerRecord, MlpRecord
-from probeprune.model.sparse_families import GRANITE_MOE, MIXTRAL, QWEN_MOE
+from probeprune.model.sparse_families import GRANITE_MLP, GRANITE_MOE, MIXTRAL, QWEN_MOE
 
 _MAMBA = MixerRecord("mamba", maps=("in_proj",), output="out_proj")
 """A Mamba mixer with one map in front; the second release of Mamba has no other."""
@@ -21,11 +21,12 @@ _FEED_FORWARD = MlpRecord(
 _DELTA = MixerRecord(
     "linear_attn", maps=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), output="out_proj"
 )
-_GRANITE_MLP = MlpRecord(
-    module="shared_mlp",
-    producers=("shared_mlp.input_linear", "shared_mlp.input_linear"),
-    consumer="shared_mlp.output_linear",
-    width_field="shared_intermediate_size",
+_SHORT_CONV = MixerRecord("conv", norm="operator_norm", maps=("in_proj",), output="out_proj")
+_LFM2_MLP = MlpRecord(
+    module="feed_forward",
+    norm="ffn_norm",
+    producers=("feed_forward.w1", "feed_forward.w3"),
+    consumer="feed_forward.w2",
 )
 
 HYBRID: tuple[Family, ...] = (
@@ -53,14 +54,22 @@ HYBRID: tuple[Family, ...] = (
         "LFM2",
         ("lfm2",),
         attention=AttentionRecord(norm="operator_norm", output="out_proj"),
-        mlp=MlpRecord(
-            module="feed_forward",
-            norm="ffn_norm",
-            producers=("feed_forward.w1", "feed_forward.w3"),
-            consumer="feed_forward.w2",
-            said_with={"block_auto_adjust_ff_dim": False},
+        mlp=replace(_LFM2_MLP, said_with={"block_auto_adjust_ff_dim": False}),
+        mixers=(_SHORT_CONV,),
+    ),
+    Family(
+        "LFM2-MoE",
+        ("lfm2_moe",),
+        attention=AttentionRecord(norm="operator_norm", output="out_proj"),
+        mlp=_LFM2_MLP,
+        mixers=(_SHORT_CONV,),
+        experts=ExpertsRecord(
+            module="feed_forward.experts",
+            entry="feed_forward",
+            router=("feed_forward.gate.weight", "feed_forward.expert_bias"),
+            counts=("feed_forward.experts.num_experts", "feed_forward.gate.num_experts"),
+            widths=("feed_forward.experts.intermediate_dim",),
         ),
-        mixers=(MixerRecord("conv", norm="operator_norm", maps=("in_proj",), output="out_proj"),),
     ),
     Family(
         "Falcon-H1",
@@ -76,9 +85,9 @@ HYBRID: tuple[Family, ...] = (
     Family(
         "Granite 4.0",
         ("granitemoehybrid",),
-        mlp=_GRANITE_MLP,
+        mlp=GRANITE_MLP,
         mixers=(_MAMBA,),
-        experts=replace(GRANITE_MOE, shared=_GRANITE_MLP),
+        experts=replace(GRANITE_MOE, shared=GRANITE_MLP),
         norm_last=True,
         logits_over="logits_scaling",
     ),

@@ -328,9 +328,8 @@ def _stack_differences(stack: Stack, plain: nn.Module) -> dict[str, dict[str, An
     of tensors, and attributes that say them."""
     record, name = stack.record, stack.name.removesuffix(f".{stack.record.module}")
     found: dict[str, dict[str, Any]] = {}
-    tensors = [f"{record.module}.{key}" for key in stack.module._parameters]
-    for path in (*tensors, *record.router):
-        owner, key = entry_of(stack.root, path)
+    own = [(f"{record.module}.{key}", stack.module, key) for key in stack.module._parameters]
+    for path, owner, key in (*own, *stack.router):
         where = f"{name}.{path.rpartition('.')[0]}"
         ours, theirs = getattr(owner, key), getattr(plain.get_submodule(where), key)
         if ours.shape != theirs.shape:

@@ -33,6 +33,12 @@ ROUTED_BY_GROUP = ExpertsRecord(
     shared_times="n_shared_experts",
 )
 """Experts of the DeepSeek-V3 kind: in groups, with a correction of their scores and shared ones beside."""
+GRANITE_MLP = MlpRecord(
+    module="shared_mlp",
+    producers=("shared_mlp.input_linear", "shared_mlp.input_linear"),
+    consumer="shared_mlp.output_linear",
+    width_field="shared_intermediate_size",
+)
 GRANITE_MOE = replace(
     MIXTRAL,
     module="block_sparse_moe.experts",
@@ -96,9 +102,46 @@ SPARSE: tuple[Family, ...] = (
         logits_over="logits_scaling",
     ),
     Family(
+        "Granite MoE with a shared MLP",
+        ("granitemoeshared",),
+        experts=replace(GRANITE_MOE, shared=GRANITE_MLP),
+        norm_last=True,
+        logits_over="logits_scaling",
+    ),
+    Family(
         "GLM-4.5, GLM-4.6",
         ("glm4_moe",),
         experts=ROUTED_BY_GROUP,
+    ),
+    Family("dots.llm1", ("dots1",), experts=ROUTED_BY_GROUP),
+    Family("Solar Open", ("solar_open",), experts=replace(ROUTED_BY_GROUP, everywhere=True)),
+    Family(
+        "K-EXAONE",
+        ("exaone_moe",),
+        experts=replace(ROUTED_BY_GROUP, count_field="num_experts", shared_times="num_shared_experts"),
+    ),
+    Family(
+        "MiniMax M2",
+        ("minimax_m2",),
+        attention=AttentionRecord(whole=NORMS_OVER_HEADS),
+        experts=replace(MIXTRAL, router=("mlp.gate.weight", "mlp.e_score_correction_bias")),
+    ),
+    Family(
+        "Hunyuan 3",
+        ("hy_v3",),
+        experts=ExpertsRecord(
+            router=("mlp.gate.weight", "mlp.e_score_correction_bias"),
+            shared=shared_mlp("mlp.shared_experts"),
+            shared_times="num_shared_experts",
+        ),
+    ),
+    Family("Mellum 2", ("mellum",), experts=ExpertsRecord()),
+    Family(
+        "FlexOlmo",
+        ("flex_olmo",),
+        attention=AttentionRecord(norm=None, whole=NORMS_OVER_HEADS),
+        experts=replace(MIXTRAL, count_field="num_experts"),
+        norm_last=True,
     ),
     Family(
         "ERNIE 4.5 MoE",

@@ -50,17 +50,15 @@ class StackCut:
     @torch.no_grad()
     def keep_routes(self, experts: torch.Tensor) -> None:
         """Have the router know these experts alone, by ids, ascending: LongTensor (kept,)."""
-        for path in self.stack.record.router:
-            owner, key = entry_of(self.stack.root, path)
+        for _, owner, key in self.stack.router:
             self._put(owner, key, _expert_axis(_held(owner, key)), experts)
         self._count(self.stack.record.counts, len(experts))
 
     @torch.no_grad()
     def forbid(self, expert: int) -> bool:
         """Have the router never take an expert; False where it has no correction of scores to say so."""
-        for path in self.stack.record.router:
-            owner, key = entry_of(self.stack.root, path)
-            if key.endswith("correction_bias"):
+        for _, owner, key in self.stack.router:
+            if key.endswith(("correction_bias", "expert_bias")):
                 held = _held(owner, key)
                 axis = _expert_axis(held)
                 self._put(owner, key, axis, torch.arange(held.shape[axis], device=held.device))
