@@ -152,7 +152,7 @@ def _saliences(method: Method, stack: Stack, statistics: Statistics) -> dict[str
     if IMPORTANCES[method.importance].criterion is None:
         return {}
     found = statistics.saliences
-    own = {key: found[f"{stack.name}.{key}"].to(stack.device) for key in ("gate_up_proj", "down_proj")}
+    own = {key: found[f"{stack.name}.{key}"].to(stack.device) for key in (stack.record.producer, "down_proj")}
     return {"saliences": own, "reduction": method.gradient_settings.reduction}
 
 
