@@ -33,13 +33,13 @@ def exchange_moment(stack: Stack, x: torch.Tensor) -> torch.Tensor:
         stack: the experts.
         x: inputs of the router and the experts (tokens, hidden size).
 
-    Raises `UsageError` for a router that is no part of the module in front, and for one that deals experts out
-    to groups and has no correction of scores.
+    Raises `UsageError` for a router that is no part of the module in front, and for one that deals experts
+    out to groups and has no correction of scores.
     """
     if stack.entry is stack.module:
         raise UsageError(
-            f"the router of {stack.name} is no part of a module with its experts, so it cannot be asked who takes "
-            "over; use another importance of experts."
+            f"the router of {stack.name} is no part of a module with its experts, so it cannot be asked who "
+            "takes over; use another importance of experts."
         )
     total = torch.zeros(2 * stack.experts, 2 * stack.experts, dtype=torch.float32, device=x.device)
     if stack.per_token == stack.experts:  # none can go
