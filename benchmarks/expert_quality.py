@@ -6,7 +6,7 @@ No small trained mixture of experts is embedded. In its place every MLP of SmolL
 third of its channels with the largest `sqrt(E z^2) norm2(W_j)` is the shared expert, the others are dealt out
 to 16 experts by what they react to (balanced k-means on their energies over tokens), and a token gets the 8
 experts whose output a linear router, fitted by ridge regression, expects to be largest. Nothing is trained.
-Printed is, for each method that takes a quarter of the routed experts' channels, or of the experts: perplexity
+Printed is, for each method that takes a quarter of the routed experts' channels or of the experts, perplexity
 and nats of KL divergence per token from the uncut model, on windows that nothing was fitted to.
 """
 

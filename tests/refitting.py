@@ -40,7 +40,7 @@ def explicit(weight, bias, z, t, damping):
         z_mean, t_mean = z.mean(0), t.mean(0)
         z, t = z - z_mean, t - t_mean
     squares = (z**2).sum(0)
-    middle = squares.median() or squares[squares > 0].median()
+    middle = squares.median() or squares[squares > 0].median()  # of the live ones where most are dead
     rows = torch.cat([z, (damping * squares.clamp_min(FLOOR * middle)).sqrt().diag()])
     lacks = torch.cat([t - z @ weight.T, torch.zeros(z.shape[1], len(weight), dtype=torch.float64)])
     fitted = weight + torch.linalg.lstsq(rows, lacks).solution.T

@@ -109,7 +109,7 @@ def slow(model: nn.Module, kept: dict, how: Refit, added: bool) -> dict:
         units = kept[stack.name]
         want, now = watched(dense, stack), watched(*(pruned, twin) if how.sequential else (dense, stack))
         lacking = want["added"] - now["added"]
-        if how.share and added and want["out"].shape == want["added"].shape:
+        if how.share and added and want["out"].shape == want["added"].shape:  # no space of their own
             lacking += how.share * (want["out"] - want["added"] - now["out"] + now["added"])
         for e, own in enumerate(routed(twin, now["given"])):
             if not own:

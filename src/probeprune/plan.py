@@ -18,10 +18,12 @@ from probeprune.methods import Method
 from probeprune.model.blocks import Block
 from probeprune.model.experts import Stack, find_parts
 from probeprune.model.layers import opened
+from probeprune.model.stack_cut import StackCut
 from probeprune.processes import shares
 from probeprune.ranges import plain
 from probeprune.strategies import Part, allocation
 from probeprune.strategies.allocation import ALLOCATIONS, Request
+from probeprune.strategies.expert_cut import ExpertCut
 from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES, by_rank, channel_scores
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
 from probeprune.strategies.pruned_block import BatchScorer, Cut, PrunedBlock
@@ -152,7 +154,7 @@ def _saliences(method: Method, stack: Stack, statistics: Statistics) -> dict[str
     if IMPORTANCES[method.importance].criterion is None:
         return {}
     found = statistics.saliences
-    own = {key: found[f"{stack.name}.{key}"].to(stack.device) for key in ("gate_up_proj", "down_proj")}
+    own = {key: found[f"{stack.name}.{key}"].to(stack.device) for key in (stack.record.producer, "down_proj")}
     return {"saliences": own, "reduction": method.gradient_settings.reduction}
 
 
@@ -306,10 +308,30 @@ def first_cuts(
     return [cut(b, k, s) for b, k, s in zip(blocks, keep, scores, strict=True)]
 
 
+def stack_cuts(
+    method: Method, blocks: Sequence[Prunable], cuts: Sequence[Cut], statistics: Statistics
+) -> list[ExpertCut]:
+    """The stacks of experts that lose units.
+
+    Raises `UsageError` where refitted experts are missing or were made for other units.
+    """
+    found = []
+    for block, cut in zip(blocks, cuts, strict=True):
+        if not isinstance(block, Stack) or cut.width >= block.units:
+            continue
+        consumer, units = None, cut.units
+        if "consumers" in method.compensation.needs:
+            consumer = statistics.check_consumer(block, cut.width, cut.units)
+            units = consumer.units
+        assert units is not None
+        found.append(ExpertCut(StackCut(block), units, consumer))
+    return found
+
+
 def pruned_blocks(
     method: Method, blocks: Sequence[Prunable], cuts: Sequence[Cut], statistics: Statistics
 ) -> list[PrunedBlock]:
-    """The blocks that lose units, ready for their first cut; those of experts are in `expert_cuts.py`.
+    """The blocks that lose units, ready for their first cut; those of experts are in `stack_cuts`.
 
     Raises `UsageError` where a refitted consumer is missing or was made for other units.
     """

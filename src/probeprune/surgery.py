@@ -18,7 +18,6 @@ from probeprune.algebra.precision import exact
 from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
-from probeprune.expert_cuts import stack_cuts
 from probeprune.methods import METHODS, Method, check_untrained, get_method
 from probeprune.model.blocks import Block, UnitKind, find_layers
 from probeprune.model.described import check_described, describe
@@ -239,7 +238,7 @@ def _cut_all(
                 p.partition.cut()
                 if p.consumer is not None:
                     consumers[p.block.name] = p.consumer
-            for experts in stack_cuts(method, own_blocks, own_cuts, statistics):
+            for experts in plan.stack_cuts(method, own_blocks, own_cuts, statistics):
                 units[experts.stack.name] = experts.units.cpu()
                 experts.show()
                 experts.shown.forget()

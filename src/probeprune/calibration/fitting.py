@@ -10,8 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from probeprune.algebra.elimination import Elimination, eliminate_fitted
-from probeprune.algebra.least_squares import Equations, Gram, squared_error
+from probeprune.algebra.least_squares import Equations, Gram, squared_error, target_variance
 from probeprune.algebra.precision import choosing_dtype
+
+_ROUNDING = 1e-5
+"""Difference between errors that may be rounding, as a share of the targets' variance. Where nothing in front
+was cut, a consumer that keeps all units fits the targets with any damping."""
 
 
 @contextmanager
@@ -44,7 +48,8 @@ class Fitted:
 
 
 def best_fit(fit: Gram, held: Gram, weight: torch.Tensor, centred: bool, dampings: Sequence[float]) -> Fitted:
-    """Of all candidates for the damping, the fit with the least error on the tokens held out, if any.
+    """Of all candidates for the damping, the fit with the least error on the tokens held out, if any; the
+    first of those that rounding alone tells apart.
 
     Args:
         fit: moments of the tokens to fit.
@@ -56,11 +61,12 @@ def best_fit(fit: Gram, held: Gram, weight: torch.Tensor, centred: bool, damping
     Raises `FloatingPointError` as `Equations` does.
     """
     best: Fitted | None = None
+    rounding = _ROUNDING * target_variance(held if held.count else fit)
     for damping in dampings:
         one = Fitted.to(fit, weight, centred, damping)
         if held.count:
             one = replace(one, error=squared_error(held, one.weight, one.bias))
-        if best is None or one.error < best.error:
+        if best is None or one.error < best.error - rounding:
             best = one
     assert best is not None
     return best

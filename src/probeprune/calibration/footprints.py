@@ -87,7 +87,7 @@ def saliences(
         weights.append((member.linear.weight, [member]))
     for stack in wide.stacks_here if experts else []:
         members += stack.maps
-        for key in ("gate_up_proj", "down_proj"):
+        for key in (stack.record.producer, "down_proj"):
             weights.append((stack.module._parameters[key], [m for m in stack.maps if m.key == key]))
 
     def take(member: Member | ExpertMap, gradient: torch.Tensor) -> None:

@@ -33,8 +33,14 @@ def exchange_moment(stack: Stack, x: torch.Tensor) -> torch.Tensor:
         stack: the experts.
         x: inputs of the router and the experts (tokens, hidden size).
 
-    Raises `UsageError` for a router that deals experts out to groups and has no correction of scores.
+    Raises `UsageError` for a router that is no part of the module in front, and for one that deals experts
+    out to groups and has no correction of scores.
     """
+    if stack.entry is stack.module:
+        raise UsageError(
+            f"the router of {stack.name} is no part of a module with its experts, so it cannot be asked who "
+            "takes over; use another importance of experts."
+        )
     total = torch.zeros(2 * stack.experts, 2 * stack.experts, dtype=torch.float32, device=x.device)
     if stack.per_token == stack.experts:  # none can go
         return total
@@ -81,7 +87,7 @@ _Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def _scaled_outputs(stack: Stack, x: torch.Tensor) -> _Made:
     """Of a router whose weights multiply outputs: an expert is run once for a token, whoever leaves."""
-    x, index, weights = route(stack, x)[:3]
+    inputs, index, weights = route(stack, x)[:3]
     weights = weights.float()
     tokens, k = index.shape
     shares = torch.zeros(tokens, k, stack.experts, dtype=torch.float32, device=x.device)
@@ -98,7 +104,7 @@ def _scaled_outputs(stack: Stack, x: torch.Tensor) -> _Made:
     seen.scatter_(1, index, True)
     for expert in seen.any(0).nonzero().flatten().tolist():
         token = seen[:, expert].nonzero().flatten()
-        out = stack.output(expert, stack.coupled(expert, x[token])).float()
+        out = stack.output(expert, stack.coupled(expert, inputs[token])).float()
         changes[token] += shares[token, :, expert, None] * out[:, None]
         own = (index[token] == expert) * weights[token]
         terms[token] += own[:, :, None] * out[:, None]

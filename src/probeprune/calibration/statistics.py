@@ -75,7 +75,8 @@ class Statistics:
 
     def _check_saliences(self, blocks: Sequence[Block], stacks: Sequence[Stack]) -> None:
         for stack in stacks:
-            sizes = {"gate_up_proj": 2 * stack.width, "down_proj": stack.width}
+            rows = (2 if stack.record.gated else 1) * stack.width
+            sizes = {stack.record.producer: rows, "down_proj": stack.width}
             for key, size in sizes.items():
                 name = f"{stack.name}.{key}"
                 own = self.saliences.get(name)

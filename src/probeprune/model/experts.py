@@ -55,7 +55,7 @@ class ExpertMap:
 
     stack: "Stack"
     key: str
-    """Name of the tensor: `gate_up_proj`, of whose rows a channel has two, or `down_proj`."""
+    """Name of the tensor: the producer of the channels, or `down_proj`."""
     expert: int
 
     @property
@@ -212,7 +212,7 @@ class Stack:
     @property
     def maps(self) -> list[ExpertMap]:
         """All matrices of all experts: expert by expert, those of one tensor first."""
-        keys = ("gate_up_proj", "down_proj")
+        keys = (self.record.producer, "down_proj")
         return [ExpertMap(self, key, expert) for key in keys for expert in range(self.experts)]
 
     @property

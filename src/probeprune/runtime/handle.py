@@ -20,7 +20,6 @@ from torch import nn
 from probeprune import plan
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import Notice, UsageError
-from probeprune.expert_cuts import ExpertCut, stack_cuts
 from probeprune.model.blocks import Block, uncalled_consumer
 from probeprune.model.experts import Stack
 from probeprune.model.multimodal import text_config
@@ -35,6 +34,7 @@ from probeprune.runtime.current_pass import CurrentPass
 from probeprune.runtime.padding import CHECKED, looks_padded
 from probeprune.runtime.refusals import refuse_continuous_batching, refuse_loading
 from probeprune.strategies import allocation
+from probeprune.strategies.expert_cut import ExpertCut
 from probeprune.strategies.pruned_block import Cut, PrunedBlock
 from probeprune.strategies.schedule import EveryBatch
 from probeprune.strategies.widths import Prunable
@@ -90,7 +90,7 @@ class Handle:
 
     def _take_stacks(self, cuts: Sequence[Cut], statistics: Statistics) -> list[ExpertCut]:
         """The stacks of experts that lose units."""
-        return stack_cuts(self.method, self.blocks, cuts, statistics)
+        return plan.stack_cuts(self.method, self.blocks, cuts, statistics)
 
     def _hook_model(self) -> None:
         """Be there in every pass of the model."""

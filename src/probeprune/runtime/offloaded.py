@@ -8,13 +8,13 @@ import torch
 
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
-from probeprune.expert_cuts import ExpertCut
 from probeprune.model.blocks import Block, find_layers
 from probeprune.model.forwards import replace_forward
 from probeprune.model.layers import RunPass, on_layers
 from probeprune.plan import Kept, kept_of
 from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.handle import HANDLE, Handle
+from probeprune.strategies.expert_cut import ExpertCut
 from probeprune.strategies.pruned_block import Cut, PrunedBlock
 from probeprune.strategies.schedule import EveryBatch
 

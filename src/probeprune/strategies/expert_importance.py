@@ -114,7 +114,7 @@ def channel_scores(
         importance: a key of `IMPORTANCES`.
         moments: of the experts, where it reads them.
         seed: for random numbers.
-        saliences: of the stack's `gate_up_proj` and `down_proj`, by these names, where it reads them:
+        saliences: of the stack's producer and `down_proj`, by the names of the tensors, where it reads them:
             (experts, rows or columns).
         reduction: how those of a channel's matrices are combined.
     """
@@ -133,7 +133,7 @@ def channel_scores(
                 ColumnNorms.of(expert),
                 energy=None if energy is None else energy[i],
                 variance=None if variance is None else variance[i],
-                saliences=() if saliences is None else _parts(expert, saliences, i),
+                saliences=() if saliences is None else _parts(stack, expert, saliences, i),
                 reduction=reduction,
             )
         )
@@ -141,9 +141,11 @@ def channel_scores(
     return torch.stack([own(i) for i in range(stack.experts)])
 
 
-def _parts(expert: Expert, saliences: Mapping[str, torch.Tensor], index: int) -> tuple[torch.Tensor, ...]:
+def _parts(
+    stack: Stack, expert: Expert, saliences: Mapping[str, torch.Tensor], index: int
+) -> tuple[torch.Tensor, ...]:
     """One tensor (channels,) for each part of an expert's matrices."""
-    keys = [*["gate_up_proj"] * (len(expert.members) - 1), "down_proj"]
+    keys = [*[stack.record.producer] * (len(expert.members) - 1), "down_proj"]
     return tuple(
         saliences[key][index].narrow(0, m.start, expert.units * m.width).view(expert.units, m.width).sum(1)
         for key, m in zip(keys, expert.members, strict=True)
