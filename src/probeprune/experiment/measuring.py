@@ -19,6 +19,7 @@ from probeprune.result_lines import (
     AccuracyRecord,
     Identity,
     Line,
+    ResultLine,
     TaskLine,
     TextLine,
     TrainingRecord,
@@ -52,9 +53,12 @@ def measure(bench: Workbench, cell: Cell) -> Line:
         return {**line, "training": None, **cost_line(bench, cell, report)}
     with bench.prepared(subject) as prepared:
         line["training"], line["removed_share"] = _training(prepared), prepared.removed_share
-        if isinstance(measured, TextMeasure):
-            return {**line, **_on_text(measured, prepared, report)}
-        return {**line, **_on_task(measured, prepared, report)}
+        found = (
+            _on_text(measured, prepared, report)
+            if isinstance(measured, TextMeasure)
+            else _on_task(measured, prepared, report)
+        )
+        return {**line, **found, **_pays(prepared.handle)}
 
 
 def failure(cell: Cell, error: BaseException) -> Line:
@@ -77,6 +81,24 @@ def _identity(cell: Cell) -> Identity:
         "seed": subject.seed,
         "calibration": None if subject.calibration is None else asdict(subject.calibration),
     }
+
+
+def _pays(handle: Handle | None) -> ResultLine:
+    """Which batches were probed, and why; nothing where that needs no saying."""
+    if handle is None or handle.costs is None:
+        return {}
+    return {
+        "pays": {
+            "batches": handle.batches,
+            "probed": handle.probed_batches,
+            "costs": handle.costs.record(),
+        }
+    }
+
+
+def _probed(handle: Handle) -> float:
+    """Share of batches that were probed; where they share a choice, `probe_flops` spreads it over them."""
+    return 1.0 if handle.costs is None else handle.probed_share
 
 
 def _on_text(measure: TextMeasure, prepared: Ready, progress: Progress) -> TextLine:
@@ -107,7 +129,7 @@ def _on_text(measure: TextMeasure, prepared: Ready, progress: Progress) -> TextL
     full = blocks_flops(prepared.blocks, [b.units for b in prepared.blocks], *shape)
     probing = 0.0
     if handle is not None and isinstance(handle.method.when, EveryBatch):
-        probing = probe_flops(*handle.probed, handle.method.when.probe, *shape) / full
+        probing = probe_flops(*handle.probed, handle.method.when.probe, *shape) / full * _probed(handle)
     return {
         "task": measure.corpus,
         "metric": "perplexity",

@@ -48,6 +48,7 @@ class BlockRuntime:
         self.block = pruned.block
         self.side_stream = SideStream(pruned.partition.order.device)
         self._shadow = Shadow(pruned.block, pruned.partition)
+        pruned.partition.narrow()  # a shadow sees all units, and shows them
         self.passed = False
         self._residual: torch.Tensor | None = None
         # Heads never refresh: the cache holds those of the prompt.

@@ -34,8 +34,11 @@ class RefitEveryBatch(EveryBatch):
     kind: ClassVar[str] = "refit"
     chooses: ClassVar[bool] = False
 
-    probe: Probe = field(default_factory=lambda: Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even"))
-    """The tokens of a batch that consumers are refitted to."""
+    probe: Probe = field(
+        default_factory=lambda: Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even", pays="auto")
+    )
+    """The tokens of a batch that consumers are refitted to, and which batches those are: by default the ones
+    for which it pays."""
     share: float = 0.35
     """Weight of the batch's probe tokens against calibration text. Reached at `SAMPLE` tokens; fewer weigh
     proportionally less."""
