@@ -55,7 +55,7 @@ class BlockRuntime:
         self._refreshes = when.refresh > 0 and self.block.kind == "mlp"
 
     def hooks(self) -> list[RemovableHandle]:
-        """Register hooks that run the stages in every pass of the model, and return them."""
+        """Register hooks that run the stages in the passes of the model, and return them."""
         block = self.block
         hooks = [
             block.entry.register_forward_pre_hook(self._before_block, with_kwargs=True),

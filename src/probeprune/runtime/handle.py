@@ -26,6 +26,7 @@ from probeprune.model.multimodal import text_config
 from probeprune.model.narrow_linear import refuse_to_copy
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
+from probeprune.model.switched_hooks import SwitchedHooks
 from probeprune.plan import Kept, kept_of
 from probeprune.runtime import ownership
 from probeprune.runtime.attachment import Attachment
@@ -77,6 +78,7 @@ class Handle:
         self._account: Account | None = None
         self._whole = False  # whether the units in view are one choice, which may serve another batch
         self._since_choice = self._since_refresh = 0  # tokens
+        self._hooks = SwitchedHooks()  # off in passes that followers do not see
         self._undo: list[Callable[[], None]] = []
         self.stacks = [] if is_offloaded(model) else plan.stack_cuts(blocks, kept.cuts)
         self.pruned = self._take(kept.cuts, kept.statistics)
@@ -126,8 +128,9 @@ class Handle:
             follower.start()
             beside = self._beside(pruned.block) if when.probe.parallel else None
             self.runtimes.append(BlockRuntime(pruned, follower, when, self.current, beside))
+        self._undo.append(self._hooks.remove)
         for runtime in self.runtimes:
-            self._undo += [hook.remove for hook in runtime.hooks()]
+            self._hooks.add(runtime.hooks())
         if self.costs is not None:
             self._account = Account(self.costs, when.probe)
             self._whole = all(r.pruned.first_units is not None for r in self.runtimes)
@@ -357,8 +360,10 @@ class Handle:
         if self._running is None:  # the units in view stay; a cache may come of this pass
             self._running = self._in_view or Choice(self._owner)
             self._choice = weakref.ref(self._running)
+        shown = when.sees(self.current.stage)
+        self._hooks.switch(shown)
         for runtime in self.runtimes:
-            runtime.passed = False
+            runtime.passed = not shown  # nobody looks
 
     def _is_probed(self, started: Pass, when: EveryBatch) -> bool:
         """Whether a batch or prompt is probed. A prompt that fills a given cache always is: its choice serves

@@ -32,6 +32,7 @@ from probeprune.model.multimodal import text_config
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import Pass, position_limit
 from probeprune.model.shadow import twin
+from probeprune.processes import shares
 from probeprune.provenance import dtype_name
 from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.offloaded import LayerHandle
@@ -84,15 +85,22 @@ def costs_for(model: nn.Module, kept: Attachment, blocks: Sequence[Prunable]) ->
     if kept.costs is not None:
         return kept.costs
     key = _key(model, kept, blocks)
-    file = cache_dir() / FOLDER / f"{key}.json"
     if key not in _known:
-        found = _stored(file)
-        if found is None:
-            found = measured(model, kept, blocks, layers)
-            with suppress(UsageError):  # measured again by the next process where the cache cannot be written
-                write_json(file, found.record())
-        _known[key] = found
+        with shares.alike():
+            found = _stored_or_measured(key, lambda: measured(model, kept, blocks, layers))
+        _known[key] = shares.agreed(found)  # processes that share work decide alike
     return _known[key]
+
+
+def _stored_or_measured(key: str, measure: Callable[[], Costs]) -> Costs:
+    file = cache_dir() / FOLDER / f"{key}.json"
+    found = _stored(file)
+    if found is None:
+        found = measure()
+        if shares.leads():
+            with suppress(UsageError):  # measured again by the next run where the cache cannot be written
+                write_json(file, found.record())
+    return found
 
 
 def _stored(file: Any) -> Costs | None:

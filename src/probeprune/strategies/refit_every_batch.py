@@ -49,6 +49,9 @@ class RefitEveryBatch(EveryBatch):
     def follows(self, block: Block) -> bool:
         return block.kind == "mlp"
 
+    def sees(self, stage: Stage) -> bool:
+        return stage == "choose"  # it learns nothing from a pass
+
     def follower(self, block: PrunedBlock) -> "BatchRefit":
         return BatchRefit(self, block)
 
