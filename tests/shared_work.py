@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny_experts
 import torch
 from accelerate import cpu_offload
 from safetensors.torch import save_file
@@ -65,6 +66,11 @@ def work(cache: Path | None = None) -> Found:
             done = prune(pruned, method, 0.4, calibration=WINDOWS, batch_size=2, cache=cache)
             keep(f"{name}/kept{again}", {k.name: k.units for k in done.kept})
             keep(f"{name}/weights{again}", pruned.state_dict())
+    sparse = tiny_experts.build("mixtral")()  # its experts see a few tokens each, some in one process alone
+    method = compose("best-static", skip_layers=0, blocks=("experts",), compensation=REFIT)
+    done = prune(sparse, method, 0.3, calibration=WINDOWS % 60, batch_size=2, cache=cache)
+    keep("experts/kept", {k.name: k.by_expert for k in done.kept if k.by_expert})
+    keep("experts/weights", sparse.state_dict())
     return found
 
 

@@ -41,7 +41,7 @@ def test_all_commands_are_there():
             "generate",
             "bench",
         ),
-        *("methods", "models", "engines", "quantised", "cache", "doctor", "eval", "push"),
+        *("methods", "models", "engines", "quantised", "cache", "completion", "doctor", "eval", "push"),
     }
 
 

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from probeprune.data.corpora import ASSETS, EMBEDDED_CORPORA, load_corpus
-from probeprune.data.windows import batches, calibration_windows, evaluation_windows, pad_batch, tokenize
+from probeprune.data.windows import (
+    Text,
+    batches,
+    calibration_windows,
+    evaluation_windows,
+    pad_batch,
+    tokenize,
+)
 from probeprune.errors import UsageError
 from probeprune.evaluation.task_data import TASKS
 
@@ -381,3 +388,21 @@ def test_sequences_of_equal_length_need_no_padding():
 def test_bad_padding(sequences, pad_id, side, message):
     with pytest.raises(UsageError, match=message):
         pad_batch(sequences, pad_id, side)
+
+
+def test_corpora_take_turns(number_tokenizer, tmp_path):
+    low, high = tmp_path / "low.txt", tmp_path / "high.txt"
+    low.write_text(numbers(0, 400))
+    high.write_text(numbers(500, 900))
+    alone = Text(str(low), 6, 8).source(number_tokenizer, seed=3).draw()
+    mixed = Text(str(low), 9, 8, (str(low), str(high))).source(number_tokenizer, seed=3)
+    assert mixed.draw()[torch.arange(9) % 3 < 2].equal(alone), "two of three, and none of them twice"
+    only_high = Text(str(high), 3, 8).source(number_tokenizer, seed=3).draw()
+    assert mixed.draw()[2::3].equal(only_high)
+    assert mixed.draw(5).equal(mixed.draw()[:5])
+    assert Text(str(low), 9, 8, (str(high),)).name == f"{low}, {high}"
+
+
+def test_a_text_of_one_corpus_is_recorded_as_before():
+    assert Text("c4", 9).record() == {"corpus": "c4", "windows": 9, "length": 512}
+    assert Text("c4", 9, 8, ("own.txt",)).record()["beside"] == ["own.txt"]

@@ -77,6 +77,7 @@ def test_a_key_changes_with_everything_that_matters_and_nothing_else():
         Cell(a_subject("llm-pruner+lora", seed=1), TEXT),
         Cell(a_subject("llm-pruner"), TEXT),
         Cell(a_subject("llm-pruner+lora", calibration=Text("c4", 9)), TEXT),
+        Cell(a_subject("llm-pruner+lora", calibration=Text("c4", 8, beside=("own.txt",))), TEXT),
         Cell(a_subject("llm-pruner+lora", budget=TrainingBudget(13, 4, 16, 1e-3)), TEXT),
         Cell(a_subject("llm-pruner+lora", dtype="bfloat16"), TEXT),
         Cell(a_subject("llm-pruner+lora", weights="other"), TEXT),

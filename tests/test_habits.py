@@ -1,7 +1,6 @@
 """What is the same for all commands: version, completion, config files, how much is said, cache, doctor."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -33,18 +32,40 @@ def test_the_version_is_that_of_the_project():
     assert f'version = "{probeprune.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-def test_completion_gives_commands_and_options():
-    for words, expected in (("probeprune comp", "compare"), ("probeprune prune --rat", "--ratio")):
-        asked = {"_PROBEPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "1"}
-        asked["COMP_CWORD"] = str(words.count(" "))
-        done = subprocess.run(
-            [sys.executable, "-c", "from probeprune.cli import app; app(prog_name='probeprune')"],
-            env={**os.environ, **asked},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert expected in done.stdout.split(), done.stderr
+@pytest.mark.parametrize(
+    ("typed", "expected", "absent"),
+    [
+        ("probeprune comp", {"compare", "completion"}, {"prune"}),
+        ("probeprune --ver", {"--verbose", "--version"}, set()),
+        ("probeprune --quiet prune --rat", {"--ratio"}, {"--ratios"}),
+        ("probeprune compare --methods best-", {"best-static", "best-dynamic"}, {"probe"}),
+        ("probeprune prune pruned/", set(), {"compare"}),
+    ],
+)
+def test_completion_in_bash(typed, expected, absent, capsys):
+    assert call("completion", "bash") == 0
+    script = capsys.readouterr().out
+    words = typed.split()
+    asked = f"COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _probeprune; echo ${{COMPREPLY[*]}}"
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not done.stderr
+    found = set(done.stdout.split())
+    assert expected <= found
+    assert not absent & found
+
+
+def test_completion_in_other_shells(capsys):
+    assert call("completion", "zsh") == 0
+    assert capsys.readouterr().out.startswith("#compdef probeprune\n")
+    assert call("completion", "fish") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("__fish_seen_subcommand_from prune' -l ratio " in line for line in lines)
+    assert any("-l method -x -a" in line and "best-static" in line for line in lines)
+    assert all(line.count("'") % 2 == 0 for line in (text.replace("\\'", "") for text in lines))
+    assert call("completion", "fihs") == 2
+    assert "unknown shell 'fihs'; did you mean 'fish'?" in capsys.readouterr().err
 
 
 def test_a_config_gives_options_that_are_not_typed(tmp_path, capsys):

@@ -24,10 +24,8 @@ from test_families import (
 )
 from test_families import test_logits_by_parts_are_the_models_own as by_parts
 from tiny import PARALLEL, close, kept, logits, masked, snapshot
-from transformers import AutoModelForCausalLM
 
 from probeprune import attach, compose, find_blocks
-from probeprune.errors import UsageError
 from probeprune.model.families import find_family
 
 test_any_order, test_by_parts, test_plain_heads = any_order, by_parts, plain_heads
@@ -122,11 +120,3 @@ def test_methods_that_calibrate_in_every_way_run_on_layers_without_attention(met
         assert logits(model, IDS, MASK).isfinite().all()
     assert any(len(units) < b.units for b, units in choice)
     before.assert_untouched()
-
-
-def test_experts_of_a_hybrid_are_refused():
-    model = AutoModelForCausalLM.from_config(
-        tiny_families.config_of("granitemoehybrid", num_local_experts=2, num_experts_per_tok=1)
-    )
-    with pytest.raises(UsageError, match=r"has experts .*, not known in Granite 4"):
-        find_blocks(model.eval())

@@ -19,6 +19,7 @@ from test_families import (
     RATIO,
     TOLD,
     WINDOWS,
+    balanced,
     check_checkpoint,
     check_flops,
     even,
@@ -32,6 +33,7 @@ from probeprune.engines.gguf_plan import plan
 from probeprune.errors import Notice, UsageError
 from probeprune.model import placing
 from probeprune.model.decoding import next_token_logits
+from probeprune.model.experts import find_stacks
 from probeprune.model.families import find_family
 from probeprune.model.footprint import Phase, weights_of
 from probeprune.model.loading import load_model
@@ -68,7 +70,7 @@ def beside_text(model) -> dict[str, torch.Tensor]:
 
 
 def test_every_class_has_a_tiny_model():
-    types = {name.split()[0] for name in tiny_multimodal.ROWS}
+    types = {name.split()[0] for name in (*tiny_multimodal.ROWS, *tiny_multimodal.SPARSE)}
     assert types == {t for m in MULTIMODAL for t in m.model_types}
 
 
@@ -86,6 +88,7 @@ def test_blocks_are_those_of_the_language_model(row):
 @pytest.mark.parametrize("method", [PROBE, BALANCED], ids=lambda m: m.name)
 def test_a_batch_with_images_is_the_dense_model_masked_and_detaching_restores_all_bits(row, method):
     _, model, batch, dense = row
+    method = balanced(model) if method is BALANCED else method
     # Qwen's classes note on themselves how far an image has moved positions, in every pass.
     before, beside = snapshot(find_decoder(model)), {n: t.clone() for n, t in beside_text(model).items()}
     with attach(model, method, RATIO, calibration=WINDOWS) as handle:
@@ -121,6 +124,25 @@ def test_a_cut_model_and_its_checkpoints_are_the_dense_one_masked(row, tmp_path)
         )
         assert all(t.equal(loaded.get_parameter(n)) for n, t in beside_text(model).items() if "weight" in n)
     assert written(loaded, batch).equal(written(smaller, batch))
+
+
+@pytest.mark.parametrize("unit", ["channel", "expert"])
+def test_experts_beside_an_mlp_go_too(unit, tmp_path, monkeypatch):
+    changes = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 16}
+    row = tiny_multimodal.ROWS["gemma4"]
+    moe = {**row, "text_config": {**row["text_config"], **changes}}
+    monkeypatch.setitem(tiny_multimodal.ROWS, "gemma4", moe)
+    model, batch = tiny_multimodal.build("gemma4")(), tiny_multimodal.batch_of("gemma4")
+    before = {s.name: s.units for s in find_stacks(model, unit)}
+    assert len(before) == 3
+    method = compose("magnitude", skip_layers=0, blocks=("experts",), experts=unit, allocation="even")
+    method = compose(method, expert_importance="magnitude")
+    prune(model, method, 0.1)
+    assert all(s.units < before[s.name] for s in find_stacks(model, unit))
+    save(model, tmp_path / "out", layout="uniform")
+    assert not (tmp_path / "out" / "modeling_pruned.py").exists()
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    close(seen(loaded, batch), seen(model, batch))
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,7 @@ def outline(model, name="tiny"):
         ("wanda-sp", "qwen3", "uniform", {"unit_kind": "balanced", "round_to": 8}),
         ("magnitude", "gemma3", "per-layer", {}),
         ("random", "phi3-gqa", "uniform", {"blocks": ("mlp",)}),
+        ("wanda-sp", "youtu", "uniform", {}),
         ("ppsp", "opt", "per-layer", {}),
         ("random", "llama", "nemotron-nas", {}),
     ],

@@ -228,6 +228,10 @@ def test_a_preset_of_few_words_has_the_defaults_of_its_records(tmp_path):
     assert budget.training(seed=3) == Training(evaluate_every=150, seed=3), "LLM-Pruner's proportions"
     loaded = preset(tmp_path, short + "training: {steps: 5}\ncalibration: {windows: 8}\n")
     assert loaded.calibration == replace(CALIBRATION, windows=8) and loaded.budget == TrainingBudget(steps=5)
+    loaded = preset(tmp_path, short + "training: {}\ncalibration: {beside: [wikitext2-valid]}\n")
+    assert loaded.calibration == replace(CALIBRATION, beside=("wikitext2-valid",))
+    with pytest.raises(UsageError, match="beside: unknown corpus 'wikitext3'; did you mean 'wikitext2'"):
+        preset(tmp_path, short + "training: {}\ncalibration: {beside: [wikitext3]}\n")
 
 
 def test_the_packages_presets_hold_the_published_rows():

@@ -190,6 +190,7 @@ def test_two_processes_compare_as_one(files, tmp_path):
     assert one.keys() == two.keys() and len(one) == 3
     for key, row in one.items():
         assert two[key]["losses"] == pytest.approx(row["losses"], rel=1e-4), row["name"]
+        assert two[key]["agreement"] == (row["agreement"] and pytest.approx(row["agreement"], rel=1e-3))
     assert (tmp_path / "two/results.jsonl").read_bytes().count(b"\n") == 3
     assert written(tmp_path / "one") == written(tmp_path / "two")
 

@@ -29,6 +29,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    YoutuConfig,
+    YoutuForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -69,6 +71,8 @@ OPT_SHAPE = {
     "vocab_size": 128,
     "max_position_embeddings": 128,
 }
+LATENT = {"kv_lora_rank": 14, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "head_dim": 4}
+"""Latent attention whose queries, keys and values have other sizes than their joint maps."""
 NEOX_SHAPE = {k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "head_dim")}
 
 
@@ -132,6 +136,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         ),
         "phi3": lambda: Phi3ForCausalLM(Phi3Config(**{**SHAPE, "num_key_value_heads": 6}, pad_token_id=0)),
         "phi3-gqa": lambda: Phi3ForCausalLM(Phi3Config(**SHAPE, pad_token_id=0, sliding_window=8)),
+        "youtu": lambda: YoutuForCausalLM(
+            YoutuConfig(**{**SHAPE, **LATENT, "num_key_value_heads": 6}, q_lora_rank=20)
+        ),
         "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX_SHAPE)),
         "gpt-neox-sequential": lambda: GPTNeoXForCausalLM(
             GPTNeoXConfig(**NEOX_SHAPE, use_parallel_residual=False, attention_bias=False)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny import LLAMA3, SHAPE, noisy
+from tiny import LATENT, LLAMA3, SHAPE, noisy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 LAYERS = 3
@@ -28,6 +28,17 @@ _YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+GEMMA4 = {
+    **WINDOWS,
+    "attention_k_eq_v": True,
+    "intermediate_size": 160,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+"""Gemma 4 with two sizes of heads, and no map for values in layers of global attention."""
 
 ROWS: dict[str, dict[str, Any]] = {
     "gemma": {},
@@ -66,6 +77,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "helium": {},
     "ministral": WINDOWS,
     "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}, "sliding_window": 8},
+    "gemma4_text": GEMMA4,
+    "gemma4_text bias": {**GEMMA4, "attention_k_eq_v": False, "attention_bias": True},
+    "minicpm3": {**_ONE_EACH, **LATENT, "q_lora_rank": 20, "attention_bias": True, "dim_model_base": 16},
+    "minicpm3 plain": {
+        **_ONE_EACH,
+        **LATENT,
+        "q_lora_rank": None,
+        "mlp_bias": True,
+        "rope_parameters": _YARN,
+    },
+    "youtu": {**_ONE_EACH, **LATENT, "q_lora_rank": 20, "attention_bias": True, "rope_parameters": _YARN},
+    "youtu plain": {**_ONE_EACH, **LATENT, "q_lora_rank": None, "rope_interleave": False},
     "persimmon": {"rope_parameters": _PARTLY, "qk_layernorm": True},
     "persimmon plain": {"rope_parameters": _PARTLY, "qk_layernorm": False},
 }

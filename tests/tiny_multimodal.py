@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tiny import SHAPE, noisy, token_ids
-from tiny_families import HYBRIDS
+from tiny_families import GEMMA4, HYBRIDS
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 IMAGE = 120
@@ -19,6 +19,7 @@ _QWEN_TEXT = {
     **_TEXT,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
 }
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2}
 _LLAVA = {"vision_config": {"model_type": "clip_vision_model", **_SQUARE, "image_size": 12}}
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -32,6 +33,20 @@ ROWS: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4,
         "boi_token_index": 121,
         "eoi_token_index": 122,
+    },
+    "gemma4": {
+        "text_config": {**_TEXT, **GEMMA4, "use_bidirectional_attention": "vision"},
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            **_SIZES,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+        },
+        "audio_token_id": 124,
+        "video_token_id": 123,
     },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": None},
@@ -93,15 +108,79 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """Fields of the config beside that of the image token, by name: a `model_type`, and what is on."""
 
+_QWEN_VISION = {
+    **_QWEN,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+}
+
+SPARSE: dict[str, dict[str, Any]] = {
+    "qwen3_vl_moe": {
+        "text_config": {**_QWEN_TEXT, **_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [1]},
+        "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0]},
+    },
+    "qwen3_5_moe": {
+        "text_config": {
+            **ROWS["qwen3_5"]["text_config"],
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 28,
+        },
+        "vision_config": _QWEN_VISION,
+    },
+    "glm4v_moe": {
+        "text_config": {
+            **_QWEN_TEXT,
+            **{k: v for k, v in _EXPERTS.items() if k != "num_experts"},
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "rope_parameters": _QWEN_TEXT["rope_parameters"] | {"partial_rotary_factor": 1.0},
+        },
+        "vision_config": {
+            **_QWEN,
+            "hidden_act": "silu",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 48,
+            "image_size": 16,
+        },
+    },
+    "llama4": {
+        "text_config": {
+            **_TEXT,
+            "intermediate_size": 24,
+            "intermediate_size_mlp": 40,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "interleave_moe_layer_step": 2,
+            "num_hidden_layers": 4,
+            "attention_chunk_size": 16,
+        },
+        "vision_config": {
+            **_SQUARE,
+            "intermediate_size": 64,
+            "projector_input_dim": 24,
+            "projector_output_dim": 24,
+            "vision_output_dim": 24,
+        },
+    },
+}
+"""The same for language models with experts (`test_multimodal_experts.py`)."""
+
 
 def config_of(name: str) -> Any:
     """The config of a row."""
     image = {"image_token_id": IMAGE}
-    if name.split()[0] in ("gemma3", "mistral3", "llava", "llava_next"):
+    if name.split()[0] in ("gemma3", "mistral3", "llava", "llava_next", "llama4"):
         image = {"image_token_index": IMAGE}
+    if name.startswith("glm"):
+        image |= {"video_token_id": 123, "image_start_token_id": 121, "image_end_token_id": 122}
     if name.startswith("qwen"):
         image |= {"video_token_id": 123, "vision_start_token_id": 121, "vision_end_token_id": 122}
-    return CONFIG_MAPPING[name.split()[0]](**image, **ROWS[name])
+    return CONFIG_MAPPING[name.split()[0]](**image, **{**ROWS, **SPARSE}[name])
 
 
 def build(name: str) -> Callable[[], PreTrainedModel]:
@@ -129,9 +208,14 @@ def batch_of(name: str, count: int = 3) -> dict[str, torch.Tensor]:
         batch["image_sizes"] = torch.tensor([[24, 24]] * count)
     if kind == "gemma3":
         batch["token_type_ids"] = image_tokens
+    if kind == "gemma4":
+        batch["pixel_values"] = pixels[..., :16, :16].reshape(count, 16, 48)
+        places = torch.tensor([[x, y] for y in range(4) for x in range(4)])
+        batch["image_position_ids"] = places.expand(count, 16, 2)
+        batch["mm_token_type_ids"] = image_tokens
     if kind in ("idefics3", "smolvlm"):
         batch["pixel_values"] = pixels[:, None]
-    if kind.startswith("qwen"):
+    if kind.startswith(("qwen", "glm")):
         batch["pixel_values"] = pixels[..., :16, :16].reshape(count * 16, 48).repeat(1, 2)
         batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * count)
         batch["mm_token_type_ids"] = image_tokens

@@ -17,7 +17,7 @@ from probeprune.ranges import check_fields
 from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import COMPENSATIONS, Compensation, Refit
 from probeprune.strategies.criteria import CRITERIA, Gradients
-from probeprune.strategies.expert_importance import CHANNEL_IMPORTANCES, EXPERT_IMPORTANCES
+from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES, scores_channels
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe import Pays, Probe
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
@@ -127,13 +127,16 @@ class Method:
 _EXPERTS_STAY: tuple[tuple[Callable[[Method], bool], str], ...] = (
     (lambda m: m.when.every_batch, "no batch chooses units of experts"),
     (lambda m: isinstance(m.when, DuringTraining), "pruning during training leaves experts alone"),
-    (lambda m: m.refit is not None, "a refit makes up for the units of linear maps alone"),
+    (
+        lambda m: m.refit is not None and m.experts == "expert",
+        "a refit makes up for channels of experts, not for whole ones (experts='channel')",
+    ),
     (
         lambda m: bool(ALLOCATIONS[m.allocation].needs),
         "the damage of cutting experts is not measured (allocation {0.allocation})",
     ),
     (
-        lambda m: m.experts == "channel" and m.importance not in CHANNEL_IMPORTANCES,
+        lambda m: m.experts == "channel" and not scores_channels(m.importance),
         "importance {0.importance} is not defined for their channels, only for whole experts "
         "(experts='expert')",
     ),

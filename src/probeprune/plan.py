@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from probeprune.methods import Method
 from probeprune.model.blocks import Block
 from probeprune.model.experts import Stack, find_parts
 from probeprune.model.layers import opened
-from probeprune.model.stack_cut import StackCut
 from probeprune.processes import shares
 from probeprune.ranges import plain
 from probeprune.strategies import Part, allocation
@@ -113,6 +112,8 @@ def expert_scores(method: Method, stack: Stack, statistics: Statistics) -> Score
     """
     if not loses_experts(method, [stack]):
         return None
+    if stack.unit == "channel" and method.ordered_by_refit:
+        return None
     moments = statistics.routed.get(stack.name)
     if "routed" in needs_for(method, [stack]):
         if moments is None:
@@ -130,12 +131,29 @@ def expert_scores(method: Method, stack: Stack, statistics: Statistics) -> Score
                 stacklevel=2,
             )
     if stack.unit == "expert":
-        scores = EXPERT_IMPORTANCES[method.expert_importance].score(stack, moments, method.seed)
+        rule = EXPERT_IMPORTANCES[method.expert_importance]
+        if rule.exchange and (moments is None or len(moments.exchange) != 2 * stack.experts):
+            raise UsageError(
+                f"the statistics do not say what each expert's leaving changes in {stack.name}; prepare this "
+                "model and method: probeprune.prepare."
+            )
+        scores = rule.score(stack, moments, method.seed)
     else:
-        scores = channel_scores(stack, method.importance, moments, method.seed)
+        scores = channel_scores(
+            stack, method.importance, moments, method.seed, **_saliences(method, stack, statistics)
+        )
     if not scores.is_meta and not torch.isfinite(scores).all():
         raise overflow(stack)
     return scores
+
+
+def _saliences(method: Method, stack: Stack, statistics: Statistics) -> dict[str, Any]:
+    """What channels of experts are scored by, for an importance from gradients."""
+    if IMPORTANCES[method.importance].criterion is None:
+        return {}
+    found = statistics.saliences
+    own = {key: found[f"{stack.name}.{key}"].to(stack.device) for key in ("gate_up_proj", "down_proj")}
+    return {"saliences": own, "reduction": method.gradient_settings.reduction}
 
 
 def static_scores(method: Method, block: Block, statistics: Statistics) -> Scores | None:
@@ -288,20 +306,10 @@ def first_cuts(
     return [cut(b, k, s) for b, k, s in zip(blocks, keep, scores, strict=True)]
 
 
-def stack_cuts(blocks: Sequence[Prunable], cuts: Sequence[Cut]) -> list[tuple[StackCut, torch.Tensor]]:
-    """The stacks of experts that lose units, and the ids of those they keep."""
-    found = []
-    for block, cut in zip(blocks, cuts, strict=True):
-        if isinstance(block, Stack) and cut.width < block.units:
-            assert cut.units is not None
-            found.append((StackCut(block), cut.units))
-    return found
-
-
 def pruned_blocks(
     method: Method, blocks: Sequence[Prunable], cuts: Sequence[Cut], statistics: Statistics
 ) -> list[PrunedBlock]:
-    """The blocks that lose units, ready for their first cut; stacks of experts are in `stack_cuts`.
+    """The blocks that lose units, ready for their first cut; those of experts are in `expert_cuts.py`.
 
     Raises `UsageError` where a refitted consumer is missing or was made for other units.
     """
@@ -333,7 +341,7 @@ def check_consumers(
     units."""
     if "consumers" in method.compensation.needs:
         for block, cut in zip(blocks, cuts, strict=True):
-            if cut.width < block.units and isinstance(block, Block):
+            if cut.width < block.units:
                 statistics.check_consumer(block, cut.width, cut.units)
 
 

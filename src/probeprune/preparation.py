@@ -37,6 +37,7 @@ from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
 from probeprune.strategies import Part
 from probeprune.strategies.compensation import Consumer, Refit
+from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.pruned_block import Cut
@@ -96,19 +97,22 @@ def gather(
     """
     blocks = plan.parts_of(model, method)
     parts = plan.needs_for(method, blocks)
+    channels = plan.loses_experts(method, blocks) and method.experts == "channel"
     pieces: dict[Part, dict[str, Any]] = {}
     if "moments" in parts:
         pieces["moments"] = get(Piece("moments", {"own_positions": _own_positions(method)}, method))
     if "routed" in parts:
-        pieces["routed"] = get(Piece("routed", {}, method))
+        pieces["routed"] = get(Piece("routed", _routed_settings(method), method))
     if "saliences" in parts:
-        pieces["saliences"] = get(Piece("saliences", _salience_settings(method), method))
+        settings = _salience_settings(method)
+        settings |= {"experts": True} if channels else {}
+        pieces["saliences"] = get(Piece("saliences", settings, method))
     if "damages" in parts:
         pieces["damages"] = get(
             Piece("damages", {**_curve_settings(method), "budget": method.budget}, method)
         )
     statistics = Statistics(**pieces)
-    statistics.check(parts, blocks)
+    statistics.check(parts, blocks, channels)
     if "consumers" in parts and ratio:
         scores = plan.all_scores(model, method, blocks, statistics)
         keep = widths or plan.widths(method, ratio, blocks, scores, statistics)
@@ -123,6 +127,11 @@ def gather(
 
 def _own_positions(method: Method) -> int:
     return method.when.own_positions if isinstance(method.when, ProbeEveryBatch) else 0
+
+
+def _routed_settings(method: Method) -> dict[str, Any]:
+    of_experts = method.experts == "expert" and EXPERT_IMPORTANCES[method.expert_importance].exchange
+    return {"exchange": True} if of_experts else {}
 
 
 def _salience_settings(method: Method) -> dict[str, Any]:
@@ -237,6 +246,7 @@ class Preparation:
                 self.model,
                 self.windows,
                 batch_size=self.batch_size,
+                exchange=bool(piece.settings),
                 cache=self.cache,
                 progress=self.progress,
             )
@@ -268,6 +278,7 @@ class Preparation:
                 piece.settings["criterion"],
                 gradients=method.gradient_settings,
                 seed=method.seed,
+                experts=bool(piece.settings.get("experts")),
                 cache=self.cache,
                 progress=self.progress,
             )

@@ -202,11 +202,27 @@ class ResultLine(Identity, total=False):
     """Missing where every batch was probed, or none."""
 
 
+class AgreementRecord(TypedDict, total=False):
+    """How far a model predicts what the dense one does."""
+
+    top1: Required[Share]
+    """Share of tokens whose likeliest successor is the dense model's."""
+    top1_error: StandardError
+    """Over windows."""
+    divergence: Required[Amount]
+    """Mean KL(dense || model) in nats a token; all but the dense model's `top_k` likeliest tokens are one."""
+    divergence_error: StandardError
+    """Over windows."""
+    top_k: Count
+
+
 class TextLine(ResultLine, total=False):
     """Perplexity on a text, and its cost."""
 
     losses: list[Loss]
     """Mean loss of each window, in nats a token."""
+    agreement: AgreementRecord | None
+    """With the dense model's predictions; None for the dense model."""
     windows: Count
     length: Count
     """Tokens a window."""

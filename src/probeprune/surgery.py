@@ -18,6 +18,7 @@ from probeprune.algebra.precision import exact
 from probeprune.calibration.statistics import Statistics
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.errors import UsageError
+from probeprune.expert_cuts import stack_cuts
 from probeprune.methods import METHODS, Method, check_untrained, get_method
 from probeprune.model.blocks import Block, UnitKind, find_layers
 from probeprune.model.described import check_described, describe
@@ -238,10 +239,12 @@ def _cut_all(
                 p.partition.cut()
                 if p.consumer is not None:
                     consumers[p.block.name] = p.consumer
-            for stack_cut, kept in plan.stack_cuts(own_blocks, own_cuts):
-                units[stack_cut.stack.name] = kept.cpu()
-                stack_cut.keep(kept)
-                stack_cut.forget()
+            for experts in stack_cuts(method, own_blocks, own_cuts, statistics):
+                units[experts.stack.name] = experts.units.cpu()
+                experts.show()
+                experts.shown.forget()
+                if experts.consumer is not None:
+                    consumers[experts.stack.name] = experts.consumer
     return units, consumers
 
 

@@ -27,14 +27,15 @@ class Gram:
     products of inputs with inputs only those on one side of the diagonal are made, in blocks of columns.
 
     Attributes:
-        count: number of tokens added.
-        z_mean, t_mean: means over tokens, (k,) and (d,).
-        tz: sums over tokens of products of distances from the means, (d, k).
+        tokens: number of tokens added.
+        count: sum of their weights; the same number where none are given.
+        z_mean, t_mean: weighted means over tokens, (k,) and (d,).
+        tz: weighted sums over tokens of products of distances from the means, (d, k).
         tt: the same for targets with targets, but only the trace: ().
     """
 
     def __init__(self, k: int, d: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        self.tokens, self.count = 0, 0.0
         float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.z_mean, self.t_mean = torch.zeros(k, **float32), torch.zeros(d, **float32)
         self._zz, self.tz = torch.zeros(k, k, **float32), torch.zeros(d, k, **float32)
@@ -57,24 +58,35 @@ class Gram:
         return [(start, min(start + size, k)) for start in range(0, k, size)]
 
     @torch.no_grad()
-    def update(self, z: torch.Tensor, t: torch.Tensor) -> None:
-        """Add the inputs (tokens, k) and targets (tokens, d) of a batch."""
+    def update(self, z: torch.Tensor, t: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add the inputs (tokens, k) and targets (tokens, d) of a batch, and the tokens' weights (tokens,), 0
+        or more; None for 1 each."""
         z, t = z.float(), t.float()
-        z_mean, t_mean = z.mean(0), t.mean(0)
-        z, t = z - z_mean, t - t_mean
+        if weights is None:
+            count, z_mean, t_mean = float(len(z)), z.mean(0), t.mean(0)
+            z, t = z - z_mean, t - t_mean
+        else:
+            weights = weights.float()
+            total = weights.sum()
+            count = float(total)
+            if not count:
+                return
+            z_mean, t_mean = weights @ z / total, weights @ t / total
+            root = weights.sqrt()[:, None]
+            z, t = (z - z_mean) * root, (t - t_mean) * root
         for start, end in self._blocks():
             self._zz[start:end, start:].addmm_(z[:, start:end].T, z[:, start:])
         self._half = True
         self.tz.addmm_(t.T, z)
         self.tt = self.tt + t.square().sum()
-        self._join(len(z), z_mean, t_mean)
+        self._join(len(z), count, z_mean, t_mean)
 
     def merge(self, other: "Gram") -> None:
         """Add the moments of other tokens."""
         self.zz.add_(other.zz)
         self.tz.add_(other.tz)
         self.tt = self.tt + other.tt
-        self._join(other.count, other.z_mean, other.t_mean)
+        self._join(other.tokens, other.count, other.z_mean, other.t_mean)
 
     @torch.no_grad()
     def pool(self, add_up: Callable[..., None]) -> None:
@@ -85,10 +97,10 @@ class Gram:
                 one without tokens.
         """
         own, z_own, t_own = self.count, self.z_mean, self.t_mean
-        count = torch.tensor([own], dtype=torch.long, device=self._zz.device)
+        counts = torch.tensor([self.tokens, own], dtype=torch.float64, device="cpu")
         z_sum, t_sum = z_own * own, t_own * own
-        add_up(count, z_sum, t_sum)
-        self.count = int(count)
+        add_up(counts, z_sum, t_sum)
+        self.tokens, self.count = int(counts[0]), float(counts[1])
         if not self.count:
             return
         self.z_mean, self.t_mean = z_sum / self.count, t_sum / self.count
@@ -101,12 +113,14 @@ class Gram:
     def part(self, columns: torch.Tensor) -> "Gram":
         """The moments of the inputs in `columns`, a LongTensor (k',)."""
         part = Gram(0, len(self.t_mean), self._zz.device)
-        part.count, part.z_mean, part.t_mean = self.count, self.z_mean[columns], self.t_mean
+        part.tokens, part.count = self.tokens, self.count
+        part.z_mean, part.t_mean = self.z_mean[columns], self.t_mean
         part._zz, part.tz, part.tt = self.zz[columns][:, columns], self.tz[:, columns], self.tt
         return part
 
-    def _join(self, count: int, z_mean: torch.Tensor, t_mean: torch.Tensor) -> None:
-        """Let as many tokens with these means be in, whose products around their own means are added."""
+    def _join(self, tokens: int, count: float, z_mean: torch.Tensor, t_mean: torch.Tensor) -> None:
+        """Let as many tokens, of these weights and means, be in, whose products around their own means are
+        added."""
         total = self.count + count
         between = self.count * count / total  # Chan, Golub and LeVeque 1979
         dz, dt = z_mean - self.z_mean, t_mean - self.t_mean
@@ -115,7 +129,7 @@ class Gram:
         self.tt = self.tt + between * dt.square().sum()
         self.z_mean += dz * (count / total)
         self.t_mean += dt * (count / total)
-        self.count = total
+        self.tokens, self.count = self.tokens + tokens, total
 
 
 class Equations:

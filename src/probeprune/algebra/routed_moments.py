@@ -18,15 +18,22 @@ class RoutedMoments:
         mean: (experts, n), mean of the coupled activation `z` over those tokens.
         m2: (experts, n), sum over them of the squared distance from the mean.
         contribution: (experts,), sum over them of the 2-norm of what the expert adds to the layer's output.
+        exchange: (2 experts, 2 experts), sums over all tokens of the products of what the layer's output
+            changes by when an expert leaves, and of what experts add (`calibration/leaving.py`); (0, 0) where
+            nobody has asked for it.
     """
 
-    def __init__(self, experts: int, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, experts: int, width: int, device: torch.device | str = "cpu", exchange: bool = False
+    ) -> None:
         self.samples = torch.zeros((), dtype=torch.float32, device=device)
         self.tokens = torch.zeros((), dtype=torch.float32, device=device)
         self.count = torch.zeros(experts, dtype=torch.float32, device=device)
         self.mean = torch.zeros(experts, width, dtype=torch.float32, device=device)
         self.m2 = torch.zeros(experts, width, dtype=torch.float32, device=device)
         self.contribution = torch.zeros(experts, dtype=torch.float32, device=device)
+        both = 2 * experts if exchange else 0
+        self.exchange = torch.zeros(both, both, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def see(self, samples: int, tokens: int) -> None:
@@ -64,7 +71,7 @@ class RoutedMoments:
             add_up: replaces tensors by their sums over all holders, in place; called by each of them.
         """
         count, mean, total = self.count.clone(), self.mean, self.mean * self.count[:, None]
-        add_up(self.samples, self.tokens, self.count, self.contribution, total)
+        add_up(self.samples, self.tokens, self.count, self.contribution, total, self.exchange)
         self.mean = total / self.count.clamp_min(1)[:, None]
         self.m2 += count[:, None] * (mean - self.mean).square()
         add_up(self.m2)

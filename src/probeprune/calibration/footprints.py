@@ -15,14 +15,18 @@ from probeprune.algebra.elimination import eliminate_fitted
 from probeprune.algebra.least_squares import Equations, Gram, squared_error
 from probeprune.algebra.moments import Moments
 from probeprune.algebra.precision import choosing_dtype
+from probeprune.calibration import leaving
+from probeprune.calibration.expert_refit import experts_at_once, moment_bytes
 from probeprune.model.blocks import Block, Member, find_layers
 from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
+from probeprune.model.experts import ExpertMap, Stack
 from probeprune.model.footprint import Batch, LiveBytes, Phase, Rehearsal, states_of
 from probeprune.model.forwards import temporary_hooks
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.strategies.compensation import Refit
 from probeprune.strategies.criteria import CRITERIA, Gradients, Settled
 
+_SIZES = ("per_token", "hidden_size", "experts")
 _SMALL = 160
 """Channels of a block whose algebra is run to see what it takes."""
 
@@ -45,60 +49,81 @@ def moments(rehearsal: Rehearsal, batch: Batch, windows: int, own_positions: int
     return Phase("moments", live.peak, states, kept=4 * rows * all_channels)
 
 
-def routed(rehearsal: Rehearsal, batch: Batch, windows: int) -> Phase:
+def routed(rehearsal: Rehearsal, batch: Batch, windows: int, exchange: bool = False) -> Phase:
     """The part of the work that collects moments of experts (`routed.routed_moments`), at most: all tokens of
-    a batch go to one expert, whose activations are computed once more beside the layer's own."""
+    a batch go to one expert, whose activations are computed once more beside the layer's own. With
+    `exchange`, what the output changes by when an expert leaves (`leaving.exchange_moment`) comes to that."""
     batch = Batch(min(batch.size, windows), batch.length)
     widest = max(s.width for s in rehearsal.stacks)
     again = batch.tokens * (2 * rehearsal.stacks[0].hidden_size + 3 * widest) * rehearsal.dtype.itemsize
     again += 2 * 4 * batch.tokens * widest  # in float32, and its squares
     states = states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
     held = 4 * 2 * sum(s.experts * s.width for s in rehearsal.stacks)
+    if exchange:
+        held += 4 * sum((2 * s.experts) ** 2 for s in rehearsal.stacks)
+        k, d, experts = (max(getattr(s, n) for s in rehearsal.stacks) for n in _SIZES)
+        # Changes, contributions, both in a row, an expert's part; shares; the router without an expert.
+        again += 4 * leaving.TOKENS * (6 * k * d + (k + 2) * experts) + 2 * 4 * experts * d
     return Phase("moments of experts", rehearsal.layer_pass(batch) + again, states, kept=held)
 
 
 # -- gradients -------------------------------------------------------------------------------------
 
 
-def saliences(rehearsal: Rehearsal, wide: Rehearsal, criterion: str, gradients: Gradients) -> list[Phase]:
+def saliences(
+    rehearsal: Rehearsal, wide: Rehearsal, criterion: str, gradients: Gradients, experts: bool = False
+) -> list[Phase]:
     """The parts of the work that takes gradients (`gradients.saliences`).
 
-    `wide` is the model in float32, in which each layer is differentiated.
+    `wide` is the model in float32, in which each layer is differentiated. With `experts`, those of experts
+    are taken too.
     """
     rule = CRITERIA[criterion]
     held: dict[str, list[torch.Tensor]] = {}
-    members = {m.name: m for b in wide.here for m in b.members}
+    members: list[Member | ExpertMap] = []
+    weights: list[tuple[Any, list[Member | ExpertMap]]] = []
+    for member in (m for b in wide.here for m in b.members):
+        members.append(member)
+        weights.append((member.linear.weight, [member]))
+    for stack in wide.stacks_here if experts else []:
+        members += stack.maps
+        for key in ("gate_up_proj", "down_proj"):
+            weights.append((stack.module._parameters[key], [m for m in stack.maps if m.key == key]))
 
-    def taker(member: Member) -> Callable[[torch.Tensor], None]:
+    def take(member: Member | ExpertMap, gradient: torch.Tensor) -> None:
+        torch.isfinite(gradient).all()
+        observed = rule.observe(member.oriented(gradient).float(), member)
+        if member.name in held:
+            for mean, value in zip(held[member.name], observed, strict=True):
+                mean.add_(value, alpha=0.5)
+        else:
+            held[member.name] = [value / 2 for value in observed]
+
+    def taker(owners: Sequence[Member | ExpertMap]) -> Callable[[torch.Tensor], None]:
         def hook(p: torch.Tensor) -> None:
             gradient, p.grad = p.grad, None
             assert gradient is not None
-            torch.isfinite(gradient).all()
-            observed = rule.observe(member.oriented(gradient).float(), member)
-            if member.name in held:
-                for mean, value in zip(held[member.name], observed, strict=True):
-                    mean.add_(value, alpha=0.5)
-            else:
-                held[member.name] = [value / 2 for value in observed]
+            for owner, part in zip(owners, gradient if gradient.ndim > 2 else [gradient], strict=True):
+                take(owner, part)
 
         return hook
 
     batch = Batch(1, gradients.length)
     with wide.running() as live:
         runner = wide.runner(batch)
-        for m in members.values():
-            m.linear.weight.requires_grad_(True)
-        hooks = [m.linear.weight.register_post_accumulate_grad_hook(taker(m)) for m in members.values()]
+        for weight, _ in weights:
+            weight.requires_grad_(True)
+        hooks = [weight.register_post_accumulate_grad_hook(taker(owners)) for weight, owners in weights]
         for _ in range(2):
             hidden = runner.hidden[0].detach().requires_grad_(True)
             with torch.enable_grad():
                 runner.run(wide.layer, 0, hidden).backward(torch.empty_like(hidden))
         for hook in hooks:
             hook.remove()
-        for m in members.values():
-            m.linear.weight.requires_grad_(False)
-        for name, m in members.items():
-            rule.salience(Settled(held.pop(name), m, m.weight.float(), gradients, 0))
+        for weight, _ in weights:
+            weight.requires_grad_(False)
+        for m in members:
+            rule.salience(Settled(held.pop(m.name), m, m.weight.float(), gradients, 0))
     work = live.peak
     if rehearsal.dtype.itemsize < 4:  # a float32 copy beside the layer
         work += 4 * sum(p.numel() for p in find_layers(rehearsal.model)[rehearsal.layer].parameters())
@@ -120,7 +145,7 @@ def _drawn_loss(logits: torch.Tensor) -> torch.Tensor:
 
 def sensitivities(rehearsal: Rehearsal, windows: int, length: int) -> tuple[list[Phase], int]:
     """The parts of the work that measures sensitivities, and the bytes of these, which stay."""
-    here = rehearsal.here
+    here: list[Block | Stack] = [*rehearsal.here, *rehearsal.stacks_here]
     seen: dict[str, torch.Tensor] = {}
     totals: dict[str, torch.Tensor] = {}
 
@@ -134,7 +159,8 @@ def sensitivities(rehearsal: Rehearsal, windows: int, length: int) -> tuple[list
     with rehearsal.running() as live:
         runner = rehearsal.runner(Batch(1, length))
         hidden = runner.hidden[0].detach().requires_grad_(True)
-        hooks = (b.consumer.register_forward_hook(keep(b.name)) for b in here)
+        modules = ((b.name, b.module if isinstance(b, Stack) else b.consumer) for b in here)
+        hooks = (module.register_forward_hook(keep(name)) for name, module in modules)
         with temporary_hooks(hooks), torch.enable_grad():
             runner.run(rehearsal.layer, 0, hidden).backward(torch.empty_like(hidden))
         for name in list(seen):
@@ -145,8 +171,7 @@ def sensitivities(rehearsal: Rehearsal, windows: int, length: int) -> tuple[list
             totals[name] = torch.empty_like(g.T @ g)
             totals[name] = totals[name] + g.T @ g / len(g)
         own = sum(t.numel() * t.element_size() for t in totals.values())
-    blocks = rehearsal.blocks
-    kept = sum(4 * b.hidden_size**2 for b in blocks)
+    kept = sum(4 * b.hidden_size**2 for b in rehearsal.parts)
     phases = _backward("sensitivities", rehearsal, windows, length, live.peak + kept - own, _drawn_loss)
     return phases, kept
 
@@ -197,17 +222,18 @@ def consumers(
         batch: of one forward pass.
         windows: number of calibration windows.
         how: settings of the refit.
-        kept: number of units that each block keeps.
+        kept: number of units that each block keeps, stacks of experts among them.
         chosen: whether elimination chooses the units.
         following: whether refits at every batch start from these (`refit.RefitRequest`).
     """
     windows = min(windows, how.windows)
     batch = Batch(min(batch.size, windows), batch.length)
-    blocks = rehearsal.blocks
-    cut = {b.name: k for b, k in zip(blocks, kept, strict=True) if k < b.units}
+    blocks, stacks = rehearsal.blocks, rehearsal.stacks
+    cut = {b.name: k for b, k in zip(rehearsal.parts, kept, strict=True) if k < b.units}
     if not cut:
         return [], 0
     sizes = {b.name: b.hidden_size * cut[b.name] * b.unit_width for b in blocks if b.name in cut}
+    sizes |= {s.name: s.experts * s.hidden_size * cut[s.name] for s in stacks if s.name in cut}
     made = sum(sizes.values()) * rehearsal.dtype.itemsize
     if following:
         made += sum(4 * cut[b.name] ** 2 for b in blocks if b.name in cut and b.kind == "mlp")
@@ -229,14 +255,37 @@ def consumers(
             standing = live.now
         for b in group:
             width = cut.get(b.name, b.units)
-            work = max(work, live.peak, standing + _algebra(b, how.damping[0], width, chosen))
+            algebra = _algebra_of(b, how.damping[0], width, chosen)
+            work = max(work, live.peak, standing + algebra)
         del grams
+    lacking = [s for s in stacks if s.name in cut]
+    for stack in lacking:
+        work = max(work, _experts_refit(rehearsal, stack, batch, windows, how, cut[stack.name], chosen))
     states = states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
     sets = 1
-    if how.sequential:  # two streams, and what the consumers behind an attention are to give, in float32
+    if how.sequential:  # two streams, and what an MLP and experts are to give, in float32
         aims = states_of(rehearsal.model, torch.float32, windows - batch.size, batch.length)
-        states, sets = 2 * states + aims, 3
+        more = 1 + bool(lacking)
+        states, sets = 2 * states + more * aims, 2 + more
     return [Phase("refit", work, states, sets=sets, kept=made)], made
+
+
+def _experts_refit(
+    rehearsal: Rehearsal, stack: Stack, batch: Batch, windows: int, how: Refit, kept: int, chosen: bool
+) -> int:
+    """Bytes of the refit of a layer's experts (`expert_refit.StackRefit`), at most: all tokens of a batch go
+    to one expert, whose activations are computed once more beside the layer's own, and all experts are fitted
+    already beside the moments of a part of them."""
+    channels, d = stack.width if chosen else kept, stack.hidden_size
+    sets = 1 if len(how.damping) == 1 else 2
+    moments = experts_at_once(stack, channels, sets) * sets * moment_bytes(stack, channels)
+    # In float32: the output, what is wanted of the experts and what of each, an expert's targets and what
+    # they are made of; its activations, and these in distances from their mean.
+    again = 4 * batch.tokens * (7 * d + 2 * channels)
+    again += batch.tokens * (2 * d + 4 * stack.width) * rehearsal.dtype.itemsize
+    algebra = _algebra(channels, 1, d, how.damping[0], kept / stack.width, chosen)
+    results = 2 * stack.experts * d * kept * rehearsal.dtype.itemsize  # apart, then joined
+    return moments + results + max(rehearsal.layer_pass(batch) + again, algebra)
 
 
 def _channels(block: Block, cut: Mapping[str, int], chosen: bool) -> int:
@@ -282,19 +331,26 @@ def damages(rehearsal: Rehearsal, batch: Batch, windows: int, damping: float) ->
         for kind, gram in grams.items():
             gram.update(captured[kind].z.flatten(0, -2), captured[kind].output.flatten(0, -2))
         standing = live.now
-    work = max([live.peak, *(standing + _algebra(b, damping, b.units, True) for b in here)])
+    work = max([live.peak, *(standing + _algebra_of(b, damping, b.units, True) for b in here)])
     states = states_of(rehearsal.model, rehearsal.dtype, windows - batch.size, batch.length)
     return Phase("damage", work, states)
 
 
-def _algebra(block: Block, damping: float, kept: int, chosen: bool) -> int:
+def _algebra_of(block: Block, damping: float, kept: int, chosen: bool) -> int:
     """Bytes that choosing units and refitting one block take beside its moments."""
     whole = block.width if chosen else kept * block.unit_width
+    return _algebra(whole, block.unit_width, block.hidden_size, damping, kept / block.units, chosen)
+
+
+def _algebra(
+    whole: int, unit_width: int, hidden_size: int, damping: float, share: float, chosen: bool
+) -> int:
+    """As `_algebra_of`, of a consumer that reads so many channels and keeps a share of them."""
     scale = min(1.0, _SMALL / whole)
-    width = max(1, round(block.unit_width * scale)) if block.unit_width > 1 else 1
+    width = max(1, round(unit_width * scale)) if unit_width > 1 else 1
     units = max(2, round(whole * scale / width))
-    stay = max(1, min(units, round(units * kept / block.units))) if chosen else units
-    k, d = units * width, max(2, round(block.hidden_size * scale))
+    stay = max(1, min(units, round(units * share))) if chosen else units
+    k, d = units * width, max(2, round(hidden_size * scale))
     generator = torch.Generator("cpu").manual_seed(0)
     gram, held = Gram(k, d), Gram(k, d)
     gram.update(

@@ -8,6 +8,7 @@ nothing of units or ratios.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from probeprune.calibration.backward import Loss, backward_by_layer, backward_by
 from probeprune.calibration.unfinished import Unfinished, resumed
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import Member, find_blocks
+from probeprune.model.experts import ExpertMap, find_stacks
 from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.processes import shares
@@ -36,6 +38,7 @@ def saliences(
     *,
     gradients: Gradients | None = None,
     seed: int = 0,
+    experts: bool = False,
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, torch.Tensor]:
@@ -50,12 +53,13 @@ def saliences(
         gradients: rank and number of the random matrices that `lora-guided` averages over; None for the
             published settings.
         seed: seed of these matrices.
+        experts: take those of a mixture of experts too.
         cache: folder for results, stored by content; None stores nothing.
         progress: called with ("gradients", windows done over all layers, windows times layers).
 
     Returns:
         Float32 tensors by the name of the linear map: (out_features,) for a producer, (in_features,) for a
-        consumer.
+        consumer. Of experts by the name of the tensor, with one row for each expert.
 
     Raises:
         UsageError: unsupported model, unknown criterion, windows too short or too long.
@@ -70,24 +74,35 @@ def saliences(
         raise UsageError("gradients need windows of at least 2 tokens: one to read, one to predict.")
     check_eval(model, "gradients for pruning need")
     blocks = find_blocks(model)
+    stacks = find_stacks(model) if experts else []
     path = None
     if cache is not None:
         drawn = (settings.rank, settings.draws, seed) if rule.draws else ()
+        drawn = (*drawn, "experts") if stacks else drawn
         path = cache / f"{content_key(model, windows, 'saliences', _FORMAT, criterion, *drawn)}.safetensors"
 
     def take(kept: Unfinished) -> dict[str, torch.Tensor]:
         @contextmanager
         def visit(layer: int) -> Iterator[Callable[[int], None]]:
-            here = {m.name: m for b in blocks if b.layer == layer for m in b.members}
+            here: dict[str, Member | ExpertMap] = {
+                m.name: m for b in blocks if b.layer == layer for m in b.members
+            }
+            maps = [m for s in stacks if s.layer == layer for m in s.maps]
+            here |= {m.name: m for m in maps}
             means = _GradientMeans(here, rule, len(windows))
             with _differentiable(means):
                 yield means.next_sample
             shares.pool([means])
-            kept.results |= means.saliences(settings, seed)
+            found = means.saliences(settings, seed)
+            for tensor, own in groupby(maps, lambda m: m.tensor):
+                found[tensor] = torch.stack([found.pop(m.name) for m in own])
+            kept.results |= found
 
         loss = _mean_loss(windows)
         backward_by_layer(model, windows, loss, visit, "gradients", progress, kept=kept, wide=True)
-        return {m.name: kept.results[m.name] for b in blocks for m in b.members}
+        names = [m.name for b in blocks for m in b.members]
+        names += dict.fromkeys(m.tensor for s in stacks for m in s.maps)
+        return {name: kept.results[name] for name in names}
 
     return resumed(path, "saliences", model, take, states=backward_bytes(model, windows))
 
@@ -106,7 +121,7 @@ def _mean_loss(windows: torch.Tensor) -> Loss:
 class _GradientMeans:
     """Running averages, over samples, of the tensors that a criterion observes of the members' gradients."""
 
-    def __init__(self, members: dict[str, Member], criterion: Criterion, samples: int) -> None:
+    def __init__(self, members: dict[str, Member | ExpertMap], criterion: Criterion, samples: int) -> None:
         self.members, self.criterion, self.samples = members, criterion, samples
         self.sample = shares.own(samples).start
         self._means: dict[str, list[torch.Tensor]] = {}
@@ -151,8 +166,14 @@ class _GradientMeans:
 
 @contextmanager
 def _differentiable(means: _GradientMeans) -> Iterator[None]:
-    """Require gradients of the members' weights alone; pass each gradient on and free it at once."""
-    weights = {name: m.linear.weight for name, m in means.members.items()}
+    """Require gradients of the members' weights alone; pass each gradient on and free it at once. A tensor
+    of experts is the weight of all of them."""
+    weights: dict[str, Any] = {}
+    owners: dict[str, list[str]] = {}
+    for name, m in means.members.items():
+        own = m.tensor if isinstance(m, ExpertMap) else name
+        owners.setdefault(own, []).append(name)
+        weights[own] = m.stack.module._parameters[m.key] if isinstance(m, ExpertMap) else m.linear.weight
     earlier = {name: w.grad for name, w in weights.items()}
     hooks: list[Any] = []
 
@@ -160,7 +181,11 @@ def _differentiable(means: _GradientMeans) -> Iterator[None]:
         def hook(p: torch.Tensor) -> None:
             gradient, p.grad = p.grad, None
             assert gradient is not None
-            means.add(name, gradient)
+            if gradient.ndim == 2:
+                means.add(name, gradient)
+                return
+            for own, part in zip(owners[name], gradient, strict=True):
+                means.add(own, part)
 
         return hook
 

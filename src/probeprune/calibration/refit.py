@@ -9,18 +9,20 @@ model itself is left unchanged.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from probeprune.algebra.elimination import eliminate_fitted
-from probeprune.algebra.least_squares import Equations, Gram, squared_error, target_variance
-from probeprune.algebra.precision import choosing_dtype, exact
+from probeprune.algebra.least_squares import Gram, squared_error, target_variance
+from probeprune.algebra.precision import exact
+from probeprune.calibration.expert_refit import StackRefit
+from probeprune.calibration.fitting import Fitted, best_fit, eliminated, explained
 from probeprune.calibration.unfinished import Unfinished
 from probeprune.data.windows import BATCH_SIZE, batches
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block, UnitKind, find_blocks
+from probeprune.model.experts import Stack, find_stacks
 from probeprune.model.families import find_family
 from probeprune.model.hidden_states import HiddenStates
 from probeprune.model.layers import Captured, LayerRunner, capture
@@ -38,13 +40,13 @@ class RefitRequest:
     """The consumers to refit."""
 
     cuts: Mapping[str, Cut]
-    """By block name, the kept units, or their number for elimination to choose, at least one. Other blocks
-    stay whole."""
+    """By the name of a block, or of a stack of experts whose channels go, the kept units, or their number for
+    elimination to choose, at least one. Other blocks stay whole."""
     unit_kind: UnitKind = "group"
     """The kind of attention units."""
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """By block name, the weighting (d, d) of output errors in the choice of units
-    (`sensitivity.sensitivities`). A block that is missing weights all directions equally."""
+    """By the name of a block or stack, the weighting (d, d) of output errors in the choice of units
+    (`sensitivity.sensitivities`). One that is missing weights all directions equally."""
     following: bool = False
     """Whether to compute the moments of MLPs that refits at every batch need (`Consumer.inverse`)."""
 
@@ -62,13 +64,14 @@ def refit(
 ) -> dict[str, Consumer]:
     """Fit the consumers of blocks that keep only some units to the dense model's outputs.
 
-    One block is in memory at a time (both blocks of a layer if not sequential). Moments of k channels (the
-    kept ones, or all where units are chosen here) at hidden size d take 4 (k^2 + d k) bytes, choosing units
+    One block is in memory at a time (both blocks of a layer if not sequential), and of the experts of a layer
+    as many as `expert_refit.AT_ONCE` holds. Moments of k channels (the kept ones, or all where units are
+    chosen here) at hidden size d take 4 (k^2 + d k) bytes, choosing units
     4 (2 k^2 + 3 d k), or twice that with little damping, and solving 8 (k^2 + 3 d k). An MLP of 11008
     channels at d = 4096 takes 0.7 GB of moments and 1.5 GB while units are chosen; solving takes 1.0 GB where
     it keeps 60 %. The streams are the hidden states of all windows in the model's dtype, two of them if
-    sequential, and a third set in float32 where both blocks of a layer are cut: windows x length x d numbers
-    each.
+    sequential, and another set in float32 for each block of a layer but the first that is cut, and for its
+    experts: windows x length x d numbers each.
 
     Args:
         model: a supported causal LM in eval mode, nothing attached. Restored bit for bit at the end.
@@ -96,15 +99,15 @@ def refit(
     first_held = len(parts)
     parts += batches(shares.own_rows(held), batch_size)
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
-        blocks = find_blocks(model, request.unit_kind)
-        strange = request.cuts.keys() - {b.name for b in blocks}
+        blocks, stacks = find_blocks(model, request.unit_kind), find_stacks(model)
+        strange = request.cuts.keys() - {b.name for b in blocks} - {s.name for s in stacks}
         if strange:
             raise UsageError(f"{min(strange)} is not a block of this model; find_blocks lists them.")
         kept = Unfinished(model) if kept is None else kept
         with shares.alike():
             runner = LayerRunner(model, parts, hidden=kept.stream("dense", len(parts)))
         added = not find_family(model).norm_last
-        return _LayerwiseRefit(runner, request, how, first_held, added, kept).run(blocks, progress)
+        return _LayerwiseRefit(runner, request, how, first_held, added, kept).run(blocks, stacks, progress)
 
 
 def _split(windows: torch.Tensor, how: Refit) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,35 +123,6 @@ def _split(windows: torch.Tensor, how: Refit) -> tuple[torch.Tensor, torch.Tenso
     return windows[:-held], windows[-held:]
 
 
-@contextmanager
-def _explained(block: Block) -> Iterator[None]:
-    """Say of which block's refit a `FloatingPointError` is, and what to do."""
-    try:
-        yield
-    except FloatingPointError as problem:
-        raise FloatingPointError(
-            f"the refit of {block.name} failed: {problem}; give more calibration windows or more damping, or "
-            "load the model in float32."
-        ) from None
-
-
-@dataclass(frozen=True, eq=False)
-class _Fitted:
-    """The solution of some equations, and its mean squared error."""
-
-    equations: Equations
-    damping: float
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    error: float
-
-    @classmethod
-    def to(cls, moments: Gram, weight: torch.Tensor, centred: bool, damping: float) -> "_Fitted":
-        """The solution for these moments, and its error on their tokens."""
-        equations = Equations(moments, weight, centred, damping)
-        return cls(equations, damping, *equations.solution())
-
-
 class _LayerwiseRefit:
     """One pass over the layers.
 
@@ -158,6 +132,7 @@ class _LayerwiseRefit:
         kept: where the pass begins, and takes down how far it has come.
         added: whether consumers' outputs are added to the residual stream without a norm.
         parallel: whether the attention and the MLP of the current layer read one residual.
+        experts: the refit of the current layer's experts, if they are cut.
         dense, pruned: hidden states in front of the current layer, by batch; the same list until the first
             cut.
     """
@@ -175,6 +150,7 @@ class _LayerwiseRefit:
         self.first_held, self.added, self.kept = first_held, added, kept
         self.parallel = False
         self.partitions: dict[str, Partition] = {}
+        self.experts: StackRefit | None = None
         self.dense = self.pruned = layers.hidden
         if kept.has("pruned"):
             self.pruned = kept.stream("pruned", len(self.dense))
@@ -183,13 +159,18 @@ class _LayerwiseRefit:
             # Another stream like it, and what consumers are to give, in float32.
             self.dense.check_disk_for_copies(self.dense.nbytes * (size + 4) // size)
 
-    def run(self, blocks: Sequence[Block], progress: Progress) -> dict[str, Consumer]:
-        """Fit every block that is cut."""
-        last = max((b.layer for b in blocks if b.name in self.request.cuts), default=-1)
+    def run(
+        self, blocks: Sequence[Block], stacks: Sequence[Stack], progress: Progress
+    ) -> dict[str, Consumer]:
+        """Fit every block that is cut, and the experts of every stack that is."""
+        cuts = self.request.cuts
+        parts: list[Block | Stack] = [*blocks, *stacks]
+        last = max((b.layer for b in parts if b.name in cuts), default=-1)
         for layer in range(self.kept.done, last + 1):
             progress("refit", layer, last + 1)
             here = [b for b in blocks if b.layer == layer]
-            with self.layers.opened(layer), self._partitioned(here) as cut:
+            experts = next((s for s in stacks if s.layer == layer and s.name in cuts), None)
+            with self.layers.opened(layer), self._partitioned(here) as cut, self._stacked(experts):
                 self.kept.results |= self._fit_layer(layer, here, cut, last)
             self.kept.step(layer + 1)
         progress("refit", last + 1, last + 1)
@@ -211,19 +192,38 @@ class _LayerwiseRefit:
                 partition.restore()
             self.partitions.clear()
 
+    @contextmanager
+    def _stacked(self, stack: Stack | None) -> Iterator[None]:
+        """Have the refit of a layer's experts, if they lose channels, inside the context."""
+        if stack is None:
+            yield
+            return
+        share = self.how.share if self.how.sequential and self.added else 0.0
+        wanted = self.dense.beside() if self.how.sequential else None
+        cut, metric = self.request.cuts[stack.name], self.request.metrics.get(stack.name)
+        self.experts = StackRefit(stack, cut, self.how, self.first_held, share, metric, wanted)
+        try:
+            yield
+        finally:
+            self.experts.restore()
+            self.experts = None
+
     def _fit_layer(
         self, layer: int, here: Sequence[Block], cut: Sequence[Block], last: int
     ) -> dict[str, Consumer]:
-        """Fit the blocks of a layer that are cut, and advance the streams through it.
+        """Fit the blocks of a layer that are cut, then its experts, and advance the streams through it.
 
         The dense stream runs through the layer once. Behind it, in sequence, the pruned one runs up to the
         inputs of each consumer that is fitted, because the units of the block in front are chosen by then,
         and through the layer as it is cut.
         """
         fitted: dict[str, Consumer] = {}
-        if cut and self.how.sequential and self.pruned is self.dense:
+        if (cut or self.experts) and self.how.sequential and self.pruned is self.dense:
             self.pruned = self.kept.stream("pruned", len(self.dense))
             self.pruned.take(self.dense)
+        if self.experts is not None and not self.how.sequential:
+            fitted |= self._fit_experts(layer, self.experts, self.dense)
+            self.experts.restore()
         # In sequence, an MLP is fitted behind the pruned attention of its layer.
         together = [[b] for b in cut] if self.how.sequential else [[*cut]] if cut else []
         aims = {b.name: self.dense.beside() for group in together[1:] for b in group}
@@ -235,16 +235,26 @@ class _LayerwiseRefit:
                 aims.pop(block.name, None)
                 fitted[block.name] = self._fit(block, *moments.pop(block.name))
         if not cut:
-            self._leave(layer, self.dense)
+            for i in range(len(self.dense)):
+                self._leave_dense(layer, i)
+        self._show(cut, dense=False)
+        if self.experts is not None and self.how.sequential:
+            fitted |= self._fit_experts(layer, self.experts, self.pruned)
         if layer < last and self.pruned is not self.dense:
-            self._show(cut, dense=False)
-            self._leave(layer, self.pruned)
+            for i, hidden in enumerate(self.pruned):
+                self.pruned[i] = self.layers.run(layer, i, hidden)
         return fitted
 
-    def _leave(self, layer: int, stream: HiddenStates) -> None:
-        """Advance a stream through a layer."""
-        for i, hidden in enumerate(stream):
-            stream[i] = self.layers.run(layer, i, hidden)
+    def _fit_experts(self, layer: int, experts: StackRefit, stream: HiddenStates) -> dict[str, Consumer]:
+        return {experts.stack.name: experts.fit(lambda i: self.layers.run(layer, i, stream[i]), len(stream))}
+
+    def _leave_dense(self, layer: int, batch: int) -> None:
+        """Advance a batch of the dense stream through a layer; see what its experts make of it."""
+
+        def run() -> torch.Tensor:
+            return self.layers.run(layer, batch, self.dense[batch])
+
+        self.dense[batch] = run() if self.experts is None else self.experts.watch(batch, run)
 
     def _moments(
         self, here: Sequence[Block], group: Sequence[Block], aims: dict[str, HiddenStates]
@@ -261,8 +271,7 @@ class _LayerwiseRefit:
             else:
                 self._show(here, dense=True)
                 with capture(here) as seen:
-                    behind = self.layers.run(here[0].layer, i, self.dense[i])
-                self.dense[i] = behind
+                    self._leave_dense(here[0].layer, i)
                 aim = {b.name: self._aim(b, seen) for b in group}
                 for b in here:
                     if b.name in aims:
@@ -314,17 +323,17 @@ class _LayerwiseRefit:
         weight = own[:, : len(fit.z_mean)]
         judge = held if held.count else fit
         centred = self.how.bias or own_bias is not None
-        with shares.alike(), _explained(block):
+        with shares.alike(), explained(block.name):
             before = squared_error(judge, weight, own_bias)
-            best = self._best(fit, held, weight, centred)
+            best = best_fit(fit, held, weight, centred, self.how.damping)
         before, error, damping = shares.agreed((before, best.error, best.damping))
         following = self.request.following and block.kind == "mlp"
         inverse, mean = None, None
-        with shares.alike(), _explained(block):
+        with shares.alike(), explained(block.name):
             if held.count:
                 fit.merge(held)
             if (held.count or damping != best.damping) and (error < before or following):
-                best = _Fitted.to(fit, weight, centred, damping)
+                best = Fitted.to(fit, weight, centred, damping)
             if following:
                 inverse = best.equations.inverse().float().cpu()
                 mean = fit.z_mean.cpu() if centred else None
@@ -342,37 +351,20 @@ class _LayerwiseRefit:
             mean=mean,
         )
 
-    def _best(self, fit: Gram, held: Gram, weight: torch.Tensor, centred: bool) -> "_Fitted":
-        """Of all candidates for the damping, the fit with the least error on the tokens held out, if any."""
-        best: _Fitted | None = None
-        for damping in self.how.damping:
-            one = _Fitted.to(fit, weight, centred, damping)
-            if held.count:
-                one = replace(one, error=squared_error(held, one.weight, one.bias))
-            if best is None or one.error < best.error:
-                best = one
-        assert best is not None
-        return best
-
     def _eliminate(self, block: Block, fit: Gram, held: Gram) -> tuple[Gram, Gram]:
         """Keep the units that elimination would remove last; return the moments of their channels."""
         partition = self.partitions[block.name]
-        weight, centred = partition.consumer_weight, self.how.bias or block.consumer.bias is not None
         keep = self.request.cuts[block.name].width
-        with shares.alike(), _explained(block):
-            if held.count:  # several candidates
-                equations = self._best(fit, held, weight, centred).equations
-            else:
-                damping = self.how.damping[0]
-                equations = Equations(fit, weight, centred, damping, choosing_dtype(damping))
-            right, inverse = equations.right, equations.inverse()
-            del equations  # and its factor
-            found = eliminate_fitted(
-                inverse,
-                right,
+        with shares.alike(), explained(block.name):
+            found = eliminated(
+                fit,
+                held,
+                partition.consumer_weight,
+                self.how.bias or block.consumer.bias is not None,
+                self.how.damping,
                 block.unit_width,
-                metric=self.request.metrics.get(block.name),
-                keep=0 if allocation.chosen_by_group(block) else keep,
+                self.request.metrics.get(block.name),
+                0 if allocation.chosen_by_group(block) else keep,
             )
         scores = shares.agreed_tensors({"scores": found.scores})["scores"]
         partition.keep(allocation.choose_units(scores.to(partition.order.device), keep, block))

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from probeprune.algebra.precision import exact
 from probeprune.algebra.routed_moments import RoutedMoments
 from probeprune.calibration.collecting import by_layer
+from probeprune.calibration.leaving import exchange_moment
+from probeprune.calibration.routing import routed_tokens, uncalled_experts
 from probeprune.data.windows import BATCH_SIZE
-from probeprune.errors import UsageError
 from probeprune.model.experts import Stack, find_stacks
 from probeprune.model.forwards import temporary_hooks
 from probeprune.model.identity import content_key
@@ -26,7 +28,7 @@ from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.progress import Progress, silent
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @exact()
@@ -35,6 +37,7 @@ def routed_moments(
     windows: torch.Tensor,
     *,
     batch_size: int = BATCH_SIZE,
+    exchange: bool = False,
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, RoutedMoments]:
@@ -46,6 +49,7 @@ def routed_moments(
         model: a supported causal LM, in eval mode, nothing attached.
         windows: LongTensor of token ids.
         batch_size: windows per forward pass.
+        exchange: see what the output of the experts changes by when one leaves too (`leaving.py`).
         cache: folder for results, stored by content; None stores nothing.
         progress: called with ("experts", windows done over all layers, windows times layers).
 
@@ -56,11 +60,11 @@ def routed_moments(
     windows = token_windows(model, windows)
     check_eval(model, "calibration needs")
     stacks = {s.layer: s for s in find_stacks(model)}
-    key = None if cache is None else content_key(model, windows, "routed", _FORMAT)
+    key = None if cache is None else content_key(model, windows, "routed", _FORMAT, exchange)
     path = None if cache is None else cache / f"{key}.safetensors"
 
     def of_layer(runner: LayerRunner, layer: int) -> dict[str, RoutedMoments]:
-        return _collect(runner, layer, stacks.get(layer), progress, layers)
+        return _collect(runner, layer, stacks.get(layer), exchange, progress, layers)
 
     layers = max(stacks, default=-1) + 1
     made = by_layer(model, windows, path, "routed", layers, of_layer, batch_size, "experts", progress)
@@ -68,11 +72,13 @@ def routed_moments(
 
 
 def _collect(
-    runner: LayerRunner, layer: int, stack: Stack | None, progress: Progress, layers: int
+    runner: LayerRunner, layer: int, stack: Stack | None, exchange: bool, progress: Progress, layers: int
 ) -> dict[str, RoutedMoments]:
     """Advance the hidden states through one layer; returns the moments of its experts, none of a dense
     one."""
-    moments = None if stack is None else RoutedMoments(stack.experts, stack.width, stack.device)
+    moments = None
+    if stack is not None:
+        moments = RoutedMoments(stack.experts, stack.width, stack.device, exchange)
     windows = sum(len(batch) for batch in runner.batches)
     done = layer * windows
     for i, hidden in enumerate(runner.hidden):
@@ -92,44 +98,26 @@ def observed(stack: Stack, moments: RoutedMoments) -> Iterator[None]:
     Raises `UsageError` where the model does not call the module that holds them.
     """
     called: list[bool] = []
+    inputs: list[torch.Tensor] = []
+
+    def enter(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
 
     def see(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         called.append(True)
-        for expert, x, weights in routed_tokens(stack, (*args, *kwargs.values())):
+        for expert, _, x, weights in routed_tokens(stack, (*args, *kwargs.values())):
             z = stack.coupled(expert, x)
             norms = torch.linalg.vector_norm(stack.output(expert, z).float(), dim=-1)
             moments.update(expert, z, norms if weights is None else norms * weights.float())
 
-    with temporary_hooks(iter([stack.module.register_forward_pre_hook(see, with_kwargs=True)])):
+    def register() -> Iterator[RemovableHandle]:
+        yield stack.module.register_forward_pre_hook(see, with_kwargs=True)
+        if len(moments.exchange):
+            yield stack.entry.register_forward_pre_hook(enter, with_kwargs=True)
+
+    with temporary_hooks(register()):
         yield
     if not called:
-        raise UsageError(
-            f"the model does not call the module {stack.name}; switch off the fused kernel that takes its "
-            "place."
-        )
-
-
-def routed_tokens(
-    stack: Stack, given: Sequence[torch.Tensor]
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-    """The tokens of each expert that has some, from what the module of the experts is given.
-
-    Args:
-        stack: the experts.
-        given: what its module's forward is called with.
-
-    Yields:
-        The expert, its inputs (tokens, hidden size), and the router's weights for them (tokens,); None where
-        the weights are in the inputs already.
-    """
-    if stack.record.scales_input:  # rows expert by expert, zero for tokens of others
-        rows = given[0].view(stack.experts, -1, stack.hidden_size)
-        for expert, own in enumerate(rows):
-            own = own[own.abs().amax(-1) > 0]
-            if len(own):
-                yield expert, own, None
-        return
-    x, index, weights = given[:3]
-    for expert in index.unique().tolist():
-        token, place = (index == expert).nonzero(as_tuple=True)
-        yield expert, x[token], weights[token, place]
+        raise uncalled_experts(stack)
+    for x in inputs:
+        moments.exchange += exchange_moment(stack, x.flatten(0, -2))

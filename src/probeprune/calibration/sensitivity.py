@@ -15,10 +15,12 @@ from torch import nn
 
 from probeprune.algebra.precision import exact
 from probeprune.calibration.backward import backward_by_layer, backward_bytes
+from probeprune.calibration.routing import uncalled_experts
 from probeprune.calibration.stored import TENSORS
 from probeprune.calibration.unfinished import Unfinished, resumed
 from probeprune.model.blocks import Block, find_blocks, uncalled_consumer
 from probeprune.model.decoding import HEAD_TOKENS
+from probeprune.model.experts import Stack, find_stacks
 from probeprune.model.forwards import temporary_hooks
 from probeprune.model.identity import content_key
 from probeprune.model.passes import check_eval, token_windows
@@ -39,11 +41,12 @@ def sensitivities(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, torch.Tensor]:
-    """The Fisher information of every block's output, averaged over tokens.
+    """The Fisher information of every block's output, averaged over tokens; of experts, of what those of a
+    layer add together.
 
-    Memory: d^2 float32 numbers per block, and the activations of one window. A token's gradient is that of
-    the whole window's log-likelihood, so its effect on later tokens counts too. Interactions between the
-    errors of different tokens are ignored.
+    Memory: d^2 float32 numbers per block and stack of experts, and the activations of one window. A token's
+    gradient is that of the whole window's log-likelihood, so its effect on later tokens counts too.
+    Interactions between the errors of different tokens are ignored.
 
     Args:
         model: a supported causal LM in eval mode, with nothing attached. Its weights get no gradients.
@@ -53,7 +56,7 @@ def sensitivities(
         progress: called with (`sensitivities`, windows done, windows in all).
 
     Returns:
-        By block name `F + FLOOR mean(diag F) I` (d, d), float32.
+        By the name of a block or stack `F + FLOOR mean(diag F) I` (d, d), float32.
 
     Raises:
         UsageError: unsupported model, windows too long.
@@ -63,7 +66,9 @@ def sensitivities(
     check_eval(model, "sensitivities need")
     path = None
     if cache is not None:
-        path = cache / f"{content_key(model, windows, 'sensitivities', _FORMAT, seed)}.safetensors"
+        of_experts = ["experts"] if find_stacks(model) else []
+        key = content_key(model, windows, "sensitivities", _FORMAT, seed, *of_experts)
+        path = cache / f"{key}.safetensors"
     return resumed(
         path,
         TENSORS,
@@ -76,7 +81,7 @@ def sensitivities(
 def _measure(
     model: nn.Module, windows: torch.Tensor, seed: int, progress: Progress, kept: Unfinished
 ) -> dict[str, torch.Tensor]:
-    blocks = find_blocks(model)
+    blocks: list[Block | Stack] = [*find_blocks(model), *find_stacks(model)]
     generator = torch.Generator("cpu").manual_seed(seed)
     passed_over = shares.own(len(windows)).start
 
@@ -105,15 +110,19 @@ def _measure(
             def add(window: int) -> None:
                 for block in here:
                     if block.name not in outputs:
+                        if isinstance(block, Stack):
+                            raise uncalled_experts(block)
                         raise uncalled_consumer(block)
                     gradient = outputs.pop(block.name).grad
                     assert gradient is not None
+                    if isinstance(block, Stack) and block.record.scales_input:  # once for each expert, equal
+                        gradient = gradient.view(block.experts, -1, block.hidden_size)[0]
                     share = _second_moment(gradient, block.name, window) / len(windows)
                     total[block.name] = total[block.name] + share if block.name in total else share
 
             yield add
         for b in here:
-            d, device = b.hidden_size, b.consumer.weight.device
+            d, device = b.hidden_size, b.device if isinstance(b, Stack) else b.consumer.weight.device
             if b.name not in total:  # this process has no window
                 total[b.name] = torch.zeros(d, d, dtype=torch.float32, device=device)
             shares.add_up(total[b.name])
@@ -137,8 +146,9 @@ def _second_moment(gradient: torch.Tensor, name: str, window: int) -> torch.Tens
 
 
 @contextmanager
-def _outputs(blocks: Sequence[Block]) -> Iterator[dict[str, torch.Tensor]]:
-    """The outputs of these blocks' consumers, by block name, each with its gradient after a backward pass."""
+def _outputs(blocks: Sequence[Block | Stack]) -> Iterator[dict[str, torch.Tensor]]:
+    """The outputs of these blocks' consumers, or of the module of experts, by name, each with its gradient
+    after a backward pass."""
     outputs: dict[str, torch.Tensor] = {}
 
     def keep_gradient(name: str) -> Any:
@@ -149,6 +159,7 @@ def _outputs(blocks: Sequence[Block]) -> Iterator[dict[str, torch.Tensor]]:
 
         return hook
 
-    hooks = (b.consumer.register_forward_hook(keep_gradient(b.name)) for b in blocks)
+    modules = ((b.name, b.module if isinstance(b, Stack) else b.consumer) for b in blocks)
+    hooks = (module.register_forward_hook(keep_gradient(name)) for name, module in modules)
     with temporary_hooks(hooks):
         yield outputs

@@ -32,10 +32,11 @@ class Statistics:
     """Consumers refitted to the units that one method keeps at one ratio, by block name
     (`calibration/refit.py`)."""
 
-    def check(self, parts: frozenset[Part], all_blocks: Sequence[Prunable]) -> None:
+    def check(self, parts: frozenset[Part], all_blocks: Sequence[Prunable], experts: bool = False) -> None:
         """Raise `UsageError` unless these parts are present and fit the blocks; `FloatingPointError` for NaN.
 
-        Consumers are checked one by one, against the units that each was made for (`check_consumer`).
+        With `experts`, saliences of experts are parts too. Consumers are checked one by one, against the
+        units that each was made for (`check_consumer`).
         """
         blocks = [b for b in all_blocks if isinstance(b, Block)]
         if "routed" in parts:
@@ -43,7 +44,8 @@ class Statistics:
         if "moments" in parts:
             self._check_moments(blocks)
         if "saliences" in parts:
-            self._check_saliences(blocks)
+            stacks = [b for b in all_blocks if isinstance(b, Stack) and experts]
+            self._check_saliences(blocks, stacks)
         if "damages" in parts:
             self._check_damages(blocks)
 
@@ -71,7 +73,16 @@ class Statistics:
                     f"calibration gave NaN or infinite statistics in {stack.name}; use float32 or bfloat16."
                 )
 
-    def _check_saliences(self, blocks: Sequence[Block]) -> None:
+    def _check_saliences(self, blocks: Sequence[Block], stacks: Sequence[Stack]) -> None:
+        for stack in stacks:
+            sizes = {"gate_up_proj": 2 * stack.width, "down_proj": stack.width}
+            for key, size in sizes.items():
+                name = f"{stack.name}.{key}"
+                own = self.saliences.get(name)
+                if own is None or own.shape != (stack.experts, size):
+                    raise UsageError(f"there are no saliences that fit {name}; prepare this very model.")
+                if not torch.isfinite(own).all():
+                    raise FloatingPointError(f"the saliences of {name} are NaN or infinite.")
         for m in (m for block in blocks for m in block.members):
             saliences = self.saliences.get(m.name)
             if saliences is None or len(saliences) != m.weight.shape[m.axis]:
@@ -85,16 +96,17 @@ class Statistics:
             if damage is None or damage.curve.shape != (block.units + 1,):
                 raise UsageError(f"there is no damage curve that fits {block.name}; prepare this very model.")
 
-    def check_consumer(self, block: Block, width: int, units: torch.Tensor | None) -> Consumer:
-        """The refitted consumer of a block.
+    def check_consumer(self, block: Prunable, width: int, units: torch.Tensor | None) -> Consumer:
+        """The refitted consumer of a block, or those of a stack of experts.
 
         Raises `UsageError` unless it was made for these units, or for `width` units that the refit chose.
         """
         consumer = self.consumers.get(block.name)
-        fits = consumer is not None and len(consumer.units) == width
+        of_one = 1 if isinstance(block, Stack) else block.unit_width
+        fits = consumer is not None and consumer.units.shape[-1] == width
         if consumer is not None and units is not None:
             fits = consumer.units.equal(units.cpu())
-        if consumer is None or not fits or consumer.weight.shape[1] != width * block.unit_width:
+        if consumer is None or not fits or consumer.weight.shape[-1] != width * of_one:
             raise UsageError(
                 f"there is no consumer of {block.name} refitted to the units it keeps; prepare this model, "
                 "method and ratio: probeprune.prepare."

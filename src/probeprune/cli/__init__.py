@@ -20,6 +20,7 @@ from probeprune import processes
 from probeprune.cli.bench import bench
 from probeprune.cli.cache import cache
 from probeprune.cli.compare import compare
+from probeprune.cli.completion import completion
 from probeprune.cli.doctor import doctor
 from probeprune.cli.evaluate import evaluate
 from probeprune.cli.export import export
@@ -41,6 +42,7 @@ app = typer.Typer(
     cls=Commands,
     help="Prune causal language models, statically or dynamically, and measure every method in the same way.",
     no_args_is_help=True,
+    add_completion=False,  # each of its completions would import torch
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -48,7 +50,7 @@ INTERRUPTED = "interrupted; all measurements are saved, and the same command con
 
 for _command in (compare, table, report, plan, prune, export, quantised, recover, loraprune, generate, bench):
     app.command()(_command)
-for _command in (doctor, cache):
+for _command in (doctor, cache, completion):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.command()(push)

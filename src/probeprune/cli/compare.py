@@ -305,5 +305,5 @@ def _title(model: str, rows: Sequence[Line], calibration: Text) -> str:
     return (
         f"{model}, {row['task']}: {row['windows']} windows of {row['length']} tokens in batches of "
         f"{row['batch_size']}{timed}; calibrated on {calibration.windows} windows of "
-        f"{calibration.corpus}; {row['dtype']}, {row['device']}, {row['threads']} threads"
+        f"{calibration.name}; {row['dtype']}, {row['device']}, {row['threads']} threads"
     )

@@ -215,15 +215,13 @@ def generate(
 
 def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed: int) -> Prepared | None:
     """Everything that the method must know of the model, from the cache where possible."""
-    from probeprune.data.corpora import load_corpus
-    from probeprune.data.windows import WindowSource
     from probeprune.model.machine import cache_dir
     from probeprune.plan import may_need
     from probeprune.prepare import prepare
 
     if not may_need(method):
         return None
-    source = WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
+    source = text.source(loaded.tokenizer, seed)
     with progress_bar() as show:
         return prepare(loaded.model, method, ratio, source, cache=cache_dir() / "statistics", progress=show)
 

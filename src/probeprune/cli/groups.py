@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 import typer
 
 from probeprune.cli.terminal import err
-from probeprune.cli.values import one_of
+from probeprune.cli.values import names, one_of
 from probeprune.data.windows import CALIBRATION, Text
 from probeprune.engines.wishes import Engine, get_engine
 from probeprune.errors import UsageError
@@ -168,7 +168,11 @@ class CalibrationOptions:
 
     panel: ClassVar[str] = "Calibration"
     calibration: Annotated[
-        str, typer.Option(help="Calibration text: an embedded name, a file or a hub id.")
+        str,
+        typer.Option(
+            help="Calibration text: an embedded name, a file or a hub id. Several, separated by commas, take "
+            "turns; one that is named twice has two turns."
+        ),
     ] = CALIBRATION.corpus
     calibration_windows: Annotated[
         int, typer.Option(help="Number of calibration windows."), RANGES["windows"]
@@ -184,7 +188,8 @@ class CalibrationOptions:
 
     def text(self) -> Text:
         """The windows to calibrate on."""
-        return Text(self.calibration, self.calibration_windows, self.length)
+        first, *beside = names(self.calibration, "calibration", repeated=True)
+        return Text(first, self.calibration_windows, self.length, tuple(beside))
 
 
 @dataclass(frozen=True)

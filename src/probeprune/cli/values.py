@@ -8,12 +8,16 @@ from probeprune.errors import UsageError, quoted, unknown
 from probeprune.ranges import RANGES, plain
 
 
-def names(text: str, option: str) -> list[str]:
-    """The entries of a list separated by commas. Raises `UsageError` for an empty or repeated entry."""
+def names(text: str, option: str, repeated: bool = False) -> list[str]:
+    """The entries of a list separated by commas.
+
+    Raises `UsageError` for an empty entry, and for a repeated one unless those have a meaning.
+    """
     entries = [entry.strip() for entry in text.split(",")]
     if not all(entries):
         raise UsageError(f"--{option} {text!r} has an empty entry; separate entries by single commas.")
-    _check_different(entries, text, option)
+    if not repeated:
+        _check_different(entries, text, option)
     return entries
 
 

@@ -7,13 +7,13 @@ import itertools
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from probeprune.data.corpora import ROW_SEPARATOR, check_whole
+from probeprune.data.corpora import ROW_SEPARATOR, check_whole, load_corpus
 from probeprune.errors import UsageError, unknown
 from probeprune.ranges import check_fields, plain
 
@@ -33,9 +33,28 @@ class Text:
     """Number of windows; 0 where nothing is to be measured."""
     length: int = 512
     """Tokens per window."""
+    beside: tuple[str, ...] = ()
+    """Further corpora for calibration. Each gives as many windows as `corpus` does, and one that is named
+    twice gives twice as many."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def name(self) -> str:
+        """The names of all corpora."""
+        return ", ".join((self.corpus, *self.beside))
+
+    def record(self) -> dict[str, Any]:
+        """All fields as JSON values; without further corpora where there are none."""
+        fields = asdict(self)
+        return fields if fields.pop("beside") == () else {**fields, "beside": list(self.beside)}
+
+    def source(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> "WindowSource":
+        """Where calibration windows are drawn from. Raises `UsageError` as `load_corpus`."""
+        read = {name: load_corpus(name) for name in dict.fromkeys((self.corpus, *self.beside))}
+        beside = tuple(read[name] for name in self.beside)
+        return WindowSource(read[self.corpus], tokenizer, self.windows, self.length, seed, beside)
 
 
 CALIBRATION = Text("c4", 128, 512)
@@ -330,16 +349,30 @@ class WindowSource:
     windows: int = CALIBRATION.windows
     length: int = CALIBRATION.length
     seed: int = 0
+    beside: tuple[Sequence[str], ...] = ()
+    """Documents of further corpora, which take turns with `documents`, a window each. A corpus that is there
+    twice (the same object) has two turns."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def draw(self, count: int | None = None, length: int | None = None) -> torch.Tensor:
-        """LongTensor (count, length) of token ids; see `calibration_windows`."""
-        return calibration_windows(
-            self.documents,
-            self.tokenizer,
-            count=self.windows if count is None else count,
-            length=self.length if length is None else length,
-            seed=self.seed,
-        )
+        """LongTensor (count, length) of token ids; see `calibration_windows`.
+
+        The first windows of many are those of few.
+        """
+        count = self.windows if count is None else plain("count", count)
+        length = self.length if length is None else length
+        turns = [self.documents, *self.beside]
+        places: dict[int, list[int]] = {}  # of the windows of each corpus
+        for window in range(count):
+            places.setdefault(id(turns[window % len(turns)]), []).append(window)
+        parts = [
+            calibration_windows(
+                documents, self.tokenizer, count=len(places[number]), length=length, seed=self.seed
+            )
+            for number, documents in {id(documents): documents for documents in turns}.items()
+            if number in places
+        ]
+        order = torch.tensor([window for own in places.values() for window in own])
+        return torch.cat(parts)[order.argsort()]

@@ -7,7 +7,7 @@ a time, because the logits of a whole batch would be by far the largest tensor. 
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -55,6 +55,7 @@ def perplexity(
     *,
     batch_size: int = 16,
     averaging: Averaging = "token",
+    see: Callable[[int, torch.Tensor], None] | None = None,
     progress: Progress = silent,
 ) -> Perplexity:
     """Measure perplexity on `windows` (count, length >= 2), in order, including a shorter last batch.
@@ -66,6 +67,9 @@ def perplexity(
         averaging: `token` weighs every predicted token equally. `published` follows the research code: the
             mean of the batches' means, without an incomplete last batch. Use it with `sampling="published"`
             to compare with published tables.
+        see: called with the logits (tokens, vocabulary) of all predicted tokens, some at a time, and with the
+            number of the first of them: window w of length l begins with number w (l - 1). Where work is
+            shared out over processes, each sees those of its own windows.
         progress: called with (`perplexity`, windows done, windows in all).
 
     Where work is shared out over processes, each takes some of the windows, and all of them under a method
@@ -84,13 +88,16 @@ def perplexity(
     rates: list[float] = []
     seconds = 0.0
     flops_per_token = math.nan
+    first = shares.own(len(windows)).start if divided else 0
+    watched = None if see is None else _Numbered(see, first * (windows.shape[1] - 1))
     with shares.alike(), torch.inference_mode():
         for batch, found in zip(parts, decoded(model, parts, progress=progress), strict=True):
             if found.flops is not None:
                 flops_per_token = found.flops / batch.numel()
             seconds += found.seconds
             rates.append(batch.numel() / found.seconds)
-            losses += window_losses(model, found.hidden, batch.to(found.hidden.device)).tolist()
+            ids = batch.to(found.hidden.device)
+            losses += window_losses(model, found.hidden, ids, watched).tolist()
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError("the model's loss is NaN or infinite; try another dtype.")
             progress("perplexity", len(losses), len(own))
@@ -130,12 +137,29 @@ def scored_windows(
     return windows
 
 
-def window_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def window_losses(
+    model: nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    see: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
     """Mean next-token loss of each window: (batch,), float64.
 
     Args:
         model: the causal LM, for its output head.
         hidden: its decoder's last hidden states (batch, length, hidden).
         ids: the windows (batch, length).
+        see: as in `next_token_losses`.
     """
-    return next_token_losses(model, hidden, ids).double().mean(1)
+    return next_token_losses(model, hidden, ids, see).double().mean(1)
+
+
+class _Numbered:
+    """Calls `see` with the number of the first of some tokens that come in a row, and their logits."""
+
+    def __init__(self, see: Callable[[int, torch.Tensor], None], first: int) -> None:
+        self.see, self.next = see, first
+
+    def __call__(self, logits: torch.Tensor) -> None:
+        self.see(self.next, logits)
+        self.next += len(logits)

@@ -16,7 +16,7 @@ from probeprune.data.windows import BATCH_SIZE, CALIBRATION, Sampling, Text
 from probeprune.errors import UsageError
 from probeprune.evaluation.perplexity import Averaging
 from probeprune.evaluation.tasks import TaskSettings
-from probeprune.methods import Method
+from probeprune.methods import METHODS, Method
 from probeprune.plan import may_need
 from probeprune.ranges import check_fields, plain
 from probeprune.strategies.importance import IMPORTANCES
@@ -126,7 +126,8 @@ class Subject:
     def key(self) -> str:
         """Hash of all settings."""
         budget = None if self.budget is None else self.budget.record()
-        return _key({**records.to_json(self), "budget": budget})
+        calibration = None if self.calibration is None else self.calibration.record()
+        return _key({**records.to_json(self), "budget": budget, "calibration": calibration})
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,11 @@ def subject(setting: Setting, method: Method, ratio: float, seed: int = 0) -> Su
         device=setting.device,
         weights=setting.weights,
     )
+
+
+def dense_subject(pruned: Subject) -> Subject:
+    """The dense model of a subject; itself where it is that."""
+    return replace(pruned, method=METHODS["dense"], ratio=0.0, seed=0, calibration=None, budget=None)
 
 
 def _draws(method: Method) -> bool:

@@ -1,22 +1,25 @@
 """Measure one cell: a prepared model on a text, a task or its cost, as one line of results."""
 
-from dataclasses import asdict
-
 import torch
 
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import evaluation_windows
-from probeprune.evaluation.perplexity import perplexity
+from probeprune.evaluation.perplexity import perplexity, scored_windows
+from probeprune.evaluation.predictions import TOP_K, Comparison, Predictions
 from probeprune.evaluation.tasks import evaluate_task
-from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeasure
+from probeprune.experiment.cells import Cell, CostMeasure, TaskMeasure, TextMeasure, dense_subject
 from probeprune.experiment.costing import cost_line
-from probeprune.experiment.workbench import Ready, Workbench
+from probeprune.experiment.reference import dense_predictions, keep_predictions, recorder
+from probeprune.experiment.workbench import Ready, Workbench, preparing
 from probeprune.model.cost import PeakMemory, blocks_flops
+from probeprune.model.loading import LoadedModel
+from probeprune.model.passes import is_followed
 from probeprune.processes import shares
 from probeprune.progress import Progress
 from probeprune.provenance import versions
 from probeprune.result_lines import (
     AccuracyRecord,
+    AgreementRecord,
     Identity,
     Line,
     ResultLine,
@@ -51,13 +54,20 @@ def measure(bench: Workbench, cell: Cell) -> Line:
     }
     if isinstance(measured, CostMeasure):  # it attaches the method itself, in turns with dense
         return {**line, "training": None, **cost_line(bench, cell, report)}
+    wanted: Predictions | None = None
+    if isinstance(measured, TextMeasure) and not (subject.method.when.trains or _is_dense(cell)):
+        with preparing():  # while nothing is attached
+            text = _windows(measured, bench.dense(subject))
+            wanted = dense_predictions(bench, cell, text, report)
     with bench.prepared(subject) as prepared:
         line["training"], line["removed_share"] = _training(prepared), prepared.removed_share
-        found = (
-            _on_text(measured, prepared, report)
-            if isinstance(measured, TextMeasure)
-            else _on_task(measured, prepared, report)
-        )
+        if isinstance(measured, TextMeasure):
+            text = _windows(measured, prepared.loaded)
+            if wanted is None and not _is_dense(cell):  # trained, so the dense model is another one
+                wanted = dense_predictions(bench, cell, text, report)
+            found: TextLine | TaskLine = _on_text(cell, measured, text, wanted, prepared, report)
+        else:
+            found = _on_task(measured, prepared, report)
         return {**line, **found, **_pays(prepared.handle)}
 
 
@@ -79,7 +89,7 @@ def _identity(cell: Cell) -> Identity:
         "method": subject.method.record(),
         "ratio": subject.ratio,
         "seed": subject.seed,
-        "calibration": None if subject.calibration is None else asdict(subject.calibration),
+        "calibration": None if subject.calibration is None else subject.calibration.record(),
     }
 
 
@@ -101,17 +111,37 @@ def _probed(handle: Handle) -> float:
     return 1.0 if handle.costs is None else handle.probed_share
 
 
-def _on_text(measure: TextMeasure, prepared: Ready, progress: Progress) -> TextLine:
-    model, handle = prepared.loaded.model, prepared.handle
+def _is_dense(cell: Cell) -> bool:
+    return cell.subject == dense_subject(cell.subject)
+
+
+def _windows(measure: TextMeasure, loaded: LoadedModel) -> torch.Tensor:
+    """The windows of a text that count: LongTensor (count, length)."""
     with shares.alike():
-        text = evaluation_windows(
+        windows = evaluation_windows(
             load_corpus(measure.corpus),
-            prepared.loaded.tokenizer,
+            loaded.tokenizer,
             length=measure.length,
             limit=measure.windows,
             sampling=measure.sampling,
             seed=measure.seed,
         )
+        return scored_windows(loaded.model, windows, measure.batch_size, measure.averaging)
+
+
+def _on_text(
+    cell: Cell,
+    measure: TextMeasure,
+    text: torch.Tensor,
+    wanted: Predictions | None,
+    prepared: Ready,
+    progress: Progress,
+) -> TextLine:
+    """Perplexity on a text, its cost, and how far the model agrees with the dense one; `wanted` is what that
+    predicts, None where the model is the dense one."""
+    model, handle = prepared.loaded.model, prepared.handle
+    taken = recorder(text)
+    compared = None if wanted is None else Comparison(wanted, text.shape[1] - 1)
     # Of a model whose layers are offloaded, units that a batch chooses are gone when its layer leaves.
     hidden = isinstance(handle, OffloadedHandle) and handle.method.when.every_batch
     units = None if handle is None or hidden else UnitCounter(handle)
@@ -123,8 +153,25 @@ def _on_text(measure: TextMeasure, prepared: Ready, progress: Progress) -> TextL
 
     with PeakMemory(prepared.loaded.device) as memory:
         result = perplexity(
-            model, text, batch_size=measure.batch_size, averaging=measure.averaging, progress=after_batch
+            model,
+            text,
+            batch_size=measure.batch_size,
+            averaging=measure.averaging,
+            see=compared or taken,
+            progress=after_batch,
         )
+    agreement: AgreementRecord | None = None
+    if compared is None:
+        keep_predictions(taken, cell, text)
+    else:
+        found = compared.agreement(divided=not is_followed(model))
+        agreement = {
+            "top1": found.top1,
+            "top1_error": found.top1_error,
+            "divergence": found.divergence,
+            "divergence_error": found.divergence_error,
+            "top_k": TOP_K,
+        }
     shape = min(measure.batch_size, len(text)), measure.length
     full = blocks_flops(prepared.blocks, [b.units for b in prepared.blocks], *shape)
     probing = 0.0
@@ -136,6 +183,7 @@ def _on_text(measure: TextMeasure, prepared: Ready, progress: Progress) -> TextL
         "value": result.value,
         "standard_error": result.standard_error,
         "losses": [round(x, 6) for x in result.losses],
+        "agreement": agreement,
         "windows": len(result.losses),
         "length": measure.length,
         "batch_size": measure.batch_size,

@@ -247,6 +247,8 @@ def _calibration(entry: Entry) -> Text:
     text: Text = read(entry, Text, base=CALIBRATION)
     entries = entry.mapping(field_names(Text))
     _check_corpus(entries)
+    for corpus in entries["beside"].items() if "beside" in entries else ():
+        _check_corpus({"corpus": corpus})
     if "windows" in entries:
         entries["windows"].checked(lambda: check(windows=text.windows))
     return text

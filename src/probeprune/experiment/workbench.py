@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import Text, WindowSource
 from probeprune.experiment.cells import Subject
 from probeprune.methods import Method, without_training
@@ -63,6 +62,15 @@ class Unprepared(Exception):
         self.cause = cause
 
 
+@contextmanager
+def preparing() -> Iterator[None]:
+    """Raise what fails inside as `Unprepared`."""
+    try:
+        yield
+    except Exception as error:
+        raise Unprepared(error) from error
+
+
 @dataclass
 class Workbench:
     """Opens models for subjects.
@@ -104,10 +112,8 @@ class Workbench:
     @contextmanager
     def prepared(self, subject: Subject) -> Iterator[Ready]:
         """The subject, ready to be measured. Raises `Unprepared` for what calibration and the like raise."""
-        try:
+        with preparing():
             prepared = self._trained(subject) if subject.method.when.trains else self._attached(subject)
-        except Exception as error:
-            raise Unprepared(error) from error
         try:
             yield prepared
         finally:
@@ -124,8 +130,7 @@ class Workbench:
         text = subject.calibration
         if text is None:
             return None
-        tokenizer = self.dense(subject).tokenizer
-        return WindowSource(load_corpus(text.corpus), tokenizer, text.windows, text.length, subject.seed)
+        return text.source(self.dense(subject).tokenizer, subject.seed)
 
     def preparation(self, subject: Subject) -> Preparation | None:
         """Makes what methods must know of the subject's dense model; None for one that needs no calibration.

@@ -137,7 +137,7 @@ def save_attached(
     kept, model = handle.kept, unwrapped(handle.model)
     if kept is None:
         raise UsageError("this handle is detached, so its method is gone; save it while it is attached.")
-    if handle.stacks:
+    if any(b.kind == "experts" and k < b.units for b, k in zip(handle.blocks, handle.widths, strict=True)):
         raise UsageError(
             "an attached method that cuts experts cannot be saved with its model; prune the model instead, "
             "and save that."

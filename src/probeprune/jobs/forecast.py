@@ -24,11 +24,12 @@ from probeprune.model.footprint import Batch, Phase, Rehearsal, measuring
 from probeprune.model.linear_maps import sizes
 from probeprune.model.multimodal import text_config
 from probeprune.model.outline import Outline
-from probeprune.model.placing import Work, in_use, opening_of, place, reading, retained, runs_by_layer
+from probeprune.model.placing import Work, in_use, opening_of, place, reading, retained
 from probeprune.plan import Kept, expert_needs, loses_experts, needs, needs_for, parts_of
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import Refit
+from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.schedule import Once
@@ -96,8 +97,7 @@ class Forecast:
     after: Figures | None
     in_memory: Memory | None
     by_layer: Memory | None
-    """A layer at a time, with all hidden states in files: the least that can be asked for. None for a model
-    whose layers have to be in memory together."""
+    """A layer at a time, with all hidden states in files: the least that can be asked for."""
     states_bytes: int
     """Of hidden states that a layer at a time keeps in memory as far as they find room, and else in files."""
     base_bytes: int
@@ -143,7 +143,7 @@ def forecast(outline: Outline, job: Job, *, memory: int | None = None, timed: bo
         before,
         after,
         _memory(opening.in_memory(phases), base),
-        _memory(opening.by_layer(phases), base) if runs_by_layer(shape) else None,
+        _memory(opening.by_layer(phases), base),
         max(p.states for p in phases),
         base,
         _seconds(shape, pruned, kept, job) if timed else None,
@@ -159,10 +159,10 @@ def _figures(model: Any, job: Job) -> Figures:
     blocks, length = find_parts(model), max(job.texts.calibration.length, 1)
     config = text_config(model.config)
     width, vocabulary = config.hidden_size, config.vocab_size
-    heads = sum(b.kv_heads * b.head_dim for b in blocks if isinstance(b, Block) and b.kind == "attention")
+    cached = sum(b.cached_numbers(b.units) for b in blocks if isinstance(b, Block) and b.kind == "attention")
     itemsize = job.dtype_to_save.itemsize
     parameters = sum(p.numel() for p in model.parameters())
-    kv = 2 * heads * itemsize
+    kv = cached * itemsize
     active = Rehearsal(model, job.dtype_to_save, job.device).layer_pass(Batch(1, length))
     return Figures(
         parameters=parameters,
@@ -244,10 +244,11 @@ def comparing_work(methods: Iterable[tuple[Method, float]], texts: Texts) -> Wor
             job = Job(method, ratio, "per-layer", texts, dtype, device, dtype)
             dense = Rehearsal(shape, dtype, device, method.unit_kind)
             more, made = _statistics(dense, [len(k.units) for k in done.kept], job, following=True)
-            made += _copies(parts_of(shape, once), done.kept) * dtype.itemsize
+            copies = _copies(parts_of(shape, once), done.kept) * dtype.itemsize
             batch = Batch(texts.batch_size, texts.evaluation.length)
             phases += more
-            phases += [_with(p, made) for p in _evaluating(dense, batch, texts.evaluation.windows, 0)]
+            evaluating = _evaluating(dense, batch, texts.evaluation.windows, 0)
+            phases += [replace(_with(p, made), copies=copies) for p in evaluating]
         return phases or reading(shape, dtype, device)
 
     return work
@@ -284,14 +285,16 @@ def _statistics(
         phases.append(footprints.moments(dense, batch, text.windows, own))
         held += phases[-1].kept
     if "routed" in parts:
-        phases.append(_with(footprints.routed(dense, batch, text.windows), held))
+        exchange = method.experts == "expert" and EXPERT_IMPORTANCES[method.expert_importance].exchange
+        phases.append(_with(footprints.routed(dense, batch, text.windows, exchange), held))
         held = phases[-1].kept
     if "saliences" in parts:
         criterion = str(IMPORTANCES[method.importance].criterion)
         wide = dense
         if job.dtype.itemsize < 4:
             wide = Rehearsal(dense.model, torch.float32, job.device, method.unit_kind)
-        phases += footprints.saliences(dense, wide, criterion, method.gradient_settings)
+        channels = method.experts == "channel" and loses_experts(method, dense.stacks)
+        phases += footprints.saliences(dense, wide, criterion, method.gradient_settings, channels)
     how = method.refit or Refit()
     chosen = "consumers" in parts and method.ordered_by_refit
     if "damages" in parts or (chosen and how.sensitivity):
@@ -309,7 +312,7 @@ def _statistics(
 
 
 def _with(phase: Phase, kept: int) -> Phase:
-    return Phase(phase.name, phase.work, phase.states, phase.sets, phase.kept + kept, phase.layers)
+    return replace(phase, kept=phase.kept + kept)
 
 
 # -- time ------------------------------------------------------------------------------------------
@@ -344,6 +347,11 @@ def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
         flops += min(text.windows, how.windows) * text.length * passes * dense
         for b, k in zip(blocks, kept, strict=True):
             if isinstance(b, Stack):
+                if k < b.units:
+                    width = b.width if chosen else k
+                    seen = min(text.windows, how.windows) * text.length * b.per_token
+                    flops += seen * 2 * width * (width + b.hidden_size)
+                    double += b.experts * (16 if chosen else 2) * width**3 / 3
                 continue
             width = b.width if chosen else k * b.unit_width
             if k < b.units:

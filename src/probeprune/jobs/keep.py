@@ -79,7 +79,7 @@ def keep_to(
             seconds = time.monotonic() - started
             measure("pruned", loaded.model)
             more = {
-                "corpus": None if source is None else texts.calibration.corpus,
+                "corpus": None if source is None else texts.calibration.name,
                 "seed": texts.seed,
                 "evaluation": measure.record(),
                 "seconds": round(seconds, 1),

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from probeprune import processes
-from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import BATCH_SIZE, Text, WindowSource
 from probeprune.engines.gguf_types import FileType, block_length, storage
 from probeprune.engines.gguf_write import check_export, write_export
@@ -270,7 +269,7 @@ def calibration_source(loaded: LoadedModel, method: Method, text: Text, seed: in
     check_windows(method, text, loaded.model)
     if shares.leads():
         check_cache()
-    return WindowSource(load_corpus(text.corpus), loaded.tokenizer, text.windows, text.length, seed)
+    return text.source(loaded.tokenizer, seed)
 
 
 def check_windows(method: Method, text: Text, model: nn.Module) -> None:
@@ -287,7 +286,7 @@ def _calibration_record(method: Method, text: Text, experts: bool) -> dict[str, 
     windows = {"moments": text.windows, "routed": text.windows, "damages": min(text.windows, DAMAGE_WINDOWS)}
     if method.refit is not None:
         windows["consumers"] = min(text.windows, method.refit.windows)
-    record: dict[str, Any] = {"corpus": text.corpus}
+    record: dict[str, Any] = {"corpus": text.name}
     for part, count in windows.items():
         if part in parts:
             record[part] = {"windows": count, "length": text.length}

@@ -6,7 +6,7 @@ perplexity of the file as the engine runs it, seconds of a prompt and of decodin
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -96,7 +96,7 @@ def make_files(loaded: LoadedModel, grid: Grid, folder: Path, progress: Progress
         "model": loaded.name,
         "weights": source_fingerprint(loaded.name),
         "method": grid.method.record(),
-        "calibration": asdict(grid.calibration),
+        "calibration": grid.calibration.record(),
     }
     record = stored_json(folder / MADE)
     lines: dict[str, Any] = record["lines"] if isinstance(record, dict) and record.get("of") == source else {}

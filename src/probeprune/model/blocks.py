@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from probeprune.errors import UsageError, unknown
+from probeprune.model.attention_maps import attention_maps
 from probeprune.model.families import find_family
 from probeprune.model.family_records import AttentionRecord, MixerRecord, MlpRecord
 from probeprune.model.layer_records import (
@@ -19,7 +20,7 @@ from probeprune.model.layer_records import (
     has_block,
     mlp_record,
     norm_at,
-    refuse_experts,
+    refuse_config,
     whole_heads,
 )
 from probeprune.model.linear_maps import LinearMap, matrix, oriented, sizes
@@ -94,8 +95,14 @@ class Block:
     norm: nn.Module | None
     """The norm in front of the block, whose input is the residual stream `R`; None if `X` is `R`."""
     head_dim: int = 0
+    """Size of a head's queries and keys."""
+    value_dim: int = 0
+    """Size of its values."""
     query_heads: int = 0
     kv_heads: int = 0
+    cached: int | None = None
+    """Numbers that a token leaves in the KV cache whatever heads stay: its latents, or none where the block
+    reads keys and values of another. None where they are keys and values of the heads that stay."""
     unit_kind: UnitKind = "group"
     query_count: str | None = None
     kv_count: str | None = None
@@ -108,8 +115,8 @@ class Block:
     input_factor: float = 1.0
     """What the norm's output is multiplied by before the block reads it."""
     follows: int = 0
-    """For an MLP beside experts that a plain config gives this many channels for each channel of an expert; 0
-    for one of its own width."""
+    """For an MLP that a plain config gives this many channels for each channel of an expert, beside it or in
+    other layers; 0 for one of its own width."""
 
     @property
     def width(self) -> int:
@@ -146,8 +153,15 @@ class Block:
         }
         return {name: value for name, value in values.items() if name is not None}
 
+    def cached_numbers(self, units: int) -> int:
+        """Numbers that a token leaves in the KV cache with `units` units in view."""
+        own = self.cached_heads(units) * (self.head_dim + self.value_dim)
+        return own if self.cached is None else self.cached
+
     def cached_heads(self, units: int) -> int:
         """Heads of the keys in a KV cache that this block fills with `units` units in view."""
+        if self.cached is not None:
+            return 1
         grouped = self.unit_kind == "group"
         if self.repeats_kv:
             return units * self.group_size if grouped else units
@@ -220,12 +234,12 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
         raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
     model = unwrapped(model)
     family, config = find_family(model), text_config(model.config)
+    refuse_config(model, family, config)
     norm_first = family.norm_first is None or bool(getattr(config, family.norm_first))
     whole = whole_heads(family.attention, config)
     blocks = []
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"
-        refuse_experts(prefix, layer, family)
         for record in family.mixers:
             if has_block(layer, family, record):
                 blocks.append(_mixer_block(prefix, index, layer, record))
@@ -249,46 +263,41 @@ def _attention_block(
 ) -> Block:
     module = layer.get_submodule(record.module)
     name = f"{prefix}.{record.module}"
-    paths = (record.query, record.key, record.value, record.output)
-    q, k, v, o = (permutable(module, path, name) for path in paths)
-    head_dim = int(getattr(module, record.head_dim))
-    query_heads = sizes(o)[1] // head_dim
-    key_rows, value_rows, kv_heads = _key_value_rows(record, query_heads, head_dim, q, k)
-    group = query_heads // kv_heads
+    maps = attention_maps(module, record, name)
+    group = maps.group_size
     repeats_kv = record.repeats_kv is not None and bool(attribute(module, record.repeats_kv))
     multi_query = record.multi_query is not None and bool(attribute(module, record.multi_query))
     if group == 1:
         units = "group"
-    elif kv_heads == 1 and (units == "query" or (multi_query and not repeats_kv)):
+    elif maps.kv_heads == 1 and (units == "query" or (multi_query and not repeats_kv)):
         units = "balanced"
-    elif kv_heads > 1 and record.fused == "by group" and units != "group":
+    elif maps.kv_heads > 1 and maps.by_group and units != "group":
         raise UsageError(
             f"{name} holds its heads group by group, so they leave in groups; use unit_kind='group'."
         )
-    count, width = (kv_heads, group * head_dim) if units == "group" else (query_heads, head_dim)
-    query, key, value, output = (f"{name}.{path}" for path in paths)
-    if record.fused == "by group" and units == "group":
-        rows: tuple[Member, ...] = (Member(query, q, 0, (group + 2) * head_dim),)
-    else:
-        rows = (Member(query, q, 0, 2 * width if record.gated else width),)
-        if units == "group":
-            rows += (Member(key, k, 0, head_dim, key_rows), Member(value, v, 0, head_dim, value_rows))
+    grouped = units == "group"
+    width = maps.value_dim * (group if grouped else 1)
     return Block(
         name=name,
         layer=index,
         kind="attention",
-        units=count,
+        units=maps.kv_heads if grouped else maps.query_heads,
         unit_width=width,
-        members=(*rows, Member(output, o, 1, width)),
-        producers=tuple(dict.fromkeys((q, k, v))),
-        consumer=o,
+        members=(
+            *(Member(f"{name}.{r.path}", r.linear, 0, r.width, r.start) for r in maps.rows(grouped)),
+            Member(f"{name}.{record.output}", maps.output, 1, width),
+        ),
+        producers=maps.producers,
+        consumer=maps.output,
         entry=module,
         run=module,
         activation=None,
         norm=norm_at(layer, record.norm) if norm_first else None,
-        head_dim=head_dim,
-        query_heads=query_heads,
-        kv_heads=kv_heads,
+        head_dim=maps.head_dim,
+        value_dim=maps.value_dim,
+        query_heads=maps.query_heads,
+        kv_heads=maps.kv_heads,
+        cached=maps.cached,
         unit_kind=units,
         query_count=record.query_count,
         kv_count=record.kv_count,
@@ -297,21 +306,6 @@ def _attention_block(
         whole=whole,
         input_factor=1.0 if record.input_factor is None else float(getattr(layer, record.input_factor)),
     )
-
-
-def _key_value_rows(
-    record: AttentionRecord, query_heads: int, head_dim: int, query: LinearMap, key: LinearMap
-) -> tuple[int, int, int]:
-    """First row of the keys, first row of the values (in the maps that make them), and key-value heads.
-
-    The rows of a map that makes them group by group are those of the first group.
-    """
-    if record.fused is None:
-        return 0, 0, sizes(key)[0] // head_dim
-    kv_heads = (sizes(query)[0] // head_dim - query_heads) // 2
-    before = query_heads if record.fused == "stacked" else query_heads // kv_heads
-    between = kv_heads if record.fused == "stacked" else 1
-    return before * head_dim, (before + between) * head_dim, kv_heads
 
 
 def _mlp_block(

@@ -52,6 +52,7 @@ PART = Allowed("a number above 0 and at most 1", lambda v: _number(v) and 0 < v 
 NUMBER = Allowed("a number", _number)
 FLAG = Allowed("true or false", lambda v: isinstance(v, bool))
 NAME = Allowed("a name", lambda v: isinstance(v, str) and v != "")
+FLAG_OR_NAME = Allowed("true, false or a name", lambda v: FLAG.holds(v) or NAME.holds(v))
 NAMES = Allowed("a list of names", lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v))
 POSITIVES = Allowed(
     "a list of numbers above 0", lambda v: isinstance(v, list) and all(map(POSITIVE.holds, v))
@@ -78,7 +79,12 @@ FIELDS = _table(
         "num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_k moe_intermediate_size "
         "shared_expert_intermediate_size intermediate_size_mlp n_group topk_group": COUNT.or_none(),
         "num_experts moe_topk": COUNT.or_list().or_none(),
-        "n_shared_experts moe_num_shared_experts first_k_dense_replace": WHOLE.or_none(),
+        "n_shared_experts moe_num_shared_experts first_k_dense_replace num_nextn_predict_layers": (
+            WHOLE.or_none()
+        ),
+        "kv_lora_rank qk_nope_head_dim qk_rope_head_dim qk_head_dim": COUNT,
+        "q_lora_rank v_head_dim dim_model_base": COUNT.or_none(),
+        "scale_emb scale_depth": NUMBER.or_none(),
         "routed_scaling_factor": NUMBER,
         "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon rope_theta rotary_emb_base "
         "rope_local_base_freq factor low_freq_factor high_freq_factor beta_fast beta_slow": POSITIVE,
@@ -97,9 +103,13 @@ FIELDS = _table(
         "_remove_final_layer_norm use_qk_norm qk_layernorm use_bias use_qkv_bias attention_out_bias "
         "scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn multi_query "
         "new_decoder_architecture parallel_attn alibi scale_embedding": FLAG,
+        "rope_interleave norm_topk_prob": FLAG.or_none(),
         "no_rope_layers": FLAGS.or_none(),
         "no_rope_layer_interval": COUNT.or_none(),
-        "use_bidirectional_attention": FLAG.or_none(),
+        "use_bidirectional_attention": FLAG_OR_NAME.or_none(),
+        "top_k_experts num_global_key_value_heads global_head_dim": COUNT.or_none(),
+        "hidden_size_per_layer_input num_kv_shared_layers": WHOLE.or_none(),
+        "attention_k_eq_v enable_moe_block use_double_wide_mlp": FLAG,
         "hidden_act hidden_activation activation_function dtype torch_dtype": NAME.or_none(),
         "rope_type type": NAME,
         "layer_types": NAMES.or_none(),

@@ -81,8 +81,8 @@ def block_flops(block: Block, kept: int, batch: int, length: int, *, consumer: b
     if consumer:
         total += 2 * tokens * block.hidden_size * kept * block.unit_width
     if block.kind == "attention":
-        heads = kept * block.unit_width // block.head_dim
-        total += 2 * 2 * batch * heads * length * length * block.head_dim
+        heads = kept * block.unit_width // block.value_dim
+        total += 2 * batch * heads * length * length * (block.head_dim + block.value_dim)
     return total
 
 

@@ -1,6 +1,6 @@
 """The decoder's output for many batches, whether the model is in memory or its layers are offloaded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +113,12 @@ def next_token_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return logits.to(hidden.device)  # a tied head may lie with the embeddings, on another device
 
 
-def next_token_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def next_token_losses(
+    model: nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    see: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
     """Loss of each token of each window but the first: (batch, length - 1), float32.
 
     The logits of `HEAD_TOKENS` tokens are in memory at a time, however long a window is.
@@ -122,15 +127,17 @@ def next_token_losses(model: nn.Module, hidden: torch.Tensor, ids: torch.Tensor)
         model: the causal LM, for its output head.
         hidden: its decoder's last hidden states (batch, length, hidden).
         ids: the windows (batch, length).
+        see: called with the logits (tokens, vocabulary) of all predicted tokens, some at a time, in order.
     """
     per_step = max(1, HEAD_TOKENS // ids.shape[1])
     losses = []
     for h, target in zip(hidden[:, :-1].split(per_step), ids[:, 1:].split(per_step), strict=True):
-        parts = [
-            nn.functional.cross_entropy(
-                next_token_logits(model, few).flatten(0, 1), after.flatten(), reduction="none"
-            ).view(len(few), -1)
-            for few, after in zip(h.split(HEAD_TOKENS, 1), target.split(HEAD_TOKENS, 1), strict=True)
-        ]
+        parts = []
+        for few, after in zip(h.split(HEAD_TOKENS, 1), target.split(HEAD_TOKENS, 1), strict=True):
+            logits = next_token_logits(model, few).flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits, after.flatten(), reduction="none")
+            parts.append(loss.view(len(few), -1))
+            if see is not None:
+                see(logits)
         losses.append(torch.cat(parts, 1))
     return torch.cat(losses)

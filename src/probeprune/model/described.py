@@ -12,7 +12,14 @@ from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import find_blocks, find_layers
 from probeprune.model.experts import find_stacks
 from probeprune.model.families import find_family
-from probeprune.model.modeling_pruned import MODEL_TYPES, ConfigView, pruned_model, view_layer, view_rest
+from probeprune.model.modeling_pruned import (
+    MODEL_TYPES,
+    ConfigView,
+    has_own_layers,
+    pruned_model,
+    view_layer,
+    view_rest,
+)
 from probeprune.model.multimodal import nested_configs, with_text_config
 from probeprune.model.nemotron_nas import llama_config
 from probeprune.model.offloading import share_offloading
@@ -140,7 +147,7 @@ def _put_config(model: Any, config: PretrainedConfig) -> None:
             module.config = replaced[id(held)]
         elif isinstance(held, ConfigView):
             module.config = held.on(config)
-    if config.is_heterogeneous:
+    if config.is_heterogeneous and not has_own_layers(type(config)):
         for layer, own in zip(find_layers(model), config.per_layer_config, strict=True):
             view_layer(layer, own, config)
         view_rest(model, config)

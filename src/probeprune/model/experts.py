@@ -19,7 +19,7 @@ from probeprune.model.blocks import Block, UnitKind, find_blocks, find_layers
 from probeprune.model.families import find_family
 from probeprune.model.family_records import ExpertsRecord
 from probeprune.model.layer_records import attribute
-from probeprune.model.offloading import is_offloaded
+from probeprune.model.multimodal import text_config
 from probeprune.model.permutable import refuse_shared
 from probeprune.model.wrappers import unwrapped
 
@@ -47,6 +47,40 @@ class ExpertMember:
     def part(self, tensor: torch.Tensor, units: int) -> torch.Tensor:
         """View of the first `units` channels in a weight (out, in)."""
         return tensor.narrow(self.axis, self.start, units * self.width)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMap:
+    """One matrix of one expert, as gradient criteria see a linear map (`blocks.Member`)."""
+
+    stack: "Stack"
+    key: str
+    """Name of the tensor: `gate_up_proj`, of whose rows a channel has two, or `down_proj`."""
+    expert: int
+
+    @property
+    def tensor(self) -> str:
+        """Path of the tensor in the model."""
+        return f"{self.stack.name}.{self.key}"
+
+    @property
+    def name(self) -> str:
+        """A name of its own."""
+        return f"{self.tensor}.{self.expert}"
+
+    @property
+    def axis(self) -> int:
+        """0 where channels own rows, 1 where they own columns."""
+        return int(self.key == "down_proj")
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(out, in), without gradients: a view."""
+        return self.stack.matrix(self.key, self.expert)
+
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View (out, in) of a tensor that lies as the matrix does in the model."""
+        return tensor.T if self.stack.record.transposed else tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +118,17 @@ class Stack:
     width: int
     """Number of channels of each expert."""
     hidden_size: int
+    """Width of what the experts read."""
     per_token: int
     """Number of experts that the router takes for a token."""
     router_entries: int
     """Parameters of the router that belong to one expert."""
+    router_width: int = 0
+    """Width of what the router reads; experts may read something narrower (`hidden_size`)."""
     beside: int = 0
-    """Parameters in front of the experts that belong to none."""
+    """Parameters around the experts that belong to none."""
+    maps_beside: int = 0
+    """Those of them that tokens are multiplied with."""
     groups: int = 1
     """Number of groups that the router deals experts into, all of one size."""
     groups_per_token: int = 1
@@ -136,11 +175,12 @@ class Stack:
     @property
     def _channel(self) -> int:
         """Parameters of one channel of one expert."""
-        return 3 * self.hidden_size + (2 if self.record.biases else 0)
+        rows = 2 if self.record.gated else 1
+        return (rows + 1) * self.hidden_size + (rows if self.record.biases else 0)
 
     @property
     def parameters(self) -> int:
-        """Parameters of all experts, of the router, and of what is beside it in front of the experts."""
+        """Parameters of all experts, of the router, and of what is beside it around the experts."""
         biases = self.hidden_size if self.record.biases else 0
         return self.experts * (self.width * self._channel + biases + self.router_entries) + self.beside
 
@@ -149,16 +189,25 @@ class Stack:
         router, where `kept` units stay."""
         experts, width = (kept, self.width) if self.unit == "expert" else (self.experts, kept)
         seen = experts if self.record.scales_input else self.per_token
-        return 2 * tokens * (self.hidden_size * (experts + 3 * width * seen) + self.beside)
+        maps = self.hidden_size * (3 if self.record.gated else 2)
+        return 2 * tokens * (self.router_width * experts + maps * width * seen + self.maps_beside)
 
     def expert(self, index: int) -> Expert:
         """One expert, as importances see a block."""
-        gate_up, down = self.matrix("gate_up_proj", index), self.matrix("down_proj", index)
+        made, down = self.matrix(self.record.producer, index), self.matrix("down_proj", index)
         if self.record.interleaved:
-            rows: tuple[ExpertMember, ...] = (ExpertMember(gate_up, 0, 2),)
+            rows: tuple[ExpertMember, ...] = (ExpertMember(made, 0, 2),)
+        elif self.record.gated:
+            rows = (ExpertMember(made, 0, 1), ExpertMember(made, 0, 1, self.width))
         else:
-            rows = (ExpertMember(gate_up, 0, 1), ExpertMember(gate_up, 0, 1, self.width))
+            rows = (ExpertMember(made, 0, 1),)
         return Expert(self.layer, self.width, (*rows, ExpertMember(down, 1, 1)))
+
+    @property
+    def maps(self) -> list[ExpertMap]:
+        """All matrices of all experts: expert by expert, those of one tensor first."""
+        keys = ("gate_up_proj", "down_proj")
+        return [ExpertMap(self, key, expert) for key in keys for expert in range(self.experts)]
 
     @property
     def device(self) -> torch.device:
@@ -175,10 +224,13 @@ class Stack:
     def coupled(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """What one expert makes of its inputs (tokens, hidden size) in front of `down_proj`: (tokens,
         width)."""
-        made = x @ self.matrix("gate_up_proj", index).T
-        if self.record.biases:
-            made = made + self.module._parameters["gate_up_proj_bias"][index]  # type: ignore[index]
         module: Any = self.module
+        made = x @ self.matrix(self.record.producer, index).T
+        if self.record.biases:
+            made = made + module._parameters[f"{self.record.producer}_bias"][index]
+        if not self.record.gated:
+            activated: torch.Tensor = module.act_fn(made)
+            return activated
         if hasattr(module, "_apply_gate"):  # transformers' own, of every module with interchangeable kernels
             gated: torch.Tensor = module._apply_gate(made)
             return gated
@@ -212,15 +264,11 @@ def find_stacks(model: nn.Module, unit: ExpertUnit = "channel", whole: str | Non
     record = family.experts
     if record is None:
         return []
-    if is_offloaded(model):
-        raise UsageError(
-            "the layers of a mixture of experts have to be in memory to be pruned; load it without "
-            "offloading."
-        )
     layers = enumerate(find_layers(model))
     sparse = [(i, layer) for i, layer in layers if attribute(layer, record.module) is not None]
     stacks = [
-        _stack(f"{family.layers}.{i}", i, layer, record, model.config, unit, whole) for i, layer in sparse
+        _stack(f"{family.layers}.{i}", i, layer, record, text_config(model.config), unit, whole)
+        for i, layer in sparse
     ]
     refuse_shared(model, {s.name: (s.module,) for s in stacks})
     return stacks
@@ -264,17 +312,15 @@ def _stack(
     whole: str | None,
 ) -> Stack:
     name, module = f"{prefix}.{record.module}", layer.get_submodule(record.module)
-    weights = {key: module._parameters.get(key) for key in ("gate_up_proj", "down_proj")}
-    gate_up, down = weights.values()
-    plain = all(
-        w is not None and type(w.data) is torch.Tensor and w.is_floating_point() for w in weights.values()
-    )
-    if not plain or gate_up is None or down is None:
+    weights = [module._parameters.get(key) for key in (record.producer, "down_proj")]
+    made = weights[0]
+    plain = all(w is not None and type(w.data) is torch.Tensor and w.is_floating_point() for w in weights)
+    if not plain or made is None:
         raise UsageError(
             f"{name} does not hold its experts as plain floating-point tensors; load the model unquantised "
             "and merge adapters first."
         )
-    experts, rows, into = gate_up.shape
+    experts, rows, into = made.shape
     if record.transposed:
         rows, into = into, rows
     per_token = getattr(config, record.per_token_field)
@@ -285,8 +331,10 @@ def _stack(
             f"the config says {record.per_token_field} {per_token}, and {name} holds {experts} experts; get "
             "the checkpoint again."
         )
-    groups = [int(getattr(config, field)) for field in record.group_fields or ()] or [1, 1]
+    groups = [int(getattr(config, field) or 1) for field in record.group_fields or ()] or [1, 1]
     router = [owner._parameters.get(key) for owner, key in (entry_of(layer, path) for path in record.router)]
+    entries = [p for p in router if p is not None]
+    beside = [p for p in (attribute(layer, path) for path in record.beside) if p is not None]
     return Stack(
         name=name,
         layer=index,
@@ -296,11 +344,13 @@ def _stack(
         entry=layer.get_submodule(record.entry),
         unit=unit,
         experts=experts,
-        width=rows // 2,
+        width=rows // 2 if record.gated else rows,
         hidden_size=into,
         per_token=int(per_token),
-        router_entries=sum(p.numel() for p in router if p is not None) // experts,
-        beside=sum(layer.get_parameter(path).numel() for path in record.beside),
+        router_entries=sum(p.numel() for p in entries) // experts,
+        router_width=entries[0].numel() // experts,
+        beside=sum(p.numel() for p in beside),
+        maps_beside=sum(p.numel() for p in beside if p.ndim > 1),
         groups=groups[0],
         groups_per_token=groups[1],
         whole=whole,

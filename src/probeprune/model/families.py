@@ -12,11 +12,19 @@ from typing import Any
 from torch import nn
 
 from probeprune.errors import UsageError
-from probeprune.model.family_records import PRUNED_PREFIX, AttentionRecord, Family, MlpRecord, Twin
+from probeprune.model.family_records import (
+    PRUNED_PREFIX,
+    AttentionRecord,
+    ExpertsRecord,
+    Family,
+    MlpRecord,
+    Twin,
+)
 from probeprune.model.hybrid_families import HYBRID
+from probeprune.model.latent_families import LATENT
 from probeprune.model.multimodal import MULTIMODAL, Multimodal, multimodal_of
 from probeprune.model.older_families import NEOX_MLP, OLDER, ONE_MAP
-from probeprune.model.sparse_families import NORMS_OVER_HEADS, SPARSE
+from probeprune.model.sparse_families import NORMS_OVER_HEADS, ROUTED_BY_GROUP, SPARSE
 
 _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
 _ONE_NORM_MLP = MlpRecord(norm="input_layernorm")
@@ -114,6 +122,7 @@ FAMILIES: tuple[Family, ...] = (
     *HYBRID,
     *OLDER,
     *SPARSE,
+    *LATENT,
 )
 
 
@@ -124,6 +133,8 @@ INSIDE: tuple[Family, ...] = (
         attention=AttentionRecord(plain_heads=False),
     ),
     Family("Qwen3-VL (text)", ("qwen3_vl_text",)),
+    Family("Qwen3-VL MoE (text)", ("qwen3_vl_moe_text",), experts=ExpertsRecord()),
+    Family("GLM-4.5V (text)", ("glm4v_moe_text",), experts=ROUTED_BY_GROUP),
 )
 """The families of language models that exist inside multimodal ones alone (`multimodal.py`)."""
 

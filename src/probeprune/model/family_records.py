@@ -19,17 +19,27 @@ class AttentionRecord:
     module: str = "self_attn"
     norm: str | tuple[str, ...] | None = "input_layernorm"
     """Of several paths, the first that a layer has; None for a block that reads the residual stream."""
-    query: str = "q_proj"
+    query: str | tuple[str, ...] = "q_proj"
     key: str = "k_proj"
-    value: str = "v_proj"
-    """Query, key and value may all name the same linear map, see `fused`."""
+    value: str | tuple[str, ...] = "v_proj"
+    """Query, key and value may all name the same linear map, see `fused`. Of several paths, the first that a
+    module has: values may be what the map of keys makes."""
     output: str = "o_proj"
-    fused: Literal["stacked", "by group"] | None = None
+    fused: Literal["stacked", "by group", "by head"] | None = None
     """Order of the rows of a map that makes queries, keys and values together: all queries, then all keys,
     then all values (`stacked`), or key-value head by key-value head its queries, its key and its value
-    (`by group`)."""
+    (`by group`). Of one that makes keys and values alone, for every query head its own: head by head its key
+    and its value (`by head`)."""
+    latents: tuple[str, ...] = ()
+    """Linear maps in front of those that all heads read, which stay: a module need not have all of them. The
+    last makes all that a KV cache holds where the module has `expands`."""
+    expands: str | None = None
+    """The method by which a module makes keys and values from what a KV cache holds; where it lacks that, the
+    cache holds keys and values (`transformers` before 5.15)."""
     head_dim: str = "head_dim"
     """The module's attribute that holds its head size."""
+    value_dim: str | None = None
+    """The same of values alone, where that of queries and keys is another."""
     query_count: str | None = None
     """Where the module's forward reads its number of query heads: an attribute of the module or of its config
     (`config.num_attention_heads`). None if it does not read one."""
@@ -103,12 +113,14 @@ class MixerRecord:
 @dataclass(frozen=True)
 class ExpertsRecord:
     """Where a sparse decoder layer has its experts: tensors with one entry per expert in front,
-    `gate_up_proj` and `down_proj`. All paths are relative to the layer."""
+    `gate_up_proj` (without a gate `up_proj`) and `down_proj`. All paths are relative to the layer."""
 
     module: str = "mlp.experts"
     """Module that holds the tensors; a layer without it is dense."""
     entry: str = "mlp"
     """Module whose input goes to the router, the experts and the shared MLP."""
+    gated: bool = True
+    """Whether an expert has a gate."""
     transposed: bool = False
     """Whether an expert's matrices lie as (in, out)."""
     interleaved: bool = False
@@ -119,7 +131,8 @@ class ExpertsRecord:
     """Parameters and buffers of the router with one entry per expert: on their first axis, or on their second
     where the first has a single entry."""
     beside: tuple[str, ...] = ()
-    """Weights in front of the experts that no expert owns, such as the gate of the shared MLP."""
+    """Weights around the experts that no expert owns, such as the gate of the shared MLP, or a map of what
+    all experts read; those of them that a layer has count."""
     counts: tuple[str, ...] = ("mlp.experts.num_experts", "mlp.gate.num_experts")
     """Attributes with the number of experts that forward passes read."""
     widths: tuple[str, ...] = ("mlp.experts.intermediate_dim",)
@@ -139,10 +152,15 @@ class ExpertsRecord:
     """How many experts wide a plain config has the shared MLP: a number, or a config field with it; 0 where
     its width has a field of its own."""
     everywhere: bool = False
-    """Whether every layer of the family is sparse."""
+    """Whether every layer of the family that has an MLP or experts is sparse."""
     scales_input: bool = False
     """Whether the router's weight multiplies an expert's input, and every expert sees every token, those that
     are not its own as zeros. Otherwise the weight multiplies the output of the experts that were taken."""
+
+    @property
+    def producer(self) -> str:
+        """The tensor whose rows make an expert's channels."""
+        return "gate_up_proj" if self.gated else "up_proj"
 
 
 @dataclass(frozen=True)
@@ -170,8 +188,8 @@ class Family:
     mixers: tuple[MixerRecord, ...] = ()
     """Of a hybrid family: blocks that some layers have in place of attention or beside it. Its layers need
     not have all blocks."""
-    refused_experts: str | None = None
-    """Path in a layer of experts, which are not known here: a model that has them is refused."""
+    refused_if: Mapping[str, str] = field(default_factory=dict)
+    """Config fields that, where true, make a model refused, and why, in words that follow its name."""
     experts: ExpertsRecord | None = None
     """None for a family without experts."""
     norm_first: str | None = None

@@ -23,7 +23,7 @@ from probeprune.errors import UsageError
 from probeprune.model.blocks import Block, UnitKind, find_blocks, find_layers
 from probeprune.model.decoding import next_token_losses
 from probeprune.model.described import empty_like
-from probeprune.model.experts import find_stacks
+from probeprune.model.experts import Stack, find_stacks
 from probeprune.model.forwards import replace_method
 from probeprune.model.layers import LayerRunner
 from probeprune.model.multimodal import text_config
@@ -62,6 +62,9 @@ class Phase:
     """Number of layers whose weights are in memory where layers are on disk."""
     cut: int = 0
     """Weights that a cut has made so far, of all layers."""
+    copies: int = 0
+    """What an attached method holds of experts beside their whole tensors, of all layers; a layer at a time,
+    of the layer at work."""
 
     @property
     def bytes(self) -> int:
@@ -184,6 +187,16 @@ class Rehearsal:
     def here(self) -> list[Block]:
         """The blocks of its largest layer."""
         return [b for b in self.blocks if b.layer == self.layer]
+
+    @property
+    def stacks_here(self) -> list[Stack]:
+        """The experts of its largest layer, if it has some."""
+        return [s for s in self.stacks if s.layer == self.layer]
+
+    @property
+    def parts(self) -> list[Block | Stack]:
+        """Its blocks and stacks of experts, in the order of `experts.find_parts`."""
+        return sorted([*self.blocks, *self.stacks], key=lambda part: part.layer)
 
     def _fill(self, module: nn.Module) -> None:
         for name, own in module._parameters.items():

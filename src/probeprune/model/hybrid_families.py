@@ -6,7 +6,8 @@ and counts in ratios as such.
 
 from dataclasses import replace
 
-from probeprune.model.family_records import AttentionRecord, Family, MixerRecord, MlpRecord
+from probeprune.model.family_records import AttentionRecord, ExpertsRecord, Family, MixerRecord, MlpRecord
+from probeprune.model.sparse_families import GRANITE_MOE, MIXTRAL, QWEN_MOE
 
 _MAMBA = MixerRecord("mamba", maps=("in_proj",), output="out_proj")
 """A Mamba mixer with one map in front; the second release of Mamba has no other."""
@@ -17,18 +18,36 @@ _FEED_FORWARD = MlpRecord(
     module="feed_forward",
 )
 
+_DELTA = MixerRecord(
+    "linear_attn", maps=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), output="out_proj"
+)
+_GRANITE_MLP = MlpRecord(
+    module="shared_mlp",
+    producers=("shared_mlp.input_linear", "shared_mlp.input_linear"),
+    consumer="shared_mlp.output_linear",
+    width_field="shared_intermediate_size",
+)
+
 HYBRID: tuple[Family, ...] = (
     Family(
         "Qwen3.5 (text)",
         ("qwen3_5_text",),
         attention=AttentionRecord(gated=True),
-        mixers=(
-            MixerRecord(
-                "linear_attn",
-                maps=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-                output="out_proj",
-            ),
-        ),
+        mixers=(_DELTA,),
+    ),
+    Family(
+        "Qwen3.5 MoE (text)",
+        ("qwen3_5_moe_text",),
+        attention=AttentionRecord(gated=True),
+        mixers=(_DELTA,),
+        experts=replace(QWEN_MOE, everywhere=True),
+    ),
+    Family(
+        "Qwen3-Next",
+        ("qwen3_next",),
+        attention=AttentionRecord(gated=True),
+        mixers=(replace(_DELTA, maps=("in_proj_qkvz", "in_proj_ba")),),
+        experts=QWEN_MOE,
     ),
     Family(
         "LFM2",
@@ -55,21 +74,16 @@ HYBRID: tuple[Family, ...] = (
     ),
     Family("Bamba", ("bamba",), mlp=_FEED_FORWARD, mixers=(_MAMBA,), layers_give_tuples=True),
     Family(
-        "Granite 4.0 (dense)",
+        "Granite 4.0",
         ("granitemoehybrid",),
-        mlp=MlpRecord(
-            module="shared_mlp",
-            producers=("shared_mlp.input_linear", "shared_mlp.input_linear"),
-            consumer="shared_mlp.output_linear",
-            width_field="shared_intermediate_size",
-        ),
+        mlp=_GRANITE_MLP,
         mixers=(_MAMBA,),
+        experts=replace(GRANITE_MOE, shared=_GRANITE_MLP),
         norm_last=True,
         logits_over="logits_scaling",
-        refused_experts="block_sparse_moe",
     ),
     Family(
-        "Nemotron-H (dense)",
+        "Nemotron-H, Nemotron 3",
         ("nemotron_h",),
         attention=AttentionRecord(module="mixer", norm="norm", only_in="full_attention"),
         mlp=MlpRecord(
@@ -80,14 +94,40 @@ HYBRID: tuple[Family, ...] = (
             only_in="mlp",
         ),
         mixers=(replace(_MAMBA, module="mixer", norm="norm", only_in="linear_attention"),),
-        refused_experts="mixer.experts",
+        experts=ExpertsRecord(
+            module="mixer.experts",
+            entry="mixer",
+            gated=False,
+            router=("mixer.gate.weight", "mixer.gate.e_score_correction_bias"),
+            beside=tuple(f"mixer.fc{i}_latent_proj.{key}" for i in (1, 2) for key in ("weight", "bias")),
+            counts=("mixer.experts.num_experts", "mixer.gate.num_experts"),
+            widths=("mixer.experts.intermediate_dim",),
+            count_field="n_routed_experts",
+            group_fields=("n_group", "topk_group"),
+            shared=MlpRecord(
+                module="mixer.shared_experts",
+                norm="norm",
+                producers=("mixer.shared_experts.up_proj",),
+                consumer="mixer.shared_experts.down_proj",
+                width_field="moe_shared_expert_intermediate_size",
+            ),
+        ),
     ),
     Family(
-        "Jamba (dense)",
+        "Jamba",
         ("jamba",),
         mlp=_FEED_FORWARD,
         mixers=(replace(_MAMBA, maps=("in_proj", "x_proj", "dt_proj")),),
-        refused_experts="feed_forward.experts",
+        experts=replace(
+            MIXTRAL,
+            module="feed_forward.experts",
+            entry="feed_forward",
+            everywhere=False,
+            router=("feed_forward.router.weight",),
+            counts=tuple(f"feed_forward.{path}num_experts" for path in ("", "experts.", "router.")),
+            widths=("feed_forward.experts.intermediate_dim", "feed_forward.ffn_dim"),
+            count_field="num_experts",
+        ),
     ),
 )
 """In the order of the table of families."""

@@ -15,6 +15,12 @@ def attribute(module: Any, path: str) -> Any:
     return module
 
 
+def first_of(module: nn.Module, paths: str | tuple[str, ...]) -> str:
+    """The path, of several the first where the module has something, else the first."""
+    names = (paths,) if isinstance(paths, str) else paths
+    return next((n for n in names if attribute(module, n) is not None), names[0])
+
+
 def has_block(layer: nn.Module, family: Family, record: AttentionRecord | MlpRecord | MixerRecord) -> bool:
     """Whether a layer has a block; layers of families that are no hybrids have all blocks."""
     if record.only_in is not None:
@@ -22,12 +28,14 @@ def has_block(layer: nn.Module, family: Family, record: AttentionRecord | MlpRec
     return not family.mixers or record.module is None or attribute(layer, record.module) is not None
 
 
-def refuse_experts(name: str, layer: nn.Module, family: Family) -> None:
-    """Raise `UsageError` for a layer with experts that its family's record does not know."""
-    if family.refused_experts is not None and attribute(layer, family.refused_experts) is not None:
-        raise UsageError(
-            f"{name} has experts ({family.refused_experts}), not known in {family.name}; give a dense model."
-        )
+def refuse_config(model: nn.Module, family: Family, config: Any) -> None:
+    """Raise `UsageError` for a model that its family's record refuses by its config."""
+    for name, why in family.refused_if.items():
+        if getattr(config, name, None):
+            raise UsageError(
+                f"{type(model).__name__} {why} ({name} {getattr(config, name)}), and cannot be pruned; give "
+                f"another model: of {family.name}, one whose config says {name} 0."
+            )
 
 
 def whole_heads(record: AttentionRecord, config: Any) -> str | None:
@@ -38,8 +46,10 @@ def whole_heads(record: AttentionRecord, config: Any) -> str | None:
 def mlp_record(family: Family, layer: nn.Module, config: Any) -> tuple[MlpRecord | None, int]:
     """Where a layer has its MLP, None for one that has experts alone, and `Block.follows`."""
     experts = family.experts
-    if experts is None or attribute(layer, experts.module) is None:
+    if experts is None:
         return family.mlp, 0
+    if attribute(layer, experts.module) is None:
+        return family.mlp, int(experts.width_field == family.mlp.width_field)
     shared, times = experts.shared, experts.shared_times
     if shared is None or attribute(layer, str(shared.module)) is None:
         return None, 0
@@ -48,7 +58,4 @@ def mlp_record(family: Family, layer: nn.Module, config: Any) -> tuple[MlpRecord
 
 def norm_at(layer: nn.Module, paths: str | tuple[str, ...] | None) -> nn.Module | None:
     """The norm at a path; of several paths, the first where the layer has one; None for no path."""
-    if paths is None:
-        return None
-    names = (paths,) if isinstance(paths, str) else paths
-    return layer.get_submodule(next((n for n in names if attribute(layer, n) is not None), names[0]))
+    return None if paths is None else layer.get_submodule(first_of(layer, paths))

@@ -38,9 +38,11 @@ from probeprune.model.folder import (
 )
 from probeprune.model.gguf_files import converted, embedded_gguf
 from probeprune.model.hub import snapshot
+from probeprune.model.joined import left_on_disk
 from probeprune.model.layer_records import attribute
 from probeprune.model.machine import choose_device, choose_dtype
 from probeprune.model.making_records import read_pruning, read_training, refuse_attached
+from probeprune.model.modeling_pruned import distinct_layers
 from probeprune.model.multimodal import multimodal_of, text_config
 from probeprune.model.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
 from probeprune.model.nemotron_nas import from_nemotron
@@ -133,23 +135,26 @@ def load_model(
             "device_map": device_map if placing is None else placing.places,
             "offload_folder": scratch.path,
         }
-    with quiet_libraries(bars=False), refusing(f"model '{name}' could not be loaded"):
+    stored = stored_tensors(weight_files(folder))
+    reading = left_on_disk(shape.model, stored)
+    with quiet_libraries(bars=False), refusing(f"model '{name}' could not be loaded"), reading as left:
         model = auto_class(options["config"]).from_pretrained(
             folder, dtype=chosen, attn_implementation=attn_implementation, **where, **options
         )
     if where:
+        left.put(model)
         set_scratch(model, scratch, room_of(model) if placing is None else placing.room)
         target = device_of(model)
     else:
         model.to(target)
     model.requires_grad_(False).eval()
-    stored = getattr(options["config"], "dtype", None)
+    on_disk = getattr(options["config"], "dtype", None)
     return replace(
         shape,
         model=model,
         dtype=chosen,
         device=target,
-        stored_dtype=stored if isinstance(stored, torch.dtype) else chosen,
+        stored_dtype=on_disk if isinstance(on_disk, torch.dtype) else chosen,
     )
 
 
@@ -360,8 +365,9 @@ def _check_sizes(file: Path, config: Any, tensors: Mapping[str, Stored]) -> None
     config = text_config(config)
     limits = {"num_hidden_layers": len(tensors), "hidden_size": width, "head_dim": width, "vocab_size": width}
     for field, limit in limits.items():
-        value = getattr(config, field, None)
-        if isinstance(value, int) and value > limit:
+        said = (getattr(own, field, None) for own in distinct_layers(config))
+        value = max((v for v in said if isinstance(v, int)), default=0)
+        if value > limit:
             raise UsageError(
                 f"'{file}' says {field} {value}, and the weights hold {len(tensors)} tensors of at most "
                 f"{width} rows or columns; get the checkpoint again."

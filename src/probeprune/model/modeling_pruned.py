@@ -10,7 +10,8 @@ they are first asked for. Both are the family's own model, and their forward pas
 - `Pruned...`: for what no field of the family says, such as a bias on one linear map alone. Beside the
   former, `config.pruned` maps a module's path in the causal LM to what differs: for a linear map
   `in_features`, `out_features` or `bias`; for any other module the attributes that its forward reads
-  (`config.x` for an attribute of its config). The `model_type` begins with `pruned_`, so that nobody opens it
+  (`config.x` for an attribute of its config), and under `tensors` the shapes of tensors of its own. The
+  `model_type` begins with `pruned_`, so that nobody opens it
   without this file.
 """
 
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -97,7 +99,7 @@ def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
             made = Conv1D(changes.get("out_features", module.nf), columns)
             setattr(model.get_submodule(parent), name, made)
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and "tensors" not in changes:
             sizes = {
                 "in_features": module.in_features,
                 "out_features": module.out_features,
@@ -107,6 +109,9 @@ def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
             setattr(model.get_submodule(parent), name, type(module)(**sizes))
             continue
         for name, value in changes.items():
+            if name == "tensors":
+                _resize(module, value)
+                continue
             owner, _, attribute = name.rpartition(".")
             if owner == "config":
                 module.config = ConfigView(module.config, {attribute: value})  # type: ignore[assignment]
@@ -114,15 +119,27 @@ def narrow(model: nn.Module, pruned: dict[str, dict[str, Any]]) -> None:
                 setattr(module, name, value)
 
 
+def _resize(module: nn.Module, shapes: dict[str, list[int]]) -> None:
+    """Give parameters and buffers of a module, by name, other shapes; their numbers come from a file."""
+    for name, shape in shapes.items():
+        old: Any = getattr(module, name)
+        made = torch.empty(shape, dtype=old.dtype, device=old.device)
+        parameter = isinstance(old, nn.Parameter)
+        setattr(module, name, nn.Parameter(made, requires_grad=old.requires_grad) if parameter else made)
+
+
 class _Narrow(PreTrainedModel):
     """What the counterparts of all model classes have in common."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        with _without_overrides(config):
+        if has_own_layers(type(config)):
             super().__init__(config, *args, **kwargs)
-        if config.is_heterogeneous:
-            _rebuild_layers(self, config)
-            view_rest(self, config)
+        else:
+            with _without_overrides(config):
+                super().__init__(config, *args, **kwargs)
+            if config.is_heterogeneous:
+                _rebuild_layers(self, config)
+                view_rest(self, config)
         narrow(self, getattr(config, "pruned", {}))
 
     def initialize_weights(self) -> None:
@@ -141,7 +158,7 @@ class _Narrow(PreTrainedModel):
 
         Raises `ValueError` for others: the paged cache has one size for all layers.
         """
-        makes_keys = ("k_proj", "qkv_proj", "query_key_value", "c_attn")
+        makes_keys = ("k_proj", "kv_b_proj", "qkv_proj", "query_key_value", "c_attn")
         heads = {getattr(layer, "num_key_value_heads", None) for layer in self.config.per_layer_config}
         if len(heads) > 1 or any(path.endswith(makes_keys) for path in getattr(self.config, "pruned", {})):
             raise ValueError(
@@ -161,6 +178,17 @@ def _without_overrides(config: Any) -> Iterator[None]:
     finally:
         if overrides is not None:
             config.__dict__["_heterogeneity_spec"] = overrides
+
+
+def has_own_layers(config_class: Any) -> bool:
+    """Whether every config of a class has fields of single layers, which the family's own code reads (Gemma
+    4, whose layers have two sizes of heads)."""
+    return bool(_default_config(config_class).is_heterogeneous)
+
+
+@cache
+def _default_config(config_class: Any) -> Any:
+    return config_class()
 
 
 def distinct_layers(config: Any) -> list[Any]:

@@ -11,13 +11,15 @@ from typing import Any
 from transformers import AutoConfig
 
 from probeprune.model.family_records import PRUNED_PREFIX
+from probeprune.model.modeling_pruned import has_own_layers
 
 
 @dataclass(frozen=True)
 class Multimodal:
     """One class of multimodal models, as data.
 
-    Its config holds that of the language model as `text_config`; the output head is that of the whole.
+    Its config holds that of the language model as `text_config`; the output head is that of the whole, which
+    may have it inside the language model.
     """
 
     name: str
@@ -34,11 +36,16 @@ _OF_LLAVA = ("llama", "mistral", "qwen2")
 
 MULTIMODAL: tuple[Multimodal, ...] = (
     Multimodal("Gemma 3", ("gemma3",), ("gemma3_text",)),
+    Multimodal("Gemma 4", ("gemma4",), ("gemma4_text",)),
     Multimodal("Mistral Small 3, Ministral 3", ("mistral3",), ("mistral", "ministral3")),
     Multimodal("Qwen2-VL", ("qwen2_vl",), ("qwen2_vl_text",)),
     Multimodal("Qwen2.5-VL", ("qwen2_5_vl",), ("qwen2_5_vl_text",)),
     Multimodal("Qwen3-VL", ("qwen3_vl",), ("qwen3_vl_text",)),
     Multimodal("Qwen3.5", ("qwen3_5",), ("qwen3_5_text",)),
+    Multimodal("Qwen3-VL MoE", ("qwen3_vl_moe",), ("qwen3_vl_moe_text",)),
+    Multimodal("Qwen3.5 MoE", ("qwen3_5_moe",), ("qwen3_5_moe_text",)),
+    Multimodal("GLM-4.5V", ("glm4v_moe",), ("glm4v_moe_text",)),
+    Multimodal("LLaMA 4", ("llama4",), ("llama4_text",), text="language_model.model"),
     Multimodal("LLaVA 1.5, 1.6 (LLaVA-NeXT)", ("llava", "llava_next"), _OF_LLAVA),
     Multimodal("InternVL 3", ("internvl",), ("qwen2", "qwen3")),
     Multimodal("Idefics 3, SmolVLM", ("idefics3", "smolvlm"), ("llama", "mistral"), text="model.text_model"),
@@ -75,7 +82,8 @@ def with_text_config(config: Any, text: Any) -> Any:
 def plain_fields(config: Any) -> dict[str, Any]:
     """The fields of a config that another of its kind may take over: not those of one checkpoint."""
     fields: dict[str, Any] = config.to_dict()
-    for name in ("model_type", "per_layer_config", "pruned", "auto_map", "architectures"):
+    own = ("per_layer_config",) if has_own_layers(type(config)) else ()
+    for name in {"model_type", "per_layer_config", "pruned", "auto_map", "architectures"} - {*own}:
         fields.pop(name, None)
     return fields
 

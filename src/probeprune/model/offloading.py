@@ -25,6 +25,7 @@ from torch import nn
 from probeprune.errors import UsageError, first_line
 from probeprune.files import save_tensors
 from probeprune.model.hidden_states import Room
+from probeprune.model.joined import JoinedWeights, places
 from probeprune.model.machine import release_freed
 from probeprune.model.scratch import Scratch
 from probeprune.provenance import dtype_name
@@ -224,7 +225,7 @@ def _numbers(weights: Mapping[str, torch.Tensor], key: str, shape: torch.Size) -
         problem = f"it has shape {tuple(found.shape)}, and had {tuple(shape)}"
     except (OSError, SafetensorError) as error:
         problem = first_line(error)
-    name, file = _place(weights, key)
+    name, file = _described(weights, key)
     layer = next((f" of layer {part}" for part in name.split(".") if part.isdecimal()), "")
     raise UsageError(
         f"{name or key}{layer} cannot be read from {file or 'its file'} any more: {problem}; put the file "
@@ -232,15 +233,22 @@ def _numbers(weights: Mapping[str, torch.Tensor], key: str, shape: torch.Size) -
     )
 
 
-def _place(weights: object, key: str) -> tuple[str, str]:
-    """The name of a parameter and the file it is read from, as far as they are known."""
+def _described(weights: object, key: str) -> tuple[str, str]:
+    """The name of a parameter and the file it is read from (of several the first), as far as is known."""
     while isinstance(weights, _Cast | ChainMap):
         weights = weights.weights if isinstance(weights, _Cast) else weights.maps[-1]
     if not isinstance(weights, PrefixedDataset):
         return "", ""
-    name = f"{weights.prefix}{key}"
-    index = getattr(weights.dataset, "index", {})
-    return name, str(index.get(name, {}).get("safetensors_file") or "")
+    found = _places(weights, key)
+    return f"{weights.prefix}{key}", str(found[0][0]) if found else ""
+
+
+def _places(weights: object, key: str) -> tuple[tuple[Path, str], ...]:
+    """The safetensors files that a parameter is read from, and the names there; none for one in memory."""
+    if not isinstance(weights, PrefixedDataset) or not isinstance(weights.dataset, OffloadedWeightsLoader):
+        return ()
+    loader, name = weights.dataset, f"{weights.prefix}{key}"
+    return loader.places(name) if isinstance(loader, JoinedWeights) else places(loader, name)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -255,28 +263,27 @@ def origin(model: nn.Module, name: str) -> tuple[object, ...]:
     hook = fetching_hook(model.get_submodule(path))
     if hook is None:
         return ()
-    place = stored_in(model, name)
-    if place is None:
+    stored = stored_in(model, name)
+    if not stored:
         value = hook.weights_map[key]
         return value.data_ptr(), value._version
-    try:
-        state = place[0].stat()
-    except OSError:  # it has gone, as whoever reads it will hear
-        return *place, None
-    return *place, state.st_ino, state.st_size, state.st_mtime_ns
+    states: list[object] = []
+    for file in dict.fromkeys(file for file, _ in stored):
+        try:
+            state = file.stat()
+        except OSError:  # it has gone, as whoever reads it will hear
+            states.append(None)
+        else:
+            states.append((state.st_ino, state.st_size, state.st_mtime_ns))
+    return stored, tuple(states)
 
 
-def stored_in(model: nn.Module, name: str) -> tuple[Path, str] | None:
-    """The safetensors file that an offloaded parameter is read from, and its name there; None for one that is
-    in place, in memory, or cast by `cast`."""
+def stored_in(model: nn.Module, name: str) -> tuple[tuple[Path, str], ...]:
+    """The safetensors files that an offloaded parameter is read from, and its names there, one for each of
+    its pieces; none for one that is in place, in memory, or cast by `cast`."""
     path, _, key = name.rpartition(".")
     hook = fetching_hook(model.get_submodule(path))
-    weights = None if hook is None else hook.weights_map
-    if not isinstance(weights, PrefixedDataset) or not isinstance(weights.dataset, OffloadedWeightsLoader):
-        return None
-    entry = weights.dataset.index.get(f"{weights.prefix}{key}", {})
-    file = entry.get("safetensors_file")
-    return None if not file else (Path(file), entry.get("weight_name", f"{weights.prefix}{key}"))
+    return () if hook is None else _places(hook.weights_map, key)
 
 
 class _Cast(Mapping[str, torch.Tensor]):
@@ -307,6 +314,9 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
         for own in module._parameters.values():
             if own is not None:
                 own.data = own.data.to(dtype)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[key] = buffer.to(dtype)
 
 
 def _without_numbers(module: nn.Module) -> dict[str, nn.Parameter | None]:

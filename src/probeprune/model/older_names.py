@@ -29,6 +29,8 @@ def rope_fields(config: Any) -> dict[str, Any]:
     if not parameters:
         return {}
     full, sliding = gguf_rope.parts(parameters)
+    if full.get("rope_type") == "proportional":  # no release before 5 has it
+        return {}
     share = full.get("partial_rotary_factor")
     if config.model_type == "gpt_neox":
         found = {"rotary_emb_base": full["rope_theta"], "rotary_pct": share}

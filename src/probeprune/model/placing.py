@@ -18,6 +18,7 @@ from probeprune.model.blocks import find_layers
 from probeprune.model.families import find_family
 from probeprune.model.footprint import Batch, Phase, Rehearsal, Weights, measuring, weights_of
 from probeprune.model.hidden_states import Room
+from probeprune.model.joined import are_joined
 from probeprune.processes import on_this_machine
 
 _SHARE = 0.8
@@ -45,22 +46,25 @@ class Opening:
     """Of all weight files."""
     mapped: bool
     """Whether the weights in memory are the files themselves: what a cut makes comes on top of them then."""
+    on_the_way: int
+    """What is held of the largest tensor of a layer while it is read, beside the layer."""
 
     def in_memory(self, phases: Sequence[Phase]) -> list[tuple[str, int]]:
         """What each part of the work takes with all weights in memory, its name first."""
         found = [("opening", self.weights.all + (0 if self.mapped else self.stored))]
         for phase in phases:
             made = phase.cut if self.mapped else 0
-            found.append((phase.name, self.weights.all + made + phase.bytes + phase.states))
+            held = made + phase.copies + phase.bytes + phase.states
+            found.append((phase.name, self.weights.all + held))
         return found
 
     def by_layer(self, phases: Sequence[Phase]) -> list[tuple[str, int]]:
         """The same a layer at a time, with all hidden states in files."""
         found = [("opening", self.weights.rest)]
-        fetched = self.weights.tensor * (1 if self.mapped else 2)  # on its way from the file into the layer
         for phase in phases:
-            layers = phase.layers * self.weights.largest + (fetched if phase.layers else 0)
-            found.append((phase.name, self.weights.rest + layers + phase.bytes))
+            layers = phase.layers * self.weights.largest + (self.on_the_way if phase.layers else 0)
+            copies = min(phase.copies, self.weights.largest)  # of the experts of one layer
+            found.append((phase.name, self.weights.rest + layers + copies + phase.bytes))
         return found
 
 
@@ -105,7 +109,7 @@ def place(
         later: bytes that will be in use and are not yet.
 
     Raises:
-        UsageError: less memory than one layer at a time takes, or for a mixture of experts than all of it.
+        UsageError: less memory than one layer at a time takes.
     """
     opening = opening_of(shape, dtype, device, stored)
     weights = opening.weights
@@ -117,15 +121,8 @@ def place(
         return None
     phases = (work or reading)(shape, dtype, device)
     used += retained(device) + later
-    most, whole = max(opening.in_memory(phases), key=lambda part: part[1])
-    if used + whole <= limit:
+    if used + max(size for _, size in opening.in_memory(phases)) <= limit:
         return None
-    if not runs_by_layer(shape):
-        raise UsageError(
-            f"model {name[:200]!r} is a mixture of experts, whose layers have to be in memory together: it "
-            f"takes {gib(used + whole)} ({gib(weights.all)} of weights, most of the rest for {most}), and "
-            f"there are {gib(limit)}; {_more(memory, used + whole)}, or make batches or windows smaller."
-        )
     most, least = max(opening.by_layer(phases), key=lambda part: part[1])
     least += used
     if limit < least:
@@ -148,11 +145,6 @@ def place(
     return Placing(places, Room((limit - least) // max(phase.sets for phase in phases)))
 
 
-def runs_by_layer(shape: nn.Module) -> bool:
-    """Whether the work on a model can keep its layers on disk."""
-    return find_family(shape).experts is None
-
-
 def _more(memory: int | None, least: int) -> str:
     """What to do about a limit that is too small."""
     return "free some memory" if memory is None else f"give memory of {gib(least)} or more"
@@ -163,9 +155,15 @@ def opening_of(
 ) -> Opening:
     """What a model's weights take; arguments as in `place`."""
     tensors = list(stored)
-    mapped = device.type == "cpu" and all(own == dtype for own, _ in tensors)
+    joined = are_joined(shape)
+    mapped = device.type == "cpu" and not joined and all(own == dtype for own, _ in tensors)
     size = sum(size for _, size in tensors) if device.type == "cpu" else 0
-    return Opening(weights_of(shape, dtype), size, mapped)
+    times = 1 if mapped else 2
+    if joined:  # pages of the files, what they are stacked to, and what that is joined to, in their dtype
+        wide = max((own.itemsize for own, _ in tensors), default=dtype.itemsize) / dtype.itemsize
+        times = ceil(max(3 * wide - 1, wide + 1))
+    weights = weights_of(shape, dtype)
+    return Opening(weights, size, mapped, times * weights.tensor)
 
 
 def in_use(device: torch.device) -> tuple[int, int]:

@@ -17,12 +17,18 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from probeprune.errors import UsageError
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import Block, find_blocks
-from probeprune.model.experts import find_stacks
+from probeprune.model.experts import Stack, entry_of, find_stacks
 from probeprune.model.families import FAMILIES, INSIDE, find_family, is_supported
 from probeprune.model.family_records import PRUNED_PREFIX, Family, Twin
 from probeprune.model.layer_records import attribute
 from probeprune.model.linear_maps import sizes
-from probeprune.model.modeling_pruned import MODEL_TYPES, model_classes, pruned_config, pruned_model
+from probeprune.model.modeling_pruned import (
+    MODEL_TYPES,
+    has_own_layers,
+    model_classes,
+    pruned_config,
+    pruned_model,
+)
 from probeprune.model.multimodal import (
     MULTIMODAL,
     Multimodal,
@@ -58,7 +64,8 @@ def read_config(folder: Path, fields: Mapping[str, Any], *, trust_remote_code: b
     """
     model_type = fields.get("model_type")
     own = str(model_type).removeprefix(PRUNED_PREFIX) == model_type
-    if "per_layer_config" in fields and own and is_supported(model_type):
+    ours = own and is_supported(model_type) and not has_own_layers(CONFIG_MAPPING[model_type])
+    if "per_layer_config" in fields and ours:
         return pruned_config(CONFIG_MAPPING[model_type], "PerLayer").from_pretrained(folder)
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
@@ -73,12 +80,13 @@ def plain_candidates(
     """Plain configs (class, fields) that may describe a model's language model. Raises `Unfit` for layers of
     several widths."""
     sizes = {(b.query_heads, b.kv_heads, b.head_dim) for b in blocks if b.kind == "attention"}
-    if len(sizes) > 1:
-        raise Unfit("its layers have different widths")
     family = find_family(model)
     attention = next(b for b in blocks if b.kind == "attention")
     base = plain_config(text_config(model.config))
-    widths = _head_fields(attention)
+    own = has_own_layers(type(base))  # its heads are as the config has them, or do not fit
+    if len(sizes) > 1 and not own:
+        raise Unfit("its layers have different widths")
+    widths = {} if own else _head_fields(attention)
     for layer in _width_fields(model, blocks).values():
         if any(widths.setdefault(name, value) != value for name, value in layer.items()):
             raise Unfit("its layers have different widths")
@@ -88,7 +96,7 @@ def plain_candidates(
         raise Unfit(f"{type(base).__name__} has no field for the width of its MLPs")
     changes = {k: v for k, v in widths.items() if _said(base, k, v) != v}
     head_dim = attention.head_dim
-    if _says_head_dim(type(base)):
+    if _says_head_dim(type(base), family):
         tied = base.hidden_size == attention.query_heads * head_dim
         if getattr(base, "head_dim", None) not in (None, head_dim) or not tied:
             changes["head_dim"] = head_dim
@@ -121,7 +129,8 @@ def make_config(config_class: type[PretrainedConfig], fields: dict[str, Any]) ->
 def plain_config(config: Any) -> PretrainedConfig:
     """A copy of a model's config as a plain one of its family, without widths of single layers."""
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
-    if not config.is_heterogeneous and model_type == config.model_type:
+    plain = not config.is_heterogeneous or has_own_layers(type(config))
+    if plain and model_type == config.model_type:
         return copy.deepcopy(config)
     return AutoConfig.for_model(model_type, **plain_fields(config))
 
@@ -135,7 +144,8 @@ def per_layer_config(model: Any, *, in_place: bool) -> PretrainedConfig:
             computes the same function, and have biases that the model lacks: the weights get zeros for them.
     """
     blocks = find_blocks(model)
-    if multimodal_of(model.config.model_type) is not None or find_family(model).mixers:
+    own = has_own_layers(type(model.config)) or find_family(model).mixers
+    if multimodal_of(model.config.model_type) is not None or own:
         return _listed_config(model, blocks)
     best: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
     for config_class, fields in _per_layer_candidates(model, blocks, in_place):
@@ -161,7 +171,11 @@ def _listed_config(model: Any, blocks: Sequence[Block]) -> PretrainedConfig:
     Inside a config, transformers knows no fields of single layers; of hybrids, layers are made of more.
     """
     base: Any = plain_config(model.config)
-    found = _differences(model, blocks, empty_model(plain_class(model), base, model))
+    plain = empty_model(plain_class(model), base, model)
+    found = _differences(model, blocks, plain)
+    for stack in find_stacks(model):
+        for path, differs in _stack_differences(stack, plain).items():
+            found[path] = {**found.get(path, {}), **differs}
     fields = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures")}
     kind: Any = type(base)
     return make_config(pruned_config(kind, "Pruned"), {**fields, "pruned": found} if found else fields)
@@ -176,7 +190,7 @@ def _per_layer_candidates(
     layers = _layer_fields(model, base, blocks, all if in_place else any)
     head_dim = next(b.head_dim for b in blocks if b.kind == "attention")
     yield type(base), _with_layers(fields, layers)
-    if fields.get("head_dim") != head_dim and _says_head_dim(type(base)):
+    if fields.get("head_dim") != head_dim and _says_head_dim(type(base), find_family(model)):
         yield type(base), _with_layers({**fields, "head_dim": head_dim}, layers)
     twin = find_family(model).twin
     if not in_place and twin is not None:
@@ -235,7 +249,7 @@ def _width_fields(model: Any, blocks: Sequence[Block]) -> dict[int, dict[str, in
     """By layer, the fields of the family's config that hold the widths of its MLP and its experts."""
     family = find_family(model)
     stacks = {s.layer: s for s in find_stacks(model)}
-    fields: dict[int, dict[str, int]] = {b.layer: {} for b in blocks}
+    fields: dict[int, dict[str, int]] = {layer: {} for layer in (*(b.layer for b in blocks), *stacks)}
     other_names: Mapping[str, str] = text_config(model.config).attribute_map
     for layer, stack in stacks.items():
         count, width = stack.record.count_field, stack.record.width_field
@@ -254,9 +268,11 @@ def _head_fields(block: Block) -> dict[str, Any]:
     return {"num_attention_heads": block.query_heads, "num_key_value_heads": block.kv_heads}
 
 
-def _says_head_dim(config_class: type) -> bool:
-    """Whether configs of a class can be told the size of heads; Falcon's work it out."""
-    return not isinstance(getattr(config_class, "head_dim", None), property)
+def _says_head_dim(config_class: type, family: Family) -> bool:
+    """Whether `head_dim` of configs of a class is the size of heads: Falcon's work it out, and where keys are
+    made from latents it is that of the part with positions."""
+    worked_out = isinstance(getattr(config_class, "head_dim", None), property)
+    return not (family.attention.latents or worked_out or has_own_layers(config_class))
 
 
 def _said(config: Any, name: str, default: Any) -> Any:
@@ -304,6 +320,26 @@ def _differences(model: Any, blocks: Sequence[Block], plain: Any) -> dict[str, d
             }
             if counts:
                 found[block.name] = counts
+    return found
+
+
+def _stack_differences(stack: Stack, plain: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a described model of the same layers lacks of a stack of experts and its router, by module: shapes
+    of tensors, and attributes that say them."""
+    record, name = stack.record, stack.name.removesuffix(f".{stack.record.module}")
+    found: dict[str, dict[str, Any]] = {}
+    tensors = [f"{record.module}.{key}" for key in stack.module._parameters]
+    for path in (*tensors, *record.router):
+        owner, key = entry_of(stack.root, path)
+        where = f"{name}.{path.rpartition('.')[0]}"
+        ours, theirs = getattr(owner, key), getattr(plain.get_submodule(where), key)
+        if ours.shape != theirs.shape:
+            found.setdefault(where, {}).setdefault("tensors", {})[key] = list(ours.shape)
+    for path in (*record.counts, *record.widths):
+        owner, key = entry_of(stack.root, path)
+        where = f"{name}.{path.rpartition('.')[0]}"
+        if getattr(owner, key) != getattr(plain.get_submodule(where), key):
+            found.setdefault(where, {})[key] = getattr(owner, key)
     return found
 
 

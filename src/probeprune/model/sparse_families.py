@@ -10,12 +10,12 @@ from probeprune.model.family_records import AttentionRecord, ExpertsRecord, Fami
 NORMS_OVER_HEADS = "normalises queries and keys over all heads together, so none can go without the others"
 _SINKS = "has a learned sink for each head beside its linear maps"
 
-_MIXTRAL = ExpertsRecord(count_field="num_local_experts", width_field="intermediate_size", everywhere=True)
+MIXTRAL = ExpertsRecord(count_field="num_local_experts", width_field="intermediate_size", everywhere=True)
 """Experts alone, as wide as the config says of MLPs."""
 _ROUTED = ("mlp.experts.num_experts", "mlp.router.num_experts")
 
 
-def _shared(path: str, width_field: str | None = None) -> MlpRecord:
+def shared_mlp(path: str, width_field: str | None = None) -> MlpRecord:
     """A gated MLP beside the experts, at a path in the layer."""
     return MlpRecord(
         module=path,
@@ -25,28 +25,50 @@ def _shared(path: str, width_field: str | None = None) -> MlpRecord:
     )
 
 
+ROUTED_BY_GROUP = ExpertsRecord(
+    router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    count_field="n_routed_experts",
+    group_fields=("n_group", "topk_group"),
+    shared=shared_mlp("mlp.shared_experts"),
+    shared_times="n_shared_experts",
+)
+"""Experts of the DeepSeek-V3 kind: in groups, with a correction of their scores and shared ones beside."""
+GRANITE_MOE = replace(
+    MIXTRAL,
+    module="block_sparse_moe.experts",
+    entry="block_sparse_moe",
+    router=("block_sparse_moe.router.weight",),
+    counts=("block_sparse_moe.experts.num_experts", "block_sparse_moe.router.num_experts"),
+    widths=("block_sparse_moe.experts.intermediate_dim",),
+)
+QWEN_MOE = ExpertsRecord(
+    beside=("mlp.shared_expert_gate.weight",),
+    shared=shared_mlp("mlp.shared_expert", "shared_expert_intermediate_size"),
+)
+"""Experts beside a shared MLP with a gate and a width of its own."""
+
+
+_GEMMA4_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
+
 SPARSE: tuple[Family, ...] = (
     Family(
         "Qwen1.5-MoE, Qwen2-MoE",
         ("qwen2_moe",),
-        experts=ExpertsRecord(
-            beside=("mlp.shared_expert_gate.weight",),
-            shared=_shared("mlp.shared_expert", "shared_expert_intermediate_size"),
-        ),
+        experts=QWEN_MOE,
     ),
     Family("Qwen3-MoE", ("qwen3_moe",), experts=ExpertsRecord()),
-    Family("Mixtral", ("mixtral",), experts=_MIXTRAL),
+    Family("Mixtral", ("mixtral",), experts=MIXTRAL),
     Family(
         "OLMoE",
         ("olmoe",),
         attention=AttentionRecord(whole=NORMS_OVER_HEADS),
-        experts=replace(_MIXTRAL, count_field="num_experts"),
+        experts=replace(MIXTRAL, count_field="num_experts"),
     ),
     Family(
         "Phi-3.5-MoE",
         ("phimoe",),
         experts=replace(
-            _MIXTRAL,
+            MIXTRAL,
             router=("mlp.router.weight",),
             counts=(*_ROUTED, "mlp.router.out_features", "mlp.num_experts"),
             widths=("mlp.experts.intermediate_dim", "mlp.ffn_dim"),
@@ -57,7 +79,7 @@ SPARSE: tuple[Family, ...] = (
         ("gpt_oss",),
         attention=AttentionRecord(whole=_SINKS),
         experts=replace(
-            _MIXTRAL,
+            MIXTRAL,
             transposed=True,
             interleaved=True,
             biases=True,
@@ -69,27 +91,14 @@ SPARSE: tuple[Family, ...] = (
     Family(
         "Granite MoE",
         ("granitemoe",),
-        experts=replace(
-            _MIXTRAL,
-            module="block_sparse_moe.experts",
-            entry="block_sparse_moe",
-            router=("block_sparse_moe.router.weight",),
-            counts=("block_sparse_moe.experts.num_experts", "block_sparse_moe.router.num_experts"),
-            widths=("block_sparse_moe.experts.intermediate_dim",),
-        ),
+        experts=GRANITE_MOE,
         norm_last=True,
         logits_over="logits_scaling",
     ),
     Family(
         "GLM-4.5, GLM-4.6",
         ("glm4_moe",),
-        experts=ExpertsRecord(
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            count_field="n_routed_experts",
-            group_fields=("n_group", "topk_group"),
-            shared=_shared("mlp.shared_experts"),
-            shared_times="n_shared_experts",
-        ),
+        experts=ROUTED_BY_GROUP,
     ),
     Family(
         "ERNIE 4.5 MoE",
@@ -99,7 +108,7 @@ SPARSE: tuple[Family, ...] = (
             counts=("mlp.experts.num_experts", "mlp.gate.num_experts", "mlp.num_experts"),
             count_field="moe_num_experts",
             per_token_field="moe_k",
-            shared=_shared("mlp.shared_experts"),
+            shared=shared_mlp("mlp.shared_experts"),
             shared_times="moe_num_shared_experts",
         ),
     ),
@@ -107,14 +116,35 @@ SPARSE: tuple[Family, ...] = (
         "Hunyuan (MoE)",
         ("hunyuan_v1_moe",),
         experts=replace(
-            _MIXTRAL,
+            MIXTRAL,
             router=("mlp.gate.wg.weight",),
             counts=("mlp.experts.num_experts", "mlp.gate.num_experts", "mlp.gate.wg.out_features"),
             count_field="num_experts",
             per_token_field="moe_topk",
-            shared=_shared("mlp.shared_mlp"),
+            shared=shared_mlp("mlp.shared_mlp"),
             shared_times=1,
         ),
+    ),
+    Family(
+        "Gemma 4 (text)",
+        ("gemma4_text",),
+        # Layers of global attention may have no map for values: they are the keys before their norm.
+        attention=AttentionRecord(value=("v_proj", "k_proj"), plain_heads=False),
+        mlp=_GEMMA4_MLP,
+        experts=ExpertsRecord(
+            module="experts",
+            entry="experts",
+            router=("router.proj.weight", "router.per_expert_scale"),
+            counts=("experts.num_experts", "router.proj.out_features"),
+            widths=("experts.intermediate_dim",),
+            per_token_field="top_k_experts",
+            shared=_GEMMA4_MLP,
+        ),
+        norm_last=True,
+        refused_if={
+            "num_kv_shared_layers": "has layers that read keys and values of others",
+            "hidden_size_per_layer_input": "gives each layer an input of its own",
+        },
     ),
     Family(
         "LLaMA 4 (text)",
@@ -126,7 +156,7 @@ SPARSE: tuple[Family, ...] = (
             width_field="intermediate_size_mlp",
         ),
         experts=replace(
-            _MIXTRAL,
+            MIXTRAL,
             module="feed_forward.experts",
             entry="feed_forward",
             everywhere=False,
@@ -139,7 +169,7 @@ SPARSE: tuple[Family, ...] = (
                 "feed_forward.router.out_features",
             ),
             widths=("feed_forward.experts.intermediate_size", "feed_forward.experts.expert_dim"),
-            shared=_shared("feed_forward.shared_expert"),
+            shared=shared_mlp("feed_forward.shared_expert"),
             shared_times=1,
             scales_input=True,
         ),

@@ -33,19 +33,59 @@ class StackCut:
         if stack.unit == "expert":
             for key in list(stack.module._parameters):
                 self._put(stack.module, key, 0, units)
-            for path in record.router:
-                owner, key = entry_of(stack.root, path)
-                self._put(owner, key, _expert_axis(_held(owner, key)), units)
-            self._count(record.counts, len(units))
+            self.keep_routes(units)
             return
-        rows = torch.stack([2 * units, 2 * units + 1], -1).flatten(1) if record.interleaved else None
-        rows = torch.cat([units, units + stack.width], 1) if rows is None else rows
+        rows = units
+        if record.interleaved:
+            rows = torch.stack([2 * units, 2 * units + 1], -1).flatten(1)
+        elif record.gated:
+            rows = torch.cat([units, units + stack.width], 1)
         out, into = (2, 1) if record.transposed else (1, 2)
-        self._put(stack.module, "gate_up_proj", out, rows)
+        self._put(stack.module, record.producer, out, rows)
         self._put(stack.module, "down_proj", into, units)
         if record.biases:
-            self._put(stack.module, "gate_up_proj_bias", 1, rows)
+            self._put(stack.module, f"{record.producer}_bias", 1, rows)
         self._count(record.widths, units.shape[1])
+
+    @torch.no_grad()
+    def keep_routes(self, experts: torch.Tensor) -> None:
+        """Have the router know these experts alone, by ids, ascending: LongTensor (kept,)."""
+        for path in self.stack.record.router:
+            owner, key = entry_of(self.stack.root, path)
+            self._put(owner, key, _expert_axis(_held(owner, key)), experts)
+        self._count(self.stack.record.counts, len(experts))
+
+    @torch.no_grad()
+    def forbid(self, expert: int) -> bool:
+        """Have the router never take an expert; False where it has no correction of scores to say so."""
+        for path in self.stack.record.router:
+            owner, key = entry_of(self.stack.root, path)
+            if key.endswith("correction_bias"):
+                held = _held(owner, key)
+                axis = _expert_axis(held)
+                self._put(owner, key, axis, torch.arange(held.shape[axis], device=held.device))
+                _held(owner, key).select(axis, expert).fill_(float("-inf"))
+                return True
+        return False
+
+    @torch.no_grad()
+    def replace_consumers(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Give the experts that are shown another `down_proj`, behind `keep`.
+
+        Args:
+            weight: of each (experts, hidden size, channels).
+            bias: of each (experts, hidden size); None leaves what is there.
+        """
+        assert self._tensors  # what is shown is a copy
+        own: Any = self.stack.module._parameters["down_proj"]
+        own.copy_(weight.mT if self.stack.record.transposed else weight)
+        if bias is not None:
+            every = torch.arange(self.stack.experts, device=bias.device)
+            self._put(
+                self.stack.module, "down_proj_bias", 0, every
+            )  # channels leave it as it is: no copy yet
+            beside: Any = self.stack.module._parameters["down_proj_bias"]
+            beside.copy_(bias)
 
     def _put(self, owner: nn.Module, key: str, axis: int, index: torch.Tensor) -> None:
         """Put the entries of a tensor that stay in its place; an index (experts, n) differs by expert."""
@@ -71,7 +111,7 @@ class StackCut:
 
     def restore(self) -> None:
         """Put the same tensors back in their place, and what forward passes read of them."""
-        for table, key, old in self._tensors:
+        for table, key, old in reversed(self._tensors):
             now: torch.Tensor = table[key]
             if (now.device, now.dtype) != (old.device, old.dtype):  # the model was moved or cast
                 old.data = old.data.to(now.device, now.dtype)

@@ -103,6 +103,8 @@ def _units(family: Family) -> tuple[str, ...]:
     """
     if family.attention.multi_query is not None:
         return ("group", "query")
+    if family.attention.latents:  # every query head has a key and a value of its own
+        return ("group",)
     fields = [vars(CONFIG_MAPPING[t]).get("__dataclass_fields__", {}) for t in family.model_types]
     grouped = any("num_key_value_heads" in f for f in fields)
     return ("group", "balanced") if grouped else ("group",)

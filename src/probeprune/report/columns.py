@@ -113,10 +113,20 @@ def _perplexity_columns(entries: Sequence[Entry], texts: Sequence[str]) -> list[
         def factor(entry: Entry, text: str = text) -> TableCell:
             return estimate_cell(entry.quality.over_dense.get(text), 3)
 
+        def top1(entry: Entry, text: str = text) -> TableCell:
+            return estimate_cell(entry.quality.top1.get(text), 1, 100)
+
+        def divergence(entry: Entry, text: str = text) -> TableCell:
+            return estimate_cell(entry.quality.divergence.get(text), 3)
+
         over = "perplexity over the dense model's, paired by window"
+        same = "share of tokens whose likeliest successor is the dense model's, %"
+        apart = "divergence from the dense model's predictions, nats a token"
         made += [
             _column(entries, "perplexity", f"perplexity {text}", label, meaning, -1, perplexity),
             _column(entries, "perplexity", f"over dense {text}", "x dense", over, -1, factor),
+            _column(entries, "perplexity", f"top-1 {text}", "top-1", same, 1, top1),
+            _column(entries, "perplexity", f"divergence {text}", "KL", apart, -1, divergence),
         ]
     return made
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Literal
 
 from probeprune.result_lines import Line
 
@@ -45,6 +46,15 @@ class Speed:
 def estimate(lines: Sequence[Line]) -> Estimate:
     """The estimate of `value` from lines of one measurement with different seeds."""
     return over_seeds([line["value"] for line in lines], lines[0].get("standard_error"))
+
+
+def agreement(lines: Sequence[Line], what: Literal["top1", "divergence"]) -> Estimate | None:
+    """How far a method agrees with the dense model on a text; None where it was not measured."""
+    records = [record for line in lines if (record := line.get("agreement"))]
+    if not records:
+        return None
+    error = records[0].get("top1_error") if what == "top1" else records[0].get("divergence_error")
+    return over_seeds([record[what] for record in records], error)
 
 
 def over_seeds(values: Sequence[float], error: float | None) -> Estimate:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from probeprune.report.estimates import (
     Estimate,
     Speed,
+    agreement,
     estimate,
     factor_over,
     mean,
@@ -46,12 +47,15 @@ class Quality:
     Attributes:
         perplexity: by text.
         over_dense: by text, the factor over dense on the same windows.
+        top1, divergence: by text, the agreement with the dense model's predictions (`AgreementRecord`).
         accuracy: by task, a share of 1; tasks under the published protocol have keys of their own.
         mean_accuracy: by protocol, over all tasks that any entry was measured on under it.
     """
 
     perplexity: dict[str, Estimate]
     over_dense: dict[str, Estimate]
+    top1: dict[str, Estimate]
+    divergence: dict[str, Estimate]
     accuracy: dict[str, Estimate]
     mean_accuracy: dict[str, Estimate]
 
@@ -260,10 +264,14 @@ def _quality(lines: Sequence[Line], context: _Context) -> Quality:
         for text, own in by_text.items()
         if not any(map(is_dense_line, own))
     }
+    top1 = {text: agreement(own, "top1") for text, own in by_text.items()}
+    divergence = {text: agreement(own, "divergence") for text, own in by_text.items()}
     means = {p: mean_accuracy([by_task.get(t, []) for t in tasks]) for p, tasks in context.protocols.items()}
     return Quality(
         perplexity={text: estimate(own) for text, own in by_text.items() if own},
         over_dense={text: factor for text, factor in factors.items() if factor is not None},
+        top1={text: found for text, found in top1.items() if found is not None},
+        divergence={text: found for text, found in divergence.items() if found is not None},
         accuracy={task: estimate(own) for task, own in by_task.items()},
         mean_accuracy={protocol: found for protocol, found in means.items() if found is not None},
     )

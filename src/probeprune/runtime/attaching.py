@@ -108,8 +108,8 @@ def _check_cut(block: Prunable, cut: Cut) -> None:
         own = cut.units.tolist()
     elif cut.units is not None:
         own = [cut.units.tolist()]
-    elif isinstance(block, Stack):
-        fits = cut.width == block.units
+    elif isinstance(block, Stack):  # with channels that a refit chose
+        fits = fits and (block.fine or cut.width == block.units)
     for units in own:
         fits = (
             fits and len(units) == cut.width and units == sorted({u for u in units if 0 <= u < block.units})

@@ -20,11 +20,11 @@ from torch import nn
 from probeprune import plan
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import Notice, UsageError
+from probeprune.expert_cuts import ExpertCut, stack_cuts
 from probeprune.model.blocks import Block, uncalled_consumer
 from probeprune.model.experts import Stack
 from probeprune.model.multimodal import text_config
 from probeprune.model.narrow_linear import refuse_to_copy
-from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
 from probeprune.model.switched_hooks import SwitchedHooks
 from probeprune.plan import Kept, kept_of
@@ -80,7 +80,7 @@ class Handle:
         self._since_choice = self._since_refresh = 0  # tokens
         self._hooks = SwitchedHooks()  # off in passes that followers do not see
         self._undo: list[Callable[[], None]] = []
-        self.stacks = [] if is_offloaded(model) else plan.stack_cuts(blocks, kept.cuts)
+        self.stacks = self._take_stacks(kept.cuts, kept.statistics)
         self.pruned = self._take(kept.cuts, kept.statistics)
         self.runtimes: list[BlockRuntime] = []
         try:
@@ -98,6 +98,10 @@ class Handle:
         """The blocks that lose units, ready for their first cut."""
         return plan.pruned_blocks(self.method, self.blocks, cuts, statistics)
 
+    def _take_stacks(self, cuts: Sequence[Cut], statistics: Statistics) -> list[ExpertCut]:
+        """The stacks of experts that lose units."""
+        return stack_cuts(self.method, self.blocks, cuts, statistics)
+
     def _hook_model(self) -> None:
         """Be there in every pass of the model."""
         self.model.__dict__[HANDLE] = self
@@ -108,7 +112,7 @@ class Handle:
     def _held(self) -> list[str]:
         """Paths of what holds weights that are in view in part: linear maps, and tensors of experts."""
         linears = [m.name for p in self.pruned for m in p.block.members]
-        return [*linears, *(f"{s.stack.name}.down_proj" for s, _ in self.stacks)]
+        return [*linears, *(f"{s.stack.name}.down_proj" for s in self.stacks)]
 
     def _start(self) -> None:
         """Make the first cuts and hook the blocks."""
@@ -116,8 +120,8 @@ class Handle:
         if not isinstance(when, EveryBatch):
             for pruned in self.pruned:
                 pruned.first_cut()
-            for stack, units in self.stacks:
-                stack.keep(units)
+            for experts in self.stacks:
+                experts.show()
             self._running = Choice(self._owner)  # stays until detached
             return
         for pruned in self.pruned:
@@ -180,7 +184,7 @@ class Handle:
         """The units that every block keeps now."""
         partitions = {p.block.name: p.partition for p in self.pruned}
         kept = {name: p.kept_units.cpu() for name, p in partitions.items()}
-        kept |= {s.stack.name: units.cpu() for s, units in self.stacks}
+        kept |= {s.stack.name: s.units.cpu() for s in self.stacks}
         whole = (torch.arange(b.units, device="cpu") for b in self.blocks)
         return [
             kept_of(b, kept.get(b.name, all_), b.units) for b, all_ in zip(self.blocks, whole, strict=True)
@@ -199,8 +203,8 @@ class Handle:
             self._undo = []
             for pruned in self.pruned:
                 pruned.partition.restore()
-            for stack, _ in self.stacks:
-                stack.restore()
+            for experts in self.stacks:
+                experts.shown.restore()
             self.pruned, self.stacks, self.runtimes, self.kept = [], [], [], None
             ownership.release(self)
             if self.model.__dict__.get(HANDLE) is self:

@@ -8,11 +8,12 @@ import torch
 
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
+from probeprune.expert_cuts import ExpertCut
 from probeprune.model.blocks import Block, find_layers
 from probeprune.model.forwards import replace_forward
 from probeprune.model.layers import RunPass, on_layers
 from probeprune.model.passes import Pass
-from probeprune.plan import Kept
+from probeprune.plan import Kept, kept_of
 from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.handle import HANDLE, Handle
 from probeprune.strategies.pruned_block import Cut, PrunedBlock
@@ -35,6 +36,10 @@ class OffloadedHandle(Handle):
                 "parallel to False, or load the model without offloading."
             )
         self._cuts, self._statistics = cuts, statistics
+        return []
+
+    def _take_stacks(self, cuts: Sequence[Cut], statistics: Statistics) -> list[ExpertCut]:
+        """None either."""
         return []
 
     def _hook_model(self) -> None:
@@ -64,8 +69,10 @@ class OffloadedHandle(Handle):
         """The units that every block keeps. Raises `UsageError` for a method that chooses at every batch."""
         if isinstance(self.method.when, EveryBatch):
             raise _not_in_memory()
-        units = [range(c.width) if c.units is None else sorted(c.units.tolist()) for c in self._cuts]
-        return [Kept(b.name, b.kind, tuple(u), b.units) for b, u in zip(self.blocks, units, strict=True)]
+        units = [
+            torch.arange(c.width, device="cpu") if c.units is None else c.units.cpu() for c in self._cuts
+        ]
+        return [kept_of(b, u.sort(-1).values, b.units) for b, u in zip(self.blocks, units, strict=True)]
 
     @contextmanager
     def _on_layer(self, layer: int) -> Iterator[RunPass]:

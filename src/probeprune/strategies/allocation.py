@@ -65,16 +65,16 @@ def even(request: Request) -> list[int]:
     mlps = [i for i in pruned if blocks[i].kind != "attention"]
     left = request.ratio * sum(b.parameters for b in blocks)
     left -= _cut_heads(blocks, [i for i in pruned if i not in mlps], share, kept)
-    stacks = {blocks[i].layer: i for i in mlps if isinstance(blocks[i], Stack) and blocks[i].fine}
+    led = next((i for i in mlps if isinstance(blocks[i], Stack) and blocks[i].fine), None)
     followers = {i for i in mlps if _follows(blocks[i])}
-    alive = [i for i in mlps if i not in followers or blocks[i].layer in stacks]
+    alive = [i for i in mlps if i not in followers or led is not None]
     total = sum(blocks[i].parameters for i in alive)
     for i in alive:
         if i not in followers:
             kept[i] = nearest_width(blocks[i], left * blocks[i].parameters / total, request.round_to)
-    for i in followers:
-        if blocks[i].layer in stacks:
-            kept[i] = _follows(blocks[i]) * kept[stacks[blocks[i].layer]]
+    if led is not None:
+        for i in followers:
+            kept[i] = _follows(blocks[i]) * kept[led]
     return kept
 
 

@@ -145,7 +145,8 @@ def lost_bias(weight: torch.Tensor, mean: torch.Tensor, kept_channels: int) -> t
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
-    """A block's consumer, refitted to the kept units."""
+    """A block's consumer, refitted to the kept units; or those of all experts of a layer, each to its own.
+    Tensors of experts have one entry for each in front."""
 
     units: torch.Tensor
     """Ids of these units, ascending: LongTensor (kept,)."""
@@ -154,7 +155,8 @@ class Consumer:
     bias: torch.Tensor | None
     """Bias (d,), or None."""
     damping: float | None
-    """The chosen candidate; None where none beat the original weight, which then stays."""
+    """The chosen candidate; None where none beat the original weight, which then stays. Of experts the median
+    of those whose weights did not stay."""
     error: float
     """Squared error of the block's output over the variance of that output: on the held-out windows, after a
     fit to the others; on all windows where none were held out."""

@@ -14,6 +14,7 @@ import torch
 
 from probeprune.errors import BadValue, unknown
 from probeprune.model.blocks import Member
+from probeprune.model.experts import ExpertMap
 from probeprune.ranges import check_fields
 
 REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -62,7 +63,7 @@ class Settled:
     """
 
     means: Sequence[torch.Tensor]
-    member: Member
+    member: Member | ExpertMap
     weight: torch.Tensor
     gradients: Gradients
     seed: int
@@ -78,7 +79,7 @@ class Criterion:
     """
 
     formula: str
-    observe: Callable[[torch.Tensor, Member], tuple[torch.Tensor, ...]]
+    observe: Callable[[torch.Tensor, Member | ExpertMap], tuple[torch.Tensor, ...]]
     salience: Callable[[Settled], torch.Tensor]
     gradients: Gradients = Gradients()
     """The published settings, which a method uses by default."""
@@ -86,20 +87,20 @@ class Criterion:
     """Whether the seed matters."""
 
 
-def _summed(x: torch.Tensor, member: Member) -> torch.Tensor:
+def _summed(x: torch.Tensor, member: Member | ExpertMap) -> torch.Tensor:
     """Sum over each row of a producer or each column of a consumer."""
     return x.sum(1 - member.axis)
 
 
-def _gradient(g: torch.Tensor, member: Member) -> tuple[torch.Tensor, ...]:
+def _gradient(g: torch.Tensor, member: Member | ExpertMap) -> tuple[torch.Tensor, ...]:
     return (g,)
 
 
-def _gradient_and_square(g: torch.Tensor, member: Member) -> tuple[torch.Tensor, ...]:
+def _gradient_and_square(g: torch.Tensor, member: Member | ExpertMap) -> tuple[torch.Tensor, ...]:
     return g, g * g
 
 
-def _squared_products(g: torch.Tensor, member: Member) -> tuple[torch.Tensor, ...]:
+def _squared_products(g: torch.Tensor, member: Member | ExpertMap) -> tuple[torch.Tensor, ...]:
     # Summed per sample: A itself, as large as the weight, is never kept.
     return (_summed((member.weight.float() * g).square(), member),)
 

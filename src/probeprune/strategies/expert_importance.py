@@ -5,13 +5,14 @@ statistics are those of its tokens. Whole experts have importances of their own,
 Scores are float32; larger is more important.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from probeprune.algebra.leaving import leaving_order
 from probeprune.algebra.routed_moments import RoutedMoments
-from probeprune.model.experts import Stack
+from probeprune.model.experts import Expert, Stack
 from probeprune.strategies.importance import IMPORTANCES, ColumnNorms, Evidence
 
 
@@ -24,6 +25,8 @@ class ExpertImportance:
     formula: str
     routed: bool = True
     """Whether it reads the moments."""
+    exchange: bool = False
+    """Whether it reads what the output changes by when an expert leaves."""
 
 
 def reap(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
@@ -46,10 +49,24 @@ def frequency(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.T
     return moments.count / moments.tokens.clamp_min(1)
 
 
+def refit(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
+    """The squared error per token of the layer's experts when it has left, and all that leave before it
+    (`leaving.leaving_order`): their tokens go to the experts that the router takes without them, and those
+    that are left have been given the best scale each. An order by elimination, one expert after the other."""
+    assert moments is not None
+    order, damages = leaving_order(moments.exchange / moments.tokens.clamp_min(1))
+    ranks = torch.arange(len(order), dtype=damages.dtype, device=damages.device)
+    scores = torch.empty_like(damages)
+    scores[order] = (
+        damages + 1e-6 * damages[-1] * ranks
+    )  # where the error stays, who leaves later is worth more
+    return scores.float()
+
+
 def magnitude(stack: Stack, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
     """Control: 2-norm of all weights of an expert's matrices."""
     squares = torch.zeros(stack.experts, dtype=torch.float32, device=stack.device)
-    for name in ("gate_up_proj", "down_proj"):
+    for name in (stack.record.producer, "down_proj"):
         for i in range(stack.experts):
             squares[i] += stack.matrix(name, i).float().square().sum()
     return squares.sqrt()
@@ -64,19 +81,45 @@ EXPERT_IMPORTANCES: dict[str, ExpertImportance] = {
     "reap": ExpertImportance(reap, "mean over its tokens of g(x) norm2(f(x))"),
     "total": ExpertImportance(total, "sum over its tokens of g(x) norm2(f(x)), over all tokens"),
     "frequency": ExpertImportance(frequency, "share of tokens routed to it"),
+    "refit": ExpertImportance(
+        refit, "squared error when it leaves, others taking over and rescaled, one by one", exchange=True
+    ),
     "magnitude": ExpertImportance(magnitude, "norm2 of its weights", routed=False),
     "random": ExpertImportance(random, "uniform random numbers", routed=False),
 }
 """Importances of whole experts by name: `g` is the router's weight of an expert, `f` its output."""
 
-CHANNEL_IMPORTANCES = ("ppsp", "wanda-sp", "flap", "magnitude", "random")
-"""Importances that are defined for channels of experts."""
+CHANNEL_IMPORTANCES = ("ppsp", "wanda-sp", "flap", "magnitude", "random", "obs")
+"""Importances that are defined for channels of experts beside those from gradients; by `obs` the refit orders
+them."""
 
 
-def channel_scores(stack: Stack, importance: str, moments: RoutedMoments | None, seed: int) -> torch.Tensor:
-    """Scores of the channels of each expert by an importance of blocks: (experts, channels)."""
+def scores_channels(importance: str) -> bool:
+    """Whether an importance of blocks is defined for channels of experts."""
+    return importance in CHANNEL_IMPORTANCES or IMPORTANCES[importance].criterion is not None
+
+
+def channel_scores(
+    stack: Stack,
+    importance: str,
+    moments: RoutedMoments | None,
+    seed: int,
+    saliences: Mapping[str, torch.Tensor] | None = None,
+    reduction: str = "sum",
+) -> torch.Tensor:
+    """Scores of the channels of each expert by an importance of blocks: (experts, channels).
+
+    Args:
+        stack: the experts.
+        importance: a key of `IMPORTANCES`.
+        moments: of the experts, where it reads them.
+        seed: for random numbers.
+        saliences: of the stack's `gate_up_proj` and `down_proj`, by these names, where it reads them:
+            (experts, rows or columns).
+        reduction: how those of a channel's matrices are combined.
+    """
     score = IMPORTANCES[importance].score
-    assert score is not None and importance in CHANNEL_IMPORTANCES
+    assert score is not None and scores_channels(importance)
     if importance == "random":
         return _uniform(stack, (stack.experts, stack.width), seed)
     energy = None if moments is None else moments.sample_energy
@@ -90,10 +133,21 @@ def channel_scores(stack: Stack, importance: str, moments: RoutedMoments | None,
                 ColumnNorms.of(expert),
                 energy=None if energy is None else energy[i],
                 variance=None if variance is None else variance[i],
+                saliences=() if saliences is None else _parts(expert, saliences, i),
+                reduction=reduction,
             )
         )
 
     return torch.stack([own(i) for i in range(stack.experts)])
+
+
+def _parts(expert: Expert, saliences: Mapping[str, torch.Tensor], index: int) -> tuple[torch.Tensor, ...]:
+    """One tensor (channels,) for each part of an expert's matrices."""
+    keys = [*["gate_up_proj"] * (len(expert.members) - 1), "down_proj"]
+    return tuple(
+        saliences[key][index].narrow(0, m.start, expert.units * m.width).view(expert.units, m.width).sum(1)
+        for key, m in zip(keys, expert.members, strict=True)
+    )
 
 
 def by_rank(scores: torch.Tensor) -> torch.Tensor:

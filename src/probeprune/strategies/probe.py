@@ -209,7 +209,10 @@ def restrict(kwargs: dict[str, Any], selection: Selection, batch: int) -> dict[s
         if value is None:
             continue
         if name == "position_embeddings":
-            cut[name] = tuple(rows(t).index_select(1, selection.tokens) for t in value)
+            # Cosines and sines, or one tensor of both as complex numbers.
+            parts = (value,) if isinstance(value, torch.Tensor) else value
+            own = tuple(rows(t).index_select(1, selection.tokens) for t in parts)
+            cut[name] = own[0] if isinstance(value, torch.Tensor) else own
         elif name == "attention_mask":
             if not (isinstance(value, torch.Tensor) and value.ndim == 4):
                 raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")

@@ -122,7 +122,7 @@ def check_alive(block: Prunable, keep: int) -> None:
 
 def check_even(request: Request) -> None:
     """Raise `UsageError` where layers cannot all have the same width."""
-    blocks = request.blocks
+    blocks = [b for b in request.blocks if may_lose_units(b, request)]
     if request.ratio and request.skip_layers:
         raise UsageError("allocations 'even' and 'damage-even' give all layers one width: skip_layers=0.")
     sizes = {(role(b), b.units, b.parameters) for b in blocks}
