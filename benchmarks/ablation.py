@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import probeprune
-from probeprune import METHODS, Method, Probe, RefitEveryBatch
+from probeprune import METHODS, Method, Probe, RefitEveryBatch, with_pays
 from probeprune.calibration.statistics import Statistics
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
@@ -33,7 +33,8 @@ from probeprune.plan import widths
 from probeprune.preparation import Preparation
 
 LENGTH, TESTED = 512, 8
-BEST, FOLLOWING = METHODS["best-static"], RefitEveryBatch()
+BEST, DYNAMIC = METHODS["best-static"], with_pays("best-dynamic", "always")
+FOLLOWING = RefitEveryBatch(replace(RefitEveryBatch().probe, pays="always"))
 
 
 def best(how: Mapping[str, Any] | None = None, **changes: Any) -> Method:
@@ -49,7 +50,7 @@ def following(share: float = FOLLOWING.share, **changes: Any) -> Method:
 
 DENSE_INPUTS = {"sequential": False, "share": 0.0}
 VARIANTS: dict[str, Method] = {
-    "best-dynamic": METHODS["best-dynamic"],
+    "best-dynamic": DYNAMIC,
     "- picked by residual importance": following(pick="residual"),
     "- the published probe": best(when=RefitEveryBatch(Probe())),
     "- twice the tokens": following(tokens=1 / 32, min_size=256),

@@ -25,7 +25,7 @@ import probeprune
 from probeprune.bench.measure import GridPoint, measure_point
 from probeprune.bench.targets import SHAPES, Target, of_shape, of_sizes
 from probeprune.errors import first_line
-from probeprune.methods import METHODS, Method
+from probeprune.methods import METHODS, Method, with_pays
 from probeprune.model.blocks import find_blocks, find_layers
 from probeprune.model.cost import synced_clock
 from probeprune.model.machine import choose_device
@@ -145,7 +145,8 @@ def load(shape: str, device: torch.device) -> Target:
 
 def methods() -> list[Method]:
     """What is measured beside the dense model, with no layer left dense."""
-    return [replace(METHODS[name], skip_layers=0) for name in ("wanda-sp", "probe", "best-dynamic")]
+    named = METHODS["wanda-sp"], METHODS["probe"], with_pays("best-dynamic", "always")
+    return [replace(method, skip_layers=0) for method in named]
 
 
 # -- checks ----------------------------------------------------------------------------------------

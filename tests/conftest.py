@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. The hub is switched off: whatever needs it must fail at once, and say so."""
 
 import os
+from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported: they read it once
 
@@ -11,6 +12,28 @@ from transformers import PreTrainedTokenizerFast
 
 from probeprune.model.loading import LoadedModel, load_model
 from probeprune.preparation import Preparation
+from probeprune.runtime import attaching
+from probeprune.strategies.account import Costs
+
+ALWAYS = Costs((1,), (1.0,), (0.0,), (1,), (0.0,))
+"""Costs under which every probe pays."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def probing_pays():
+    """Methods with `pays="auto"` probe every batch where a test gives no costs: no clock decides a result."""
+    measured = attaching.costs_for
+
+    def given(model, kept, blocks):
+        costs = measured(model, replace(kept, costs=kept.costs or ALWAYS), blocks) if auto(kept) else None
+        return measured(model, kept, blocks) if costs is None else costs
+
+    def auto(kept):
+        return kept.method.when.every_batch and kept.method.when.probe.pays == "auto"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attaching, "costs_for", given)
+        yield
 
 
 @pytest.fixture(scope="session")

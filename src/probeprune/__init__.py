@@ -5,11 +5,12 @@ from probeprune.engines.gguf_write import export_gguf
 from probeprune.errors import UsageError
 from probeprune.jobs.attached import load_model, save
 from probeprune.jobs.share import push
-from probeprune.methods import METHODS, Method, compose, with_equal_heads, with_equal_widths
+from probeprune.methods import METHODS, Method, compose, with_equal_heads, with_equal_widths, with_pays
 from probeprune.model.blocks import find_blocks
 from probeprune.prepare import Prepared, load_prepared, prepare
 from probeprune.runtime.attaching import attach, detach
 from probeprune.runtime.handle import Handle
+from probeprune.strategies.account import Costs
 from probeprune.strategies.compensation import Bias, Compensation, Refit
 from probeprune.strategies.criteria import Gradients
 from probeprune.strategies.probe import Probe
@@ -24,6 +25,7 @@ __all__ = [
     "METHODS",
     "Bias",
     "Compensation",
+    "Costs",
     "Distilled",
     "DuringTraining",
     "Gradients",
@@ -52,4 +54,5 @@ __all__ = [
     "save",
     "with_equal_heads",
     "with_equal_widths",
+    "with_pays",
 ]

@@ -19,10 +19,10 @@ from probeprune.strategies.compensation import COMPENSATIONS, Compensation, Refi
 from probeprune.strategies.criteria import CRITERIA, Gradients
 from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES, scores_channels
 from probeprune.strategies.importance import IMPORTANCES
-from probeprune.strategies.probe import Probe
+from probeprune.strategies.probe import Pays, Probe
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.refit_every_batch import RefitEveryBatch
-from probeprune.strategies.schedule import Distilled, DuringTraining, Never, Once, When
+from probeprune.strategies.schedule import Distilled, DuringTraining, EveryBatch, Never, Once, When
 from probeprune.strategies.widths import KINDS
 
 Budget = Literal["parameters", "flops", "time"]
@@ -212,6 +212,19 @@ def with_distillation(method: Method) -> Method:
     """The same method, which prunes once, then trained towards the dense model's predictions."""
     source = f"{method.source.removesuffix(', without training')}, then distillation (LoRA)"
     return replace(method, name=f"{method.name}+distill", when=Distilled(), source=source)
+
+
+def with_pays(method: str | Method, pays: Pays) -> Method:
+    """The same dynamic method, probing all batches (`always`) or those for which it pays (`auto`).
+
+    Raises `UsageError` for a method that probes no batch, and for another word.
+    """
+    method = get_method(method)
+    when = method.when
+    if not isinstance(when, EveryBatch):
+        raise UsageError(f"method {method.name!r} probes no batch; choose one that prunes at every batch.")
+    changed: Any = replace(when, probe=replace(when.probe, pays=pays))
+    return replace(method, when=changed)
 
 
 def without_training(method: Method) -> Method:

@@ -139,6 +139,17 @@ class AccuracyRecord(TypedDict):
     """Over items."""
 
 
+class PaysRecord(TypedDict, total=False):
+    """Which batches a method with `pays="auto"` probed, and by which costs it decided."""
+
+    batches: Count
+    """Batches run, prompts included."""
+    probed: Count
+    """Those of them that were probed."""
+    costs: dict[str, list[Amount]]
+    """The fields of `Costs`: sizes in tokens, and seconds."""
+
+
 class Identity(TypedDict, total=False):
     """The first part of every line: which model, pruned how."""
 
@@ -187,6 +198,8 @@ class ResultLine(Identity, total=False):
     """Windows, options or prompts a batch."""
     peak_memory: Count
     """Bytes."""
+    pays: PaysRecord
+    """Missing where every batch was probed, or none."""
 
 
 class AgreementRecord(TypedDict, total=False):
@@ -220,7 +233,7 @@ class TextLine(ResultLine, total=False):
     flops_per_token: Positive
     """FLOPs of the decoder, the probe included."""
     probe_flops_share: Amount
-    """FLOPs of the probe over those of all dense blocks."""
+    """FLOPs of the probe over those of all dense blocks, on average over batches."""
     tokens: Count
     """Tokens run through the model."""
     seconds: Amount

@@ -18,6 +18,7 @@ from probeprune.places import discard
 KINDS = {
     "models": "models converted from GGUF, once each",
     "statistics": "what was computed on calibration text, by content",
+    "costs": "what batches cost a model on this machine, measured",
     "fastest-dtype.json": "the dtype that is fastest on this machine",
 }
 """What the package puts into the cache; all of it is made again when it is needed."""
@@ -61,7 +62,9 @@ def cache(
     ] = "size",
     kind: Annotated[
         str | None,
-        typer.Option(help="One kind alone: models, statistics or fastest-dtype.json.", show_default="all"),
+        typer.Option(
+            help="One kind alone: models, statistics, costs or fastest-dtype.json.", show_default="all"
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without being asked again.")] = False,
     as_json: Json = False,

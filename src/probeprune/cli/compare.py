@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast, get_args
 
 import typer
 
-from probeprune.cli.facts import is_dense, missed_in
+from probeprune.cli.facts import is_dense, missed_in, with_rule
 from probeprune.cli.groups import (
     CalibrationOptions,
     KeepTrained,
     LoadOptions,
     Memory,
     Model,
+    PaysRule,
     ResultOptions,
 )
 from probeprune.cli.options import grouped
@@ -76,13 +77,15 @@ class GridOptions:
         RANGES["skip_layers"],
     ] = None
 
+    pays: PaysRule = None
+
     def composed(self) -> list[Method]:
         """The methods with these units and skipped layers. Raises `UsageError` for unknown names."""
         one_of("unit kind", self.units, get_args(UnitKind))
         changes: dict[str, object] = {"unit_kind": self.units}
         if self.skip_layers is not None:
             changes["skip_layers"] = self.skip_layers
-        methods = [get_method(name) for name in names(self.methods, "methods")]
+        methods = [with_rule(get_method(name), self.pays) for name in names(self.methods, "methods")]
         return [m if is_dense(m) else compose(m, name=m.name, **changes) for m in methods]
 
     def checked_ratios(self) -> list[float]:

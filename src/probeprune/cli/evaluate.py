@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 from rich.table import Table
 
-from probeprune.cli.facts import is_dense, missed, refuse_beside_kept
-from probeprune.cli.groups import RATIO, CalibrationOptions, DeviceMap, LoadOptions, Model
+from probeprune.cli.facts import is_dense, missed, refuse_beside_kept, with_rule
+from probeprune.cli.groups import RATIO, CalibrationOptions, DeviceMap, LoadOptions, Model, PaysRule
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, out, print_text, print_written, progress_bar, warn
 from probeprune.cli.values import names
@@ -43,14 +43,17 @@ class MethodOptions:
         ),
     ] = None
     ratio: Annotated[float | None, typer.Option(help=RATIO), RANGES["ratio"]] = None
+    pays: PaysRule = None
 
     def chosen(self) -> Method | None:
         """The method; None for none. Raises `UsageError` for one that trains, or only half of the options."""
         if (self.method is None) != (self.ratio is None):
             raise UsageError("--method and --ratio go together; give both, or neither.")
         if self.method is None:
+            if self.pays is not None:
+                raise UsageError("--pays goes with --method; give both, or neither.")
             return None
-        method = get_method(self.method)
+        method = with_rule(get_method(self.method), self.pays, alone=True)
         check_untrained(method)
         return None if is_dense(method) else method
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast, get_args
 
+from probeprune.cli.values import one_of
 from probeprune.errors import UsageError
-from probeprune.methods import Method, compose
+from probeprune.methods import Method, compose, with_pays
 from probeprune.plan import needs
 from probeprune.result_lines import Line
 from probeprune.strategies.allocation import missed_ratio
 from probeprune.strategies.compensation import Refit
+from probeprune.strategies.probe import Pays
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
-from probeprune.strategies.schedule import Never
+from probeprune.strategies.schedule import EveryBatch, Never
 
 
 def is_dense(method: Method) -> bool:
@@ -68,6 +70,25 @@ def with_refresh(method: Method, tokens: int) -> Method:
     if not isinstance(method.when, ProbeEveryBatch):
         raise UsageError(f"--refresh is for methods that probe; {method.name!r} chooses its units once.")
     return compose(method, name=method.name, when=replace(method.when, refresh=tokens))
+
+
+def with_rule(method: Method, pays: str | None, *, alone: bool = False) -> Method:
+    """A dynamic method that probes all batches (`always`) or those for which it pays (`auto`); None leaves it
+    as it is, and so do methods that probe nothing.
+
+    Its name says so where that is not the method's own rule. Raises `UsageError` for another word, and with
+    `alone` for a method that probes nothing.
+    """
+    if pays is None:
+        return method
+    one_of("rule for --pays", pays, get_args(Pays))
+    if not isinstance(method.when, EveryBatch):
+        if alone:
+            raise UsageError(f"--pays is for methods that probe batches; {method.name!r} probes none.")
+        return method
+    if method.when.probe.pays == pays:
+        return method
+    return compose(with_pays(method, cast(Pays, pays)), name=f"{method.name}+pays={pays}")
 
 
 def refuse_beside_kept(model: str, options: Mapping[str, object]) -> None:

@@ -62,6 +62,14 @@ DeviceMap = Annotated[
         show_default="one device",
     ),
 ]
+PaysRule = Annotated[
+    str | None,
+    typer.Option(
+        help="Batches that a dynamic method probes: always (all, as published) or auto (those for which the "
+        "time that pruning saves on this machine pays).",
+        show_default="each method's own: auto for best-dynamic",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast, get_args
 
 import typer
 
-from probeprune.cli.facts import missed, with_compensation
+from probeprune.cli.facts import missed, with_compensation, with_rule
 from probeprune.cli.groups import (
     GGUF_TYPE,
     CalibrationOptions,
@@ -18,6 +18,7 @@ from probeprune.cli.groups import (
     LoadOptions,
     Memory,
     Model,
+    PaysRule,
     Ratio,
     WidthOptions,
 )
@@ -100,6 +101,7 @@ class PruningOptions:
             show_default="the method's own",
         ),
     ] = None
+    pays: PaysRule = None
     steps: Annotated[
         int,
         typer.Option(help="Number of steps in which to reach the ratio, with a new calibration before each."),
@@ -135,7 +137,7 @@ class PruningOptions:
         layout = widths.checked_layout({"allocation": self.allocation, "budget": self.budget})
         one_of("unit kind", self.units, get_args(UnitKind))
         one_of("unit of experts", self.experts, EXPERT_UNITS)
-        method = get_method(self.method)
+        method = with_rule(get_method(self.method), self.pays, alone=True)
         if self.compensation is not None:
             method = with_compensation(method, self.compensation)
         changes: dict[str, Any] = {

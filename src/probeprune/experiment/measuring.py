@@ -22,6 +22,7 @@ from probeprune.result_lines import (
     AgreementRecord,
     Identity,
     Line,
+    ResultLine,
     TaskLine,
     TextLine,
     TrainingRecord,
@@ -64,8 +65,10 @@ def measure(bench: Workbench, cell: Cell) -> Line:
             text = _windows(measured, prepared.loaded)
             if wanted is None and not _is_dense(cell):  # trained, so the dense model is another one
                 wanted = dense_predictions(bench, cell, text, report)
-            return {**line, **_on_text(cell, measured, text, wanted, prepared, report)}
-        return {**line, **_on_task(measured, prepared, report)}
+            found: TextLine | TaskLine = _on_text(cell, measured, text, wanted, prepared, report)
+        else:
+            found = _on_task(measured, prepared, report)
+        return {**line, **found, **_pays(prepared.handle)}
 
 
 def failure(cell: Cell, error: BaseException) -> Line:
@@ -88,6 +91,24 @@ def _identity(cell: Cell) -> Identity:
         "seed": subject.seed,
         "calibration": None if subject.calibration is None else subject.calibration.record(),
     }
+
+
+def _pays(handle: Handle | None) -> ResultLine:
+    """Which batches were probed, and why; nothing where that needs no saying."""
+    if handle is None or handle.costs is None:
+        return {}
+    return {
+        "pays": {
+            "batches": handle.batches,
+            "probed": handle.probed_batches,
+            "costs": handle.costs.record(),
+        }
+    }
+
+
+def _probed(handle: Handle) -> float:
+    """Share of batches that were probed; where they share a choice, `probe_flops` spreads it over them."""
+    return 1.0 if handle.costs is None else handle.probed_share
 
 
 def _is_dense(cell: Cell) -> bool:
@@ -155,7 +176,7 @@ def _on_text(
     full = blocks_flops(prepared.blocks, [b.units for b in prepared.blocks], *shape)
     probing = 0.0
     if handle is not None and isinstance(handle.method.when, EveryBatch):
-        probing = probe_flops(*handle.probed, handle.method.when.probe, *shape) / full
+        probing = probe_flops(*handle.probed, handle.method.when.probe, *shape) / full * _probed(handle)
     return {
         "task": measure.corpus,
         "metric": "perplexity",

@@ -151,13 +151,19 @@ class LayerRunner:
                 yield
             self._run_pass = _straight
 
-    def run(self, layer: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The output of one layer for the hidden states of one batch, both by index."""
+    def run(
+        self, layer: int, batch: int, hidden: torch.Tensor, module: nn.Module | None = None
+    ) -> torch.Tensor:
+        """The output of one layer for the hidden states of one batch, both by index.
+
+        `module` takes the layer's place, where there is one.
+        """
         more, arguments = self._arguments[self._like(batch)][layer]
         if self._wide:
             hidden, more, arguments = widened(hidden), widened(more), widened(arguments)
         started = Pass(self.tokens(batch), continues=False, cache=None)
-        out: Any = self._run_pass(started, lambda: self._layers[layer](hidden, *more, **arguments))
+        called = self._layers[layer] if module is None else module
+        out: Any = self._run_pass(started, lambda: called(hidden, *more, **arguments))
         found: torch.Tensor = out[0] if self._in_tuples else out
         return found
 

@@ -31,6 +31,7 @@ class View:
         added_bias: a bias (out,) to show instead of the map's own; None for its own.
         original: gives a parameter, by name, as it was before its units were permuted.
         kind: the map's own class.
+        plain: weight and bias in view, for passes without gradients; None for all, or several ranges.
 
     Weights are (out, in) here, whatever the map stores.
     """
@@ -45,7 +46,15 @@ class View:
         self._weights: list[torch.Tensor] = []
         self._biases: list[torch.Tensor] = []
         self._stamp: list[tuple[object, ...]] = []
+        self.plain: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.stamp()
+
+    def settle(self, narrow: bool) -> None:
+        """Show the part or the whole; to be called after any change of what there is to show."""
+        self.narrow, self.plain = narrow, None
+        if self.narrow and len(self.ranges) == 1:
+            with torch.no_grad():
+                self.plain = self.weights()[0], self.biases()[0]
 
     def show(self, ranges: list[tuple[int, int]]) -> None:
         """Show these ranges, and no replacement."""
@@ -64,6 +73,7 @@ class View:
             self._weights = self._parts(oriented(self.linear, weight.detach()), self.axis)
             # A consumer's bias belongs to no unit.
             self._biases = self._parts(bias.detach(), 0) if bias is not None and self.axis == 0 else []
+        self.settle(self.narrow)
 
     def stamp(self) -> None:
         """Take the parameters for unchanged as they are now."""
@@ -76,11 +86,13 @@ class View:
         return self._state() != self._stamp
 
     def _state(self) -> list[tuple[object, ...]]:
-        return [
-            (p.data_ptr(), p._version, p.dtype) if not p.is_meta else (p.dtype,)
-            for p in self.linear._parameters.values()
-            if p is not None
-        ]
+        # Read at every pass, for every map: a step of decoding has no time for more.
+        weight, bias = self.linear._parameters["weight"], self.linear._parameters["bias"]
+        assert weight is not None
+        if weight.is_meta:
+            return [(weight.dtype,)]
+        state: list[tuple[object, ...]] = [(weight.data_ptr(), weight._version, weight.dtype)]
+        return state if bias is None else [*state, (bias.data_ptr(), bias._version, bias.dtype)]
 
     def _parts(self, whole: torch.Tensor, axis: int) -> list[torch.Tensor]:
         return [whole.narrow(axis, *r) for r in self.ranges]
@@ -138,6 +150,8 @@ class Narrow(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # None where others have kept this method beyond the view, to call it from a forward of theirs.
         view: View | None = self.__dict__.get(_STATE)
+        if view is not None and view.plain is not None and not torch.is_grad_enabled():
+            return multiply(x, *view.plain)
         if view is not None and view.narrow and len(view.ranges) > 1:
             # The rows in view do not lie together: each range multiplies alone, without a copy of the weight.
             parts = zip(view.weights(), view.biases(), strict=True)

@@ -206,13 +206,13 @@ class Partition:
     def narrow(self) -> None:
         """Show the kept units only; all of them before the first choice."""
         for view in self._views.values():
-            view.narrow = bool(view.ranges)
+            view.settle(bool(view.ranges))
         self._tell_attention(self.shown)
 
     def widen(self) -> None:
         """Show all units, in the present order (the dense block's function, to rounding)."""
         for view in self._views.values():
-            view.narrow = False
+            view.settle(False)
         self._tell_attention(self.block.units)
 
     def _tell_attention(self, units: int) -> None:

@@ -6,6 +6,8 @@ whatever the block itself shows.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,11 +55,9 @@ class Shadow:
         if partition is not None:
             partition.widen()  # attributes that say how many heads there are
         if block.activation is None:
-            self._entry = _shadow(block.entry, {block.consumer: self._tap})
+            self._entry = twin(block.entry, {block.consumer: self._tap})
         else:
-            self._entry = nn.Sequential(
-                *(_shadow(m, {}) for m in (*block.producers, block.activation)), self._tap
-            )
+            self._entry = nn.Sequential(*(twin(m) for m in (*block.producers, block.activation)), self._tap)
 
     def run(self, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         """The coupled activation `z` for the normalised input `x`, units in the partition's present order.
@@ -75,18 +75,21 @@ class Shadow:
         return z
 
 
-def _shadow(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A module that shares parameters, buffers and plain attributes with `module`, some children replaced."""
+def twin(module: nn.Module, replaced: Mapping[nn.Module, nn.Module] = MappingProxyType({})) -> nn.Module:
+    """A module that shares parameters, buffers and plain attributes with `module`, some children replaced.
+
+    Nothing that others have hung on `module` is on it, and its linear maps show all of their weights.
+    """
     if module in replaced:
         return replaced[module]
-    twin: nn.Module = object.__new__(plain_kind(module))
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__.pop("forward", None)
+    made: nn.Module = object.__new__(plain_kind(module))
+    made.__dict__.update(module.__dict__)
+    made.__dict__.pop("forward", None)
     if isinstance(config := module.__dict__.get("config"), ConfigView):
-        twin.__dict__["config"] = config.copy()  # with all heads, whatever the block shows later
+        made.__dict__["config"] = config.copy()  # with all heads, whatever the block shows later
     for name in _HOOKS:
-        twin.__dict__[name] = OrderedDict()
-    twin.__dict__["_modules"] = {
-        n: None if m is None else _shadow(m, replaced) for n, m in module._modules.items()
+        made.__dict__[name] = OrderedDict()
+    made.__dict__["_modules"] = {
+        n: None if m is None else twin(m, replaced) for n, m in module._modules.items()
     }
-    return twin
+    return made

@@ -24,6 +24,7 @@ from probeprune.prepare import Prepared, load_prepared
 from probeprune.provenance import dtype_name, versions
 from probeprune.ranges import plain
 from probeprune.runtime.attachment import Attachment
+from probeprune.strategies.account import Costs
 from probeprune.strategies.pruned_block import Cut
 from probeprune.strategies.widths import Prunable
 
@@ -119,6 +120,7 @@ def write_attachment(
         "config": config_fields(model),
         "text": dict(kept.text),
         "statistics": _digest(folder / STATISTICS),
+        "costs": None if kept.costs is None else kept.costs.record(),
         "cuts": {
             block.name: [cut.width, None if cut.units is None else cut.units.tolist()]
             for block, cut in zip(blocks, kept.cuts, strict=True)
@@ -155,6 +157,7 @@ def read_attachment(stored: Stored) -> Attachment:
         method = records.from_json(Method, stored.record["method"], TABLES)
         ratio = plain("ratio", stored.record["ratio"])
         cuts = [_cut(value) for value in stored.record["cuts"].values()]
+        costs = None if stored.record.get("costs") is None else Costs(**stored.record["costs"])
     except UsageError as error:
         raise UsageError(f"'{file}': {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -169,7 +172,7 @@ def read_attachment(stored: Stored) -> Attachment:
     if _digest(statistics) != stored.record["statistics"]:
         raise UsageError(f"'{statistics}' is torn, or belongs to another {ATTACHED}; {advice}.")
     prepared = load_prepared(statistics)
-    return Attachment(method, ratio, cuts, Statistics(**prepared.pieces), prepared.text)
+    return Attachment(method, ratio, cuts, Statistics(**prepared.pieces), prepared.text, costs)
 
 
 def check_base(model: nn.Module, stored: Stored) -> None:

@@ -22,7 +22,9 @@ from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
 from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.handle import HANDLE, Handle
+from probeprune.runtime.measuring import costs_for
 from probeprune.runtime.offloaded import OffloadedHandle
+from probeprune.strategies.account import Costs
 from probeprune.strategies.pruned_block import Cut
 from probeprune.strategies.widths import Prunable
 
@@ -37,6 +39,7 @@ def attach(
     batch_size: int = BATCH_SIZE,
     cache: Path | None = None,
     progress: Progress = silent,
+    costs: Costs | None = None,
 ) -> Handle:
     """Prune `model` while it runs, until the handle is detached.
 
@@ -53,6 +56,8 @@ def attach(
         calibration: windows of token ids (count, length) or a `WindowSource`, where the method needs
             calibration; or the result of `prepare` for this model, method and ratio.
         batch_size, cache, progress: as in `prepare`, for calibration from text.
+        costs: what batches cost, for a method whose probe has `pays="auto"`: `handle.costs` of an earlier run
+            repeats its decisions. None: measured on this machine, once, and kept in probeprune's cache.
 
     Raises:
         UsageError: unsupported model, method, ratio or calibration; a model in training mode, or one that
@@ -70,7 +75,7 @@ def attach(
     keep = plan.widths(method, ratio, blocks, scores, statistics)
     cuts = plan.first_cuts(method, blocks, scores, keep)
     plan.check_consumers(method, blocks, cuts, statistics)
-    return _handle(model, Attachment(method, ratio, cuts, statistics, text_of(calibration)), blocks)
+    return _handle(model, Attachment(method, ratio, cuts, statistics, text_of(calibration), costs), blocks)
 
 
 @exact()
@@ -130,7 +135,7 @@ def _checked_blocks(model: nn.Module, method: Method) -> list[Prunable]:
 def _handle(model: nn.Module, kept: Attachment, blocks: Sequence[Prunable]) -> Handle:
     kind = OffloadedHandle if is_offloaded(model) else Handle
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
-        return kind(model, kept, blocks)
+        return kind(model, kept, blocks, costs_for(model, kept, blocks))
 
 
 def detach(model: nn.Module) -> None:

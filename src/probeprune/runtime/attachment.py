@@ -9,6 +9,7 @@ from typing import Any
 
 from probeprune.calibration.statistics import Statistics
 from probeprune.methods import Method
+from probeprune.strategies.account import Costs
 from probeprune.strategies.pruned_block import Cut
 
 
@@ -20,6 +21,8 @@ class Attachment:
         method, ratio: as in `attach`.
         cuts: the first cut of every block of the model, in order, including blocks that keep all units.
         statistics: as the method began with them: what batches have taught it since is not in here.
+        costs: what batches cost, where it was given to `attach`; None to measure it on the machine that runs
+            the method, where the method needs it.
         text: the calibration text as `Prepared.text` has it; empty where there was none, or it is not known.
     """
 
@@ -28,3 +31,4 @@ class Attachment:
     cuts: Sequence[Cut]
     statistics: Statistics = field(repr=False)
     text: Mapping[str, Any] = field(default_factory=dict)
+    costs: Costs | None = None

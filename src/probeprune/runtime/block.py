@@ -48,13 +48,14 @@ class BlockRuntime:
         self.block = pruned.block
         self.side_stream = SideStream(pruned.partition.order.device)
         self._shadow = Shadow(pruned.block, pruned.partition)
+        pruned.partition.narrow()  # a shadow sees all units, and shows them
         self.passed = False
         self._residual: torch.Tensor | None = None
         # Heads never refresh: the cache holds those of the prompt.
         self._refreshes = when.refresh > 0 and self.block.kind == "mlp"
 
     def hooks(self) -> list[RemovableHandle]:
-        """Register hooks that run the stages in every pass of the model, and return them."""
+        """Register hooks that run the stages in the passes of the model, and return them."""
         block = self.block
         hooks = [
             block.entry.register_forward_pre_hook(self._before_block, with_kwargs=True),

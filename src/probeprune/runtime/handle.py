@@ -25,6 +25,7 @@ from probeprune.model.experts import Stack
 from probeprune.model.multimodal import text_config
 from probeprune.model.narrow_linear import refuse_to_copy
 from probeprune.model.passes import Pass, check_eval, follow_batches, on_pass
+from probeprune.model.switched_hooks import SwitchedHooks
 from probeprune.plan import Kept, kept_of
 from probeprune.runtime import ownership
 from probeprune.runtime.attachment import Attachment
@@ -34,6 +35,7 @@ from probeprune.runtime.current_pass import CurrentPass
 from probeprune.runtime.padding import CHECKED, looks_padded
 from probeprune.runtime.refusals import refuse_continuous_batching, refuse_loading
 from probeprune.strategies import allocation
+from probeprune.strategies.account import Account, Costs
 from probeprune.strategies.expert_cut import ExpertCut
 from probeprune.strategies.pruned_block import Cut, PrunedBlock
 from probeprune.strategies.schedule import EveryBatch
@@ -55,10 +57,15 @@ class Handle:
         stacks: the stacks of experts that lose units, under theirs.
         runtimes: the blocks that follow the batch; none for a static method.
         current: the current pass.
+        costs: what batches cost, by which it is decided which of them are probed; None where all are.
+        batches, probed_batches: number of batches and prompts so far, and of those that were probed.
     """
 
-    def __init__(self, model: nn.Module, kept: Attachment, blocks: Sequence[Prunable]) -> None:
+    def __init__(
+        self, model: nn.Module, kept: Attachment, blocks: Sequence[Prunable], costs: Costs | None = None
+    ) -> None:
         self.model, self.method, self.ratio = model, kept.method, kept.ratio
+        self.costs, self.batches, self.probed_batches = costs, 0, 0
         self.kept: Attachment | None = kept
         self.blocks, self.widths = blocks, [cut.width for cut in kept.cuts]
         self.current = CurrentPass(layer_types=getattr(text_config(model.config), "layer_types", None) or ())
@@ -68,7 +75,10 @@ class Handle:
         # The choice in view is kept alive by the caches that it filled; without any, nobody can return to it.
         self._choice: weakref.ref[Choice] | None = None
         self._running: Choice | None = None
+        self._account: Account | None = None
+        self._whole = False  # whether the units in view are one choice, which may serve another batch
         self._since_choice = self._since_refresh = 0  # tokens
+        self._hooks = SwitchedHooks()  # off in passes that followers do not see
         self._undo: list[Callable[[], None]] = []
         self.stacks = self._take_stacks(kept.cuts, kept.statistics)
         self.pruned = self._take(kept.cuts, kept.statistics)
@@ -122,8 +132,12 @@ class Handle:
             follower.start()
             beside = self._beside(pruned.block) if when.probe.parallel else None
             self.runtimes.append(BlockRuntime(pruned, follower, when, self.current, beside))
+        self._undo.append(self._hooks.remove)
         for runtime in self.runtimes:
-            self._undo += [hook.remove for hook in runtime.hooks()]
+            self._hooks.add(runtime.hooks())
+        if self.costs is not None:
+            self._account = Account(self.costs, when.probe)
+            self._whole = all(r.pruned.first_units is not None for r in self.runtimes)
 
     def _beside(self, block: Block) -> Block | None:
         """The block in front of one; None for the first.
@@ -155,6 +169,11 @@ class Handle:
     def removed_share(self) -> float:
         """Share of all blocks' parameters that the cut removes."""
         return allocation.removed_share(self.blocks, self.widths)
+
+    @property
+    def probed_share(self) -> float:
+        """Share of the batches and prompts so far that were probed; 1 before there is any."""
+        return self.probed_batches / self.batches if self.batches else 1.0
 
     @property
     def swapped(self) -> int:
@@ -230,7 +249,10 @@ class Handle:
                     self._check_finite()
                 self._check_passed()
             except BaseException:
-                self._choice = None  # blocks and cache may be half way between two choices
+                self._choice, self._whole = (
+                    None,
+                    False,
+                )  # blocks and cache may be half way between two choices
                 raise
             finally:
                 self.current.end()
@@ -315,7 +337,7 @@ class Handle:
             for runtime, snapshot in zip(self.runtimes, new.snapshots, strict=True):
                 runtime.pruned.partition.show_again(snapshot)
         new.snapshots, self._since_refresh = None, new.since_refresh
-        self._running, self._choice = new, weakref.ref(new)
+        self._running, self._choice, self._whole = new, weakref.ref(new), True
 
     def _enter(self, started: Pass) -> None:
         """Decide the stage of a pass, and bring back the choice of the cache that it continues."""
@@ -324,9 +346,10 @@ class Handle:
         self.current.tokens = tokens
         self._since_choice += tokens.batch * tokens.length
         if not started.continues:
-            serves = started.cache is None and self._since_choice < when.probe.reuse
-            self.current.stage = "reuse" if serves and self._choice is not None else "choose"
+            self.current.stage = "choose" if self._is_probed(started, when) else "reuse"
+            self.batches += 1
             if self.current.stage == "choose":
+                self.probed_batches += 1
                 self._change_choice(Choice(self._owner))
                 self._since_choice = 0
             self._since_refresh = 0
@@ -341,8 +364,19 @@ class Handle:
         if self._running is None:  # the units in view stay; a cache may come of this pass
             self._running = self._in_view or Choice(self._owner)
             self._choice = weakref.ref(self._running)
+        shown = when.sees(self.current.stage)
+        self._hooks.switch(shown)
         for runtime in self.runtimes:
-            runtime.passed = False
+            runtime.passed = not shown  # nobody looks
+
+    def _is_probed(self, started: Pass, when: EveryBatch) -> bool:
+        """Whether a batch or prompt is probed. A prompt that fills a given cache always is: its choice serves
+        the text that follows."""
+        if started.cache is not None or not self._whole:
+            return True
+        if self._account is not None:
+            return self._account.pays(started.tokens)
+        return self._since_choice >= when.probe.reuse
 
     def _check_finite(self) -> None:
         """Raise `FloatingPointError` where scores or refits are not finite. Waits for the device once."""

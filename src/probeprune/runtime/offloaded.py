@@ -11,6 +11,7 @@ from probeprune.errors import UsageError
 from probeprune.model.blocks import Block, find_layers
 from probeprune.model.forwards import replace_forward
 from probeprune.model.layers import RunPass, on_layers
+from probeprune.model.passes import Pass
 from probeprune.plan import Kept, kept_of
 from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.handle import HANDLE, Handle
@@ -80,21 +81,31 @@ class OffloadedHandle(Handle):
         try:
             with self._layer_handle(layer) as handle:
                 yield handle.run_pass
+                self.batches, self.probed_batches = handle.batches, handle.probed_batches
         finally:
             self._refuse_calls()
 
-    def _layer_handle(self, layer: int) -> "_LayerHandle":
+    def _layer_handle(self, layer: int) -> "LayerHandle":
         here = [i for i, b in enumerate(self.blocks) if b.layer == layer]
         with torch.inference_mode(False), torch.no_grad():
             own = Attachment(self.method, self.ratio, [self._cuts[i] for i in here], self._statistics)
-            return _LayerHandle(self.model, own, [self.blocks[i] for i in here])
+            return LayerHandle(self.model, own, [self.blocks[i] for i in here], self.costs)
 
 
-class _LayerHandle(Handle):
-    """A method attached to the blocks of one layer."""
+class LayerHandle(Handle):
+    """A method attached to the blocks of one layer, or of some; `run_pass` is given the passes."""
+
+    _next: bool | None = None
 
     def _hook_model(self) -> None:
-        """Its passes come from `OffloadedHandle`."""
+        """The model's own passes do not come here."""
+
+    def probe_next(self, probed: bool) -> None:
+        """Probe the batches that follow, or not, whatever the method says."""
+        self._next = probed
+
+    def _is_probed(self, started: Pass, when: EveryBatch) -> bool:
+        return super()._is_probed(started, when) if self._next is None else self._next
 
 
 def _refuse(*args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ makes the cut, and `runtime/` loops over a model's blocks.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from probeprune.model.cost import block_flops
 from probeprune.model.passes import CACHE_NAMES
 from probeprune.model.shadow import Shadow
 from probeprune.ranges import check_fields
+
+Pays = Literal["always", "auto"]
+"""Which batches are probed; see `Probe.pays`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Probe:
     would cost more than pruning saves (docs/choices.md; the method `probe-reuse` uses 1024). 0 probes every
     batch, as published. A prompt that fills a given cache, as in `generate`, is always probed: its choice
     serves the text that follows."""
+    pays: Pays = "always"
+    """Which batches are probed. `always`: all that `reuse` says, as published. `auto`: those for which the
+    time that pruning has saved so far, on this machine, covers the time of the probe (`account.py`), so that
+    a run of batches of any size is not slower than dense; the others run with the last choice, or with the
+    one that calibration gives. As under `reuse`, a prompt that fills a given cache is always probed."""
     parallel: bool = False
     """Probe a block in parallel with the one before it, from the residual in front of that one: the published
     asynchronous variant. On CUDA the two overlap, on a second stream (not yet run on a GPU); elsewhere they
@@ -60,6 +68,12 @@ class Probe:
         check_fields(self)
         if self.pick not in PICKS:
             raise BadValue("pick", unknown("pick", self.pick, PICKS))
+        if self.pays not in get_args(Pays):
+            raise BadValue("pays", unknown("pays", self.pays, get_args(Pays)))
+        if self.pays == "auto" and self.reuse:
+            raise UsageError(
+                "reuse and pays='auto' are two rules for which batches are probed; give one of them."
+            )
 
 
 @dataclass(frozen=True)

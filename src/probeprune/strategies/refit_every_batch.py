@@ -34,8 +34,11 @@ class RefitEveryBatch(EveryBatch):
     kind: ClassVar[str] = "refit"
     chooses: ClassVar[bool] = False
 
-    probe: Probe = field(default_factory=lambda: Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even"))
-    """The tokens of a batch that consumers are refitted to."""
+    probe: Probe = field(
+        default_factory=lambda: Probe(tokens=1 / 64, samples=1.0, min_size=128, pick="even", pays="auto")
+    )
+    """The tokens of a batch that consumers are refitted to, and which batches those are: by default the ones
+    for which it pays."""
     share: float = 0.35
     """Weight of the batch's probe tokens against calibration text. Reached at `SAMPLE` tokens; fewer weigh
     proportionally less."""
@@ -45,6 +48,9 @@ class RefitEveryBatch(EveryBatch):
 
     def follows(self, block: Block) -> bool:
         return block.kind == "mlp"
+
+    def sees(self, stage: Stage) -> bool:
+        return stage == "choose"  # it learns nothing from a pass
 
     def follower(self, block: PrunedBlock) -> "BatchRefit":
         return BatchRefit(self, block)

@@ -111,6 +111,14 @@ class EveryBatch(When):
     refresh: ClassVar[int] = 0
     """Number of tokens between two refreshes while decoding; 0 for none."""
 
+    def sees(self, stage: Stage) -> bool:
+        """Whether followers are shown passes of this stage. Others run without a hook of ours in any block.
+
+        By default all but those that continue a cache, and these too where there are refreshes, for what is
+        learnt in between.
+        """
+        return stage != "keep" or self.refresh > 0
+
     def follows(self, block: Block) -> bool:
         """Whether a block that loses units follows the batch; it keeps its first cut otherwise."""
         return True
@@ -136,7 +144,7 @@ class Follower(Protocol):
         """
 
     def on_pass(self, z: torch.Tensor, tokens: Tokens, stage: Stage) -> None:
-        """React to the model's own pass, after it has gone through the consumer.
+        """React to the model's own pass, behind the consumer, where the schedule `sees` it.
 
         Args:
             z: input of the consumer (batch, sequence, k): the channels in view, all of them in a refresh.
