@@ -2,11 +2,11 @@
 
     python benchmarks/expert_order.py
 
-Experts that are not random are made of MLPs of SmolLM2-135M-Instruct as in `expert_quality.py`, in six of its
-30 layers; the random ones have the same shape and inputs. A quarter of the experts of a layer leaves by each
-score, which is taken on one half of the tokens of C4. Printed is the squared error of what a layer's experts
-add, relative to that, on the other half: with the router's own weights, and with the best scale of each that is
-left, fitted to the first half. Last comes the same share of channels of every expert.
+Experts that are not random are made of MLPs of SmolLM2-135M-Instruct as in `expert_quality.py`, in six of
+its 30 layers; the random ones have the same shape and inputs. A quarter of the experts of a layer leaves by
+each score, which is taken on one half of the tokens of C4. Printed is the squared error of what a layer's
+experts add, relative to that, on the other half: with the router's own weights, and with the best scale of
+each that is left, fitted to the first half. Last comes the same share of channels of every expert.
 """
 
 import copy
