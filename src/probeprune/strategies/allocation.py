@@ -66,7 +66,8 @@ def even(request: Request) -> list[int]:
     left = request.ratio * sum(b.parameters for b in blocks)
     left -= _cut_heads(blocks, [i for i in pruned if i not in mlps], share, kept)
     led = next((i for i in mlps if isinstance(blocks[i], Stack) and blocks[i].fine), None)
-    followers = {i for i in mlps if _follows(blocks[i])}
+    mixture = any(isinstance(b, Stack) for b in blocks)
+    followers = {i for i in mlps if mixture and _follows(blocks[i])}
     alive = [i for i in mlps if i not in followers or led is not None]
     total = sum(blocks[i].parameters for i in alive)
     for i in alive:
