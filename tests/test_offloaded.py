@@ -1,6 +1,7 @@
 """Models whose layers are on disk: the same results, one layer in memory at a time."""
 
 import gc
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,7 @@ def test_pruned_and_saved_a_layer_at_a_time(method, family, tmp_path):
 
 
 def test_layers_that_become_shards_by_a_link_need_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = on_disk(FAMILIES["llama-gqa"](), tmp_path / "dense")
     prune(model, small("magnitude"), 0.3)
     changes = changes_of(model)

@@ -9,7 +9,6 @@ import torch
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
 from probeprune.model.blocks import Block, find_layers
-from probeprune.model.forwards import replace_forward
 from probeprune.model.layers import RunPass, on_layers
 from probeprune.model.passes import Pass
 from probeprune.plan import Kept, kept_of
@@ -50,7 +49,8 @@ class OffloadedHandle(Handle):
 
     def _refuse_calls(self) -> None:
         """Refuse calls of the model by others: without the layers' handles they would give dense results."""
-        self._allow_calls = replace_forward(find_layers(self.model)[0], _refuse)
+        # A hook, not another forward: accelerate's own on the layer comes and goes while this one stays.
+        self._allow_calls = find_layers(self.model)[0].register_forward_pre_hook(_refuse).remove
 
     def weights(self) -> list[torch.Tensor]:
         """None: those of a layer in memory are held by its own handle."""
