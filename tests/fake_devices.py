@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from probeprune.calibration.statistics import Statistics
-from probeprune.model import blocks
+from probeprune.model import attention_maps, blocks
 from probeprune.model.families import find_family
 from probeprune.prepare import Prepared
 from probeprune.runtime.side_stream import SideStream
@@ -89,13 +89,19 @@ def two_gpus(model: nn.Module, prepared: Prepared) -> Iterator[None]:
                 add_hook_to_module(module, AlignDevicesHook(execution_device="cuda:0"))
         with (
             patch.multiple(FakeTensor, create=True, **STAND_INS),
-            patch.object(blocks, "permutable", lambda root, path, name: root.get_submodule(path)),
+            patch.object(blocks, "permutable", _found),
+            patch.object(attention_maps, "permutable", _found),
             patch.object(blocks, "refuse_shared"),
             patch("probeprune.prepare.model_fingerprint", lambda model: prepared.model),
             patch.object(Statistics, "check"),
             patch.object(SideStream, "__init__", _no_stream),
         ):
             yield
+
+
+def _found(root: nn.Module, path: str, name: str) -> nn.Module:
+    """What stands in for `permutable`: a fake weight is none that it would let pass."""
+    return root.get_submodule(path)
 
 
 def _move(module: nn.Module, device: str) -> None:

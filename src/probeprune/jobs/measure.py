@@ -1,6 +1,5 @@
 """Perplexity on one text, and agreement with another model, before and after a model is changed."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ class Measure:
         self.agreements: dict[str, dict[str, Any]] = {}
         if keep is not None:
             self._measured = {
-                **asdict(text),
+                **text.record(),
                 "model": loaded.name,
                 "weights": source_fingerprint(loaded.name),
             }
@@ -87,4 +86,4 @@ class Measure:
         if not self.figures:
             return None
         agreements = {"agreement": self.agreements} if self.agreements else {}
-        return {**asdict(self.text), "perplexity": self.figures, **agreements}
+        return {**self.text.record(), "perplexity": self.figures, **agreements}
