@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -12,10 +12,10 @@ import typer
 from rich.table import Table
 
 from probeprune.cli.facts import is_dense, missed, refuse_beside_kept, with_rule
-from probeprune.cli.groups import RATIO, CalibrationOptions, DeviceMap, LoadOptions, Model, PaysRule
+from probeprune.cli.groups import RATIO, CalibrationOptions, DeviceMap, LoadOptions, Memory, Model, PaysRule
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, out, print_text, print_written, progress_bar, warn
-from probeprune.cli.values import names
+from probeprune.cli.values import names, size
 from probeprune.data.windows import BATCH_SIZE, Text
 from probeprune.errors import UsageError
 from probeprune.foreign.literal import styled
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from probeprune.jobs.evaluate import Figure, Wanted
     from probeprune.model.loading import LoadedModel
+    from probeprune.model.placing import Work
     from probeprune.runtime.attachment import Attachment
 
 
@@ -128,7 +129,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Base model, such as the dense one: everything is measured on it too and paired, and "
-            "agreement with it is added. Both are in memory.",
+            "agreement with it is added. Each keeps its weights in memory, where there is room.",
             show_default="none",
         ),
     ] = None,
@@ -144,6 +145,7 @@ def evaluate(
     calibration: CalibrationOptions,
     load: LoadOptions,
     device_map: DeviceMap = None,
+    memory: Memory = None,
 ) -> None:
     """Measure a model; with a base model also agreement, greedy text and paired differences.
 
@@ -162,14 +164,20 @@ def evaluate(
     check_tasks(wanted.tasks)
     if json_file is not None and str(json_file) != "-":
         check_file(json_file)
-    loaded = load.open(model, device_map=device_map, attached=True)
+    limit = None if memory is None else size("memory", memory)
+    work = _work(wanted, method, pruning.ratio or 0.0, text)
+    with notices():
+        loaded = load.open(model, limit, device_map, work, attached=True)
     kept: Attachment | None = None
     removed = 0.0
     if loaded.handle is not None:
         refuse_beside_kept(model, {"method": pruning.method, "ratio": pruning.ratio})
         kept, removed = loaded.handle.kept, loaded.handle.removed_share
         loaded.handle.detach()  # it begins anew for every measurement
-    other = None if base is None else load.open(base, device_map=device_map)
+    other: LoadedModel | None = None
+    if base is not None:
+        with notices():
+            other = load.open(base, limit, device_map, _work(wanted, None, 0.0, text))
     with progress_bar() as show, notices():
         if method is not None:
             assert pruning.ratio is not None
@@ -189,6 +197,17 @@ def evaluate(
         _write(record, json_file)
     if kept is not None:
         warn(filter(None, [missed(kept.method.name, kept.method.record(), kept.ratio, removed)]))
+
+
+def _work(wanted: Wanted, method: Method | None, ratio: float, text: Text) -> Work:
+    """What a model is opened for: batches as they are measured and, for a method, calibration."""
+    from probeprune.jobs.forecast import comparing_work
+    from probeprune.jobs.prune import Texts
+
+    longest = max(wanted.texts, key=lambda t: t.length, default=Text("wikitext2", 1))
+    measured = replace(longest, windows=longest.windows or wanted.batch_size)
+    subject = (get_method("dense") if method is None else method, ratio)
+    return comparing_work([subject], Texts(text, measured, batch_size=wanted.batch_size))
 
 
 def _record(

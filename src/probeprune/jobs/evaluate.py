@@ -12,17 +12,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import BATCH_SIZE, Text, evaluation_windows
 from probeprune.errors import UsageError
-from probeprune.evaluation.agreement import agreement
 from probeprune.evaluation.greedy import greedy_agreement, greedy_texts
-from probeprune.evaluation.perplexity import mean_error, perplexity
+from probeprune.evaluation.perplexity import Perplexity, mean_error, perplexity
+from probeprune.evaluation.predictions import TOP_K, Comparison, Recorder
 from probeprune.evaluation.task_data import TASKS
 from probeprune.evaluation.tasks import TaskSettings, evaluate_task
 from probeprune.foreign.extras import need
 from probeprune.model.decoding import vocabulary
 from probeprune.model.loading import LoadedModel
+from probeprune.model.offloading import is_offloaded
 from probeprune.progress import Progress, silent
 from probeprune.ranges import check_fields
 
@@ -113,13 +116,13 @@ def evaluate(
     Args:
         loaded: the model; with `attached`, its dense form.
         wanted: what to measure.
-        base: a model of the same vocabulary, in memory of its own.
+        base: a model of the same vocabulary, which runs before `loaded` does.
         attached: attaches the method; nothing by default.
         progress: called with (name of the work, parts done, parts in total).
 
     Raises:
-        UsageError: a base model of another vocabulary, a text that is too short, a task that is not known or
-            whose data cannot be had.
+        UsageError: a base model of another vocabulary, greedy texts under a method with layers on disk, a
+            text that is too short, a task that is not known or whose data cannot be had.
         FloatingPointError: a loss that is not finite.
     """
     check_tasks(wanted.tasks)
@@ -127,6 +130,12 @@ def evaluate(
         raise UsageError(
             f"the base model's vocabulary has {vocabulary(base.model)} tokens and the model's "
             f"{vocabulary(loaded.model)}; compare models of one vocabulary."
+        )
+    writes = base is not None and wanted.prompts is not None
+    if writes and attached is not nullcontext and is_offloaded(loaded.model):
+        raise UsageError(
+            "layers of the model are on disk, where a method writes no text; leave greedy texts out "
+            "(--prompts 0), or give more memory."
         )
     run = _Run(loaded, wanted, base, attached, progress)
     figures: list[Figure] = []
@@ -154,30 +163,23 @@ class _Run:
         return evaluation_windows(corpus, self.loaded.tokenizer, length=text.length, limit=text.windows)
 
     def text(self, text: Text) -> list[Figure]:
-        """Perplexity on a text, and agreement with the base model."""
-        windows, size = self._windows(text), self.wanted.batch_size
+        """Perplexity on a text, and agreement with the base model: one pass of each model."""
+        windows = self._windows(text)
+        name, tokens = text.corpus, windows.shape[1] - 1
+        base, seen = self.base, None
+        if base is not None:
+            recorder = Recorder(len(windows) * tokens)
+            other = self._perplexity(base, windows, f"base {name}", recorder)
+            seen = Comparison(recorder.predictions(), tokens)
         with self.attached():
-            own = perplexity(
-                self.loaded.model, windows, batch_size=size, progress=self._named(f"perplexity {text.corpus}")
-            )
+            own = self._perplexity(self.loaded, windows, name, seen)
         facts = {"windows": len(windows), "length": text.length, "losses": [round(x, 6) for x in own.losses]}
-        name = f"{text.corpus}"
-        if self.base is None:
+        if seen is None:
             return [Figure(name, "perplexity", own.value, own.standard_error, facts=facts)]
-        other = perplexity(
-            self.base.model, windows, batch_size=size, progress=self._named(f"base {text.corpus}")
-        )
         apart = [a - b for a, b in zip(own.losses, other.losses, strict=True)]
         factor = math.exp(statistics.fmean(apart))
         facts["base_losses"] = [round(x, 6) for x in other.losses]
-        with self.attached():
-            agreed = agreement(
-                self.loaded.model,
-                self.base.model,
-                windows,
-                batch_size=size,
-                progress=self._named(f"agreement {text.corpus}"),
-            )
+        agreed = seen.agreement(divided=False)
         return [
             Figure(
                 name,
@@ -196,9 +198,19 @@ class _Run:
                 "KL divergence",
                 agreed.divergence,
                 agreed.divergence_error,
-                facts={"tokens": agreed.tokens, "unit": "nats a token"},
+                facts={"tokens": agreed.tokens, "unit": "nats a token", "likeliest": TOP_K},
             ),
         ]
+
+    def _perplexity(
+        self,
+        loaded: LoadedModel,
+        windows: torch.Tensor,
+        name: str,
+        see: Callable[[int, torch.Tensor], None] | None,
+    ) -> Perplexity:
+        size, progress = self.wanted.batch_size, self._named(f"perplexity {name}")
+        return perplexity(loaded.model, windows, batch_size=size, see=see, progress=progress)
 
     def greedy(self, text: Text) -> list[Figure]:
         """Greedy texts beside those of the base model."""

@@ -24,7 +24,7 @@ from probeprune.model.footprint import Batch, Phase, Rehearsal, measuring
 from probeprune.model.linear_maps import sizes
 from probeprune.model.multimodal import text_config
 from probeprune.model.outline import Outline
-from probeprune.model.placing import Work, in_use, opening_of, place, reading, retained
+from probeprune.model.placing import Work, in_use, opening_of, place, retained
 from probeprune.plan import Kept, expert_needs, loses_experts, needs, needs_for, parts_of
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.strategies.allocation import ALLOCATIONS
@@ -236,8 +236,10 @@ def comparing_work(methods: Iterable[tuple[Method, float]], texts: Texts) -> Wor
 
     def work(shape: Any, dtype: torch.dtype, device: torch.device) -> list[Phase]:
         phases: list[Phase] = []
+        batch = Batch(texts.batch_size, texts.evaluation.length)
         for method, ratio in methods:
             if not method.when.prunes:
+                phases += _evaluating(Rehearsal(shape, dtype, device), batch, texts.evaluation.windows, 0)
                 continue
             once = replace(method, when=Once(), blocks=_losing(method))
             done, _ = rehearsed(shape, once, ratio, "per-layer")
@@ -245,11 +247,10 @@ def comparing_work(methods: Iterable[tuple[Method, float]], texts: Texts) -> Wor
             dense = Rehearsal(shape, dtype, device, method.unit_kind)
             more, made = _statistics(dense, [len(k.units) for k in done.kept], job, following=True)
             copies = _copies(parts_of(shape, once), done.kept) * dtype.itemsize
-            batch = Batch(texts.batch_size, texts.evaluation.length)
             phases += more
             evaluating = _evaluating(dense, batch, texts.evaluation.windows, 0)
             phases += [replace(_with(p, made), copies=copies) for p in evaluating]
-        return phases or reading(shape, dtype, device)
+        return phases
 
     return work
 
