@@ -54,10 +54,11 @@ $(VLLM)/.installed:
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # builds for another torch
 	@touch $@
 
-# Tests run in parallel, one per core, with one thread each.
+# Tests run in parallel, one per core, with one thread each. A worker begins with a stretch of neighbours, which share
+# models and preparations, and takes over the end of another's stretch when its own is done.
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n logical
+	$(BIN)/python -m pytest -q -n logical --dist worksteal
 
 # Ends at the first sequence that fails, shrunk to a script.
 soak: export OMP_NUM_THREADS := 1

@@ -3,6 +3,7 @@ sentence."""
 
 import types
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -68,6 +69,16 @@ PAIRS = [(n, s) for s in SETTINGS for n in ALL if s in FAR_REACHING or n in ONE_
 method under the others."""
 
 
+@cache
+def prepared_under(setting):
+    """What the methods under one setting need, prepared under it; the model is the one of `prepared`."""
+    model, calibration = prepared("llama-gqa")
+    if setting == "meta by default":
+        return calibration
+    with SETTINGS[setting]():
+        return prepare(model, [ALL[n] for n, s in PAIRS if s == setting], RATIO, IDS)
+
+
 @pytest.mark.parametrize("name, setting", PAIRS)
 def test_the_settings_around_a_call_change_nothing(name, setting):
     model, calibration = prepared("llama-gqa")
@@ -75,8 +86,8 @@ def test_the_settings_around_a_call_change_nothing(name, setting):
         expected, units = model(BATCH).logits, handle.kept_units()
     dense = {n: p.detach().clone() for n, p in model.named_parameters()}
     # The model's own forward makes tensors too: it runs under the plain settings, all else under these.
+    fresh = prepared_under(setting)
     with SETTINGS[setting]():
-        fresh = prepare(model, ALL[name], RATIO, IDS) if setting != "meta by default" else calibration
         handle = attach(model, ALL[name], RATIO, calibration=calibration)
         with torch.no_grad():
             got, chosen = model(BATCH).logits, handle.kept_units()
@@ -89,13 +100,22 @@ def test_the_settings_around_a_call_change_nothing(name, setting):
         assert model(BATCH).logits.isfinite().all()
 
 
+@pytest.fixture(scope="module")
+def prepared_twice():
+    """A model, and all methods prepared on it: plainly, and inside an autocast region."""
+    model, methods = llama(), list(ALL.values())
+    plain = prepare(model, methods, RATIO, IDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model, plain, prepare(model, methods, RATIO, IDS)
+
+
 @pytest.mark.parametrize("name", ALL)
-def test_autocast_rounds_nothing_that_is_prepared_or_attached(name):
-    model = llama()
-    with torch.no_grad(), attach(model, ALL[name], RATIO, calibration=IDS) as handle:
+def test_autocast_rounds_nothing_that_is_prepared_or_attached(name, prepared_twice):
+    model, plain, inside = prepared_twice
+    with torch.no_grad(), attach(model, ALL[name], RATIO, calibration=plain) as handle:
         expected, units = model(BATCH).logits, handle.kept_units()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        handle = attach(model, ALL[name], RATIO, calibration=prepare(model, ALL[name], RATIO, IDS))
+        handle = attach(model, ALL[name], RATIO, calibration=inside)
     with torch.no_grad(), handle:
         assert model(BATCH).logits.equal(expected) and handle.kept_units() == units
 

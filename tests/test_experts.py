@@ -10,7 +10,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,6 @@ class Row:
     name: str
     model: Any
     dense: torch.Tensor
-    cuts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def choosable(self) -> bool:
@@ -82,10 +82,14 @@ class Row:
 
     def pruned(self, method: Any) -> tuple[Any, Any]:
         """The model pruned, and the record of that; made once."""
-        if method.name not in self.cuts:
-            smaller = self.fresh()
-            self.cuts[method.name] = smaller, prune(smaller, method, RATIO[method.name], calibration=WINDOWS)
-        return self.cuts[method.name]
+        return pruned(self.name, method)
+
+
+@cache
+def pruned(name: str, method: Any) -> tuple[Any, Any]:
+    """A tiny model pruned, and the record of that."""
+    model = tiny_experts.build(name)()
+    return model, prune(model, method, RATIO[method.name], calibration=WINDOWS)
 
 
 @pytest.fixture(scope="module", params=tiny_experts.CONFIGS)
@@ -373,10 +377,9 @@ def reopened(tmp_path_factory):
     wanted, given = {}, []
     for name in tiny_experts.CONFIGS:
         for method, layout in ((EVEN, "uniform"), (WHOLE, "uniform"), (MIXED, "per-layer")):
-            model = tiny_experts.build(name)()
-            if layout == "uniform" and not find_family(model).attention.plain_heads:
+            if layout == "uniform" and not find_family(tiny_experts.build(name)()).attention.plain_heads:
                 method = compose(method, name=method.name, blocks=("mlp", "experts"))
-            prune(model, method, RATIO[method.name], calibration=WINDOWS)
+            model, _ = pruned(name, method)
             where = f"{name}-{method.name}"
             save(model, folder / where, layout=layout)
             assert (folder / where / "modeling_pruned.py").exists() == (layout == "per-layer")

@@ -20,6 +20,7 @@ from probeprune.engines import gguf_tokenizer, gguf_write
 from probeprune.engines.gguf_plan import plan
 from probeprune.errors import Notice, UsageError
 from probeprune.model import gguf_rope
+from probeprune.model.gguf_keys import Reader
 from probeprune.model.gguf_tensors import Heads, arranged, restored
 
 WIDE = {
@@ -83,7 +84,7 @@ def test_rows_that_blocks_do_not_divide():
 def test_a_window_the_engine_does_not_have_shortens_the_context(tokens, tmp_path):
     with pytest.warns(Notice, match="at most 8 tokens"):
         export_gguf(tiny.FAMILIES["mistral"](), tmp_path / "a.gguf", tokenizer=object())
-    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    fields = Reader(tmp_path / "a.gguf").fields
     assert fields["llama.context_length"].contents() == 8
 
 
@@ -208,7 +209,7 @@ def test_the_command(smollm2, tmp_path, capsys):
     assert call(*pruning, "--type", "q4_0", "--round-to", "16") == 2
     assert "--round-to 32" in capsys.readouterr().err
     assert call(*pruning, "--type", "q8_0", "--layout", "per-layer", "--round-to", "32") == 0
-    reader = gguf.GGUFReader(file)
+    reader = Reader(file)
     assert reader.fields["general.architecture"].contents() in ("deci", "llama")
     assert reader.tensors[0].tensor_type == gguf.GGMLQuantizationType.Q8_0
 
@@ -217,7 +218,7 @@ def test_stored_numbers(tokens, tmp_path):
     """Matrices in the type, vectors in float32, the output matrix of a low type in q8_0."""
     model = Qwen2ForCausalLM(Qwen2Config(**WIDE, intermediate_size=96))
     export_gguf(model, tmp_path / "a.gguf", tokenizer=object(), type="q4_0")
-    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    types = {t.name: t.tensor_type.name for t in Reader(tmp_path / "a.gguf").tensors}
     assert types["output.weight"] == "Q8_0" and types["token_embd.weight"] == "Q4_0"
     assert types["blk.0.attn_q.bias"] == types["output_norm.weight"] == "F32"
     assert np.sum([t == "F32" for t in types.values()]) == 5 * 5 + 1

