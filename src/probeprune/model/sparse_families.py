@@ -5,7 +5,14 @@ Written as `families.py` says; knows no model.
 
 from dataclasses import replace
 
-from probeprune.model.family_records import AttentionRecord, ExpertsRecord, Family, MlpRecord
+from probeprune.model.family_records import (
+    AttentionRecord,
+    ExpertsRecord,
+    Family,
+    MixerRecord,
+    MlpRecord,
+    SharedKV,
+)
 
 NORMS_OVER_HEADS = "normalises queries and keys over all heads together, so none can go without the others"
 _SINKS = "has a learned sink for each head beside its linear maps"
@@ -54,7 +61,9 @@ QWEN_MOE = ExpertsRecord(
 """Experts beside a shared MLP with a gate and a width of its own."""
 
 
-_GEMMA4_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
+_GEMMA4_MLP = MlpRecord(
+    norm="pre_feedforward_layernorm", twice_if=("use_double_wide_mlp", "self_attn.is_kv_shared_layer")
+)
 
 SPARSE: tuple[Family, ...] = (
     Family(
@@ -172,7 +181,7 @@ SPARSE: tuple[Family, ...] = (
         "Gemma 4 (text)",
         ("gemma4_text",),
         # Layers of global attention may have no map for values: they are the keys before their norm.
-        attention=AttentionRecord(value=("v_proj", "k_proj"), plain_heads=False),
+        attention=AttentionRecord(value=("v_proj", "k_proj"), plain_heads=False, shared_kv=SharedKV()),
         mlp=_GEMMA4_MLP,
         experts=ExpertsRecord(
             module="experts",
@@ -183,11 +192,11 @@ SPARSE: tuple[Family, ...] = (
             per_token_field="top_k_experts",
             shared=_GEMMA4_MLP,
         ),
+        mixers=(
+            MixerRecord(None, norm=None, maps=("per_layer_input_gate",), output="per_layer_projection"),
+        ),
+        by_token=("per_layer_input",),
         norm_last=True,
-        refused_if={
-            "num_kv_shared_layers": "has layers that read keys and values of others",
-            "hidden_size_per_layer_input": "gives each layer an input of its own",
-        },
     ),
     Family(
         "LLaMA 4 (text)",
