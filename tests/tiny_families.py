@@ -97,6 +97,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "logits_scaling": 0.25,
     },
     "ernie4_5": {"use_bias": True},
+    "nanochat": {"attention_bias": True, "final_logit_softcapping": 5.0},
+    "granite_swa": {**WINDOWS, "attention_bias": True, "mlp_bias": True, "residual_multiplier": 0.5},
     "hunyuan_v1_dense": {"attention_bias": True, "rope_parameters": _DYNAMIC},
     "helium": {},
     "ministral": WINDOWS,

@@ -57,8 +57,8 @@ def list_models(as_json: Json = False) -> None:
     for row in rows:
         if row.groups_stay_if is not None:
             out().print(
-                f"{row.family}: with {row.groups_stay_if}, groups of heads stay in layers that share keys and "
-                "values; query heads can go.",
+                f"{row.family}: with {row.groups_stay_if}, groups of heads stay in layers that share keys "
+                "and values; query heads can go.",
                 highlight=False,
             )
         if row.why is not None:

@@ -20,7 +20,6 @@ from probeprune.model.layer_records import (
     has_block,
     mlp_record,
     norm_at,
-    refuse_config,
     shares_kv,
     times_wider,
     whole_heads,
@@ -214,7 +213,7 @@ def uncalled_consumer(block: Block) -> UsageError:
 def kept_whole(block: Block) -> UsageError:
     """The error for taking units from a block that can lose none."""
     return UsageError(
-        f"no unit of {block.name} can go, because the model {block.whole}; leave it whole, or prune MLPs alone."
+        f"no unit of {block.name} can go, because the model {block.whole}; keep it, or prune MLPs alone."
     )
 
 
@@ -240,7 +239,6 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
         raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
     model = unwrapped(model)
     family, config = find_family(model), text_config(model.config)
-    refuse_config(model, family, config)
     norm_first = family.norm_first is None or bool(getattr(config, family.norm_first))
     whole = whole_heads(family.attention, config)
     blocks = []
@@ -366,8 +364,8 @@ def _mlp_block(
 
 
 _SHARED = (
-    "has layers that read keys and values of others, and groups of heads stay in all of these (query heads can "
-    "go: units 'balanced')"
+    "has layers that read keys and values of others, and groups of heads stay in all of these (query heads "
+    "can go: units 'balanced')"
 )
 _MIXES = "mixes tokens in it without heads that could go one by one"
 _GIVEN = "adds what a layer alone is given through it"

@@ -13,8 +13,8 @@ PRUNED_PREFIX = "pruned_"
 
 @dataclass(frozen=True)
 class SharedKV:
-    """How later layers get the keys and values of earlier ones: in an argument of every layer, a dictionary of
-    (keys, values) that the last layer with keys and values of its own fills in for those of its type."""
+    """How later layers get the keys and values of earlier ones: in an argument of every layer, a dictionary
+    of (keys, values) that the last layer with keys and values of its own fills in for those of its type."""
 
     layers: str = "num_kv_shared_layers"
     """Config field with the number of layers that read those of others."""
@@ -75,6 +75,8 @@ class AttentionRecord:
     the width of the output map."""
     gated: bool = False
     """Whether the query map makes a gate of the same width too, head by head its queries and its gate."""
+    gate: str | None = None
+    """A map of its own for such a gate of each head."""
     input_factor: str | None = None
     """The layer's attribute by which the norm's output is multiplied before the module reads it."""
     only_in: str | None = None
@@ -106,7 +108,8 @@ class MlpRecord:
     said_with: Mapping[str, Any] = field(default_factory=dict)
     """Config fields under whose values that field is the width itself."""
     twice_if: tuple[str, str] | None = None
-    """A config flag and a flag of the layer; where both are true, the MLP is twice as wide as that field says."""
+    """A config flag and a flag of the layer; where both are true, the MLP is twice as wide as that field
+    says."""
     bias_field: str = "mlp_bias"
     """Config field that gives the block's linear maps biases; configs without the field have none to give."""
     only_in: str | None = None
@@ -115,15 +118,15 @@ class MlpRecord:
 
 @dataclass(frozen=True)
 class MixerRecord:
-    """Where some decoder layers have linear maps that are neither attention nor MLP, which stay whole: a block
-    that mixes tokens in another way, or one that adds what the layer alone is given.
+    """Where some decoder layers have linear maps that are neither attention nor MLP, which stay whole: a
+    block that mixes tokens in another way, or one that adds what the layer alone is given.
 
     The paths of `module` and `norm` are relative to the layer, those of the linear maps to the module.
     """
 
     module: str | None
-    """None if the layer's own forward computes it, behind its other blocks: all paths are relative to the layer
-    then."""
+    """None if the layer's own forward computes it, behind its other blocks: all paths are relative to the
+    layer then."""
     norm: str | None = "input_layernorm"
     """None for a block that reads the residual stream."""
     maps: tuple[str, ...] = ()
@@ -214,8 +217,6 @@ class Family:
     not have all blocks."""
     by_token: tuple[str, ...] = ()
     """Arguments of a layer, beside the hidden states, that differ by the tokens of a batch."""
-    refused_if: Mapping[str, str] = field(default_factory=dict)
-    """Config fields that, where true, make a model refused, and why, in words that follow its name."""
     experts: ExpertsRecord | None = None
     """None for a family without experts."""
     norm_first: str | None = None

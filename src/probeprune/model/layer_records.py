@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import nn
 
-from probeprune.errors import UsageError
 from probeprune.model.family_records import AttentionRecord, Family, MixerRecord, MlpRecord
 
 
@@ -27,16 +26,6 @@ def has_block(layer: nn.Module, family: Family, record: AttentionRecord | MlpRec
         return bool(attribute(layer, "block_type") == record.only_in)
     path = record.output if isinstance(record, MixerRecord) and record.module is None else record.module
     return not family.mixers or path is None or attribute(layer, path) is not None
-
-
-def refuse_config(model: nn.Module, family: Family, config: Any) -> None:
-    """Raise `UsageError` for a model that its family's record refuses by its config."""
-    for name, why in family.refused_if.items():
-        if getattr(config, name, None):
-            raise UsageError(
-                f"{type(model).__name__} {why} ({name} {getattr(config, name)}), and cannot be pruned; give "
-                f"another model: of {family.name}, one whose config says {name} 0."
-            )
 
 
 def whole_heads(record: AttentionRecord, config: Any) -> str | None:

@@ -1,8 +1,8 @@
 """A model's own decoder layers, run one at a time on stored hidden states.
 
-The other arguments of a layer (positions, rotary angles, masks) are recorded from the decoder's own calls: once
-for batches of one shape, and those that differ by the tokens of a batch for each of them. Knows nothing of the
-work done between two layers.
+The other arguments of a layer (positions, rotary angles, masks) are recorded from the decoder's own calls:
+once for batches of one shape, and those that differ by the tokens of a batch for each of them. Knows nothing
+of the work done between two layers.
 """
 
 import inspect
@@ -115,6 +115,11 @@ class LayerRunner:
     def __len__(self) -> int:
         return len(self._layers)
 
+    @property
+    def given_flops(self) -> int:
+        """FLOPs a token of what layers are given by token: one map of the embeddings makes it."""
+        return 2 * self._carried.hidden_size * self._carried.by_token
+
     def _like(self, batch: int) -> object:
         """A key that batches share whose layers get the same arguments: without padding, of one shape."""
         return tuple(self.batches[batch].shape) if self._masks[batch] is None else batch
@@ -176,8 +181,8 @@ class LayerRunner:
     def run(
         self, layer: int, batch: int, hidden: torch.Tensor, module: nn.Module | None = None
     ) -> torch.Tensor:
-        """The output of one layer for the hidden states of one batch, both by index, each with what layers leave
-        for later ones.
+        """The output of one layer for the hidden states of one batch, both by index, each with what layers
+        leave for later ones.
 
         `module` takes the layer's place, where there is one.
         """
@@ -198,8 +203,8 @@ class LayerRunner:
         return found if carried.argument is None else carried.behind(layer, found, hidden, shared)
 
     def entering(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states of some layer as the input of this later one, with zeros for what those in between would
-        leave for it: for work that asks for no figures of the model."""
+        """Hidden states of some layer as the input of this later one, with zeros for what those in between
+        would leave for it: for work that asks for no figures of the model."""
         return self._carried.before(layer, hidden)
 
     def finish(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:

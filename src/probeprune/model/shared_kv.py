@@ -1,8 +1,8 @@
-"""Keys and values that later layers read, carried beside the hidden states of a model that runs layer by layer.
+"""Keys and values that later layers read, beside the hidden states of a model that runs layer by layer.
 
-The states between two layers are then hidden states, and behind them, along the last axis, the keys and values
-of every earlier layer that shares its own. So they go wherever the hidden states go: into files, into a second
-stream, through a backward pass. Knows nothing of batches.
+The states between two layers are then hidden states, and behind them, along the last axis, the keys and
+values of every earlier layer that shares its own. So they go wherever hidden states go: into files, into a
+second stream, through a backward pass. Knows nothing of batches.
 """
 
 from collections.abc import Mapping
@@ -36,10 +36,11 @@ class Shared:
 
 
 class Carried:
-    """What passes from layer to layer in one model: hidden states (batch, length, hidden), then keys and values.
+    """What passes from layer to layer: hidden states (batch, length, hidden), then keys and values.
 
     Attributes:
         argument: the name of the layers' argument for shared keys and values; None in a model without any.
+        hidden_size: numbers of the hidden states.
         by_token: numbers that all layers together are given beside that, for one token.
     """
 
@@ -47,7 +48,7 @@ class Carried:
         """Raises `UsageError` for an unsupported model."""
         family = find_family(model)
         record, config = family.attention, text_config(model.config)
-        self._hidden = int(config.hidden_size)
+        self.hidden_size = int(config.hidden_size)
         self._shared: list[Shared] = []
         self.argument: str | None = None
         beside = [m.output for m in family.mixers if m.module is None] if family.by_token else []
@@ -68,23 +69,22 @@ class Carried:
     @property
     def width(self) -> int:
         """The most numbers that one token has between two layers."""
-        return self._hidden + sum(one.width for one in self._shared)
+        return self.hidden_size + sum(one.width for one in self._shared)
 
     def before(self, layer: int, states: torch.Tensor) -> torch.Tensor:
         """States in front of some layer as the input of this later one: what layers in between would leave is
         zeros, to run it alone."""
-        wanted = self._hidden + sum(one.width for one in self._shared if one.layer < layer)
+        wanted = self.hidden_size + sum(one.width for one in self._shared if one.layer < layer)
         lacking = wanted - states.shape[-1]
         return nn.functional.pad(states, (0, lacking)) if lacking > 0 else states
 
     def hidden(self, states: torch.Tensor) -> torch.Tensor:
         """The hidden states alone."""
-        return states if self.argument is None else states[..., : self._hidden].contiguous()
+        return states if self.argument is None else states[..., : self.hidden_size].contiguous()
 
     def given(self, layer: int, states: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
         """The keys and values (batch, heads, length, head size) that a layer finds, by key."""
-        batch, length = states.shape[:2]
-        found, start = {}, self._hidden
+        found, start = {}, self.hidden_size
         for one in self._shared:
             if one.layer < layer:
                 # Contiguous, as in the model's own pass: kernels may round by strides.
@@ -96,11 +96,11 @@ class Carried:
     def behind(
         self, layer: int, out: torch.Tensor, states: torch.Tensor, shared: Mapping[str, Any]
     ) -> torch.Tensor:
-        """The states behind a layer, from its output, the states in front of it and what it left in `shared`."""
+        """The states behind a layer, from its output, those in front of it and what it left in `shared`."""
         new = [
             t.transpose(1, 2).flatten(2)
             for one in self._shared
             if one.layer == layer
             for t in shared[one.key]
         ]
-        return torch.cat([out, states[..., self._hidden :].to(out.device), *new], -1)
+        return torch.cat([out, states[..., self.hidden_size :].to(out.device), *new], -1)

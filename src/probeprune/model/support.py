@@ -30,8 +30,8 @@ class Support:
     why: str | None
     """Why heads stay, or would under that flag, in words that follow a model's name."""
     groups_stay_if: str | None
-    """Config field under which layers share keys and values, and groups of heads stay in these; query heads can
-    go. None for a family without one."""
+    """Config field under which layers share keys and values, and groups of heads stay in these; query
+    heads can go. None for a family without one."""
     mlp: bool
     """Whether MLP channels can go: those of dense layers, and of the MLP beside experts."""
     experts: tuple[str, ...]
