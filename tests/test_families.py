@@ -267,18 +267,6 @@ def test_a_plain_config_holds_fewer_heads_where_the_record_says_so(row):
     assert holds == (record.plain_heads and name != "phi norms")
 
 
-@pytest.mark.parametrize(
-    "changes", [{"num_kv_shared_layers": 1}, {"hidden_size_per_layer_input": 4}], ids=str
-)
-def test_layers_that_read_more_than_the_stream_are_refused_by_the_field_that_says_so(changes):
-    config = tiny_families.config_of("gemma4_text", **changes, vocab_size_per_layer_input=128)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).eval()
-    name, value = next(iter(changes.items()))
-    with pytest.raises(UsageError, match=rf"{name} {value}\), and cannot be pruned; give another model"):
-        find_blocks(model)
-
-
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
 def test_scaled_rope_of_layers_with_other_heads_is_that_of_the_dense_model(kind, tmp_path):
     """It reads the number of heads, which differs; transformers refuses to say it for all layers."""

@@ -39,6 +39,19 @@ GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }
 """Gemma 4 with two sizes of heads, and no map for values in layers of global attention."""
+GEMMA4_E = {
+    **GEMMA4,
+    "attention_k_eq_v": False,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "intermediate_size": 80,
+    "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": 128,
+    "pad_token_id": 0,
+}
+"""Gemma 4 E4B: an input for each layer, and two layers that read keys and values of two others."""
 
 ROWS: dict[str, dict[str, Any]] = {
     "gemma": {},
@@ -84,6 +97,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "logits_scaling": 0.25,
     },
     "ernie4_5": {"use_bias": True},
+    "nanochat": {"attention_bias": True, "final_logit_softcapping": 5.0},
+    "granite_swa": {**WINDOWS, "attention_bias": True, "mlp_bias": True, "residual_multiplier": 0.5},
     "hunyuan_v1_dense": {"attention_bias": True, "rope_parameters": _DYNAMIC},
     "helium": {},
     "ministral": WINDOWS,
@@ -160,6 +175,8 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "chunk_size": 8,
         "mlp_bias": True,
     },
+    "gemma4_text e4b": GEMMA4_E,
+    "gemma4_text e2b": {**GEMMA4_E, "num_key_value_heads": 1, "num_kv_shared_layers": 3},
     "jamba": {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
 }
 """The same for hybrids."""

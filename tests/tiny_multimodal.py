@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tiny import SHAPE, noisy, token_ids
-from tiny_families import GEMMA4, HYBRIDS
+from tiny_families import GEMMA4, GEMMA4_E, HYBRIDS
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 IMAGE = 120
@@ -22,6 +22,16 @@ _QWEN_TEXT = {
 _EXPERTS = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2}
 _LLAVA = {"vision_config": {"model_type": "clip_vision_model", **_SQUARE, "image_size": 12}}
 
+_GEMMA4_VISION = {
+    "model_type": "gemma4_vision",
+    **_SIZES,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 16,
+}
+
 ROWS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {
@@ -36,15 +46,13 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "gemma4": {
         "text_config": {**_TEXT, **GEMMA4, "use_bidirectional_attention": "vision"},
-        "vision_config": {
-            "model_type": "gemma4_vision",
-            **_SIZES,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "patch_size": 4,
-            "pooling_kernel_size": 2,
-            "position_embedding_size": 16,
-        },
+        "vision_config": _GEMMA4_VISION,
+        "audio_token_id": 124,
+        "video_token_id": 123,
+    },
+    "gemma4 e4b": {
+        "text_config": {**_TEXT, **GEMMA4_E},
+        "vision_config": _GEMMA4_VISION,
         "audio_token_id": 124,
         "video_token_id": 123,
     },

@@ -249,8 +249,12 @@ def widths(
     )
     stays = {b.kind: b.whole for b in blocks if b.whole is not None and b.kind in method.blocks}
     if "attention" in stays:
-        others = "MLPs" if all(b.kind != "experts" for b in blocks) else "the other blocks"
-        sentence = f"no head of this model can go, because it {stays['attention']}"
+        heads = [b for b in blocks if b.kind == "attention"]
+        staying = sum(b.whole is not None for b in heads)
+        all_stay, mixture = staying == len(heads), any(b.kind == "experts" for b in blocks)
+        others = "MLPs" if all_stay and not mixture else "the other blocks"
+        which = "this model" if all_stay else f"{staying} of {len(heads)} attention blocks of this model"
+        sentence = f"no head of {which} can go, because it {stays['attention']}"
         warnings.warn(Notice(f"{sentence}; {others} lose all that the ratio asks for."), stacklevel=2)
     if "experts" in stays:
         sentence = f"experts stay whole, because {stays['experts']}, and count as whole in the ratio"

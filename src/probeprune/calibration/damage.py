@@ -135,8 +135,9 @@ def unit_nanoseconds(
             for i, (b, partition) in enumerate(zip(blocks, partitions, strict=True)):
                 for seconds, show in zip(times[i], (partition.widen, partition.narrow), strict=True):
                     show()
+                    hidden = layers.entering(b.layer, layers.hidden[0])
                     start = synced_clock(device)
-                    layers.run(b.layer, 0, layers.hidden[0])
+                    layers.run(b.layer, 0, hidden)
                     seconds.append(synced_clock(device) - start)
                 partition.widen()
     finally:

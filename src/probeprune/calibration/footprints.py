@@ -117,7 +117,8 @@ def saliences(
         for _ in range(2):
             hidden = runner.hidden[0].detach().requires_grad_(True)
             with torch.enable_grad():
-                runner.run(wide.layer, 0, hidden).backward(torch.empty_like(hidden))
+                out = runner.run(wide.layer, 0, hidden)
+                out.backward(torch.empty_like(out))
         for hook in hooks:
             hook.remove()
         for weight, _ in weights:
@@ -162,7 +163,8 @@ def sensitivities(rehearsal: Rehearsal, windows: int, length: int) -> tuple[list
         modules = ((b.name, b.module if isinstance(b, Stack) else b.consumer) for b in here)
         hooks = (module.register_forward_hook(keep(name)) for name, module in modules)
         with temporary_hooks(hooks), torch.enable_grad():
-            runner.run(rehearsal.layer, 0, hidden).backward(torch.empty_like(hidden))
+            out = runner.run(rehearsal.layer, 0, hidden)
+            out.backward(torch.empty_like(out))
         for name in list(seen):
             gradient = seen.pop(name).grad
             assert gradient is not None

@@ -25,8 +25,8 @@ from probeprune.calibration.stored import Codec
 from probeprune.errors import Notice
 from probeprune.files import stored_json, write_json
 from probeprune.model.hidden_states import HiddenStates, StatesFile
-from probeprune.model.multimodal import text_config
 from probeprune.model.offloading import device_of, room_of
+from probeprune.model.shared_kv import Carried
 from probeprune.places import discard, held
 from probeprune.processes import shares
 from probeprune.strategies import Part
@@ -238,7 +238,7 @@ def resumed(
 
 def states_bytes(model: Any, windows: torch.Tensor) -> int:
     """Bytes of the hidden states of windows (count, length) between two layers, in the model's dtype."""
-    size: int = windows.numel() * text_config(model.config).hidden_size * model.dtype.itemsize
+    size: int = windows.numel() * Carried(model).width * model.dtype.itemsize
     return size
 
 

@@ -55,6 +55,12 @@ def list_models(as_json: Json = False) -> None:
         table.add_row(*cells(row))
     out().print(table)
     for row in rows:
+        if row.groups_stay_if is not None:
+            out().print(
+                f"{row.family}: with {row.groups_stay_if}, groups of heads stay in layers that share keys "
+                "and values; query heads can go.",
+                highlight=False,
+            )
         if row.why is not None:
             stay = f"with {row.heads_stay_if}, heads stay" if row.heads_stay_if else "heads stay"
             out().print(f"{row.family}: {stay}, because a model {row.why}.", highlight=False)
@@ -82,7 +88,7 @@ def cells(row: Support) -> tuple[str, ...]:
     return (
         row.family,
         ", ".join(row.model_types) + (f" ({', '.join(row.text_types)})" if row.text_types else ""),
-        (", ".join(row.heads) or "stay") + (" *" if row.heads_stay_if else ""),
+        (", ".join(row.heads) or "stay") + (" *" if row.heads_stay_if or row.groups_stay_if else ""),
         "yes" if row.mlp else "-",
         ", ".join(row.experts) or "-",
         kinds(row.dynamic),

@@ -25,6 +25,7 @@ from probeprune.model.linear_maps import sizes
 from probeprune.model.multimodal import text_config
 from probeprune.model.outline import Outline
 from probeprune.model.placing import Work, in_use, opening_of, place, retained
+from probeprune.model.shared_kv import Carried
 from probeprune.plan import Kept, expert_needs, loses_experts, needs, needs_for, parts_of
 from probeprune.preparation import DAMAGE_WINDOWS
 from probeprune.strategies.allocation import ALLOCATIONS
@@ -166,7 +167,9 @@ def _figures(model: Any, job: Job) -> Figures:
     active = Rehearsal(model, job.dtype_to_save, job.device).layer_pass(Batch(1, length))
     return Figures(
         parameters=parameters,
-        flops_per_token=blocks_flops(blocks, [b.units for b in blocks], 1, length) // length,
+        # What layers are given by token comes of one map of the embeddings.
+        flops_per_token=blocks_flops(blocks, [b.units for b in blocks], 1, length) // length
+        + 2 * width * Carried(model).by_token,
         head_flops_per_token=2 * width * vocabulary,
         kv_bytes_per_token=kv,
         disk_bytes=parameters * itemsize,

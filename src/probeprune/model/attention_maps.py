@@ -33,6 +33,8 @@ class AttentionMaps:
     """By query head."""
     key_value: tuple[Rows, ...]
     """By key-value head; empty where a module has no maps of its own for them."""
+    gate: Rows | None
+    """By query head; None where the map of queries makes it too, or there is none."""
     output: LinearMap
     latents: tuple[LinearMap, ...]
     """Maps that all heads read."""
@@ -55,17 +57,18 @@ class AttentionMaps:
     @property
     def producers(self) -> tuple[LinearMap, ...]:
         """All maps in front of the heads' outputs, each once."""
-        made = (rows.linear for rows in (self.query, *self.key_value))
+        made = (rows.linear for rows in (self.query, *self.key_value, self.gate) if rows is not None)
         return tuple(dict.fromkeys((*self.latents, *made)))
 
     def rows(self, group: bool) -> tuple[Rows, ...]:
         """The rows that go with a unit: a key-value head with its query heads (`group`), or a query head."""
-        query = self.query
+        by_query = [rows for rows in (self.query, self.gate) if rows is not None]
         if not group:
-            return (query,)
+            return tuple(by_query)
         if self.by_group:
-            return (Rows(query.path, query.linear, (self.group_size + 2) * self.head_dim),)
-        return (Rows(query.path, query.linear, self.group_size * query.width), *self.key_value)
+            return (Rows(self.query.path, self.query.linear, (self.group_size + 2) * self.head_dim),)
+        grouped = (Rows(rows.path, rows.linear, self.group_size * rows.width) for rows in by_query)
+        return (*grouped, *self.key_value)
 
 
 def attention_maps(module: nn.Module, record: AttentionRecord, name: str) -> AttentionMaps:
@@ -98,9 +101,13 @@ def attention_maps(module: nn.Module, record: AttentionRecord, name: str) -> Att
         key_value = tuple(Rows(path, m, sizes(m)[0] // kv_heads) for path, m in made.items())
     if record.expands is not None and hasattr(module, record.expands):
         cached = sizes(latents[-1])[0]
+    gate = None
+    if record.gate is not None:
+        gate = Rows(record.gate, permutable(module, record.gate, name), value_dim)
     return AttentionMaps(
         query=Rows(query, q, own // query_heads),
         key_value=key_value,
+        gate=gate,
         output=output,
         latents=latents,
         query_heads=query_heads,

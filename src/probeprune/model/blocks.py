@@ -20,7 +20,8 @@ from probeprune.model.layer_records import (
     has_block,
     mlp_record,
     norm_at,
-    refuse_config,
+    shares_kv,
+    times_wider,
     whole_heads,
 )
 from probeprune.model.linear_maps import LinearMap, matrix, oriented, sizes
@@ -69,7 +70,7 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One attention or MLP block of a model, or another that mixes tokens and stays whole.
+    """One attention or MLP block of a model, or one of the kind `mixer`: neither of both, which stays whole.
 
     The coupled activation `z`, the consumer's input, has shape (batch, sequence, units * unit_width).
     """
@@ -117,6 +118,8 @@ class Block:
     follows: int = 0
     """For an MLP that a plain config gives this many channels for each channel of an expert, beside it or in
     other layers; 0 for one of its own width."""
+    times: int = 1
+    """For an MLP that a plain config makes this many times as wide as it says of all MLPs."""
 
     @property
     def width(self) -> int:
@@ -209,7 +212,9 @@ def uncalled_consumer(block: Block) -> UsageError:
 
 def kept_whole(block: Block) -> UsageError:
     """The error for taking units from a block that can lose none."""
-    return UsageError(f"no head of this model can go, because it {block.whole}; prune MLPs alone.")
+    return UsageError(
+        f"no unit of {block.name} can go, because the model {block.whole}; keep it, or prune MLPs alone."
+    )
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
@@ -234,20 +239,20 @@ def find_blocks(model: nn.Module, units: UnitKind = "group") -> list[Block]:
         raise UsageError(unknown("unit kind", units, get_args(UnitKind)))
     model = unwrapped(model)
     family, config = find_family(model), text_config(model.config)
-    refuse_config(model, family, config)
     norm_first = family.norm_first is None or bool(getattr(config, family.norm_first))
     whole = whole_heads(family.attention, config)
     blocks = []
     for index, layer in enumerate(find_layers(model)):
         prefix = f"{family.layers}.{index}"
-        for record in family.mixers:
-            if has_block(layer, family, record):
-                blocks.append(_mixer_block(prefix, index, layer, record))
+        mixers = [r for r in family.mixers if has_block(layer, family, r)]
+        blocks += [_mixer_block(prefix, index, layer, r) for r in mixers if r.module is not None]
         if has_block(layer, family, family.attention):
             blocks.append(_attention_block(prefix, index, layer, family.attention, units, norm_first, whole))
         mlp, follows = mlp_record(family, layer, config)
         if mlp is not None and has_block(layer, family, mlp):
-            blocks.append(_mlp_block(prefix, index, layer, mlp, norm_first, follows))
+            times = times_wider(mlp, layer, config)
+            blocks.append(_mlp_block(prefix, index, layer, mlp, norm_first, follows, times))
+        blocks += [_mixer_block(prefix, index, layer, r) for r in mixers if r.module is None]
     refuse_shared(model, {b.name: (*b.producers, b.consumer) for b in blocks})
     return blocks
 
@@ -277,6 +282,8 @@ def _attention_block(
         )
     grouped = units == "group"
     width = maps.value_dim * (group if grouped else 1)
+    if whole is None and grouped and shares_kv(record, module):
+        whole = _SHARED
     return Block(
         name=name,
         layer=index,
@@ -309,7 +316,7 @@ def _attention_block(
 
 
 def _mlp_block(
-    prefix: str, index: int, layer: nn.Module, record: MlpRecord, norm_first: bool, follows: int
+    prefix: str, index: int, layer: nn.Module, record: MlpRecord, norm_first: bool, follows: int, times: int
 ) -> Block:
     name = f"{prefix}.{record.module or 'mlp'}"
     producers = tuple(permutable(layer, path, prefix) for path in record.producers)
@@ -352,20 +359,28 @@ def _mlp_block(
         activation=activation,
         norm=norm_at(layer, record.norm) if norm_first else None,
         follows=follows,
+        times=times,
     )
 
 
+_SHARED = (
+    "has layers that read keys and values of others, and groups of heads stay in all of these (query heads "
+    "can go: units 'balanced')"
+)
 _MIXES = "mixes tokens in it without heads that could go one by one"
+_GIVEN = "adds what a layer alone is given through it"
 
 
 def _mixer_block(prefix: str, index: int, layer: nn.Module, record: MixerRecord) -> Block:
-    module = layer.get_submodule(record.module)
-    name = f"{prefix}.{record.module}"
+    alone = record.module is None
+    module = layer if record.module is None else layer.get_submodule(record.module)
+    name = prefix if alone else f"{prefix}.{record.module}"
     producers = tuple(permutable(module, path, name) for path in record.maps)
     consumer = permutable(module, record.output, name)
+    entry = producers[0] if alone else module
     width = sizes(consumer)[1]
     return Block(
-        name=name,
+        name=f"{name}.{record.output}" if alone else name,
         layer=index,
         kind="mixer",
         units=1,
@@ -373,9 +388,9 @@ def _mixer_block(prefix: str, index: int, layer: nn.Module, record: MixerRecord)
         members=(Member(f"{name}.{record.output}", consumer, 1, width),),
         producers=producers,
         consumer=consumer,
-        entry=module,
-        run=module,
+        entry=entry,
+        run=entry,
         activation=None,
         norm=norm_at(layer, record.norm),
-        whole=_MIXES,
+        whole=_GIVEN if alone else _MIXES,
     )

@@ -24,7 +24,7 @@ from probeprune.model.hybrid_families import HYBRID
 from probeprune.model.latent_families import LATENT
 from probeprune.model.multimodal import MULTIMODAL, Multimodal, multimodal_of
 from probeprune.model.older_families import NEOX_MLP, OLDER, ONE_MAP
-from probeprune.model.sparse_families import NORMS_OVER_HEADS, ROUTED_BY_GROUP, SPARSE
+from probeprune.model.sparse_families import NORMS_OVER_HEADS, ROUTED_BY_GROUP, SINKS, SPARSE
 
 _SANDWICH_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
 _ONE_NORM_MLP = MlpRecord(norm="input_layernorm")
@@ -119,6 +119,14 @@ FAMILIES: tuple[Family, ...] = (
         logits_times="logits_scaling",
     ),
     Family("ERNIE 4.5", ("ernie4_5",)),
+    Family("nanochat", ("nanochat",), mlp=MlpRecord(producers=("mlp.fc1",), consumer="mlp.fc2")),
+    Family(
+        "Granite with sliding windows",
+        ("granite_swa",),
+        attention=AttentionRecord(whole=SINKS),
+        norm_last=True,
+        logits_over="logits_scaling",
+    ),
     Family("Hunyuan (dense)", ("hunyuan_v1_dense",)),
     Family("Helium", ("helium",), attention=AttentionRecord(plain_heads=False)),
     Family("Ministral, Ministral 3", ("ministral", "ministral3")),

@@ -12,6 +12,22 @@ PRUNED_PREFIX = "pruned_"
 
 
 @dataclass(frozen=True)
+class SharedKV:
+    """How later layers get the keys and values of earlier ones: in an argument of every layer, a dictionary
+    of (keys, values) that the last layer with keys and values of its own fills in for those of its type."""
+
+    layers: str = "num_kv_shared_layers"
+    """Config field with the number of layers that read those of others."""
+    argument: str = "shared_kv_states"
+    stores: str = "store_full_length_kv"
+    """The attention module's flag for keys and values that later layers read."""
+    reads: str = "is_kv_shared_layer"
+    """Its flag for those of an earlier layer."""
+    key: str = "layer_type"
+    """Its attribute under which both find them."""
+
+
+@dataclass(frozen=True)
 class AttentionRecord:
     """Where a decoder layer has its attention block. The paths of `module` and `norm` are relative to the
     layer, those of the linear maps to the module."""
@@ -59,10 +75,14 @@ class AttentionRecord:
     the width of the output map."""
     gated: bool = False
     """Whether the query map makes a gate of the same width too, head by head its queries and its gate."""
+    gate: str | None = None
+    """A map of its own for such a gate of each head."""
     input_factor: str | None = None
     """The layer's attribute by which the norm's output is multiplied before the module reads it."""
     only_in: str | None = None
     """Of a hybrid family: the `block_type` of the layers that have this block; None if the module says so."""
+    shared_kv: SharedKV | None = None
+    """How layers share keys and values; None in a family whose layers have their own."""
     whole: str | None = None
     """Why no head can go, to follow a model's name; None where heads can go."""
     whole_if: str | None = None
@@ -87,6 +107,9 @@ class MlpRecord:
     """Config field with the width of all MLPs; None where the modelling code has it fixed."""
     said_with: Mapping[str, Any] = field(default_factory=dict)
     """Config fields under whose values that field is the width itself."""
+    twice_if: tuple[str, str] | None = None
+    """A config flag and a flag of the layer; where both are true, the MLP is twice as wide as that field
+    says."""
     bias_field: str = "mlp_bias"
     """Config field that gives the block's linear maps biases; configs without the field have none to give."""
     only_in: str | None = None
@@ -95,13 +118,17 @@ class MlpRecord:
 
 @dataclass(frozen=True)
 class MixerRecord:
-    """Where some decoder layers have a block that mixes tokens in another way, which stays whole.
+    """Where some decoder layers have linear maps that are neither attention nor MLP, which stay whole: a
+    block that mixes tokens in another way, or one that adds what the layer alone is given.
 
     The paths of `module` and `norm` are relative to the layer, those of the linear maps to the module.
     """
 
-    module: str
-    norm: str = "input_layernorm"
+    module: str | None
+    """None if the layer's own forward computes it, behind its other blocks: all paths are relative to the
+    layer then."""
+    norm: str | None = "input_layernorm"
+    """None for a block that reads the residual stream."""
     maps: tuple[str, ...] = ()
     """All linear maps but the last."""
     output: str = "out_proj"
@@ -188,8 +215,8 @@ class Family:
     mixers: tuple[MixerRecord, ...] = ()
     """Of a hybrid family: blocks that some layers have in place of attention or beside it. Its layers need
     not have all blocks."""
-    refused_if: Mapping[str, str] = field(default_factory=dict)
-    """Config fields that, where true, make a model refused, and why, in words that follow its name."""
+    by_token: tuple[str, ...] = ()
+    """Arguments of a layer, beside the hidden states, that differ by the tokens of a batch."""
     experts: ExpertsRecord | None = None
     """None for a family without experts."""
     norm_first: str | None = None

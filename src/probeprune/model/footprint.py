@@ -26,7 +26,7 @@ from probeprune.model.described import empty_like
 from probeprune.model.experts import Stack, find_stacks
 from probeprune.model.forwards import replace_method
 from probeprune.model.layers import LayerRunner
-from probeprune.model.multimodal import text_config
+from probeprune.model.shared_kv import Carried
 
 
 @dataclass(frozen=True)
@@ -222,9 +222,11 @@ class Rehearsal:
             yield live
 
     def runner(self, batch: Batch) -> LayerRunner:
-        """A runner of one batch; to be called inside `running`."""
+        """A runner of one batch, in front of the largest layer; to be called inside `running`."""
         ids = torch.zeros(batch.size, batch.length, dtype=torch.long, device="cpu")
-        return LayerRunner(self.model, [ids])
+        made = LayerRunner(self.model, [ids])
+        made.hidden[0] = made.entering(self.layer, made.hidden[0])
+        return made
 
     def layer_pass(self, batch: Batch) -> int:
         """Bytes of one forward pass through the largest layer, its input and output among them."""
@@ -266,8 +268,9 @@ def _looped() -> Iterator[None]:
 
 
 def states_of(model: Any, dtype: torch.dtype, windows: int, length: int) -> int:
-    """Bytes of the hidden states of some windows between two layers."""
-    return max(windows, 0) * length * int(text_config(model.config).hidden_size) * dtype.itemsize
+    """Bytes of the states of some windows between two layers, and of what all layers are given by token."""
+    carried = Carried(model)
+    return max(windows, 0) * length * (carried.width + carried.by_token) * dtype.itemsize
 
 
 def measuring(rehearsal: Rehearsal, batch: Batch, windows: int) -> list[Phase]:

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import nn
 
-from probeprune.errors import UsageError
 from probeprune.model.family_records import AttentionRecord, Family, MixerRecord, MlpRecord
 
 
@@ -25,22 +24,25 @@ def has_block(layer: nn.Module, family: Family, record: AttentionRecord | MlpRec
     """Whether a layer has a block; layers of families that are no hybrids have all blocks."""
     if record.only_in is not None:
         return bool(attribute(layer, "block_type") == record.only_in)
-    return not family.mixers or record.module is None or attribute(layer, record.module) is not None
-
-
-def refuse_config(model: nn.Module, family: Family, config: Any) -> None:
-    """Raise `UsageError` for a model that its family's record refuses by its config."""
-    for name, why in family.refused_if.items():
-        if getattr(config, name, None):
-            raise UsageError(
-                f"{type(model).__name__} {why} ({name} {getattr(config, name)}), and cannot be pruned; give "
-                f"another model: of {family.name}, one whose config says {name} 0."
-            )
+    path = record.output if isinstance(record, MixerRecord) and record.module is None else record.module
+    return not family.mixers or path is None or attribute(layer, path) is not None
 
 
 def whole_heads(record: AttentionRecord, config: Any) -> str | None:
     """Why no head of a model with this config can go; None where heads can go."""
     return record.whole if record.whole_if is None or getattr(config, record.whole_if) else None
+
+
+def shares_kv(record: AttentionRecord, module: nn.Module) -> bool:
+    """Whether an attention module reads keys and values of another layer, or others read its own."""
+    shared = record.shared_kv
+    return shared is not None and any(attribute(module, flag) for flag in (shared.stores, shared.reads))
+
+
+def times_wider(record: MlpRecord, layer: nn.Module, config: Any) -> int:
+    """How many times the width that the config has for all MLPs that of this layer is."""
+    twice = record.twice_if
+    return 2 if twice is not None and getattr(config, twice[0]) and attribute(layer, twice[1]) else 1
 
 
 def mlp_record(family: Family, layer: nn.Module, config: Any) -> tuple[MlpRecord | None, int]:

@@ -1,9 +1,11 @@
 """A model's own decoder layers, run one at a time on stored hidden states.
 
-The other arguments of a layer (positions, rotary angles, masks) are recorded from the decoder's own calls.
-Knows nothing of the work done between two layers.
+The other arguments of a layer (positions, rotary angles, masks) are recorded from the decoder's own calls:
+once for batches of one shape, and those that differ by the tokens of a batch for each of them. Knows nothing
+of the work done between two layers.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -17,9 +19,10 @@ from probeprune.algebra.moments import Tokens
 from probeprune.model.blocks import Block, find_layers, uncalled_consumer
 from probeprune.model.families import find_family
 from probeprune.model.forwards import replace_method, temporary_hooks
-from probeprune.model.hidden_states import HiddenStates
-from probeprune.model.offloading import device_of, in_memory, room_of, widened
+from probeprune.model.hidden_states import HiddenStates, Room
+from probeprune.model.offloading import device_of, in_memory, is_offloaded, room_of, widened
 from probeprune.model.passes import Pass, find_decoder
+from probeprune.model.shared_kv import Carried
 
 
 def opened(
@@ -57,7 +60,8 @@ class LayerRunner:
 
     Attributes:
         hidden: the first layer's input, one tensor (batch, length, hidden) for each batch, in the model's
-            dtype. In total tokens x hidden numbers.
+            dtype. In total tokens x hidden numbers. Behind layers that leave keys and values for later ones,
+            these come behind the hidden states, along the last axis (`shared_kv.py`).
         batches: the token ids, as given.
     """
 
@@ -84,7 +88,11 @@ class LayerRunner:
         self.batches, self._masks = batches, masks or [None] * len(batches)
         self._run_pass: RunPass = _straight
         self._arguments: dict[object, list[_Arguments]] = {}
-        self._in_tuples = find_family(model).layers_give_tuples
+        family, count = find_family(model), len(self._layers) * len(batches)
+        self._in_tuples, self._carried = family.layers_give_tuples, Carried(model)
+        # Beside hidden states for which memory was set aside, these go to files.
+        room = Room(0) if is_offloaded(model) else room_of(model)
+        self._by_token = {name: HiddenStates(room, count) for name in family.by_token}
         self._wide = False
         self.hidden = HiddenStates(room_of(model), len(batches)) if hidden is None else hidden
         for i in range(len(batches)):
@@ -95,18 +103,37 @@ class LayerRunner:
                 return self._given(hidden_states)
 
             self._decode(i, [record] * len(self._layers))
+            arguments = [self._without_tokens(i, n, own) for n, (_, own) in enumerate(calls)]
             if i == 0 and not self.hidden.holds(i):
-                self.hidden.check_disk(calls[0][0][0, 0].nbytes * sum(ids.numel() for ids in batches))
+                width = self._carried.width * calls[0][0].element_size()
+                width += sum(s.nbytes for s in self._by_token.values()) // batches[0].numel()
+                self.hidden.check_disk(width * sum(ids.numel() for ids in batches))
             if not self.hidden.holds(i):
                 self.hidden[i] = calls[0][0]
-            self._arguments.setdefault(self._like(i), [arguments for _, arguments in calls])
+            self._arguments.setdefault(self._like(i), arguments)
 
     def __len__(self) -> int:
         return len(self._layers)
 
+    @property
+    def given_flops(self) -> int:
+        """FLOPs a token of what layers are given by token: one map of the embeddings makes it."""
+        return 2 * self._carried.hidden_size * self._carried.by_token
+
     def _like(self, batch: int) -> object:
         """A key that batches share whose layers get the same arguments: without padding, of one shape."""
         return tuple(self.batches[batch].shape) if self._masks[batch] is None else batch
+
+    def _without_tokens(self, batch: int, layer: int, given: _Arguments) -> _Arguments:
+        """A layer's arguments without those that differ by token, which are kept apart for each batch."""
+        if not self._by_token:
+            return given
+        names = [*inspect.signature(type(self._layers[layer]).forward).parameters][2:]  # not self, the states
+        arguments = {**dict(zip(names, given[0], strict=False)), **given[1]}
+        for name, kept in self._by_token.items():
+            if isinstance(arguments.get(name), torch.Tensor):
+                kept[layer * len(self.batches) + batch] = arguments.pop(name)
+        return (), arguments
 
     def _decode(self, batch: int, forwards: Sequence[Callable[..., Any]]) -> torch.Tensor:
         """The decoder's output with these forwards in place of its layers'."""
@@ -154,22 +181,36 @@ class LayerRunner:
     def run(
         self, layer: int, batch: int, hidden: torch.Tensor, module: nn.Module | None = None
     ) -> torch.Tensor:
-        """The output of one layer for the hidden states of one batch, both by index.
+        """The output of one layer for the hidden states of one batch, both by index, each with what layers
+        leave for later ones.
 
         `module` takes the layer's place, where there is one.
         """
         more, arguments = self._arguments[self._like(batch)][layer]
+        for name, kept in self._by_token.items():
+            if kept.holds(place := layer * len(self.batches) + batch):
+                arguments = {**arguments, name: kept[place]}
         if self._wide:
             hidden, more, arguments = widened(hidden), widened(more), widened(arguments)
+        carried, own, shared = self._carried, self._carried.hidden(hidden), {}
+        if carried.argument is not None:
+            shared = type(arguments[carried.argument])(carried.given(layer, hidden))
+            arguments = {**arguments, carried.argument: shared}
         started = Pass(self.tokens(batch), continues=False, cache=None)
         called = self._layers[layer] if module is None else module
-        out: Any = self._run_pass(started, lambda: called(hidden, *more, **arguments))
+        out: Any = self._run_pass(started, lambda: called(own, *more, **arguments))
         found: torch.Tensor = out[0] if self._in_tuples else out
-        return found
+        return found if carried.argument is None else carried.behind(layer, found, hidden, shared)
+
+    def entering(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states of some layer as the input of this later one, with zeros for what those in between
+        would leave for it: for work that asks for no figures of the model."""
+        return self._carried.before(layer, hidden)
 
     def finish(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the decoder makes of the last layer's output, behind its norm: (batch, length, hidden)."""
-        return self._decode(batch, [lambda *args, **kwargs: self._given(hidden)] * len(self._layers))
+        own = self._carried.hidden(hidden)
+        return self._decode(batch, [lambda *args, **kwargs: self._given(own)] * len(self._layers))
 
     def _given(self, hidden: torch.Tensor) -> Any:
         """Hidden states as the model's layers return them."""

@@ -47,7 +47,9 @@ def check_eval(model: nn.Module, what: str = "pruning works on") -> None:
         raise UsageError(f"{what} a model in eval mode; call model.eval() first.")
 
 
-def on_pass(model: nn.Module, run: Callable[[Pass, Callable[[], Any]], Any]) -> Callable[[], None]:
+def on_pass(
+    model: nn.Module, run: Callable[[Pass, Callable[[], Any]], Any], *, every_token: bool = False
+) -> Callable[[], None]:
     """Route every forward pass of the model's decoder through `run`, until the returned function is called.
 
     A pair of hooks would not do: work that follows a pass must also follow one that fails, by Ctrl-C too.
@@ -56,11 +58,13 @@ def on_pass(model: nn.Module, run: Callable[[Pass, Callable[[], Any]], Any]) -> 
         model: a causal LM of a supported family.
         run: called with the pass and the decoder's forward, without arguments. It calls that forward and
             returns its output.
+        every_token: run all layers on all tokens. Gemma 4 runs the last ones on those alone whose logits are
+            asked for, where these layers read keys and values of others.
     """
     decoder = find_decoder(model)
     # The class's signature: the forward of an instance may be a wrapper that takes anything.
     signature = inspect.signature(type(decoder).forward.__get__(decoder))
-    routed = _Routed(decoder.forward, signature, run)
+    routed = _Routed(decoder.forward, signature, run, every_token)
     restore = replace_forward(decoder, routed)
 
     def undo() -> None:
@@ -93,9 +97,11 @@ class _Routed:
         forward: Callable[..., Any],
         signature: inspect.Signature,
         run: Callable[[Pass, Callable[[], Any]], Any] | None,
+        every_token: bool,
     ) -> None:
         update_wrapper(self, forward)
         self.forward, self.run, self._signature = forward, run, signature
+        self._every_token = every_token
 
     @torch.compiler.disable  # units are chosen in Python while it runs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,6 +110,8 @@ class _Routed:
         given = any(arguments.get(name) is not None for name in ("input_ids", "inputs_embeds"))
         if self.run is None or not given:  # without input the forward raises its own error
             return self.forward(*args, **kwargs)
+        if self._every_token and "logits_to_keep" in kwargs:
+            kwargs = {**kwargs, "logits_to_keep": 0}
         return self.run(read_pass(arguments), lambda: self.forward(*args, **kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -259,7 +259,9 @@ def _width_fields(model: Any, blocks: Sequence[Block]) -> dict[int, dict[str, in
             continue
         own = stacks[block.layer].record.shared if block.layer in stacks else family.mlp
         if own is not None and own.width_field is not None:
-            fields[block.layer] |= {own.width_field: block.units, **own.said_with}
+            if block.units % block.times:
+                raise Unfit("its layers have different widths")
+            fields[block.layer] |= {own.width_field: block.units // block.times, **own.said_with}
     return fields
 
 

@@ -5,10 +5,17 @@ Written as `families.py` says; knows no model.
 
 from dataclasses import replace
 
-from probeprune.model.family_records import AttentionRecord, ExpertsRecord, Family, MlpRecord
+from probeprune.model.family_records import (
+    AttentionRecord,
+    ExpertsRecord,
+    Family,
+    MixerRecord,
+    MlpRecord,
+    SharedKV,
+)
 
 NORMS_OVER_HEADS = "normalises queries and keys over all heads together, so none can go without the others"
-_SINKS = "has a learned sink for each head beside its linear maps"
+SINKS = "has a learned sink for each head beside its linear maps"
 
 MIXTRAL = ExpertsRecord(count_field="num_local_experts", width_field="intermediate_size", everywhere=True)
 """Experts alone, as wide as the config says of MLPs."""
@@ -54,7 +61,9 @@ QWEN_MOE = ExpertsRecord(
 """Experts beside a shared MLP with a gate and a width of its own."""
 
 
-_GEMMA4_MLP = replace(MlpRecord(), norm="pre_feedforward_layernorm")
+_GEMMA4_MLP = MlpRecord(
+    norm="pre_feedforward_layernorm", twice_if=("use_double_wide_mlp", "self_attn.is_kv_shared_layer")
+)
 
 SPARSE: tuple[Family, ...] = (
     Family(
@@ -83,7 +92,7 @@ SPARSE: tuple[Family, ...] = (
     Family(
         "gpt-oss",
         ("gpt_oss",),
-        attention=AttentionRecord(whole=_SINKS),
+        attention=AttentionRecord(whole=SINKS),
         experts=replace(
             MIXTRAL,
             transposed=True,
@@ -169,10 +178,58 @@ SPARSE: tuple[Family, ...] = (
         ),
     ),
     Family(
+        "AFMoE (Trinity)",
+        ("afmoe",),
+        attention=AttentionRecord(gate="gate_proj"),
+        mlp=MlpRecord(norm="pre_mlp_layernorm"),
+        experts=ExpertsRecord(
+            router=("mlp.router.gate.weight", "mlp.expert_bias"),
+            counts=("mlp.experts.num_experts", "mlp.router.num_experts", "mlp.router.gate.out_features"),
+            shared=replace(shared_mlp("mlp.shared_experts"), norm="pre_mlp_layernorm"),
+            shared_times="num_shared_experts",
+        ),
+        norm_last=True,
+    ),
+    Family(
+        "Command A MoE",
+        ("cohere2_moe",),
+        mlp=MlpRecord(norm="input_layernorm", width_field="prefix_dense_intermediate_size"),
+        experts=ExpertsRecord(
+            width_field="intermediate_size",
+            shared=replace(shared_mlp("mlp.shared_experts"), norm="input_layernorm"),
+            shared_times="num_shared_experts",
+        ),
+        norm_last=True,
+        logits_times="logit_scale",
+    ),
+    Family(
+        "Aria (text)",
+        ("aria_text",),
+        experts=ExpertsRecord(
+            transposed=True,
+            router=("mlp.router.weight",),
+            counts=_ROUTED,
+            count_field="moe_num_experts",
+            width_field="intermediate_size",
+            per_token_field="moe_topk",
+            shared=shared_mlp("mlp.shared_experts"),
+            shared_times="moe_num_shared_experts",
+            everywhere=True,
+        ),
+    ),
+    Family(
+        "Granite MoE with sliding windows",
+        ("granitemoe_swa",),
+        attention=AttentionRecord(whole=SINKS),
+        experts=replace(GRANITE_MOE, shared=GRANITE_MLP),
+        norm_last=True,
+        logits_over="logits_scaling",
+    ),
+    Family(
         "Gemma 4 (text)",
         ("gemma4_text",),
         # Layers of global attention may have no map for values: they are the keys before their norm.
-        attention=AttentionRecord(value=("v_proj", "k_proj"), plain_heads=False),
+        attention=AttentionRecord(value=("v_proj", "k_proj"), plain_heads=False, shared_kv=SharedKV()),
         mlp=_GEMMA4_MLP,
         experts=ExpertsRecord(
             module="experts",
@@ -183,11 +240,9 @@ SPARSE: tuple[Family, ...] = (
             per_token_field="top_k_experts",
             shared=_GEMMA4_MLP,
         ),
+        mixers=(MixerRecord(None, norm=None, maps=("per_layer_input_gate",), output="per_layer_projection"),),
+        by_token=("per_layer_input",),
         norm_last=True,
-        refused_if={
-            "num_kv_shared_layers": "has layers that read keys and values of others",
-            "hidden_size_per_layer_input": "gives each layer an input of its own",
-        },
     ),
     Family(
         "LLaMA 4 (text)",

@@ -29,6 +29,9 @@ class Support:
     """Config flag under which heads stay after all; None for a family without one."""
     why: str | None
     """Why heads stay, or would under that flag, in words that follow a model's name."""
+    groups_stay_if: str | None
+    """Config field under which layers share keys and values, and groups of heads stay in these; query
+    heads can go. None for a family without one."""
     mlp: bool
     """Whether MLP channels can go: those of dense layers, and of the MLP beside experts."""
     experts: tuple[str, ...]
@@ -64,6 +67,7 @@ def support(family: Family) -> Support:
         heads=() if stay else _units(family),
         heads_stay_if=attention.whole_if,
         why=attention.whole,
+        groups_stay_if=None if attention.shared_kv is None else attention.shared_kv.layers,
         mlp=mlps,
         experts=() if experts is None else EXPERT_UNITS,
         dynamic=tuple(kinds),

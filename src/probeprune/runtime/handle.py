@@ -107,7 +107,8 @@ class Handle:
         self.model.__dict__[HANDLE] = self
         self._undo += refuse_loading(self.model, self._held())
         self._undo.append(refuse_continuous_batching(self.model))
-        self._undo.append(on_pass(self.model, self.run_pass))
+        follows = isinstance(self.method.when, EveryBatch)
+        self._undo.append(on_pass(self.model, self.run_pass, every_token=follows))
 
     def _held(self) -> list[str]:
         """Paths of what holds weights that are in view in part: linear maps, and tensors of experts."""

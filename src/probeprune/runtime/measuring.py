@@ -208,7 +208,7 @@ def _pass(
     """One pass of a batch through some layers, or through other modules in their places."""
     hidden = runner.hidden[batch]
     for layer, module in zip(layers, modules, strict=True):
-        hidden = runner.run(layer, batch, hidden, module)
+        hidden = runner.run(layer, batch, runner.entering(layer, hidden), module)
     return hidden
 
 

@@ -23,6 +23,7 @@ from probeprune.strategies.widths import (
     check_even,
     nearest_width,
     step_of,
+    times,
 )
 
 MISSED = 0.01
@@ -56,6 +57,8 @@ def even(request: Request) -> list[int]:
     multiple of `round_to`) that comes closest to the budget. An MLP whose width a plain config takes from
     that of the experts beside it follows them.
 
+    One that a plain config makes twice as wide as the others stays so.
+
     Raises `UsageError` where layers are skipped or already differ.
     """
     blocks = request.blocks
@@ -72,7 +75,8 @@ def even(request: Request) -> list[int]:
     total = sum(blocks[i].parameters for i in alive)
     for i in alive:
         if i not in followers:
-            kept[i] = nearest_width(blocks[i], left * blocks[i].parameters / total, request.round_to)
+            step = request.round_to * times(blocks[i])
+            kept[i] = nearest_width(blocks[i], left * blocks[i].parameters / total, step)
     if led is not None:
         for i in followers:
             kept[i] = _follows(blocks[i]) * kept[led]

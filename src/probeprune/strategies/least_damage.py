@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from probeprune.algebra import knapsack
 from probeprune.algebra.knapsack import Choice
 from probeprune.errors import UsageError
-from probeprune.strategies.widths import Prunable, Request, check_even, may_lose_units, role
+from probeprune.strategies.widths import Prunable, Request, check_even, may_lose_units, role, times
 
 
 def least_damage(request: Request) -> list[int]:
@@ -54,12 +54,15 @@ def least_damage_heads(request: Request) -> list[int]:
 
 
 def _solve_grouped(request: Request, groups: Sequence[Sequence[int]], free: Sequence[bool]) -> list[int]:
-    """Widths such that all blocks of a group, given by index, have the same width; a group that is not free
-    stays whole."""
+    """Widths such that all blocks of a group, given by index, have the same width, or a fixed number of times
+    it; the first is the narrowest. A group that is not free stays whole."""
     blocks, damages = request.blocks, request.damages
 
+    def own(group: Sequence[int], i: int, keep: int) -> int:
+        return keep * times(blocks[i]) // times(blocks[group[0]])
+
     def choice(group: Sequence[int], keep: int) -> Choice:
-        gone = [(damages[i], blocks[i].units - keep) for i in group]
+        gone = [(damages[i], blocks[i].units - own(group, i, keep)) for i in group]
         return Choice(sum(n * d.saving for d, n in gone), sum(float(d.curve[n]) for d, n in gone))
 
     options = [
@@ -71,7 +74,7 @@ def _solve_grouped(request: Request, groups: Sequence[Sequence[int]], free: Sequ
     budget = round(request.ratio * sum(d.whole for d in damages))
     for group, widths, index in zip(groups, options, knapsack.solve(choices, budget), strict=True):
         for i in group:
-            kept[i] = widths[index]
+            kept[i] = own(group, i, widths[index])
     return kept
 
 

@@ -17,6 +17,7 @@ from probeprune.algebra.moments import History, Tokens
 from probeprune.errors import BadValue, UsageError, unknown
 from probeprune.model.blocks import Block
 from probeprune.model.cost import block_flops
+from probeprune.model.family_records import SharedKV
 from probeprune.model.passes import CACHE_NAMES
 from probeprune.model.shadow import Shadow
 from probeprune.ranges import check_fields
@@ -211,8 +212,8 @@ def restrict(kwargs: dict[str, Any], selection: Selection, batch: int) -> dict[s
         if name == "position_embeddings":
             # Cosines and sines, or one tensor of both as complex numbers.
             parts = (value,) if isinstance(value, torch.Tensor) else value
-            own = tuple(rows(t).index_select(1, selection.tokens) for t in parts)
-            cut[name] = own[0] if isinstance(value, torch.Tensor) else own
+            few = tuple(rows(t).index_select(1, selection.tokens) for t in parts)
+            cut[name] = few[0] if isinstance(value, torch.Tensor) else few
         elif name == "attention_mask":
             if not (isinstance(value, torch.Tensor) and value.ndim == 4):
                 raise UsageError("probing needs sdpa or eager attention; load the model with one of them.")
@@ -222,6 +223,10 @@ def restrict(kwargs: dict[str, Any], selection: Selection, batch: int) -> dict[s
             cut[name] = rows(value).index_select(1, selection.tokens)
         elif name == "cache_position":
             cut[name] = value.index_select(0, selection.tokens)
+        elif name == SharedKV.argument:
+            # A copy: what a block finds of earlier layers, and where it leaves its own for later ones.
+            own = {k: tuple(rows(t).index_select(2, selection.tokens) for t in kv) for k, kv in value.items()}
+            cut[name] = type(value)(own)
         elif name in CACHE_NAMES:
             cut[name] = None
         elif name == "use_cache":

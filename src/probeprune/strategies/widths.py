@@ -125,9 +125,14 @@ def check_even(request: Request) -> None:
     blocks = [b for b in request.blocks if may_lose_units(b, request)]
     if request.ratio and request.skip_layers:
         raise UsageError("allocations 'even' and 'damage-even' give all layers one width: skip_layers=0.")
-    sizes = {(role(b), b.units, b.parameters) for b in blocks}
+    sizes = {(role(b), b.units / times(b), b.parameters / times(b)) for b in blocks}
     if len(sizes) > len({role(b) for b in blocks}):
         raise UsageError("this model's layers differ in width already; use an allocation that is not even.")
+
+
+def times(block: Prunable) -> int:
+    """How many times the width that a plain config says for all blocks like it is a block's own."""
+    return 1 if isinstance(block, Stack) else block.times
 
 
 def role(block: Prunable) -> str:
