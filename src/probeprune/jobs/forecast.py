@@ -295,6 +295,10 @@ def _statistics(
             wide = Rehearsal(dense.model, torch.float32, job.device, method.unit_kind)
         channels = method.experts == "channel" and loses_experts(method, dense.stacks)
         phases += footprints.saliences(dense, wide, criterion, method.gradient_settings, channels)
+    if gates := method.gate_settings:
+        more, started = _statistics(dense, kept, replace(job, method=method.start))
+        held += started
+        phases += [*more, _with(footprints.gates(dense, gates), held)]
     how = method.refit or Refit()
     chosen = "consumers" in parts and method.ordered_by_refit
     if "damages" in parts or (chosen and how.sensitivity):
@@ -331,6 +335,9 @@ def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
     flops = evaluated * (dense + small + 2 * head)
     double = 0.0
     how = method.refit or Refit()
+    if gates := method.gate_settings:  # a pass of the teacher; one with gates, and back to these
+        parts |= needs_for(method.start, blocks)
+        flops += gates.steps * gates.batch_size * gates.length * 3 * (dense + head)
     flops += tokens * dense * len({"moments", "routed"} & parts)
     if "saliences" in parts:
         gradients = method.gradient_settings
