@@ -157,13 +157,18 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
+def check_length(given: int, length: int) -> None:
+    """Raise `UsageError` for calibration windows of fewer tokens than gates are trained on."""
+    if given < length:
+        raise UsageError(
+            f"gates are trained on windows of {length} tokens, and calibration has {given}; give longer "
+            "ones, or compose the method with gates=Gates(length=...)."
+        )
+
+
 def _pieces(windows: torch.Tensor, length: int) -> torch.Tensor:
     """The windows cut into pieces of `length` tokens; an incomplete last one of a window is left out."""
-    if windows.shape[1] < length:
-        raise UsageError(
-            f"gates are trained on windows of {length} tokens, and calibration has {windows.shape[1]}; give "
-            "longer ones, or compose the method with gates=Gates(length=...)."
-        )
+    check_length(windows.shape[1], length)
     return windows[:, : windows.shape[1] // length * length].reshape(-1, length)
 
 

@@ -97,7 +97,8 @@ class Forecast:
     after: Figures | None
     in_memory: Memory | None
     by_layer: Memory | None
-    """A layer at a time, with all hidden states in files: the least that can be asked for."""
+    """A layer at a time, with all hidden states in files: the least that can be asked for; None where a part
+    of the job needs all layers at once."""
     states_bytes: int
     """Of hidden states that a layer at a time keeps in memory as far as they find room, and else in files."""
     base_bytes: int
@@ -143,7 +144,7 @@ def forecast(outline: Outline, job: Job, *, memory: int | None = None, timed: bo
         before,
         after,
         _memory(opening.in_memory(phases), base),
-        _memory(opening.by_layer(phases), base),
+        None if any(p.whole for p in phases) else _memory(opening.by_layer(phases), base),
         max(p.states for p in phases),
         base,
         _seconds(shape, pruned, kept, job) if timed else None,
@@ -221,11 +222,8 @@ def pruning_work(method: Method, ratio: float, layout: Layout, texts: Texts, ste
 def _evaluating(rehearsal: Rehearsal, batch: Batch, windows: int, cut: int) -> list[Phase]:
     if not windows:
         return []
-    state = "pruned" if cut else "dense"
-    return [
-        Phase(f"{p.name} ({state})", p.work, p.states, layers=p.layers, cut=cut)
-        for p in measuring(rehearsal, batch, windows)
-    ]
+    state, found = "pruned" if cut else "dense", measuring(rehearsal, batch, windows)
+    return [Phase(f"{p.name} ({state})", p.work, p.states, layers=p.layers, cut=cut) for p in found]
 
 
 def comparing_work(methods: Iterable[tuple[Method, float]], texts: Texts) -> Work:
@@ -388,7 +386,7 @@ def _rate(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device, tok
     maps = [m for b in blocks if b.layer == last for m in (*b.producers, b.consumer)]
     weights = [torch.ones(sizes(m), dtype=dtype, device=device) for m in maps]
     inputs = [torch.ones(tokens, sizes(m)[1], dtype=dtype, device=device) for m in maps]
-    done, started = 0.0, 0.0
+    done = started = 0.0
     for turn in range(100):
         if turn == 1:
             started = synced_clock(device)  # the first turn sets up threads and kernels

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from probeprune import processes
-from probeprune.calibration.gates import check_whole
+from probeprune.calibration.gates import check_length, check_whole
 from probeprune.data.windows import BATCH_SIZE, Text, WindowSource
 from probeprune.engines.gguf_types import FileType, block_length, storage
 from probeprune.engines.gguf_write import check_export, write_export
@@ -278,9 +278,11 @@ def calibration_source(loaded: LoadedModel, method: Method, text: Text, seed: in
 
 
 def check_windows(method: Method, text: Text, model: nn.Module) -> None:
-    """Raise `UsageError` for no windows where the method needs some for the model."""
+    """Raise `UsageError` for no windows where the method needs some for the model, or too short ones."""
     if text.windows < 1 and needs_for(method, parts_of(model, method)):
         raise UsageError(f"method {method.name!r} needs calibration; give at least one calibration window.")
+    if gates := method.gate_settings:
+        check_length(text.length, gates.length)
 
 
 def _calibration_record(method: Method, text: Text, experts: bool) -> dict[str, Any] | None:
