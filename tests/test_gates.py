@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny import FAMILIES, SHAPE, snapshot, token_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,7 +31,6 @@ from probeprune.errors import UsageError
 from probeprune.methods import TABLES, Method
 from probeprune.model.described import empty_like
 from probeprune.model.footprint import LiveBytes, Phase, Rehearsal
-from probeprune.model.offloading import is_offloaded
 from probeprune.model.placing import place
 from probeprune.plan import parts_of
 from probeprune.processes import shares
@@ -246,11 +246,9 @@ def test_what_cannot_work_is_refused():
         prepare(tiny(), gates_of(replace(FEW, length=32)), 0.3, WINDOWS)
 
 
-def test_offloaded_layers_are_refused_before_any_work(monkeypatch):
-    model = tiny()
-    monkeypatch.setattr(training, "is_offloaded", lambda model: True)
-    assert not is_offloaded(model)
-    said = []
+def test_offloaded_layers_are_refused_before_any_work():
+    model, said = tiny(), []
+    cpu_offload(model, torch.device("cpu"))
     with pytest.raises(UsageError, match="its layers are offloaded; load it without"):
         prepare(model, gates_of(), 0.3, WINDOWS, progress=lambda *work: said.append(work))
     assert not said

@@ -211,7 +211,8 @@ def gates(rehearsal: Rehearsal, how: Gates) -> Phase:
     batch = Batch(how.batch_size, how.length)
     with rehearsal.running() as live:
         runner = rehearsal.runner(batch)
-        scales = {b.name: torch.ones(b.units, requires_grad=True) for b in rehearsal.here}
+        gate = torch.ones((), dtype=torch.float32, device=rehearsal.device, requires_grad=True)
+        scales = {b.name: gate.expand(b.units) for b in rehearsal.here}
         before = live.now
         with torch.enable_grad(), gated(rehearsal.here, scales):
             out = runner.run(rehearsal.layer, 0, runner.hidden[0])

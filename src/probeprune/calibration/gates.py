@@ -102,6 +102,8 @@ def learn_gates(
         UsageError: a model that is not in memory as a whole, or windows too short.
         FloatingPointError: a loss or a gradient that is NaN or infinite.
     """
+    if not budgets:
+        return {}
     check_whole(model)
     check_eval(model, "gates need")
     pieces = _pieces(token_windows(model, windows), how.length)
@@ -114,7 +116,7 @@ def learn_gates(
         for own in scores:
             own.requires_grad_(True)
         costs = [
-            torch.cat([torch.full((b.units,), float(b.unit_parameters)) for b in budget.blocks]).to(device)
+            torch.cat([_full(b.units, b.unit_parameters) for b in budget.blocks]).to(device)
             for budget in budgets
         ]
         adam = torch.optim.Adam(scores, lr=how.learning_rate, betas=(0.9, 0.99))
@@ -194,6 +196,10 @@ def _logits_of_ranks(scores: torch.Tensor) -> torch.Tensor:
     it is the same from all blocks at the start."""
     ranks = scores.argsort(stable=True).argsort(stable=True)
     return ((ranks + 0.5) / len(scores)).logit().float()
+
+
+def _full(count: int, value: float) -> torch.Tensor:
+    return torch.full((count,), float(value), dtype=torch.float32, device="cpu")
 
 
 def _by_block(blocks: Sequence[Block], values: torch.Tensor) -> dict[str, torch.Tensor]:
