@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from probeprune import METHODS, Method, Refit, attach, compose, prepare, prune, save
+from probeprune import METHODS, Gates, Method, Refit, attach, compose, prepare, prune, save
 from probeprune.algebra.moments import Moments
 from probeprune.methods import with_equal_widths
 from probeprune.model.blocks import Block
@@ -36,7 +36,9 @@ WINDOWS = token_ids(8, 16, seed=9)
 
 
 def _affordable(method: Method) -> Method:
-    """The same method with gradients on windows that tiny models can read."""
+    """The same method with gradients, and gates, on windows that tiny models can read."""
+    if method.gate_settings is not None:
+        return replace(method, gates=Gates(steps=3, batch_size=2, length=16))
     if IMPORTANCES[method.importance].criterion is None:
         return method
     return replace(method, gradients=replace(method.gradient_settings, windows=4, length=16))

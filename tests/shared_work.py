@@ -14,6 +14,7 @@ from tiny import FAMILIES, token_ids
 from probeprune import METHODS, Refit, attach, compose, find_blocks, processes, prune
 from probeprune.calibration.collecting import calibrate
 from probeprune.calibration.damage import damages
+from probeprune.calibration.gates import Budget, learn_gates
 from probeprune.calibration.gradients import saliences
 from probeprune.calibration.sensitivity import sensitivities
 from probeprune.errors import UsageError
@@ -21,6 +22,7 @@ from probeprune.evaluation.likelihood import Request, make_batches, score
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.preparation import Preparation
 from probeprune.processes import shares
+from probeprune.strategies.gates import Gates
 
 WINDOWS = token_ids(7, 16, seed=4)
 REFIT = Refit(damping=(1e-2, 1.0), sensitivity=2)
@@ -45,6 +47,9 @@ def work(cache: Path | None = None) -> Found:
         fisher = sensitivities(model, few, seed=3)
         keep(f"sensitivities of {count}", fisher)
         keep(f"damages of {count}", damages(model, few, fisher, batch_size=2))
+        start = {b.name: torch.arange(b.units, dtype=torch.float32) for b in find_blocks(model)}
+        budget = Budget(find_blocks(model), 0.3 * sum(b.parameters for b in find_blocks(model)))
+        keep(f"gates of {count}", learn_gates(model, few, [budget], start, Gates(3, min(count, 3), 16)))
         result = perplexity(model, few, batch_size=2)
         keep(f"perplexity of {count}", {"value": result.value, "losses": result.losses})
     scores = score(model, REQUESTS, make_batches(REQUESTS, 2, "length"), max_length=16)

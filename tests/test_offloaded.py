@@ -27,7 +27,7 @@ from probeprune.strategies.schedule import Once
 
 WINDOWS = token_ids(10, 64, seed=3)
 TEXT = token_ids(10, 40, seed=9)
-STATIC = [name for name, m in METHODS.items() if m.when == Once()]
+STATIC = [name for name, m in METHODS.items() if m.when == Once() and m.gate_settings is None]
 DYNAMIC = [name for name, m in METHODS.items() if m.when.every_batch]
 
 

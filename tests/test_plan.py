@@ -228,6 +228,14 @@ def test_the_tables_are_printed(config_only, capsys):
     assert "KV cache a token" in shown and "a layer at a time, least --memory" in shown
 
 
+def test_a_method_that_needs_all_layers_at_once_says_so(config_only, capsys):
+    options = ("--method", "gates", "--ratio", "0.3", "--round-to", "4", "--dtype", "float32")
+    assert call("plan", str(config_only), *options, "--length", "256") == 0
+    assert "needs all layers in memory at once" in capsys.readouterr().out
+    assert call("plan", str(config_only), *options, "--length", "24") == 2
+    assert "gates are trained on windows of 256 tokens" in "".join(capsys.readouterr())
+
+
 REFUSED = {
     "a method that trains": ("--method", "llm-pruner+lora", "--ratio", "0.3"),
     "an unknown method": ("--method", "wandasp", "--ratio", "0.3"),

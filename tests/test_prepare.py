@@ -30,6 +30,7 @@ NEEDS = {
     "probe-reuse": {"moments"},
     "best-static": {"consumers"},
     "best-dynamic": {"consumers"},
+    "gates": {"gates", "consumers"},
     "ppsp": {"moments"},
     "magnitude": set(),
     "random": set(),
@@ -39,6 +40,7 @@ NEEDS = {
     "llm-pruner+lora": {"saliences"},
     "loraprune+lora": set(),  # its scores come from training
     "best-static+lora": {"consumers"},
+    "gates+lora": {"gates", "consumers"},
     "ppsp+lora": {"moments"},
     "magnitude+lora": set(),
     "random+lora": set(),
@@ -47,6 +49,7 @@ NEEDS = {
     "llm-pruner+distill": {"saliences"},
     "loraprune+distill": {"saliences"},
     "best-static+distill": {"consumers"},
+    "gates+distill": {"gates", "consumers"},
     "ppsp+distill": {"moments"},
     "magnitude+distill": set(),
     "random+distill": set(),

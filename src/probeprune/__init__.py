@@ -13,6 +13,7 @@ from probeprune.runtime.handle import Handle
 from probeprune.strategies.account import Costs
 from probeprune.strategies.compensation import Bias, Compensation, Refit
 from probeprune.strategies.criteria import Gradients
+from probeprune.strategies.gates import Gates
 from probeprune.strategies.probe import Probe
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.refit_every_batch import RefitEveryBatch
@@ -28,6 +29,7 @@ __all__ = [
     "Costs",
     "Distilled",
     "DuringTraining",
+    "Gates",
     "Gradients",
     "Handle",
     "Method",

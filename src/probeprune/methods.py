@@ -18,6 +18,7 @@ from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import COMPENSATIONS, Compensation, Refit
 from probeprune.strategies.criteria import CRITERIA, Gradients
 from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES, scores_channels
+from probeprune.strategies.gates import Gates
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe import Pays, Probe
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
@@ -56,6 +57,8 @@ class Method:
     """When units are cut, and whether the model is trained."""
     gradients: Gradients | None = None
     """Settings of the gradients for an importance that reads them; None for its published ones."""
+    gates: Gates | None = None
+    """Settings of the training for importance `gates`; None for the default ones."""
     blocks: tuple[Literal["attention", "mlp", "experts"], ...] = ("attention", "mlp", "experts")
     """Which blocks are pruned; `experts` are those of a mixture of experts, without its shared ones."""
     experts: ExpertUnit = "channel"
@@ -110,8 +113,22 @@ class Method:
 
     @property
     def gradient_settings(self) -> Gradients:
-        """Settings of the gradients that its importance reads. Raises `KeyError` where it reads none."""
-        return self.gradients or CRITERIA[str(IMPORTANCES[self.importance].criterion)].gradients
+        """Settings of the gradients that its importance, or the start of its gates, reads. Raises `KeyError`
+        where it reads none."""
+        return self.gradients or CRITERIA[str(IMPORTANCES[self.start.importance].criterion)].gradients
+
+    @property
+    def gate_settings(self) -> Gates | None:
+        """Settings of the gates that its importance trains; None where it trains none."""
+        return (self.gates or Gates()) if IMPORTANCES[self.importance].learned else None
+
+    @property
+    def start(self) -> "Method":
+        """The method whose scores its gates start from; itself where it trains none."""
+        if self.gate_settings is None:
+            return self
+        start = self.gate_settings.start
+        return replace(self, importance=start, gates=None, compensation=COMPENSATIONS["none"], when=Once())
 
     @property
     def experts_stay(self) -> str | None:
@@ -130,6 +147,10 @@ _EXPERTS_STAY: tuple[tuple[Callable[[Method], bool], str], ...] = (
     (
         lambda m: m.refit is not None and m.experts == "expert",
         "a refit makes up for channels of experts, not for whole ones (experts='channel')",
+    ),
+    (
+        lambda m: IMPORTANCES[m.importance].learned,
+        "gates are trained for heads and channels of MLPs (importance {0.importance})",
     ),
     (
         lambda m: bool(ALLOCATIONS[m.allocation].needs),
@@ -165,8 +186,12 @@ _RULES: tuple[tuple[Callable[[Method], bool], str], ...] = (
         f"blocks to prune must be some of {', '.join(KINDS)}.",
     ),
     (
-        lambda m: m.gradients is not None and IMPORTANCES[m.importance].criterion is None,
-        "importance {0.importance!r} takes no gradients; leave gradients out.",
+        lambda m: m.gates is not None and not IMPORTANCES[m.importance].learned,
+        "importance {0.importance!r} trains no gates; leave gates out.",
+    ),
+    (
+        lambda m: m.gradients is not None and IMPORTANCES[m.start.importance].criterion is None,
+        "importance {0.start.importance!r} takes no gradients; leave gradients out.",
     ),
     (
         lambda m: m.when.chooses and not IMPORTANCES[m.importance].from_batch,
@@ -262,6 +287,13 @@ _UNTRAINED: tuple[Method, ...] = (
         compensation=Refit(),
         when=RefitEveryBatch(),
         source="this project: best-static, the refit of its MLPs following the batch",
+    ),
+    Method(
+        "gates",
+        "gates",
+        "global",
+        compensation=Refit(),
+        source="this project: scales of units trained by KL, then a refit",
     ),
     Method("ppsp", source="Probe Pruning's importance, ordered once"),
     Method("magnitude", importance="magnitude", source="control"),

@@ -169,6 +169,8 @@ def static_scores(method: Method, block: Block, statistics: Statistics) -> Score
         return None
     if moments is None and "moments" in importance.needs:
         return None
+    if importance.learned and block.name not in statistics.gates:
+        return None
     device = block.consumer.weight.device
     if moments is not None:
         moments = moments.to(device)
@@ -185,6 +187,7 @@ def static_scores(method: Method, block: Block, statistics: Statistics) -> Score
             energy=None if moments is None else moments.sample_energy,
             variance=None if moments is None else moments.variance,
             saliences=saliences,
+            gates=statistics.gates[block.name].to(device) if importance.learned else None,
             reduction="sum" if importance.criterion is None else method.gradient_settings.reduction,
             seed=method.seed,
         )

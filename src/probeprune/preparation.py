@@ -16,7 +16,8 @@ from torch import nn
 
 from probeprune import plan, records
 from probeprune.calibration.collecting import calibrate
-from probeprune.calibration.damage import damages, unit_flops, unit_nanoseconds
+from probeprune.calibration.damage import damages, savings
+from probeprune.calibration.gates import budgets, check_whole, learn_gates
 from probeprune.calibration.gradients import saliences
 from probeprune.calibration.refit import RefitRequest, refit
 from probeprune.calibration.routed import routed_moments
@@ -27,7 +28,7 @@ from probeprune.calibration.unfinished import Unfinished, resumed, states_bytes
 from probeprune.data.windows import BATCH_SIZE, WindowSource
 from probeprune.errors import UsageError
 from probeprune.methods import Method
-from probeprune.model.blocks import find_blocks
+from probeprune.model.blocks import Block
 from probeprune.model.identity import content_key
 from probeprune.model.passes import token_windows
 from probeprune.model.wrappers import unwrapped
@@ -36,13 +37,14 @@ from probeprune.processes import shares
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
 from probeprune.strategies import Part
+from probeprune.strategies.allocation import ALLOCATIONS
 from probeprune.strategies.compensation import Consumer, Refit
 from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES
 from probeprune.strategies.importance import IMPORTANCES
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
 from probeprune.strategies.pruned_block import Cut
 from probeprune.strategies.refit_every_batch import RefitEveryBatch
-from probeprune.strategies.widths import Damage
+from probeprune.strategies.widths import Damage, Request
 
 _FORMAT = 4
 DAMAGE_WINDOWS = 32
@@ -111,8 +113,14 @@ def gather(
         pieces["damages"] = get(
             Piece("damages", {**_curve_settings(method), "budget": method.budget}, method)
         )
+    if "gates" in parts and ratio:
+        check_whole(model)
+        keep = widths
+        if not (keep or ALLOCATIONS[method.allocation].needs_scores):
+            keep = plan.widths(method, ratio, blocks, [], Statistics(**pieces))
+        pieces["gates"] = get(Piece("gates", _gate_settings(method, ratio, keep or []), method))
     statistics = Statistics(**pieces)
-    statistics.check(parts, blocks, channels)
+    statistics.check(parts if ratio else parts - {"gates"}, blocks, channels)
     if "consumers" in parts and ratio:
         scores = plan.all_scores(model, method, blocks, statistics)
         keep = widths or plan.widths(method, ratio, blocks, scores, statistics)
@@ -142,6 +150,19 @@ def _salience_settings(method: Method) -> dict[str, Any]:
         "windows": gradients.windows,
         "length": gradients.length,
         **(drawn if importance.draws else {}),
+    }
+
+
+def _gate_settings(method: Method, ratio: float, widths: Sequence[int]) -> dict[str, Any]:
+    reads_gradients = IMPORTANCES[method.start.importance].criterion is not None
+    return {
+        "gates": records.to_json(method.gate_settings),
+        "gradients": _salience_settings(method.start) if reads_gradients else None,
+        "unit_kind": method.unit_kind,
+        "seed": method.seed,
+        "widths": list(widths),
+        # Without widths, one threshold over all blocks that may lose units.
+        **({} if widths else {"ratio": ratio, "skip": method.skip_layers, "blocks": list(method.blocks)}),
     }
 
 
@@ -202,6 +223,7 @@ class Preparation:
             "routed": self._routed,
             "saliences": self._saliences,
             "damages": self._damages,
+            "gates": self._gates,
             "consumers": self._consumers,
         }
 
@@ -320,27 +342,31 @@ class Preparation:
 
         states = states_bytes(self.model, self.windows[:DAMAGE_WINDOWS])
         curves = resumed(path, TENSORS, self.model, measure, states=states, settings=self.batch_size)
-        blocks = find_blocks(self.model, method.unit_kind)
-        if method.budget == "parameters":
-            savings = [b.unit_parameters for b in blocks]
-            wholes = [b.parameters for b in blocks]  # not all belong to a unit
-        else:
-            with shares.alike():
-                savings = self._savings(method)
-            savings = shares.agreed(savings)  # measured times differ
-            wholes = [b.units * s for b, s in zip(blocks, savings, strict=True)]
-        return {
-            b.name: Damage(curves[b.name], saving, whole)
-            for b, saving, whole in zip(blocks, savings, wholes, strict=True)
-        }
+        saved = savings(self.model, method.unit_kind, method.budget, self.windows[: self.batch_size])
+        return {name: Damage(curves[name], *amounts) for name, amounts in saved.items()}
 
-    def _savings(self, method: Method) -> list[int]:
-        """FLOPs or nanoseconds saved by removing one unit of each block."""
-        blocks = find_blocks(self.model, method.unit_kind)
-        if method.budget == "flops":
-            return unit_flops(blocks, self.windows.shape[1])
-        ids = self.windows[: self.batch_size].to(next(self.model.parameters()).device)
-        return unit_nanoseconds(self.model, blocks, ids)
+    def _gates(self, piece: Piece) -> dict[str, Any]:
+        """Gates trained under the budget of a piece. A run that is stopped trains them anew."""
+        method, how = piece.method, piece.method.gate_settings
+        assert how is not None
+        path = None
+        if self.cache is not None:
+            key = content_key(self.model, self.windows, "gates", _FORMAT, dict(piece.settings))
+            path = self.cache / f"{key}.safetensors"
+
+        def learn(_: Unfinished) -> dict[str, torch.Tensor]:
+            blocks, own = plan.parts_of(self.model, method), method.start
+            scores = plan.all_scores(self.model, own, blocks, gather(self.model, own, 0.0, self.get))
+            pairs = zip(blocks, scores, strict=True)
+            start = {b.name: s.cpu() for b, s in pairs if isinstance(b, Block) and s is not None}
+            ratio, widths = piece.settings.get("ratio", 0.0), piece.settings["widths"]
+            wanted = budgets(Request(blocks, ratio, method.skip_layers, kinds=method.blocks), widths)
+            learned = learn_gates(
+                self.model, self.windows, wanted, start, how, seed=method.seed, progress=self.progress
+            )
+            return {name: learned.get(name, torch.zeros_like(s)) for name, s in start.items()}
+
+        return resumed(path, "gates", self.model, learn)
 
     def _consumers(self, piece: Piece) -> dict[str, Any]:
         """Consumers refitted to the cuts of a piece, or to units that the refit chooses."""

@@ -103,6 +103,29 @@ def _curve(block: Block, moments: Gram, metric: torch.Tensor, damping: float) ->
     return order.damage.cpu() / 2
 
 
+def savings(
+    model: nn.Module, units: UnitKind, budget: str, windows: torch.Tensor
+) -> dict[str, tuple[int, int]]:
+    """What removing one unit of each block saves, and what the whole block costs, by block name.
+
+    Args:
+        model: a supported causal LM with nothing attached; unchanged at the end.
+        units: kind of attention units.
+        budget: the quantity: `parameters`, `flops` of a window, or `time`, in nanoseconds, of these windows.
+        windows: LongTensor (batch, length) of token ids.
+    """
+    blocks = find_blocks(model, units)
+    if budget == "parameters":
+        return {b.name: (b.unit_parameters, b.parameters) for b in blocks}  # not all belong to a unit
+    with shares.alike():
+        if budget == "flops":
+            saved = unit_flops(blocks, windows.shape[1])
+        else:
+            saved = unit_nanoseconds(model, blocks, windows.to(next(model.parameters()).device))
+    saved = shares.agreed(saved)  # measured times differ
+    return {b.name: (s, b.units * s) for b, s in zip(blocks, saved, strict=True)}
+
+
 def unit_flops(blocks: Sequence[Block], length: int) -> list[int]:
     """FLOPs saved per block by removing one unit, for a sequence of `length` tokens."""
     return [block_flops(b, b.units, 1, length) - block_flops(b, b.units - 1, 1, length) for b in blocks]

@@ -17,6 +17,7 @@ from probeprune.algebra.moments import Moments
 from probeprune.algebra.precision import choosing_dtype
 from probeprune.calibration import leaving
 from probeprune.calibration.expert_refit import experts_at_once, moment_bytes
+from probeprune.calibration.gates import add_gradients, gated
 from probeprune.model.blocks import Block, Member, find_layers
 from probeprune.model.decoding import HEAD_TOKENS, next_token_logits
 from probeprune.model.experts import ExpertMap, Stack
@@ -25,6 +26,7 @@ from probeprune.model.forwards import temporary_hooks
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.strategies.compensation import Refit
 from probeprune.strategies.criteria import CRITERIA, Gradients, Settled
+from probeprune.strategies.gates import Gates
 
 _SIZES = ("per_token", "hidden_size", "experts")
 _SMALL = 160
@@ -203,6 +205,28 @@ def _backward(
         Phase(f"{name}: logits", live.peak + one, one * (layers + 1), sets=2, layers=0),
         Phase(name, layer + one, one * (layers + 1), sets=2),
     ]
+
+
+def gates(rehearsal: Rehearsal, how: Gates) -> Phase:
+    """The part of the work that trains gates (`gates.learn_gates`): the activations of a step in all layers,
+    and beside them what the passes through one layer, or the output head, take for themselves."""
+    batch = Batch(how.batch_size, how.length)
+    with rehearsal.running() as live:
+        runner = rehearsal.runner(batch)
+        gate = torch.ones((), dtype=torch.float32, device=rehearsal.device, requires_grad=True)
+        scales = {b.name: gate.expand(b.units) for b in rehearsal.here}
+        before = live.now
+        with torch.enable_grad(), gated(rehearsal.here, scales):
+            out = runner.run(rehearsal.layer, 0, runner.hidden[0])
+        saved = live.now - before
+        out.backward(torch.empty_like(out))
+    one = live.peak
+    with rehearsal.running() as live:
+        runner = rehearsal.runner(batch)
+        top = runner.finish(0, runner.hidden[0]).flatten(0, 1).detach().requires_grad_(True)
+        add_gradients(rehearsal.model, top, top.detach().clone(), batch.tokens)
+    layers = len(find_layers(rehearsal.model))
+    return Phase("gates", saved * layers + max(one - saved, live.peak), layers=layers, whole=True)
 
 
 # -- refits ----------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ class Statistics:
     saliences: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Saliences of every row or column of the blocks' linear maps, by the name of the map
     (`calibration/gradients.py`)."""
+    gates: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Learned scores of the units of every block, by block name (`calibration/gates.py`)."""
     damages: Mapping[str, Damage] = field(default_factory=dict)
     """Damage of every block, by block name (`calibration/damage.py`)."""
     consumers: Mapping[str, Consumer] = field(default_factory=dict)
@@ -48,6 +50,8 @@ class Statistics:
             self._check_saliences(blocks, stacks)
         if "damages" in parts:
             self._check_damages(blocks)
+        if "gates" in parts:
+            self._check_gates(blocks)
 
     def _check_moments(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
@@ -96,6 +100,14 @@ class Statistics:
             damage = self.damages.get(block.name)
             if damage is None or damage.curve.shape != (block.units + 1,):
                 raise UsageError(f"there is no damage curve that fits {block.name}; prepare this very model.")
+
+    def _check_gates(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            scores = self.gates.get(block.name)
+            if scores is None or scores.shape != (block.units,):
+                raise UsageError(f"there are no gates that fit {block.name}; prepare this very model.")
+            if not torch.isfinite(scores).all():
+                raise FloatingPointError(f"the gates of {block.name} are NaN or infinite.")
 
     def check_consumer(self, block: Prunable, width: int, units: torch.Tensor | None) -> Consumer:
         """The refitted consumer of a block, or those of a stack of experts.

@@ -86,6 +86,7 @@ CODECS: Mapping[Part, Codec] = {
     "moments": Codec(_pack_moments, _unpack_moments),
     "routed": Codec(_pack_moments, _unpack_routed),
     "saliences": TENSORS,
+    "gates": TENSORS,
     "damages": Codec(_pack_damages, _unpack_damages),
     "consumers": Codec(_pack_consumers, _unpack_consumers),
 }

@@ -28,7 +28,7 @@ def moment(method: Method) -> str:
 
 def takes_gradients(method: Method) -> bool:
     """Whether the method must be calibrated with gradients."""
-    return "saliences" in needs(method)
+    return not needs(method).isdisjoint({"saliences", "gates"})
 
 
 def missed(name: str, method: Mapping[str, Any], ratio: float, removed: float) -> str | None:

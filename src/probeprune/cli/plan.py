@@ -95,17 +95,20 @@ def _show(found: Forecast, name: str) -> None:
     out().print(table)
     if not found.exact:
         print_text("Widths will be measured; the figures after the cut are those of an equal one.")
-    if found.in_memory is None or found.by_layer is None:
+    if found.in_memory is None:
         return
     table = Table("memory to prune", "peak", "mostly for", title_justify="left")
     table.add_row("all weights in memory", _bytes(found.in_memory.bytes), found.in_memory.largest)
-    least = found.by_layer
-    table.add_row("a layer at a time, least --memory", _bytes(least.bytes), least.largest)
+    shown, states = ("-", "-"), "The method needs all layers in memory at once."
+    if found.by_layer is not None:
+        shown = _bytes(found.by_layer.bytes), found.by_layer.largest
+        states = (
+            f"A layer at a time, up to {_bytes(found.states_bytes)} of hidden states are kept in memory "
+            "where it is given, else in files."
+        )
+    table.add_row("a layer at a time, least --memory", *shown)
     out().print(table)
-    print_text(
-        f"{_bytes(found.base_bytes)} of it are this process itself. A layer at a time, up to "
-        f"{_bytes(found.states_bytes)} of hidden states are kept in memory where it is given, else in files."
-    )
+    print_text(f"{_bytes(found.base_bytes)} of it are this process itself. {states}")
     if found.seconds is not None:
         print_text(
             f"The matrix products take about {_time(found.seconds)} at the speed just measured; all else "

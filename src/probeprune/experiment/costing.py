@@ -89,8 +89,8 @@ def _calibration_seconds(bench: Workbench, cell: Cell) -> float | None:
         nonlocal seconds
         started = time.perf_counter()
         value = few.get(piece)
-        # Gradients take windows of their own, the same number whatever the calibration text.
-        scale = 1 if piece.part == "saliences" else source.windows / FEW
+        # Gradients and gates take as many windows whatever the calibration text.
+        scale = 1 if piece.part in ("saliences", "gates") else source.windows / FEW
         seconds += (time.perf_counter() - started) * scale
         return value
 

@@ -195,7 +195,7 @@ def _method(entry: Entry) -> Method:
     method = read_record(entry, entries, Method, TABLES, base)
     if gradients is None:
         return method
-    if IMPORTANCES[method.importance].criterion is not None:
+    if IMPORTANCES[method.start.importance].criterion is not None:
         method = replace(method, gradients=method.gradient_settings)
     return read_record(entry, {"gradients": gradients}, Method, TABLES, method)
 

@@ -20,6 +20,7 @@ _PARTS = {
     "moments": "statistics",
     "routed": "statistics of experts",
     "saliences": "gradients",
+    "gates": "training of gates",
     "damages": "damages",
     "consumers": "refit",
 }

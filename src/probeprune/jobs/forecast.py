@@ -98,7 +98,8 @@ class Forecast:
     after: Figures | None
     in_memory: Memory | None
     by_layer: Memory | None
-    """A layer at a time, with all hidden states in files: the least that can be asked for."""
+    """A layer at a time, with all hidden states in files: the least that can be asked for; None where a part
+    of the job needs all layers at once."""
     states_bytes: int
     """Of hidden states that a layer at a time keeps in memory as far as they find room, and else in files."""
     base_bytes: int
@@ -144,7 +145,7 @@ def forecast(outline: Outline, job: Job, *, memory: int | None = None, timed: bo
         before,
         after,
         _memory(opening.in_memory(phases), base),
-        _memory(opening.by_layer(phases), base),
+        None if any(p.whole for p in phases) else _memory(opening.by_layer(phases), base),
         max(p.states for p in phases),
         base,
         _seconds(shape, pruned, kept, job) if timed else None,
@@ -224,11 +225,8 @@ def pruning_work(method: Method, ratio: float, layout: Layout, texts: Texts, ste
 def _evaluating(rehearsal: Rehearsal, batch: Batch, windows: int, cut: int) -> list[Phase]:
     if not windows:
         return []
-    state = "pruned" if cut else "dense"
-    return [
-        Phase(f"{p.name} ({state})", p.work, p.states, layers=p.layers, cut=cut)
-        for p in measuring(rehearsal, batch, windows)
-    ]
+    state, found = "pruned" if cut else "dense", measuring(rehearsal, batch, windows)
+    return [Phase(f"{p.name} ({state})", p.work, p.states, layers=p.layers, cut=cut) for p in found]
 
 
 def comparing_work(methods: Iterable[tuple[Method, float]], texts: Texts) -> Work:
@@ -299,6 +297,10 @@ def _statistics(
             wide = Rehearsal(dense.model, torch.float32, job.device, method.unit_kind)
         channels = method.experts == "channel" and loses_experts(method, dense.stacks)
         phases += footprints.saliences(dense, wide, criterion, method.gradient_settings, channels)
+    if gates := method.gate_settings:
+        more, started = _statistics(dense, kept, replace(job, method=method.start))
+        held += started
+        phases += [*more, _with(footprints.gates(dense, gates), held)]
     how = method.refit or Refit()
     chosen = "consumers" in parts and method.ordered_by_refit
     if "damages" in parts or (chosen and how.sensitivity):
@@ -335,6 +337,9 @@ def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
     flops = evaluated * (dense + small + 2 * head)
     double = 0.0
     how = method.refit or Refit()
+    if gates := method.gate_settings:  # a pass of the teacher; one with gates, and back to these
+        parts |= needs_for(method.start, blocks)
+        flops += gates.steps * gates.batch_size * gates.length * 3 * (dense + head)
     flops += tokens * dense * len({"moments", "routed"} & parts)
     if "saliences" in parts:
         gradients = method.gradient_settings
@@ -385,7 +390,7 @@ def _rate(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device, tok
     maps = [m for b in blocks if b.layer == last for m in (*b.producers, b.consumer)]
     weights = [torch.ones(sizes(m), dtype=dtype, device=device) for m in maps]
     inputs = [torch.ones(tokens, sizes(m)[1], dtype=dtype, device=device) for m in maps]
-    done, started = 0.0, 0.0
+    done = started = 0.0
     for turn in range(100):
         if turn == 1:
             started = synced_clock(device)  # the first turn sets up threads and kernels

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from probeprune import processes
+from probeprune.calibration.gates import check_length, check_whole
 from probeprune.data.windows import BATCH_SIZE, Text, WindowSource
 from probeprune.engines.gguf_types import FileType, block_length, storage
 from probeprune.engines.gguf_write import check_export, write_export
@@ -247,6 +248,7 @@ def rehearsed(
         importance="random",
         expert_importance="random",
         gradients=None,
+        gates=None,
         compensation="none",
         blocks=blocks,
     )
@@ -262,25 +264,32 @@ def rehearsed(
 def calibration_source(loaded: LoadedModel, method: Method, text: Text, seed: int) -> WindowSource | None:
     """The windows that the method's statistics are collected on; None if it needs no statistics.
 
-    Raises `UsageError` for no windows, and for a cache that cannot take the statistics.
+    Raises `UsageError` for no windows, a cache that cannot take the statistics, and gates of a model whose
+    layers are offloaded.
     """
     if not needs_for(method, parts_of(loaded.model, method)):
         return None
     check_windows(method, text, loaded.model)
+    if method.gate_settings is not None:
+        check_whole(loaded.model)
     if shares.leads():
         check_cache()
     return text.source(loaded.tokenizer, seed)
 
 
 def check_windows(method: Method, text: Text, model: nn.Module) -> None:
-    """Raise `UsageError` for no windows where the method needs some for the model."""
+    """Raise `UsageError` for no windows where the method needs some for the model, or too short ones."""
     if text.windows < 1 and needs_for(method, parts_of(model, method)):
         raise UsageError(f"method {method.name!r} needs calibration; give at least one calibration window.")
+    if gates := method.gate_settings:
+        check_length(text.length, gates.length)
 
 
 def _calibration_record(method: Method, text: Text, experts: bool) -> dict[str, Any] | None:
     """The number and length of windows behind each part of the statistics; None if there are no parts."""
     parts = may_need(method) if experts else needs(method)
+    if method.gate_settings is not None:
+        parts |= needs(method.start)
     if not parts:
         return None
     windows = {"moments": text.windows, "routed": text.windows, "damages": min(text.windows, DAMAGE_WINDOWS)}
@@ -290,6 +299,9 @@ def _calibration_record(method: Method, text: Text, experts: bool) -> dict[str, 
     for part, count in windows.items():
         if part in parts:
             record[part] = {"windows": count, "length": text.length}
+    if method.gate_settings is not None:
+        gates = method.gate_settings
+        record["gates"] = {"windows": gates.steps * gates.batch_size, "length": gates.length}
     if "saliences" in parts:
         gradients = method.gradient_settings
         record["saliences"] = {"windows": gradients.windows, "length": gradients.length}

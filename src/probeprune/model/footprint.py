@@ -65,6 +65,8 @@ class Phase:
     copies: int = 0
     """What an attached method holds of experts beside their whole tensors, of all layers; a layer at a time,
     of the layer at work."""
+    whole: bool = False
+    """Whether it runs through all layers with gradients, which must then be in memory at once."""
 
     @property
     def bytes(self) -> int:

@@ -109,7 +109,7 @@ def place(
         later: bytes that will be in use and are not yet.
 
     Raises:
-        UsageError: less memory than one layer at a time takes.
+        UsageError: less memory than one layer at a time takes, or than all do where the work needs all.
     """
     opening = opening_of(shape, dtype, device, stored)
     weights = opening.weights
@@ -121,8 +121,14 @@ def place(
         return None
     phases = (work or reading)(shape, dtype, device)
     used += retained(device) + later
-    if used + max(size for _, size in opening.in_memory(phases)) <= limit:
+    needed = used + max(size for _, size in opening.in_memory(phases))
+    if needed <= limit:
         return None
+    if whole := next((p.name for p in phases if p.whole), None):
+        raise UsageError(
+            f"model {name[:200]!r} takes {gib(needed)} with all layers in memory, which {whole} need, and "
+            f"there are {gib(limit)}; {_more(memory, needed)}, or choose a method that works layer by layer."
+        )
     most, least = max(opening.by_layer(phases), key=lambda part: part[1])
     least += used
     if limit < least:

@@ -47,6 +47,8 @@ class Evidence:
     """Var(z_j) (n,) over calibration tokens."""
     saliences: tuple[torch.Tensor, ...] = ()
     """One tensor per member of the block, summed over each unit: (units,)."""
+    gates: torch.Tensor | None = None
+    """What training has learned of each unit (`calibration/gates.py`): (units,)."""
     reduction: str = "sum"
     """A key of `criteria.REDUCTIONS`."""
     seed: int = 0
@@ -113,6 +115,12 @@ def random(evidence: Evidence) -> torch.Tensor:
     return scores.to(evidence.norms.squared.device)
 
 
+def gates(evidence: Evidence) -> torch.Tensor:
+    """The logits of scales that were trained under the budget (`calibration/gates.py`)."""
+    assert evidence.gates is not None
+    return evidence.gates
+
+
 @dataclass(frozen=True)
 class Importance:
     """An importance function and its needs."""
@@ -134,6 +142,11 @@ class Importance:
         """Whether units are ordered by the refit, not by scores."""
         return self.score is None
 
+    @property
+    def learned(self) -> bool:
+        """Whether scores come from training, which itself starts from those of another importance."""
+        return "gates" in self.needs
+
 
 def by_gradients(score: Callable[[Evidence], torch.Tensor], criterion: str) -> Importance:
     """The record of an importance that scores units by saliences; `criterion` is a key of `CRITERIA`."""
@@ -154,6 +167,7 @@ IMPORTANCES: dict[str, Importance] = {
     "param_second": by_gradients(taylor, "param_second"),
     "param_mix": by_gradients(taylor, "param_mix"),
     "lora-guided": by_gradients(lora_guided, "lora-guided"),
+    "gates": Importance(gates, "logits of scales trained by KL under the budget", frozenset({"gates"})),
     "obs": Importance(None, "damage of leaving, all others refitted, one by one", frozenset({"consumers"})),
     "magnitude": Importance(magnitude, "norm2 of the unit's weights"),
     "random": Importance(random, "uniform random numbers", draws=True),
