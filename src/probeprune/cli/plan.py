@@ -103,13 +103,14 @@ def _show(found: Forecast, name: str) -> None:
     table.add_row("a layer at a time, least --memory", _bytes(least.bytes), least.largest)
     out().print(table)
     print_text(
-        f"{_bytes(found.base_bytes)} of it are this process itself. A layer at a time, up to "
-        f"{_bytes(found.states_bytes)} of hidden states are kept in memory where it is given, else in files."
+        f"{_bytes(found.base_bytes)} of each peak are Python and its libraries. A layer at a time, hidden "
+        f"states of up to {_bytes(found.states_bytes)} stay in memory where --memory leaves room, and else "
+        "go to files."
     )
     if found.seconds is not None:
         print_text(
             f"The matrix products take about {_time(found.seconds)} at the speed just measured; all else "
-            "comes on top."
+            "comes on top. Next: `probeprune prune` with the same options and --out."
         )
 
 
