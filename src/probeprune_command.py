@@ -5,10 +5,14 @@ That takes seconds. This file lies beside the package, because importing any par
 """
 
 import sys
+from importlib.metadata import version
 
 
 def main() -> None:
-    """Import and run the command line."""
+    """Import and run the command line; `probeprune --version` imports nothing."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"probeprune {version('probeprune')}")
+        return
     try:
         from probeprune.cli import main as run
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from tiny import write_model_and_text
 import probeprune_command
 from probeprune.cli import app, run, values
 from probeprune.cli.facts import missed_in
+from probeprune.cli.terminal import lines_of_progress
 from probeprune.errors import UsageError
 from probeprune.methods import METHODS
 
@@ -54,6 +55,18 @@ def test_help_shows_every_option_and_an_example(command, capsys, monkeypatch):
     for parameter in COMMANDS[command].params:
         assert all(name in shown for name in parameter.opts), parameter.name
         assert parameter.help.rstrip(")] ").rstrip(".") in " ".join(shown.split()), parameter.name
+
+
+def test_help_has_whole_paragraphs_and_no_type_behind_a_switch(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert call("prune", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "ends in .gguf makes a file for llama.cpp" in shown and "<bool>" not in shown
+    assert re.search(r"--json +Print JSON lines", shown)
+    assert re.search(r"--steps +<int>.*From 1 to 1000\.", shown)
+    assert re.search(r"--batch-size +<int> +Windows per forward pass\. At least 1\.", shown)
+    assert call("--help") == 0
+    assert "<bool>" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -252,6 +265,33 @@ def test_ctrl_c_during_the_imports_is_a_sentence(capsys, monkeypatch):
         probeprune_command.main()
     assert end.value.code == 130
     assert capsys.readouterr().err == "probeprune: interrupted before anything was done.\n"
+
+
+def test_an_option_of_all_commands_behind_one_is_told_its_place(capsys):
+    assert call("compare", "--config", "x.toml") == 2
+    said = capsys.readouterr().err
+    assert "--config stands in front of the command, as in `probeprune --config ...`." in said
+
+
+def test_a_name_that_begins_known_ones_is_answered_with_them(capsys):
+    assert call("prune", "--method", "best", "--ratio", "0.2", "--out", "never") == 2
+    said = capsys.readouterr().err
+    assert "unknown method 'best'; did you mean 'best-dynamic' or 'best-static'? Known: " in said
+
+
+def test_the_version_is_printed_without_an_import(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["probeprune", "--version"])
+    monkeypatch.setitem(sys.modules, "probeprune.cli", None)  # an import of it would fail
+    probeprune_command.main()
+    assert capsys.readouterr().out.startswith("probeprune ")
+
+
+def test_without_a_terminal_long_work_prints_a_line_a_minute(capsys):
+    now = iter([0.0, 59.0, 61.0, 100.0, 121.0])
+    show = lines_of_progress(lambda: next(now))
+    for done in range(4):
+        show("refit", done, 4)
+    assert capsys.readouterr().err == "refit: 1 of 4\nrefit: 3 of 4\n"
 
 
 def test_codes_of_commands_pass_through():

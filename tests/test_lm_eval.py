@@ -147,7 +147,7 @@ def test_bad_arguments_are_one_sentence(place, more, sentence):
 
 def test_an_error_on_the_command_line_is_one_sentence(place, monkeypatch, capsys):
     monkeypatch.setattr(
-        "probeprune.lm_eval.__main__.cli_evaluate",
+        "lm_eval.__main__.cli_evaluate",
         lambda: probeprune.lm_eval.PrunedLM(str(place / "base"), method="prob", ratio=0.3),
     )
     assert run_command(monkeypatch, place) == 2

@@ -67,7 +67,7 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def unknown(what: str, given: object, known: Iterable[object], others: str = "") -> str:
-    """The message for an unknown name: the nearest known name, then all of them.
+    """The message for an unknown name: the nearest known name, or those it begins, then all.
 
     Args:
         what: the kind of name, such as `method`.
@@ -79,6 +79,9 @@ def unknown(what: str, given: object, known: Iterable[object], others: str = "")
     if not names and not others:
         return f"unknown {what} {quoted(given)}; there is none to give here."
     # In lower case too: `SmolLM2` is near `smollm2`.
-    near = get_close_matches(str(given), names, n=1) or get_close_matches(str(given).lower(), names, n=1)
-    hint = f"did you mean {near[0]!r}? Known:" if near else "known:"
+    word = str(given)
+    near = get_close_matches(word, names, n=1) or get_close_matches(word.lower(), names, n=1)
+    if not near and word:  # `best` begins two names
+        near = [name for name in names if name.startswith(word.lower()) and "+" not in name]
+    hint = f"did you mean {' or '.join(map(repr, near))}? Known:" if near else "known:"
     return f"unknown {what} {quoted(given)}; {hint} {', '.join([*names, others] if others else names)}."

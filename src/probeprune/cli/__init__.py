@@ -35,6 +35,7 @@ from probeprune.cli.table import table
 from probeprune.cli.terminal import prepare_terminal, print_error, print_text, set_talk
 from probeprune.cli.train import loraprune, recover
 from probeprune.cli.typed import Commands
+from probeprune.cli.usage import Command
 from probeprune.errors import UsageError
 
 app = typer.Typer(
@@ -49,14 +50,14 @@ app = typer.Typer(
 INTERRUPTED = "interrupted; all measurements are saved, and the same command continues from there."
 
 for _command in (compare, table, report, plan, prune, export, quantised, recover, loraprune, generate, bench):
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 for _command in (doctor, cache, completion):
-    app.command()(_command)
-app.command("eval")(evaluate)
-app.command()(push)
-app.command("methods")(list_methods)
-app.command("models")(list_models)
-app.command("engines")(list_engines)
+    app.command(cls=Command)(_command)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(push)
+app.command("methods", cls=Command)(list_methods)
+app.command("models", cls=Command)(list_models)
+app.command("engines", cls=Command)(list_engines)
 
 
 def _print_version(wanted: bool) -> None:

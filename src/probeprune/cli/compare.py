@@ -12,6 +12,7 @@ import typer
 
 from probeprune.cli.facts import is_dense, missed_in, with_rule
 from probeprune.cli.groups import (
+    TEXT,
     CalibrationOptions,
     KeepTrained,
     LoadOptions,
@@ -100,7 +101,7 @@ class MeasureOptions:
     panel: ClassVar[str] = "Evaluation"
     corpus: Annotated[
         str,
-        typer.Option(help="Text to measure perplexity on: an embedded name, a file or a hub id."),
+        typer.Option(help=f"Text to measure perplexity on: {TEXT}."),
     ] = TextMeasure.corpus
     windows: Annotated[
         int,
@@ -171,9 +172,7 @@ class BudgetOptions:
     ] = 4
     train_length: Annotated[int, typer.Option(help="Tokens per sequence."), RANGES["length"]] = 256
     train_rate: Annotated[float, typer.Option(help="Learning rate."), RANGES["learning_rate"]] = 5e-4
-    train_text: Annotated[str, typer.Option(help="Training text: an embedded name, a file or a hub id.")] = (
-        TrainingBudget.corpus
-    )
+    train_text: Annotated[str, typer.Option(help=f"Training text: {TEXT}.")] = TrainingBudget.corpus
     keep_trained: KeepTrained = True
 
     def budget(self) -> TrainingBudget:

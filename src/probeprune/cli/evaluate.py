@@ -12,7 +12,16 @@ import typer
 from rich.table import Table
 
 from probeprune.cli.facts import is_dense, missed, refuse_beside_kept, with_rule
-from probeprune.cli.groups import RATIO, CalibrationOptions, DeviceMap, LoadOptions, Memory, Model, PaysRule
+from probeprune.cli.groups import (
+    RATIO,
+    TEXT,
+    CalibrationOptions,
+    DeviceMap,
+    LoadOptions,
+    Memory,
+    Model,
+    PaysRule,
+)
 from probeprune.cli.options import grouped
 from probeprune.cli.terminal import notices, out, print_text, print_written, progress_bar, warn
 from probeprune.cli.values import names, size
@@ -66,10 +75,7 @@ class MeasureOptions:
     panel: ClassVar[str] = "Measurements"
     texts: Annotated[
         str,
-        typer.Option(
-            help="Texts for perplexity and agreement, separated by commas: embedded names, files or hub ids; "
-            "none for none."
-        ),
+        typer.Option(help=f"Texts for perplexity and agreement, separated by commas: {TEXT}; none for none."),
     ] = "wikitext2,c4-held-out"
     windows: Annotated[int, typer.Option(help="Windows of each text, from its start."), RANGES["windows"]] = (
         32

@@ -49,6 +49,10 @@ GGUF_TYPE = typer.Option(
     "rows of a multiple of 32 (prune with --round-to 32).",
     show_default="f16",
 )
+TEXT = (
+    "c4, c4-held-out, wikitext2 or wikitext2-valid (embedded), a .txt, .jsonl or .parquet file, or a hub id"
+)
+"""What a text can be, for the help of options that take one."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text and tables.")]
 Device = Annotated[
     str,
@@ -170,7 +174,7 @@ class CalibrationOptions:
     calibration: Annotated[
         str,
         typer.Option(
-            help="Calibration text: an embedded name, a file or a hub id. Several, separated by commas, take "
+            help=f"Calibration text: {TEXT}. Several, separated by commas, take "
             "turns; one that is named twice has two turns."
         ),
     ] = CALIBRATION.corpus
@@ -199,9 +203,7 @@ class EvaluationOptions:
     panel: ClassVar[str] = "Evaluation"
     corpus: Annotated[
         str,
-        typer.Option(
-            help="Text to measure perplexity on, before and after: an embedded name, a file or a hub id."
-        ),
+        typer.Option(help=f"Text to measure perplexity on, before and after: {TEXT}."),
     ] = TextMeasure.corpus
     windows: Annotated[
         int,

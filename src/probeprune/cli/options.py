@@ -28,6 +28,9 @@ from typing import Annotated, Any, get_type_hints
 
 from probeprune.ranges import Range, plain
 
+MILLION = 1_000_000
+"""Upper ends of ranges from here on only keep out what no tensor holds; `--help` leaves them out."""
+
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """The command with each parameter that is a dataclass replaced by one keyword for each of its fields.
@@ -95,6 +98,6 @@ def _with_range(annotation: Any) -> Any:
     if allowed is None:
         return annotation
     option = copy(annotation.__metadata__[0])
-    ends = allowed.ends
+    ends = f"at least {allowed.least}" if allowed.whole and allowed.most >= MILLION else allowed.ends
     option.help = f"{option.help} {ends[0].upper()}{ends[1:]}."
     return Annotated[annotation.__origin__, option]

@@ -103,16 +103,16 @@ def _show(found: Forecast, name: str) -> None:
     if found.by_layer is not None:
         shown = _bytes(found.by_layer.bytes), found.by_layer.largest
         states = (
-            f"A layer at a time, up to {_bytes(found.states_bytes)} of hidden states are kept in memory "
-            "where it is given, else in files."
+            f"A layer at a time, hidden states of up to {_bytes(found.states_bytes)} stay in memory where "
+            "--memory leaves room, and else go to files."
         )
     table.add_row("a layer at a time, least --memory", *shown)
     out().print(table)
-    print_text(f"{_bytes(found.base_bytes)} of it are this process itself. {states}")
+    print_text(f"{_bytes(found.base_bytes)} of each peak are Python and its libraries. {states}")
     if found.seconds is not None:
         print_text(
             f"The matrix products take about {_time(found.seconds)} at the speed just measured; all else "
-            "comes on top."
+            "comes on top. Next: `probeprune prune` with the same options and --out."
         )
 
 

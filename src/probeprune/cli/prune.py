@@ -11,6 +11,7 @@ import typer
 from probeprune.cli.facts import missed, with_compensation, with_rule
 from probeprune.cli.groups import (
     GGUF_TYPE,
+    TEXT,
     CalibrationOptions,
     DeviceMap,
     EvaluationOptions,
@@ -238,9 +239,7 @@ class TrainingOptions:
         ),
         RANGES["recover"],
     ] = 0
-    text: Annotated[
-        str, typer.Option("--train-text", help="Training text: an embedded name, a file or a hub id.")
-    ] = TrainingBudget.corpus
+    text: Annotated[str, typer.Option("--train-text", help=f"Training text: {TEXT}.")] = TrainingBudget.corpus
 
     def check(self, other: str | None, device_map: str | None) -> None:
         """Raise `UsageError` where something `other` than a smaller checkpoint is made, and for several
@@ -276,7 +275,7 @@ def prune(
     Perplexity is measured before and after pruning and written on the model card. A name that ends in .gguf
     makes a file for llama.cpp, with the layout and rounding that it likes. With --recover, the smaller model
     is then trained towards the dense one. Several processes (torchrun -m probeprune prune ..., or accelerate
-    launch) share the work of pruning out.
+    launch) share out the work of pruning.
 
     Example: [bold]probeprune prune smollm2-135m --method llm-pruner --ratio 0.2 --out pruned[/bold]
     """

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from probeprune.progress import Progress
 from probeprune.result_lines import Line
 
 err = LiteralConsole(stderr=True)
+LINE_EVERY = 60.0
+"""Seconds between two lines of progress where there is no terminal for a bar."""
 
 
 def out() -> LiteralConsole:
@@ -80,7 +83,13 @@ def prepare_terminal() -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on standard error for the newest task; yields the function that moves it."""
+    """A bar on standard error for the newest task; yields the function that moves it.
+
+    Where standard error is no terminal, such as a file of a run in the background, a line from time to time.
+    """
+    if not err.is_terminal:
+        yield lines_of_progress()
+        return
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Bar(TextColumn("{task.description:<18}", markup=False), *columns, console=err, transient=True)
     tasks: dict[str, TaskID] = {}
@@ -98,6 +107,19 @@ def progress_bar() -> Iterator[Progress]:
     finally:
         if tasks:
             bar.stop()
+
+
+def lines_of_progress(clock: Callable[[], float] = time.monotonic) -> Progress:
+    """A function that prints how far the work is, once in `LINE_EVERY` seconds; nothing for short work."""
+    last = clock()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if clock() - last >= LINE_EVERY:
+            last = clock()
+            print_line(f"{what}: {done} of {total}", "dim")
+
+    return show
 
 
 def print_line(text: str, style: str = "", *, mark: str = "") -> None:

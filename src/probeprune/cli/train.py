@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from probeprune.cli.groups import (
+    TEXT,
     CheckpointOptions,
     EvaluationOptions,
     LoadOptions,
@@ -54,9 +55,7 @@ class TrainingOptions:
     dropout: Annotated[float, typer.Option(help="Dropout before the LoRA adapters."), RANGES["dropout"]] = (
         Lora.dropout
     )
-    text: Annotated[str, typer.Option(help="Training text: an embedded name, a file or a hub id.")] = (
-        TrainingBudget.corpus
-    )
+    text: Annotated[str, typer.Option(help=f"Training text: {TEXT}.")] = TrainingBudget.corpus
     packing: Annotated[
         bool,
         typer.Option(

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from probeprune.cli.config import Setting, read_config
+from probeprune.cli.usage import without_types_of_switches
 from probeprune.errors import BadValue, UsageError
 from probeprune.ranges import plain
 
@@ -73,6 +74,10 @@ class Commands(TyperGroup):
             for name, found in self._settings.items()
         }
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options of all commands, `--help` among them."""
+        return without_types_of_switches(super().get_params(ctx))
+
     def _typed(self, option: Any) -> bool:
         """Whether an option was given on the command line, in either of its forms."""
         forms = {*option.opts, *option.secondary_opts}
@@ -108,5 +113,8 @@ def _sentence(error: Any) -> str:
     if error.ctx is not None and error.ctx.parent is not None:
         command = f"{command} {error.ctx.info_name}"
     problem = f"{problem[:1].lower()}{problem[1:]}"
+    option = getattr(error, "option_name", None)
+    if command != "probeprune" and any(option in p.opts for p in error.ctx.parent.command.params):
+        return f"{option} stands in front of the command, as in `probeprune {option} ...`."
     stop = "" if problem.endswith("?") else ";"  # typer ends with a question where it knows a near name
     return f"{problem}{stop} `{command} --help` shows what there is."

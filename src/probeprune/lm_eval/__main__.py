@@ -2,17 +2,22 @@
 
 import sys
 
-from lm_eval.__main__ import cli_evaluate
-
-import probeprune.lm_eval
+import probeprune.lm_eval  # registers the type
 from probeprune.cli import run
+from probeprune.foreign.extras import extra
 
 __all__ = ["main", "probeprune"]
 
 
 def main() -> None:
     """Run the harness' own command line; bad input of ours ends in one sentence and exit code 2."""
-    sys.exit(run(cli_evaluate))
+    sys.exit(run(_evaluate))
+
+
+def _evaluate() -> None:
+    with extra("eval"):
+        from lm_eval.__main__ import cli_evaluate
+    cli_evaluate()
 
 
 if __name__ == "__main__":
