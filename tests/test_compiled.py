@@ -1,16 +1,16 @@
 """Compiled decoder layers: the same results, no compilation when units swap, and all as before once detached.
 
-Most tests let torch trace and run what it traced, without a compiler: what a compiler would be given is what counts.
+Most tests let torch trace the layers and run what it traced as it is, without a compiler.
 """
 
 from dataclasses import replace
 
 import pytest
-import torch
-from tiny import FAMILIES, PARALLEL, PROBING, close, padded, token_ids
 import tiny_experts
 import tiny_families
-from torch._dynamo.testing import CompileCounterWithBackend
+import torch
+from tiny import FAMILIES, PARALLEL, PROBING, close, padded, token_ids
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from probeprune import Probe, ProbeEveryBatch, RefitEveryBatch, UsageError, attach, compose, detach
@@ -28,53 +28,52 @@ REFIT = compose("best-dynamic", name="refit", when=RefitEveryBatch(Probe(pick="e
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """What is compiled, by a backend that only counts; `graphs.frame_count` is the number of graphs so far."""
-    counter = CompileCounterWithBackend("aot_eager")
+    """What is compiled, by a backend that only counts: `graphs.frame_count` is the number so far."""
+    counter = CompileCounter()
     monkeypatch.setattr(compiled, "BACKEND", counter)
     monkeypatch.setattr(compiled, "missing_compiler", lambda device: None)
     counters.clear()
     return counter
 
 
-def short(model):
-    """The first two layers of a model: every layer is traced by itself."""
-    del find_layers(model)[2:]
-    model.config.num_hidden_layers = 2
+def short(model, layers=1):
+    """The first layers of a model: tracing takes a second for each."""
+    del find_layers(model)[layers:]
+    model.config.num_hidden_layers = layers
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:2]
+        model.config.layer_types = model.config.layer_types[:layers]
     return model
 
 
-def passes(model, begin=1):
-    """Two batches and two texts that go on for four tokens, padded once; all logits."""
+def passes(model, seed=1):
+    """A batch that is padded, and another that goes on for three tokens; all logits."""
+    ids, mask = padded("left", 3, 12)
     with torch.inference_mode():
-        found = [model(token_ids(3, 12, seed=begin + i), use_cache=False).logits for i in range(2)]
-        for i in range(2):
-            out = model(token_ids(3, 12, seed=begin + 2 + i), use_cache=True)
+        found = [model((ids * seed) % 128, attention_mask=mask).logits[mask.bool()]]
+        out = model(token_ids(3, 12, seed=seed))
+        found.append(out.logits)
+        for step in range(3):
+            out = model(token_ids(3, 1, seed=seed + step), past_key_values=out.past_key_values)
             found.append(out.logits)
-            for step in range(4):
-                out = model(token_ids(3, 1, seed=step), past_key_values=out.past_key_values)
-                found.append(out.logits)
-        ids, mask = padded("left", 3, 12)
-        return [*found, model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]]
+        return found
 
 
 CASES = {
-    "static": ("llama-gqa", STATIC),
-    "probe": ("llama-gqa", PROBE),
-    "refresh": ("llama-gqa", REFRESH),
-    "refit": ("llama-gqa", REFIT),
-    "beside": ("gemma3", replace(PARALLEL, skip_layers=0)),
-    "balanced": ("qwen2", replace(PROBE, unit_kind="balanced")),
-    "fused": ("phi3-gqa", PROBE),
-    "no module": ("opt", PROBE),
+    "static": ("llama-gqa", STATIC, 2),
+    "probe": ("llama-gqa", PROBE, 1),
+    "refresh": ("llama-gqa", REFRESH, 1),
+    "refit": ("llama-gqa", REFIT, 1),
+    "beside": ("gemma3", replace(PARALLEL, skip_layers=0), 2),
+    "balanced": ("qwen2", replace(PROBE, unit_kind="balanced"), 1),
+    "fused": ("phi3-gqa", PROBE, 1),
+    "no module": ("opt", PROBE, 1),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_passes_are_the_eager_ones_and_swaps_compile_nothing(case, graphs):
-    family, method = CASES[case]
-    model = short(FAMILIES[family]())
+    family, method, layers = CASES[case]
+    model = short(FAMILIES[family](), layers)
     with attach(model, method, 0.3, calibration=CALIBRATION):
         wanted = passes(model)
         again = passes(model, 11)
@@ -83,7 +82,7 @@ def test_compiled_passes_are_the_eager_ones_and_swaps_compile_nothing(case, grap
         got = passes(model)
         built, swapped = graphs.frame_count, handle.swapped
         got_again = passes(model, 11)
-        assert graphs.frame_count == built >= 2
+        assert graphs.frame_count == built > 0
         assert method.when.chooses == (handle.swapped > swapped)
     for a, b in zip([*got, *got_again], [*wanted, *again], strict=True):
         close(a, b)
@@ -93,26 +92,27 @@ def test_compiled_passes_are_the_eager_ones_and_swaps_compile_nothing(case, grap
 @pytest.mark.parametrize("family", ["mixtral", "hybrid"])
 def test_experts_and_other_mixers_stay_as_they_are_around_compiled_attention(family, graphs):
     model = tiny_experts.build("mixtral")() if family == "mixtral" else tiny_families.build("lfm2")()
-    with attach(model, STATIC, 0.3, calibration=CALIBRATION):
-        wanted = passes(model)
-    with attach(model, STATIC, 0.3, calibration=CALIBRATION, compile=True):
-        for a, b in zip(passes(model), wanted, strict=True):
-            close(a, b)
+    with torch.no_grad(), attach(model, STATIC, 0.3, calibration=CALIBRATION):
+        wanted = model(token_ids(), use_cache=False).logits
+    with torch.no_grad(), attach(model, STATIC, 0.3, calibration=CALIBRATION, compile=True):
+        close(model(token_ids(), use_cache=False).logits, wanted)
     assert graphs.frame_count and not counters["graph_break"]
 
 
 def test_a_second_length_and_a_second_batch_are_compiled_once_more_and_no_third(graphs):
-    model = short(FAMILIES["llama-gqa"]())
-    built = []
+    model, built = short(FAMILIES["llama-gqa"]()), []
+    with attach(model, STATIC, 0.5, calibration=CALIBRATION, compile=True), torch.no_grad():
+        model(token_ids(1, 8), use_cache=False)  # torch must not take widths for what changes
     with attach(model, STATIC, 0.3, calibration=CALIBRATION, compile=True), torch.inference_mode():
         for shape in [(2, 12), (2, 14), (2, 9), (3, 9), (4, 16), (5, 7)]:
             before = graphs.frame_count
             model(token_ids(*shape), use_cache=False)
             built.append(graphs.frame_count - before)
-    assert built == [2, 2, 0, 2, 0, 0]
+    assert built == [1, 1, 0, 1, 0, 0]
 
 
-def test_gradients_are_the_eager_ones(graphs):
+def test_gradients_are_the_eager_ones(graphs, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", CompileCounterWithBackend("aot_eager"))
     model = short(FAMILIES["llama-gqa"]())
     embedded = model.get_input_embeddings()(token_ids(2, 8)).detach()
     found = []
@@ -161,11 +161,10 @@ def test_a_forward_put_around_a_compiled_one_stays_and_runs_it_as_it_is(graphs):
 
 def test_what_was_attached_before_is_compiled_too(graphs):
     model = short(FAMILIES["llama-gqa"]())
-    with attach(model, STATIC, 0.3, calibration=CALIBRATION) as handle:
-        kept, wanted = handle.kept, passes(model)
-    with attach_again(model, kept, compile=True):
-        for a, b in zip(passes(model), wanted, strict=True):
-            close(a, b)
+    with torch.no_grad(), attach(model, STATIC, 0.3, calibration=CALIBRATION) as handle:
+        kept, wanted = handle.kept, model(token_ids(), use_cache=False).logits
+    with torch.no_grad(), attach_again(model, kept, compile=True):
+        close(model(token_ids(), use_cache=False).logits, wanted)
     assert graphs.frame_count
 
 
@@ -177,7 +176,7 @@ def wrapped(model):
 
 
 def in_part(model):
-    find_layers(model)[1].compile(backend="eager")
+    find_layers(model)[0].compile(backend="eager")
     return model
 
 
@@ -189,7 +188,7 @@ def offloaded(model):
 
 
 def on_two(model):
-    return find_layers(model)[1].to("meta") and model
+    return find_layers(model)[0].to("meta") and model
 
 
 @pytest.mark.parametrize(
@@ -212,16 +211,13 @@ def test_a_machine_without_a_compiler_is_one_sentence():
     model = short(FAMILIES["llama-gqa"]())
     with (
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
-        pytest.raises(UsageError, match=r"^compile needs a C\+\+ compiler, and PyTorch finds none .*install g"),
+        pytest.raises(UsageError, match=r"^compile needs a C\+\+ compiler, and PyTorch finds none"),
     ):
         attach(model, "wanda-sp", 0.3, compile=True)
-    attach(model, "magnitude", 0.3).detach()  # nothing is left
 
 
 def test_with_the_compiler_of_this_machine_or_without_one():
     model = short(FAMILIES["llama-gqa"]())
-    del find_layers(model)[1:]
-    model.config.num_hidden_layers = 1
     with torch.no_grad(), attach(model, PROBE, 0.3, calibration=CALIBRATION):
         wanted = [model(token_ids(3, 12, seed=i), use_cache=False).logits for i in range(2)]
     if compiled.missing_compiler(CPU):

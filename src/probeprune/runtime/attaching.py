@@ -60,8 +60,8 @@ def attach(
         batch_size, cache, progress: as in `prepare`, for calibration from text.
         costs: what batches cost, for a method whose probe has `pays="auto"`: `handle.costs` of an earlier run
             repeats its decisions. None: measured on this machine, once, and kept in probeprune's cache.
-        compile: whether decoder layers run compiled, one by one, by `torch.compile` (docs/speed.md). The first
-            passes of a shape take as long as compiling does.
+        compile: whether decoder layers run compiled, one by one, by `torch.compile` (docs/speed.md). The
+            first passes of a shape take as long as compiling does.
 
     Raises:
         UsageError: unsupported model, method, ratio or calibration; a model in training mode, or one that
@@ -89,8 +89,8 @@ def attach(
 def attach_again(model: nn.Module, kept: Attachment, *, compile: bool = False) -> Handle:
     """Attach what was attached before, to the same model or to one of the same weights.
 
-    Nothing is calibrated or chosen anew, so the result is the same on any device and in any dtype. `compile` as
-    in `attach`.
+    Nothing is calibrated or chosen anew, so the result is the same on any device and in any dtype. `compile`
+    is as in `attach`.
 
     Raises `UsageError` as `attach` does, and for an attachment that does not fit the model's blocks.
     """

@@ -85,6 +85,7 @@ class BlockRuntime:
     def _before_block(
         self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
     ) -> None:
+        self._z = None
         if self.current.stage == "refresh" and self._refreshes:
             self.pruned.partition.widen()
         if self.current.stage != "choose":

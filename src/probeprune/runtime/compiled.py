@@ -1,11 +1,12 @@
 """Decoder layers of an attached model, compiled one by one with `torch.compile`.
 
-What a block shows of its weights is a view of fixed shape in fixed storage, so code that was compiled once stays
-right while units swap. Stages of a dynamic method run in Python: where a pass has any, the two blocks of a layer
-are compiled and what is around them is not. Knows nothing of what the stages do.
+What a block shows of its weights is a view of fixed shape in fixed storage, so code that was compiled once
+stays right while units swap. Stages of a dynamic method run in Python: where a pass has any, the two blocks
+of a layer are compiled and what is around them is not. Knows nothing of what the stages do.
 """
 
 import sysconfig
+import uuid
 from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from pathlib import Path
@@ -32,19 +33,19 @@ def check_compilable(model: nn.Module) -> None:
     inside = unwrapped(model)
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
         raise UsageError(
-            "this model is compiled already, and code in compiled code is compiled twice; give the model as it "
-            "was before torch.compile, or leave compile out."
+            "this model is compiled already, and compile would compile its layers again; give the model as "
+            "it was before torch.compile, or leave compile out."
         )
     if is_offloaded(inside):
         raise UsageError(
-            "layers of this model are offloaded, and compiled code cannot fetch their weights; load it without "
-            "offloading, or leave compile out."
+            "layers of this model are offloaded, and compiled code cannot fetch their weights; load it "
+            "without offloading, or leave compile out."
         )
     devices = sorted({str(p.device) for p in inside.parameters()})
     if len(devices) > 1:
         raise UsageError(
-            f"compile takes a model on one device, and this one is on {' and '.join(devices)}; load it without "
-            "device_map, or leave compile out."
+            f"compile takes a model on one device, and this one is on {' and '.join(devices)}; load it "
+            "without device_map, or leave compile out."
         )
     missing = missing_compiler(torch.device(devices[0]))
     if missing:
@@ -52,8 +53,8 @@ def check_compilable(model: nn.Module) -> None:
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """What `torch.compile` lacks here for models on this device, and what to do, to follow a subject; None where
-    nothing is missing. Compiles nothing."""
+    """What `torch.compile` lacks here for models on this device, and what to do, in words that follow a
+    subject; None where nothing is missing. Compiles nothing."""
     if not torch._dynamo.is_dynamo_supported():
         return "does not work with this Python and PyTorch; use a Python that torch.compile supports"
     if device.type == "cpu":
@@ -69,7 +70,7 @@ def missing_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        return None if has_triton() else "needs Triton, which is missing or does not know this GPU; install triton"
+        return None if has_triton() else "needs Triton, and finds none for this GPU; install triton"
     return f"works on the CPU and on CUDA, not on {device.type}; load the model there"
 
 
@@ -104,13 +105,16 @@ class Region:
 def _under_own_name(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The same function as a piece of code of its own.
 
-    torch keeps what it has compiled by piece of code, a few versions of each. All layers share the code of their
-    class, and differ in width and index: from the ninth on, they would run uncompiled.
+    torch keeps what it has compiled by piece of code, a few versions of each. All layers share the code of
+    their class, and differ in width and index: from the ninth on, they would run uncompiled. By name torch
+    remembers which sizes have changed, to leave them open: widths are not to be among these, whatever was
+    attached before.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
+    name = f"{name}_{uuid.uuid4().hex}"
     code = call.__code__.replace(co_name=name)
     return FunctionType(code, call.__globals__, name, None, call.__closure__)
 
@@ -156,6 +160,6 @@ class CompiledLayers:
 
 
 def compiles_alone(block: Prunable) -> bool:
-    """Whether a block is a module of its own that can be compiled: an attention, or an MLP that is not written
-    out in its layer."""
+    """Whether a block is a module of its own that can be compiled: an attention, or an MLP that is not
+    written out in its layer."""
     return isinstance(block, Block) and block.kind in ("attention", "mlp") and block.activation is None

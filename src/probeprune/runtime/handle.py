@@ -30,8 +30,8 @@ from probeprune.plan import Kept, kept_of
 from probeprune.runtime import ownership
 from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.block import BlockRuntime
-from probeprune.runtime.compiled import CompiledLayers, compiles_alone
 from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of, mark
+from probeprune.runtime.compiled import CompiledLayers, compiles_alone
 from probeprune.runtime.current_pass import CurrentPass
 from probeprune.runtime.padding import CHECKED, looks_padded
 from probeprune.runtime.refusals import (
