@@ -89,12 +89,13 @@ def test_compiled_passes_are_the_eager_ones_and_swaps_compile_nothing(case, grap
     assert not counters["graph_break"], "compiled code is left in between, or waits for the device"
 
 
-@pytest.mark.parametrize("family", ["mixtral", "hybrid"])
-def test_experts_and_other_mixers_stay_as_they_are_around_compiled_attention(family, graphs):
-    model = tiny_experts.build("mixtral")() if family == "mixtral" else tiny_families.build("lfm2")()
-    with torch.no_grad(), attach(model, STATIC, 0.3, calibration=CALIBRATION):
+@pytest.mark.parametrize("method", [STATIC, PROBE], ids=lambda m: m.name)
+@pytest.mark.parametrize("family", ["mixtral", "lfm2"])
+def test_experts_and_other_mixers_stay_as_they_are_around_compiled_attention(family, method, graphs):
+    model = (tiny_experts if family == "mixtral" else tiny_families).build(family)()
+    with torch.no_grad(), attach(model, method, 0.15, calibration=CALIBRATION):
         wanted = model(token_ids(), use_cache=False).logits
-    with torch.no_grad(), attach(model, STATIC, 0.3, calibration=CALIBRATION, compile=True):
+    with torch.no_grad(), attach(model, method, 0.15, calibration=CALIBRATION, compile=True):
         close(model(token_ids(), use_cache=False).logits, wanted)
     assert graphs.frame_count and not counters["graph_break"]
 
@@ -157,6 +158,22 @@ def test_a_forward_put_around_a_compiled_one_stays_and_runs_it_as_it_is(graphs):
         built = graphs.frame_count
         assert model(token_ids()).logits.equal(dense) and len(calls) == 2
     assert built == graphs.frame_count > 0
+
+
+def test_hooks_and_forwards_that_others_put_inside_compiled_code_run_from_the_next_pass_on(graphs):
+    model, calls = short(FAMILIES["llama-gqa"]()), []
+    mlp = find_layers(model)[0].mlp
+    with torch.no_grad(), attach(model, STATIC, 0.3, calibration=CALIBRATION, compile=True):
+        wanted = model(token_ids(), use_cache=False).logits
+        hook = mlp.down_proj.register_forward_hook(lambda *_: calls.append("hook"))
+        model(token_ids(), use_cache=False)
+        hook.remove()
+        own = mlp.forward
+        mlp.forward = lambda x: (calls.append("forward"), own(x))[1]
+        model(token_ids(), use_cache=False)
+        del mlp.forward
+        close(model(token_ids(), use_cache=False).logits, wanted)
+    assert calls == ["hook", "forward"]
 
 
 def test_what_was_attached_before_is_compiled_too(graphs):

@@ -153,6 +153,16 @@ class CompiledLayers:
         for region in self._unseen:
             region.on = not shown
 
+    def guarded(self, forward: Callable[[], Any]) -> Callable[[], Any]:
+        """The same pass, in which hooks that others put on modules inside a region are noticed: torch would
+        run what it compiled without them."""
+
+        def run() -> Any:
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+                return forward()
+
+        return run
+
     def remove(self) -> None:
         """Put all forwards back."""
         for region in (*self._unseen, *self._always, *self._seen):

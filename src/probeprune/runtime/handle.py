@@ -238,6 +238,7 @@ class Handle:
 
     def run_pass(self, started: Pass, forward: Callable[[], Any]) -> Any:
         """One pass of the decoder, or of the layers with these blocks: `forward` runs it."""
+        forward = forward if self._compiled is None else self._compiled.guarded(forward)
         run = self._run if isinstance(self.method.when, EveryBatch) else self._run_static
         return run(started, forward)
 
