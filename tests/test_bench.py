@@ -8,6 +8,7 @@ import torch
 from tiny import FAMILIES, PROBING, padded, token_ids
 
 from probeprune import METHODS, attach, find_blocks
+from probeprune.bench import measure
 from probeprune.bench.measure import GridPoint, measure_point
 from probeprune.bench.plot import plot
 from probeprune.bench.profiling import PARTS, profiled
@@ -16,6 +17,7 @@ from probeprune.bench.targets import SHAPES, Target, of_shape
 from probeprune.cli import app, run
 from probeprune.errors import UsageError
 from probeprune.model.cost import blocks_flops
+from probeprune.runtime import compiled
 from probeprune.stages import STAGES
 from probeprune.strategies.probe import probe_flops
 
@@ -57,6 +59,36 @@ def test_there_is_a_line_for_every_method_phase_and_point(figures):
         assert f["tokens_per_second"] > 0 and f["peak_memory"] > 0
         if f["method"] == "dense":
             assert f["speedup"] == f["work_share"] == f["cache_over_dense"] == 1
+
+
+def test_compiled_methods_are_timed_in_turn_and_the_model_is_left_as_it_was(monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(compiled, "missing_compiler", lambda device: None)
+    attached, entered = [], measure.attach
+
+    def noted(model, method, *args, compile=False, **kwargs):
+        attached.append((method.name, compile))
+        return entered(model, method, *args, compile=compile, **kwargs)
+
+    monkeypatch.setattr(measure, "attach", noted)
+    tiny, before = target("opt"), target("opt").model.state_dict()
+    tiny.model.model.decoder.layers = tiny.model.model.decoder.layers[:1]
+    tiny.model.config.num_hidden_layers = 1
+    found = measure_point(
+        tiny,
+        [replace(METHODS["ppsp"], skip_layers=0)],
+        0.3,
+        GridPoint(2, 8),
+        calibration=token_ids(6, 16, seed=9),
+        new_tokens=2,
+        rounds=2,
+        progress=lambda *_: None,
+        compile=True,
+    )
+    assert attached == [("dense", False), ("ppsp", False), ("dense", True), ("ppsp", True)]
+    assert all(f["compiled"] and f["seconds"] > 0 and f["work_share"] > 0 for f in found) and len(found) == 4
+    assert "compiled" in str(tables(found)[0].title)
+    assert all(p.equal(before[n]) for n, p in tiny.model.state_dict().items())
 
 
 def test_work_is_what_the_formulas_say(figures):

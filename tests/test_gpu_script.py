@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from probeprune.runtime import compiled
+
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import gpu
 
@@ -19,6 +21,8 @@ def call(monkeypatch, *arguments: str) -> int:
 
 
 def test_every_part_gives_figures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiled, "missing_compiler", lambda device: None)
     assert call(monkeypatch, "--out", str(tmp_path)) == 0
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     named = {line["part"].partition(",")[0] for line in lines}
@@ -26,6 +30,9 @@ def test_every_part_gives_figures(monkeypatch, tmp_path, capsys):
         *("machine", "checks", "speed", "compiled", "captured", "parallel probe", "time to prune"),
     }
     assert not any("failed" in line for line in lines)
+    assert [line["method"] for line in lines if line["part"] == "compiled, tiny"] == [
+        *("dense", "wanda-sp", "probe", "best-dynamic"),
+    ]
     checked = {line["method"]: line for line in lines if line["part"] == "checks, float32"}
     assert checked["probe"]["choices"] > 1 and checked["probe"]["error"] < 1e-5
     assert capsys.readouterr().out == (tmp_path / "gpu.md").read_text()

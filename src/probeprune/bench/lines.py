@@ -51,5 +51,7 @@ class BenchLine(Measured):
     device: str
     threads: int
     """CPU threads."""
+    compiled: bool
+    """Whether the timed passes ran compiled layers."""
     method: str
     phase: PhaseName

@@ -2,12 +2,15 @@
 
 Each round runs all of them on the same batch, so that drift in the machine's speed affects all alike; ratios
 are medians over rounds of that round's ratio to dense. Only the decoder is measured, without embedding and
-head, which pruning leaves alone.
+head, which pruning leaves alone. With compiled layers every method has a copy of the model, so that it is
+compiled once.
 """
 
+import copy
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -25,6 +28,7 @@ from probeprune.progress import Progress
 from probeprune.provenance import dtype_name
 from probeprune.ranges import check_fields, plain
 from probeprune.runtime.attaching import attach
+from probeprune.runtime.compiled import check_compilable
 from probeprune.runtime.handle import Handle
 from probeprune.stages import OVERHEAD
 from probeprune.strategies.allocation import removed_parameters
@@ -63,6 +67,7 @@ def measure_point(
     new_tokens: int,
     rounds: int,
     progress: Progress,
+    compile: bool = False,
 ) -> list[BenchLine]:
     """Measure dense and each method; a line for prefill and one for decode, for each.
 
@@ -75,25 +80,39 @@ def measure_point(
         new_tokens: tokens decoded after the prompt, one at a time; 0 measures prefill alone.
         rounds: at least 1, each on another batch. One more round runs first, for profiles and counts.
         progress: called with (what, done, total).
+        compile: whether all are timed with compiled layers, dense too. FLOPs, memory and profiles are those
+            of uncompiled passes.
+
+    Raises `UsageError` for `compile` where the model cannot be compiled.
     """
+    if compile:
+        check_compilable(target.model)
     everything = [METHODS["dense"], *(m for m in methods if m.when.prunes)]
     runs = {m.name: _Run({"prefill": [], "decode": []}) for m in everything}
     new_tokens, rounds = plain("new_tokens", new_tokens), plain("rounds", rounds)
     windows = target.windows((rounds + 2) * point.batch_size, point.length + new_tokens)
     batches = [b.to(target.device) for b in windows.split(point.batch_size)]
-    for done, (previous, batch) in enumerate(pairwise(batches)):
-        for m in everything:
-            run = runs[m.name]
-            with attach(target.model, m, ratio, calibration=calibration) as handle:
-                # Warm up on the previous batch, so that the swaps measured here are those of steady use.
-                _prefill(target, previous[: max(1, point.batch_size // 4), : point.length])
-                if done:
-                    _round(target, batch, point.length, run)
-                else:
-                    linear = [b for b in handle.blocks if isinstance(b, Block)]
-                    _first_round(target, linear, batch, point.length, run)
-                    run.weights = _weight_bytes(target, handle)
-        progress(f"{point.batch_size} x {point.length}", done, rounds)
+    with ExitStack() as stack:
+        compiled: dict[str, Target] = {}
+        for done, (previous, batch) in enumerate(pairwise(batches)):
+            for m in everything:
+                run = runs[m.name]
+                if done and compile:
+                    if m.name not in compiled:
+                        own = _compiled(target, m, ratio, calibration, previous, point.length)
+                        compiled[m.name] = stack.enter_context(own)
+                    _round(compiled[m.name], batch, point.length, run)
+                    continue
+                with attach(target.model, m, ratio, calibration=calibration) as handle:
+                    # Warm up on the previous batch, so that the swaps measured here are those of steady use.
+                    _prefill(target, previous[: max(1, point.batch_size // 4), : point.length])
+                    if done:
+                        _round(target, batch, point.length, run)
+                    else:
+                        linear = [b for b in handle.blocks if isinstance(b, Block)]
+                        _first_round(target, linear, batch, point.length, run)
+                        run.weights = _weight_bytes(target, handle)
+            progress(f"{point.batch_size} x {point.length}", done, rounds)
     phases: tuple[PhaseName, ...] = ("prefill", "decode") if new_tokens else ("prefill",)
     return [
         {
@@ -106,6 +125,7 @@ def measure_point(
             "dtype": dtype_name(target.dtype),
             "device": str(target.device),
             "threads": torch.get_num_threads(),
+            "compiled": compile,
             "method": name,
             "phase": phase,
             **_figures(phase, point, run, runs["dense"]),
@@ -113,6 +133,23 @@ def measure_point(
         for phase in phases
         for name, run in runs.items()
     ]
+
+
+@contextmanager
+def _compiled(
+    target: Target,
+    method: Method,
+    ratio: float,
+    calibration: Calibration | None,
+    batch: torch.Tensor,
+    length: int,
+) -> Iterator[Target]:
+    """A copy of the target under a method, compiled for rounds on batches of this shape."""
+    own = replace(target, model=copy.deepcopy(target.model))
+    with attach(own.model, method, ratio, calibration=calibration, compile=True):
+        for _ in range(2):  # torch compiles a size that changes once more, to leave it open
+            _round(own, batch, length, _Run({"prefill": [], "decode": []}))
+        yield own
 
 
 def _decode(target: Target, ids: torch.Tensor, cache: DynamicCache) -> None:

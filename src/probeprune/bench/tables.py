@@ -54,7 +54,7 @@ def _table(lines: Sequence[BenchLine], phase: PhaseName) -> Table:
     title = f"{phase}: {first['model']}, {first['dtype']}, {first['device']}, {first['threads']} threads"
     if len(grid) > 2:
         title = f"{phase}: {first['model']}, {first['device']}"
-    title += f", {first['rounds']} interleaved rounds"
+    title += f"{', compiled' * first['compiled']}, {first['rounds']} interleaved rounds"
     if phase == "decode":
         title += f" of {first['new_tokens']} tokens"
     table = Table(title=title, title_justify="left", caption=_CAPTIONS[phase], caption_justify="left")

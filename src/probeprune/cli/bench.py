@@ -121,6 +121,14 @@ class GridOptions:
         typer.Option(help="Numbers of CPU threads, separated by commas; 0 is PyTorch's default."),
         RANGES["threads"],
     ] = "0"
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Time compiled layers (torch.compile), dense ones too. Every method takes a copy of the "
+            "model, and minutes to compile it.",
+        ),
+    ] = False
 
     def checked_methods(self, shape: str | None) -> list[Method]:
         """The methods; for a random model, which may have few layers, with no layer left dense.
@@ -209,7 +217,10 @@ def _measure(
 ) -> list[BenchLine]:
     """The figures of one model: all methods at every point, with each number of threads."""
     from probeprune.bench.measure import measure_point
+    from probeprune.runtime.compiled import check_compilable
 
+    if grid.compile:
+        check_compilable(target.model)
     figures: list[BenchLine] = []
     with progress_bar() as show:
         windows = target.windows(CALIBRATION_WINDOWS, max(point.length for point in points))
@@ -226,6 +237,7 @@ def _measure(
                         new_tokens=grid.new_tokens,
                         rounds=grid.rounds,
                         progress=show,
+                        compile=grid.compile,
                     )
     return figures
 

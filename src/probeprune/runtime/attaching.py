@@ -21,6 +21,7 @@ from probeprune.prepare import Calibration, statistics_for, text_of
 from probeprune.progress import Progress, silent
 from probeprune.ranges import plain
 from probeprune.runtime.attachment import Attachment
+from probeprune.runtime.compiled import check_compilable
 from probeprune.runtime.handle import HANDLE, Handle
 from probeprune.runtime.measuring import costs_for
 from probeprune.runtime.offloaded import OffloadedHandle
@@ -40,6 +41,7 @@ def attach(
     cache: Path | None = None,
     progress: Progress = silent,
     costs: Costs | None = None,
+    compile: bool = False,
 ) -> Handle:
     """Prune `model` while it runs, until the handle is detached.
 
@@ -58,12 +60,16 @@ def attach(
         batch_size, cache, progress: as in `prepare`, for calibration from text.
         costs: what batches cost, for a method whose probe has `pays="auto"`: `handle.costs` of an earlier run
             repeats its decisions. None: measured on this machine, once, and kept in probeprune's cache.
+        compile: whether decoder layers run compiled, one by one, by `torch.compile` (docs/speed.md). The
+            first passes of a shape take as long as compiling does.
 
     Raises:
         UsageError: unsupported model, method, ratio or calibration; a model in training mode, or one that
-            already has a method attached.
+            already has a method attached; `compile` for a model that cannot be compiled here.
         FloatingPointError: NaN or infinite statistics.
     """
+    if compile:
+        check_compilable(model)
     method, model = get_method(method), unwrapped(model)
     check_untrained(method)
     ratio, batch_size = plain("ratio", ratio), plain("batch_size", batch_size)
@@ -75,17 +81,21 @@ def attach(
     keep = plan.widths(method, ratio, blocks, scores, statistics)
     cuts = plan.first_cuts(method, blocks, scores, keep)
     plan.check_consumers(method, blocks, cuts, statistics)
-    return _handle(model, Attachment(method, ratio, cuts, statistics, text_of(calibration), costs), blocks)
+    kept = Attachment(method, ratio, cuts, statistics, text_of(calibration), costs)
+    return _handle(model, kept, blocks, compile)
 
 
 @exact()
-def attach_again(model: nn.Module, kept: Attachment) -> Handle:
+def attach_again(model: nn.Module, kept: Attachment, *, compile: bool = False) -> Handle:
     """Attach what was attached before, to the same model or to one of the same weights.
 
-    Nothing is calibrated or chosen anew, so the result is the same on any device and in any dtype.
+    Nothing is calibrated or chosen anew, so the result is the same on any device and in any dtype. `compile`
+    is as in `attach`.
 
     Raises `UsageError` as `attach` does, and for an attachment that does not fit the model's blocks.
     """
+    if compile:
+        check_compilable(model)
     model, method = unwrapped(model), kept.method
     check_untrained(method)
     blocks = _checked_blocks(model, method)
@@ -96,7 +106,7 @@ def attach_again(model: nn.Module, kept: Attachment) -> Handle:
     if plan.needs(method):
         kept.statistics.check(plan.needs(method), blocks)
     plan.check_consumers(method, blocks, kept.cuts, kept.statistics)
-    return _handle(model, kept, blocks)
+    return _handle(model, kept, blocks, compile)
 
 
 def _check_cut(block: Prunable, cut: Cut) -> None:
@@ -132,10 +142,10 @@ def _checked_blocks(model: nn.Module, method: Method) -> list[Prunable]:
     return blocks
 
 
-def _handle(model: nn.Module, kept: Attachment, blocks: Sequence[Prunable]) -> Handle:
+def _handle(model: nn.Module, kept: Attachment, blocks: Sequence[Prunable], compile: bool) -> Handle:
     kind = OffloadedHandle if is_offloaded(model) else Handle
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside
-        return kind(model, kept, blocks, costs_for(model, kept, blocks))
+        return kind(model, kept, blocks, costs_for(model, kept, blocks), compile)
 
 
 def detach(model: nn.Module) -> None:

@@ -51,16 +51,23 @@ class BlockRuntime:
         pruned.partition.narrow()  # a shadow sees all units, and shows them
         self.passed = False
         self._residual: torch.Tensor | None = None
+        self._z: torch.Tensor | None = None
         # Heads never refresh: the cache holds those of the prompt.
         self._refreshes = when.refresh > 0 and self.block.kind == "mlp"
 
-    def hooks(self) -> list[RemovableHandle]:
-        """Register hooks that run the stages in the passes of the model, and return them."""
+    def hooks(self, compiled: bool = False) -> list[RemovableHandle]:
+        """Register hooks that run the stages in the passes of the model, and return them.
+
+        Args:
+            compiled: whether the block's entry is compiled: no stage runs inside it then.
+        """
         block = self.block
-        hooks = [
-            block.entry.register_forward_pre_hook(self._before_block, with_kwargs=True),
-            block.consumer.register_forward_hook(self._after_consumer),
-        ]
+        hooks = [block.entry.register_forward_pre_hook(self._before_block, with_kwargs=True)]
+        if compiled:
+            hooks.append(block.consumer.register_forward_hook(self._note))
+            hooks.append(block.entry.register_forward_hook(self._after_block))
+        else:
+            hooks.append(block.consumer.register_forward_hook(self._after_consumer))
         if block.norm is not None:
             hooks.append(block.norm.register_forward_pre_hook(self._before_norm))
         if self.beside is not None:
@@ -78,6 +85,7 @@ class BlockRuntime:
     def _before_block(
         self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
     ) -> None:
+        self._z = None
         if self.current.stage == "refresh" and self._refreshes:
             self.pruned.partition.widen()
         if self.current.stage != "choose":
@@ -139,6 +147,14 @@ class BlockRuntime:
         # A block that does not refresh treats a refresh like any other step.
         stage = "keep" if self.current.stage == "refresh" and not self._refreshes else self.current.stage
         self.follower.on_pass(self._shaped(args[0]), self.current.tokens, stage)
+
+    def _note(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+        self._z = args[0]  # torch.compile makes it an output of the compiled code
+
+    def _after_block(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._z is not None:
+            z, self._z = self._z, None
+            self._after_consumer(module, (z,), output)
 
     def _shaped(self, x: torch.Tensor) -> torch.Tensor:
         """Reshape to (batch, sequence, width); some layers flatten the first two before their MLP."""

@@ -31,9 +31,15 @@ from probeprune.runtime import ownership
 from probeprune.runtime.attachment import Attachment
 from probeprune.runtime.block import BlockRuntime
 from probeprune.runtime.choice import Choice, caches_of, check_layout, choice_of, mark
+from probeprune.runtime.compiled import CompiledLayers, compiles_alone
 from probeprune.runtime.current_pass import CurrentPass
 from probeprune.runtime.padding import CHECKED, looks_padded
-from probeprune.runtime.refusals import refuse_continuous_batching, refuse_loading
+from probeprune.runtime.refusals import (
+    check_places,
+    places_of,
+    refuse_continuous_batching,
+    refuse_loading,
+)
 from probeprune.strategies import allocation
 from probeprune.strategies.account import Account, Costs
 from probeprune.strategies.expert_cut import ExpertCut
@@ -62,7 +68,12 @@ class Handle:
     """
 
     def __init__(
-        self, model: nn.Module, kept: Attachment, blocks: Sequence[Prunable], costs: Costs | None = None
+        self,
+        model: nn.Module,
+        kept: Attachment,
+        blocks: Sequence[Prunable],
+        costs: Costs | None = None,
+        compile: bool = False,
     ) -> None:
         self.model, self.method, self.ratio = model, kept.method, kept.ratio
         self.costs, self.batches, self.probed_batches = costs, 0, 0
@@ -83,10 +94,14 @@ class Handle:
         self.stacks = self._take_stacks(kept.cuts, kept.statistics)
         self.pruned = self._take(kept.cuts, kept.statistics)
         self.runtimes: list[BlockRuntime] = []
+        self._compiled: CompiledLayers | None = None
         try:
             ownership.claim(self)
-            self._places = _places(model, [p.block for p in self.pruned])
-            self._start()
+            self._places = places_of(model, [p.block for p in self.pruned])
+            self._start(compile)
+            if compile:
+                self._compiled = CompiledLayers(model, blocks, [r.block for r in self.runtimes])
+                self._undo.append(self._compiled.remove)
             if self.method.when.every_batch:
                 self._undo.append(follow_batches(model))
             self._hook_model()
@@ -115,8 +130,8 @@ class Handle:
         linears = [m.name for p in self.pruned for m in p.block.members]
         return [*linears, *(f"{s.stack.name}.down_proj" for s in self.stacks)]
 
-    def _start(self) -> None:
-        """Make the first cuts and hook the blocks."""
+    def _start(self, compile: bool) -> None:
+        """Make the first cuts and hook the blocks, which are compiled or not."""
         when = self.method.when
         if not isinstance(when, EveryBatch):
             for pruned in self.pruned:
@@ -135,7 +150,7 @@ class Handle:
             self.runtimes.append(BlockRuntime(pruned, follower, when, self.current, beside))
         self._undo.append(self._hooks.remove)
         for runtime in self.runtimes:
-            self._hooks.add(runtime.hooks())
+            self._hooks.add(runtime.hooks(compile and compiles_alone(runtime.block)))
         if self.costs is not None:
             self._account = Account(self.costs, when.probe)
             self._whole = all(r.pruned.first_units is not None for r in self.runtimes)
@@ -224,6 +239,7 @@ class Handle:
 
     def run_pass(self, started: Pass, forward: Callable[[], Any]) -> Any:
         """One pass of the decoder, or of the layers with these blocks: `forward` runs it."""
+        forward = forward if self._compiled is None else self._compiled.guarded(forward)
         run = self._run if isinstance(self.method.when, EveryBatch) else self._run_static
         return run(started, forward)
 
@@ -250,10 +266,8 @@ class Handle:
                     self._check_finite()
                 self._check_passed()
             except BaseException:
-                self._choice, self._whole = (
-                    None,
-                    False,
-                )  # blocks and cache may be half way between two choices
+                self._choice = None  # blocks and cache may be half way between two choices
+                self._whole = False
                 raise
             finally:
                 self.current.end()
@@ -277,12 +291,7 @@ class Handle:
     def _check_model(self) -> None:
         """Raise `UsageError` where the model has changed since `attach`."""
         check_eval(self.model)
-        for modules, key, linear, name in self._places:
-            if modules[key] is not linear:
-                raise UsageError(
-                    f"{name} was replaced by a {type(modules[key]).__name__} while a method is attached; "
-                    "detach the method first."
-                )
+        check_places(self._places)
         for pruned in self.pruned:
             pruned.partition.check()
 
@@ -367,6 +376,8 @@ class Handle:
             self._choice = weakref.ref(self._running)
         shown = when.sees(self.current.stage)
         self._hooks.switch(shown)
+        if self._compiled is not None:
+            self._compiled.switch(shown)
         for runtime in self.runtimes:
             runtime.passed = not shown  # nobody looks
 
@@ -384,14 +395,3 @@ class Handle:
         flags = [p.finite for p in self.pruned if not p.finite.is_meta]
         if flags and not bool(torch.stack([f.to(flags[0].device) for f in flags]).all()):
             raise plan.overflow(next(p.block for p in self.pruned if not p.finite))
-
-
-def _places(
-    model: nn.Module, blocks: Sequence[Block]
-) -> list[tuple[dict[str, nn.Module | None], str, nn.Linear, str]]:
-    """For each linear map of the blocks: the children of its parent, its name there, the map, its path."""
-    places = []
-    for m in (m for b in blocks for m in b.members):
-        parent, _, key = m.name.rpartition(".")
-        places.append((model.get_submodule(parent)._modules, key, m.linear, m.name))
-    return places

@@ -1,11 +1,12 @@
 """What an attached model refuses to others, before anything is wrong."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from probeprune.errors import UsageError
+from probeprune.model.blocks import Block
 from probeprune.model.forwards import replace_method
 from probeprune.model.narrow_linear import refuse_to_load
 
@@ -32,3 +33,26 @@ def refuse_continuous_batching(model: nn.Module) -> Callable[[], None]:
         )
 
     return replace_method(model, "init_continuous_batching", refuse)
+
+
+Place = tuple[dict[str, nn.Module | None], str, nn.Module, str]
+"""Where a linear map is: the children of its parent, its name there, the map, its path."""
+
+
+def places_of(model: nn.Module, blocks: Sequence[Block]) -> list[Place]:
+    """The places of all linear maps of the blocks."""
+    places: list[Place] = []
+    for m in (m for b in blocks for m in b.members):
+        parent, _, key = m.name.rpartition(".")
+        places.append((model.get_submodule(parent)._modules, key, m.linear, m.name))
+    return places
+
+
+def check_places(places: Iterable[Place]) -> None:
+    """Raise `UsageError` where another module is in the place of a map."""
+    for modules, key, linear, name in places:
+        if modules[key] is not linear:
+            raise UsageError(
+                f"{name} was replaced by a {type(modules[key]).__name__} while a method is attached; "
+                "detach the method first."
+            )
