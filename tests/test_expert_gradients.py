@@ -9,7 +9,7 @@ from test_expert_refit import wide
 from torch.nn.functional import cross_entropy
 
 from probeprune import Gradients, compose, prune
-from probeprune.calibration import footprints
+from probeprune.calibration import gradient_footprints
 from probeprune.calibration.gradients import saliences
 from probeprune.calibration.statistics import Statistics
 from probeprune.errors import UsageError
@@ -88,7 +88,7 @@ def test_memory_counts_gradients_of_experts():
     rehearsal = Rehearsal(tiny_experts.build("mixtral")(), torch.float32, torch.device("cpu"))
     works = []
     for experts in (False, True):
-        phases = footprints.saliences(rehearsal, rehearsal, "param_mix", SMALL, experts)
+        phases = gradient_footprints.saliences(rehearsal, rehearsal, "param_mix", SMALL, experts)
         works.append(next(p.work for p in phases if p.name == "gradients"))
     size = sum(copy.copy(p).numel() for p in rehearsal.stacks_here[0].module.parameters())
     assert works[1] - works[0] > 2 * 4 * size

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 from probeprune import Refit, attach, compose, find_blocks, prune
 from probeprune.algebra.elimination import LOOKS, eliminate
 from probeprune.algebra.least_squares import FLOOR, Gram
-from probeprune.calibration import expert_refit, footprints, stored, unfinished
+from probeprune.calibration import expert_refit, footprints, gradient_footprints, stored, unfinished
 from probeprune.calibration.expert_refit import SCARCE
 from probeprune.calibration.fitting import best_fit
 from probeprune.calibration.refit import RefitRequest, refit
@@ -417,5 +417,5 @@ def test_memory_counts_moments_of_as_many_experts_as_are_there_at_once(monkeypat
         works[at_once] = phase.work
         assert made == 2 * 8 * 64 * 128 * 4 and phase.sets == 4
     assert works[8] - works[2] == 6 * one
-    _, sensitive = footprints.sensitivities(rehearsal, 2, 12)
+    _, sensitive = gradient_footprints.sensitivities(rehearsal, 2, 12)
     assert sensitive == 2 * 2 * 4 * 64 * 64, "of the attention's output and that of the experts"

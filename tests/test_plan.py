@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 
 from probeprune import METHODS, compose, prune, save
-from probeprune.calibration import footprints
+from probeprune.calibration import footprints, gradient_footprints
 from probeprune.calibration.collecting import collect
 from probeprune.data.windows import Text
 from probeprune.errors import UsageError
@@ -133,12 +133,14 @@ def test_every_part_of_calibration_has_a_figure():
     batch = Batch(4, 24)
     gradients = METHODS["llm-pruner"].gradient_settings
     found, made = footprints.consumers(rehearsal, batch, 8, Refit(), widths, True)
-    more, kept = footprints.sensitivities(rehearsal, 4, 24)
-    found += [*more, *footprints.saliences(rehearsal, rehearsal, "param_mix", gradients)]
+    more, kept = gradient_footprints.sensitivities(rehearsal, 4, 24)
+    found += [*more, *gradient_footprints.saliences(rehearsal, rehearsal, "param_mix", gradients)]
     found.append(footprints.damages(rehearsal, batch, 8, 0.1))
     narrow = Rehearsal(FAMILIES["llama-gqa"](), torch.bfloat16, CPU)
-    (wide,) = (p for p in footprints.saliences(narrow, rehearsal, "param_mix", gradients) if p.layers)
-    (whole,) = (p for p in footprints.saliences(rehearsal, rehearsal, "param_mix", gradients) if p.layers)
+    (wide,), (whole,) = (
+        [p for p in gradient_footprints.saliences(of, rehearsal, "param_mix", gradients) if p.layers]
+        for of in (narrow, rehearsal)
+    )
     layer = sum(4 * p.numel() for p in narrow.model.get_submodule("model.layers.0").parameters())
     own, others = (p.work - p.states // 6 for p in (wide, whole))  # without one set of hidden states
     assert own - others == layer, "its float32 copy"

@@ -14,7 +14,7 @@ from tiny import close, kept, logits, masked, snapshot, token_ids
 from torch.nn.functional import cross_entropy
 
 from probeprune import METHODS, Gradients, attach, compose, find_blocks, prune, save
-from probeprune.calibration import footprints, unfinished
+from probeprune.calibration import footprints, gradient_footprints, unfinished
 from probeprune.calibration.collecting import calibrate
 from probeprune.calibration.gradients import saliences
 from probeprune.evaluation.perplexity import perplexity
@@ -154,7 +154,7 @@ def test_memory_is_planned_for_a_layer_that_reads_keys_and_values_of_others():
     rehearsal, batch = Rehearsal(model, torch.float32, torch.device("cpu")), Batch(2, 24)
     assert rehearsal.layer == 5
     gradients = METHODS["llm-pruner"].gradient_settings
-    found = footprints.saliences(rehearsal, rehearsal, "param_mix", gradients)
+    found = gradient_footprints.saliences(rehearsal, rehearsal, "param_mix", gradients)
     found += [footprints.damages(rehearsal, batch, 8, 0.1), footprints.moments(rehearsal, batch, 8, 24)]
     given = 6 * 12  # inputs by token, of all layers
     assert found[-1].states == 6 * 24 * (Carried(model).width + given) * 4

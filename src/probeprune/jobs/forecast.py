@@ -3,25 +3,22 @@
 No weight is read. Memory is what the work holds when it is rehearsed without numbers (`model/footprint.py`).
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
-from probeprune.calibration import footprints
+from probeprune.calibration import footprints, gradient_footprints
 from probeprune.errors import UsageError
 from probeprune.jobs.prune import Texts, check_windows, rehearsed
 from probeprune.methods import Method
 from probeprune.model.blocks import Block
-from probeprune.model.cost import blocks_flops, synced_clock
+from probeprune.model.cost import blocks_flops, product_rate
 from probeprune.model.described import Layout
 from probeprune.model.experts import Stack, find_parts
 from probeprune.model.footprint import Batch, Phase, Rehearsal, measuring
-from probeprune.model.linear_maps import sizes
 from probeprune.model.multimodal import text_config
 from probeprune.model.outline import Outline
 from probeprune.model.placing import Work, in_use, opening_of, place, retained
@@ -296,16 +293,16 @@ def _statistics(
         if job.dtype.itemsize < 4:
             wide = Rehearsal(dense.model, torch.float32, job.device, method.unit_kind)
         channels = method.experts == "channel" and loses_experts(method, dense.stacks)
-        phases += footprints.saliences(dense, wide, criterion, method.gradient_settings, channels)
+        phases += gradient_footprints.saliences(dense, wide, criterion, method.gradient_settings, channels)
     if gates := method.gate_settings:
         more, started = _statistics(dense, kept, replace(job, method=method.start))
         held += started
-        phases += [*more, _with(footprints.gates(dense, gates), held)]
+        phases += [*more, _with(gradient_footprints.gates(dense, gates), held)]
     how = method.refit or Refit()
     chosen = "consumers" in parts and method.ordered_by_refit
     if "damages" in parts or (chosen and how.sensitivity):
         windows = min(max(how.sensitivity, 1), text.windows)
-        more, sensitive = footprints.sensitivities(dense, windows, text.length)
+        more, sensitive = gradient_footprints.sensitivities(dense, windows, text.length)
         phases += more
     if "damages" in parts:
         part = footprints.damages(dense, batch, min(text.windows, DAMAGE_WINDOWS), how.damping[0])
@@ -367,10 +364,10 @@ def _seconds(shape: Any, pruned: Any, kept: Sequence[int], job: Job) -> float:
                 flops += min(text.windows, how.windows) * text.length * _moment_flops(b, width)
                 double += (16 if chosen else 2) * width**3 / 3
     linear_blocks = [b for b in blocks if isinstance(b, Block)]
-    rate = _rate(linear_blocks, job.dtype, job.device, min(texts.batch_size * text.length, 1024))
-    exact = (
-        _rate(linear_blocks, torch.float64, job.device, 256) if double and job.device.type != "mps" else rate
-    )
+    rate = product_rate(linear_blocks, job.dtype, job.device, min(texts.batch_size * text.length, 1024))
+    exact = rate
+    if double and job.device.type != "mps":
+        exact = product_rate(linear_blocks, torch.float64, job.device, 256)
     return float(flops / rate + double / exact)
 
 
@@ -382,22 +379,3 @@ def _figures_flops(model: Any, texts: Texts) -> float:
 def _moment_flops(block: Block, width: int) -> int:
     """FLOPs of adding one token to the moments of a refit."""
     return 2 * width * (width + block.hidden_size)
-
-
-def _rate(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device, tokens: int) -> float:
-    """FLOPs a second of the linear maps of one layer, over about a second."""
-    last = blocks[-1].layer
-    maps = [m for b in blocks if b.layer == last for m in (*b.producers, b.consumer)]
-    weights = [torch.ones(sizes(m), dtype=dtype, device=device) for m in maps]
-    inputs = [torch.ones(tokens, sizes(m)[1], dtype=dtype, device=device) for m in maps]
-    done = started = 0.0
-    for turn in range(100):
-        if turn == 1:
-            started = synced_clock(device)  # the first turn sets up threads and kernels
-        for x, weight in zip(inputs, weights, strict=True):
-            linear(x, weight)
-        if turn:
-            done += sum(2.0 * tokens * w.numel() for w in weights)
-            if synced_clock(device) - started > 0.7:
-                break
-    return done / (time.perf_counter() - started)

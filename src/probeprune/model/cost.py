@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from probeprune.model.blocks import Block
@@ -142,3 +143,22 @@ class PeakMemory:
         else:
             self._stop.set()
             self._thread.join()
+
+
+def product_rate(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device, tokens: int) -> float:
+    """FLOPs a second of the linear maps of one layer, over about a second."""
+    last = blocks[-1].layer
+    maps = [m for b in blocks if b.layer == last for m in (*b.producers, b.consumer)]
+    weights = [torch.ones(sizes(m), dtype=dtype, device=device) for m in maps]
+    inputs = [torch.ones(tokens, sizes(m)[1], dtype=dtype, device=device) for m in maps]
+    done = started = 0.0
+    for turn in range(100):
+        if turn == 1:
+            started = synced_clock(device)  # the first turn sets up threads and kernels
+        for x, weight in zip(inputs, weights, strict=True):
+            nn.functional.linear(x, weight)
+        if turn:
+            done += sum(2.0 * tokens * w.numel() for w in weights)
+            if synced_clock(device) - started > 0.7:
+                break
+    return done / (time.perf_counter() - started)
