@@ -25,7 +25,7 @@ from probeprune import (
 )
 from probeprune.algebra.soft_threshold import soft_keep
 from probeprune.calibration import gates as training
-from probeprune.calibration.footprints import gates as gates_phase
+from probeprune.calibration.gradient_footprints import gates as gates_phase
 from probeprune.calibration.gates import Budget, gated, learn_gates
 from probeprune.errors import UsageError
 from probeprune.methods import TABLES, Method
