@@ -33,7 +33,8 @@ from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES
 TEXT = token_ids(6, 16, seed=9) % 57 + 3
 LONG = token_ids(10, 64, seed=3) % 57 + 3
 RATIO = {"even": 0.3, "whole": 0.3, "mixed": 0.2, "probe": 0.08}
-FUSED = ("gemma4_text", "gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid", "llama4_text")
+FUSED = ("aria_text", "gemma4_text", "gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid")
+FUSED += ("granitemoe_swa", "llama4_text")
 """Families whose published checkpoints hold all experts of a layer in one tensor."""
 FIRST = ("experts.gate_up_proj", "experts.up_proj")
 
