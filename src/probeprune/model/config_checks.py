@@ -142,6 +142,8 @@ def check_fields(file: Path, fields: Mapping[str, Any], table: Mapping[str, Allo
     for path, name, value in _walk(fields):
         if name == "sliding_window" and value == 0 and fields.get("use_sliding_window") is False:
             continue  # what Qwen2-MoE says of no window
+        if name == "rms_norm_eps" and value is None and "layer_norm_eps" in fields:
+            continue  # Command A MoE: its norms are LayerNorms
         if name in table and not table[name].holds(value):
             # Writing out a number of thousands of digits is an error itself.
             huge = type(value) is int and abs(value) > MOST
