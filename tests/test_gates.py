@@ -25,8 +25,8 @@ from probeprune import (
 )
 from probeprune.algebra.soft_threshold import soft_keep
 from probeprune.calibration import gates as training
-from probeprune.calibration.gradient_footprints import gates as gates_phase
 from probeprune.calibration.gates import Budget, gated, learn_gates
+from probeprune.calibration.gradient_footprints import gates as gates_phase
 from probeprune.errors import UsageError
 from probeprune.methods import TABLES, Method
 from probeprune.model.described import empty_like
