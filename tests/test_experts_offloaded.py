@@ -1,8 +1,10 @@
 """Mixtures of experts whose layers are on disk: the same units and figures, one layer in memory at a time."""
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +56,25 @@ class Folder:
     name: str
     path: Path
 
+    @cached_property
+    def both(self) -> tuple[Any, Any]:
+        """Opened once in memory and once on disk, for tests that change neither."""
+        here = load_model(str(self.path), dtype="float32", device="cpu").model
+        return here, by_layer(self.path, here)
+
     def here(self) -> Any:
-        """Opened in memory."""
-        return load_model(str(self.path), dtype="float32", device="cpu").model
+        """A model in memory."""
+        return copy.deepcopy(self.both[0])
 
     def there(self) -> Any:
         """Opened with as little memory as it takes to have its layers on disk."""
-        return by_layer(self.path)
+        return by_layer(self.path, self.both[0])
 
 
-def by_layer(path: Path) -> Any:
-    """A model opened a layer at a time, without a copy on disk."""
+def by_layer(path: Path, like: Any) -> Any:
+    """A model opened a layer at a time, without a copy on disk; `like` has its shape."""
     work = [Phase("none", 0)]
-    model = empty_like(load_model(str(path), dtype="float32", device="cpu").model)
+    model = empty_like(like)
     opening = opening_of(model, torch.float32, torch.device("cpu"), [(torch.float32, 4)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placing, "in_use", lambda device: (0, 1 << 40))
@@ -103,7 +111,7 @@ def names_of(path: Path) -> set[str]:
 
 
 def test_each_weight_is_joined_as_transformers_joins_it(folder):
-    here, there = folder.here(), folder.there()
+    here, there = folder.both
     for (name, own), (same, other) in zip(here.named_parameters(), named_weights(there), strict=True):
         assert name == same and own.equal(other)
     for (name, own), (same, other) in zip(here.named_buffers(), there.named_buffers(), strict=True):
@@ -116,8 +124,9 @@ def test_each_weight_is_joined_as_transformers_joins_it(folder):
 
 
 def test_perplexity_of_the_model_and_under_methods_is_that_in_memory(folder):
-    here, there = folder.here(), folder.there()
-    assert perplexity(here, TEXT, batch_size=4).losses == perplexity(there, TEXT, batch_size=4).losses
+    here, there = folder.both
+    dense = perplexity(here, TEXT, batch_size=4).losses
+    assert dense == perplexity(there, TEXT, batch_size=4).losses
     methods = [EVEN, WHOLE, *([PROBE] if any(b.whole is None for b in find_blocks(here)) else [])]
     for method in methods:
         found = []
@@ -131,7 +140,7 @@ def test_perplexity_of_the_model_and_under_methods_is_that_in_memory(folder):
                         save(handle, folder.path / "never")
         assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
         assert found[0][1:] == found[1][1:]
-        assert found[0][0] != perplexity(here, TEXT, batch_size=4).losses
+        assert found[0][0] != dense
 
 
 @pytest.mark.parametrize("method", [EVEN, WHOLE, MIXED], ids=lambda m: m.name)
@@ -146,7 +155,7 @@ def test_pruned_and_saved_a_layer_at_a_time(folder, method, tmp_path, number_tok
     assert here.state_dict().keys() == there.state_dict().keys()
     assert all(own.equal(there.state_dict()[name]) for name, own in here.state_dict().items())
     for (name, own), (same, other) in zip(
-        here.named_parameters(), named_weights(by_layer(tmp_path / "there")), strict=True
+        here.named_parameters(), named_weights(by_layer(tmp_path / "there", there)), strict=True
     ):
         assert name == same and own.equal(other)
 
@@ -191,7 +200,8 @@ def test_weights_in_another_dtype(qwen, tmp_path):
 @pytest.mark.parametrize("what", ["gone", "changed"])
 def test_a_file_that_is_another_is_said(what, qwen, tmp_path):
     copied = Path(shutil.copytree(qwen.path, tmp_path / "model"))
-    model, file, name = by_layer(copied), copied / "model.safetensors", "model.layers.0.mlp.experts.down_proj"
+    model, file = by_layer(copied, qwen.both[0]), copied / "model.safetensors"
+    name = "model.layers.0.mlp.experts.down_proj"
     before = model_fingerprint(model)
     stored, key = load_file(file), "model.layers.0.mlp.experts.3.down_proj.weight"
     file.unlink()
