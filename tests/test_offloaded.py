@@ -3,6 +3,7 @@
 import gc
 import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,21 @@ def on_disk(model, folder):
     return found.requires_grad_(False).eval()
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """By family, a model in memory and the same on disk, for tests that change neither."""
+
+    @cache
+    def made(family):
+        model = FAMILIES[family]()
+        return model, on_disk(model, tmp_path_factory.mktemp(family))
+
+    return made
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_comes_and_goes(family, tmp_path):
-    model = FAMILIES[family]()
-    other = on_disk(model, tmp_path)
+def test_a_layer_comes_and_goes(family, both):
+    model, other = both(family)
     assert is_offloaded(other) and not is_offloaded(model)
     layers = find_family(other).layers
     layer = other.get_submodule(f"{layers}.1")
@@ -72,10 +84,8 @@ def test_a_layer_comes_and_goes(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_statistics_are_those_of_the_model_in_memory(family, tmp_path):
-    model = FAMILIES[family]()
-    other = on_disk(model, tmp_path)
-    here, there = (calibrate(m, WINDOWS, batch_size=4) for m in (model, other))
+def test_statistics_are_those_of_the_model_in_memory(family, both):
+    here, there = (calibrate(m, WINDOWS, batch_size=4) for m in both(family))
     for name, moments in here.items():
         for key, value in moments.state().items():
             assert value.equal(there[name].state()[key])
@@ -120,9 +130,8 @@ def test_layers_that_become_shards_by_a_link_need_no_room(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["dense", *STATIC, *DYNAMIC])
-def test_perplexity_under_a_method_is_that_in_memory(method, tmp_path):
-    model = FAMILIES["llama-gqa"]()
-    other = on_disk(model, tmp_path)
+def test_perplexity_under_a_method_is_that_in_memory(method, both):
+    model, other = both("llama-gqa")
     found = []
     for m in (model, other):
         with attach(m, small(method), 0.3, calibration=WINDOWS) as handle:
@@ -136,9 +145,8 @@ def test_perplexity_under_a_method_is_that_in_memory(method, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_of_padded_rows_are_those_in_memory(family, tmp_path):
-    model = FAMILIES[family]()
-    other = on_disk(model, tmp_path)
+def test_scores_of_padded_rows_are_those_in_memory(family, both):
+    model, other = both(family)
     requests = [Request([5] * n, [7, 9, 11][: n % 3 + 1]) for n in (3, 9, 14, 6, 2)]
     order = make_batches(requests, 2, "length")
     found = []
