@@ -52,6 +52,23 @@ def test_prune_writes_a_dynamic_method_that_generate_runs(place, capsys):
     assert json.loads(capsys.readouterr().out)["compared"]["tokens_per_second"].keys() == {"dense", "probe"}
 
 
+def test_a_model_that_is_cut_already_generates_as_it_is(place, capsys):
+    assert prune("--out", "cut", "--layout", "per-layer", method="wanda-sp") == 0
+    asked = ["generate", "cut", "--prompt", "7 8 9", "--max-new-tokens", "5"]
+    assert run(lambda: app(asked)) == 0
+    shown = capsys.readouterr()
+    loaded = load_model("cut")
+    ids = loaded.tokenizer("7 8 9", return_tensors="pt")
+    own = loaded.model.generate(**ids, max_new_tokens=5, do_sample=False)[0, 4:]
+    assert loaded.tokenizer.decode(own).strip() in shown.out
+    gone = f"{loaded.pruning['removed_share']:.1%} of the blocks cut for good"
+    assert f"{gone}: prefill" in shown.err
+    assert run(lambda: app([*asked, "--compare"])) == 2
+    more = ["--method", "magnitude", "--ratio", "0.1"]
+    assert run(lambda: app([*asked, *more])) == 0
+    assert f"{gone}, then magnitude, " in capsys.readouterr().err
+
+
 def test_a_reference_opens_from_any_folder(place, monkeypatch):
     assert prune("--out", "out", "--weights", "reference") == 0
     (place / "elsewhere").mkdir()

@@ -113,7 +113,7 @@ def test_the_python_guide_runs_on_a_tiny_model(monkeypatch, tmp_path, capsys):
     assert pruned < sum(weight.numel() for weight in dense.values())
 
 
-@pytest.mark.parametrize("name", ["start.md", "howto/extend.md"])
+@pytest.mark.parametrize("name", ["start.md", "howto/extend.md", "howto/own-text.md"])
 def test_the_snippets_of_a_page_run_on_a_tiny_model(name, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(probeprune, "load_model", tiny_model)
@@ -122,6 +122,8 @@ def test_the_snippets_of_a_page_run_on_a_tiny_model(name, monkeypatch, tmp_path,
         "calibration_windows",
         lambda documents, tokenizer, *, count, length, seed: token_ids(min(count, 16), 24, seed=seed),
     )
+    for text in ("own.txt", "own-test.txt"):
+        (tmp_path / text).write_text("France France Spain " * 300)
     methods = dict(METHODS)
     try:
         run_snippets(ROOT / "docs" / name)
@@ -142,6 +144,18 @@ def test_commands_in_pages_have_the_options_they_are_given(page):
             words = shlex.split(found[2], comments=True)
             if "..." not in words and "|" not in words:
                 commands[found[1]].make_context(found[1], words)
+
+
+@pytest.mark.parametrize("page", ["commands.md", "howto/own-text.md"])
+def test_settings_in_pages_are_those_of_options(page, tmp_path):
+    shown = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```toml\n(.*?)^```$", shown, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "probeprune.toml").write_text(block)
+        group = typer.main.get_command(app)
+        group._words = []
+        assert group.defaults(tmp_path / "probeprune.toml", "compare")["compare"]["methods"]
 
 
 @pytest.mark.parametrize(

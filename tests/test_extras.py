@@ -18,9 +18,17 @@ ROOT = Path(__file__).parent.parent
 BLOCKED = sorted({module for one in EXTRAS.values() for module in one.modules})
 
 WITHOUT = f"""
-import sys
-for module in {BLOCKED!r}:
+import importlib.metadata, sys
+blocked, version = {BLOCKED!r}, importlib.metadata.version
+for module in blocked:
     sys.modules[module] = None
+
+def version_without(name):
+    if name.replace("-", "_") in blocked:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+importlib.metadata.version = version_without
 """
 
 CORE = """
@@ -59,7 +67,7 @@ with contextlib.redirect_stderr(io.StringIO()) as errors:
 try:
     probeprune.lm_eval.PrunedLM
 except MissingExtra as error:
-    said["PrunedLM"] = 2, f"probeprune: {error}\n"
+    said["PrunedLM"] = 2, f"probeprune: {error}"
 print(json.dumps(said))
 """
 

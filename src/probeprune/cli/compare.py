@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -253,6 +254,7 @@ def compare(
     print_rows(rows, title, output.as_json)
     warn(missed_in(rows))
     print_written((results.path, output.out_dir / "table.md", *plots))
+    print_line(f"next: `probeprune report {shlex.quote(str(output.out_dir))}` makes one page of it", "dim")
 
 
 def _check_untrained(methods: Sequence[Method]) -> None:

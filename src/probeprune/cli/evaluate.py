@@ -196,7 +196,8 @@ def evaluate(
                 return attach_again(loaded.model, again)
 
         figures = run(loaded, wanted, base=other, attached=attached, progress=show)
-    record = _record(loaded, other, kept, removed, figures)
+    packages = ("lm-eval",) if wanted.tasks else ()  # which may be missing where no task needs it
+    record = _record(loaded, other, kept, removed, figures, packages)
     if json_file is None or str(json_file) != "-":
         _print(record, figures)
     if json_file is not None:
@@ -222,6 +223,7 @@ def _record(
     kept: Attachment | None,
     removed: float,
     figures: list[Figure],
+    packages: tuple[str, ...],
 ) -> dict[str, Any]:
     from probeprune.provenance import dtype_name, versions
 
@@ -234,7 +236,7 @@ def _record(
         "base": None if base is None else base.name,
         "dtype": dtype_name(loaded.dtype),
         "device": str(loaded.device),
-        "versions": versions("lm-eval"),
+        "versions": versions(*packages),
         "results": [figure.record() for figure in figures],
     }
 

@@ -42,7 +42,7 @@ class PruningOptions:
         str | None,
         typer.Option(
             help="Pruning method; `probeprune methods` lists all.",
-            show_default="probe, or the one that is kept with the model",
+            show_default="probe; of a pruned model dense, of one that keeps a method this one",
         ),
     ] = None
     ratio: Annotated[
@@ -59,9 +59,13 @@ class PruningOptions:
         RANGES["refresh"],
     ] = 0
 
-    def composed(self) -> Method:
-        """The method. Raises `UsageError` for one that trains, and for options it cannot honour."""
-        method = get_method(self.method or "probe")
+    def composed(self, pruned: bool = False) -> Method:
+        """The method. Raises `UsageError` for one that trains, and for options it cannot honour.
+
+        A model that is `pruned` already is not pruned once more, unless a method or a ratio asks for it.
+        """
+        as_it_is = pruned and self.method is None and self.ratio is None
+        method = get_method(self.method or ("dense" if as_it_is else "probe"))
         check_untrained(method)
         return with_refresh(method, self.refresh)
 
@@ -173,7 +177,7 @@ def generate(
     """Continue prompts with a pruned model; a dynamic method chooses heads and channels for the prompt.
 
     The first run collects calibration statistics, which takes minutes on a CPU; later runs read them from the
-    cache. A folder that `prune` wrote with a dynamic method runs under that method.
+    cache. A checkpoint that `prune` cut runs as it is, a folder with a dynamic method under that method.
 
     Example: [bold]probeprune generate smollm2-135m --method probe --ratio 0.2 --chat --prompt "Hello"[/bold]
     """
@@ -181,9 +185,11 @@ def generate(
 
     method, prompt_texts = pruning.composed(), prompts.read()
     sampling, text = decoding.decoding(calibration.seed), calibration.text()
-    if compare and is_dense(method):
-        raise UsageError("--compare measures a method beside the dense model; choose another than dense.")
+    _check_compared(method, compare)
     loaded = load.open(model, device_map=device_map, attached=True)
+    if _removed_for_good(loaded) is not None:
+        method = pruning.composed(pruned=True)
+        _check_compared(method, compare)
     kept, ratio = None, 0.2 if pruning.ratio is None else pruning.ratio
     if loaded.handle is not None:
         pruning.check_kept(model)
@@ -211,6 +217,19 @@ def generate(
     print_line(_summary(request, generated, removed, speed))
     if not is_dense(method):
         warn(filter(None, [missed(method.name, method.record(), request.ratio, removed)]))
+
+
+def _removed_for_good(loaded: LoadedModel) -> float | None:
+    """The share of the blocks' parameters that a checkpoint of ours has lost; None for a dense model."""
+    trained = loaded.training or {}
+    record = loaded.pruning or trained.get("pruning") or trained
+    share: float | None = record.get("removed_share")
+    return share
+
+
+def _check_compared(method: Method, compare: bool) -> None:
+    if compare and is_dense(method):
+        raise UsageError("--compare measures a method beside the dense model; choose another than dense.")
 
 
 def _prepare(loaded: LoadedModel, method: Method, ratio: float, text: Text, seed: int) -> Prepared | None:
@@ -318,6 +337,10 @@ def _summary(request: Request, generated: Generated, removed: float, speed: dict
     """The method and its speed, beside the dense model's where that was measured."""
     name = request.method.name
     method = "dense" if is_dense(request.method) else f"{name}, {removed:.1%} of the blocks left out"
+    gone = _removed_for_good(request.loaded)
+    if gone is not None:
+        cut = f"{gone:.1%} of the blocks cut for good"
+        method = cut if is_dense(request.method) else f"{cut}, then {method}"
     if speed is None:
         rates = f"prefill {generated.prefill_rate:.1f} tokens/s, decode {generated.decode_rate:.1f} tokens/s"
         return f"{method}: {rates}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast, get_args
@@ -25,7 +26,7 @@ from probeprune.cli.groups import (
 )
 from probeprune.cli.options import grouped
 from probeprune.cli.saved import print_saved, print_trained
-from probeprune.cli.terminal import notices, progress_bar, warn
+from probeprune.cli.terminal import notices, print_line, progress_bar, warn
 from probeprune.cli.values import names, one_of, size
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.engines.gguf_types import FileType, storage
@@ -343,7 +344,15 @@ def prune(
                     progress=show,
                 )
     print_saved(record, output.out_dir, _summary(record), ("dense", "pruned"), output.as_json)
+    if not output.is_file and not output.as_json:
+        print_line(_next(model, str(output.out_dir)), "dim")
     warn(filter(None, [missed(method.name, record["method"], pruning.ratio, record["removed_share"])]))
+
+
+def _next(model: str, folder: str) -> str:
+    """What to do with a folder that was written."""
+    command = shlex.join(["probeprune", "eval", folder, "--base", model])
+    return f"next: `{command}` measures it; {folder}/README.md says how it is opened"
 
 
 def _summary(record: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from probeprune.cli.groups import Json
-from probeprune.cli.terminal import drawn, out, print_line, warn
+from probeprune.cli.terminal import drawn, out, print_line, print_written, warn
 from probeprune.errors import UsageError
 from probeprune.files import RESULTS
 
@@ -47,7 +47,8 @@ def report(
                 print(json.dumps(record))
     else:
         out().print(reporting.table(rows, title))
-    print_line(f"written: {page}, {len(files)} figures in {figures}")
+    print_written([page, *([figures] if files else [])])
+    print_line(f"next: open {page} in a browser", "dim")
 
 
 def _check_results_stay(page: Path, run: Path) -> None:

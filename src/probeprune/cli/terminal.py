@@ -115,8 +115,9 @@ def lines_of_progress(clock: Callable[[], float] = time.monotonic) -> Progress:
 
     def show(what: str, done: int, total: int) -> None:
         nonlocal last
-        if clock() - last >= LINE_EVERY:
-            last = clock()
+        now = clock()
+        if now - last >= LINE_EVERY:
+            last = now
             print_line(f"{what}: {done} of {total}", "dim")
 
     return show

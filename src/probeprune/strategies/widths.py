@@ -75,7 +75,7 @@ def candidates(request: Request) -> tuple[list[int], float]:
         raise UsageError(
             f"ratio {ratio:g} of all blocks would remove everything that may be pruned "
             f"({' and '.join(kinds)} behind the first {skipped} layers); use at most "
-            f"{prunable / total - 0.01:.2f}, or skip fewer."
+            f"{prunable / total - 0.01:.2f}, or a smaller skip_layers."
         )
     return pruned, share
 
