@@ -41,6 +41,8 @@ def test_an_importance_needs_no_more_than_its_row_says(name, kind):
         needed = {"energy" if row.from_batch else "variance": torch.rand(block.width)}
     if "saliences" in row.needs:
         needed["saliences"] = tuple(torch.rand(block.units) for _ in block.members)
+    if "gates" in row.needs:
+        needed["gates"] = torch.rand(block.units)
     scores = IMPORTANCES[name].score(Evidence(block, ColumnNorms.of(block), **needed))
     assert scores.shape == (block.units,) and scores.dtype == torch.float32
     assert scores.isfinite().all() and scores.unique().numel() == block.units

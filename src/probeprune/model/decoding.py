@@ -73,7 +73,9 @@ def _by_layer(
     progress: Progress,
 ) -> Iterator[Decoded]:
     runner, device = LayerRunner(model, batches, masks), device_of(model)
-    seconds, flops = [0.0] * len(batches), runner.given_flops * batches[0].numel()
+    seconds, flops = [0.0] * len(batches), 0
+    if batches:  # a process may have none of its own
+        flops = runner.given_flops * batches[0].numel()
     for layer in range(len(runner)):
         progress("layers", layer, len(runner))
         with runner.visited(layer):
