@@ -200,7 +200,7 @@ def test_every_number_of_every_command_shows_its_range():
     assert len(OPTIONS) > 40
     for command, option, annotation in OPTIONS:
         shown = annotation.__metadata__[0].help
-        assert " From " in shown or " In " in shown, (command, option)
+        assert any(f" {word} " in shown for word in ("From", "In", "At least")), (command, option)
 
 
 def called(command: str, option: str, value: str, folder) -> int:
