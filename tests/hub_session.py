@@ -56,7 +56,7 @@ found["no owner"] = said(kept, "kept")
 found["no model"] = said(str(place / "empty"), "me/kept")
 found["pushed"] = said(kept, "me/kept", "--private")
 found["again"] = said(kept, "me/kept", "--results", str(place / "eval.json"))
-smaller = loading.load_model(cut)
+smaller = loading.load_model(cut, dtype="float32")
 probeprune.save(smaller.model, place / "again", tokenizer=smaller.tokenizer, push_to_hub="me/cut")
 found["public"] = said(cut, "me/cut", "--private")
 found["same"] = [
