@@ -122,6 +122,7 @@ def test_the_snippets_of_a_page_run_on_a_tiny_model(name, monkeypatch, tmp_path,
         "calibration_windows",
         lambda documents, tokenizer, *, count, length, seed: token_ids(min(count, 16), 24, seed=seed),
     )
+    monkeypatch.setattr(windows, "evaluation_windows", lambda *_text, **_how: token_ids(4, 24))
     for text in ("own.txt", "own-test.txt"):
         (tmp_path / text).write_text("France France Spain " * 300)
     methods = dict(METHODS)

@@ -14,6 +14,7 @@ from tiny import FAMILIES, opened, token_ids
 
 from probeprune import compose, find_blocks, load_model, prune, save
 from probeprune.cli import app, run
+from probeprune.cli.train import TrainingOptions
 from probeprune.data.windows import Text
 from probeprune.jobs.measure import Measure
 from probeprune.progress import silent
@@ -137,7 +138,7 @@ def test_two_processes_give_what_one_gives(command, files, tmp_path, capsys):
     [
         ("recover", ["--length", "50"], "no document of more than 50 tokens"),
         ("recover", ["--steps", "0"], "--steps must be a whole number of steps from 1 to 10000000, not 0"),
-        ("recover", ["--batch-size", "6"], "multiple of 4"),
+        ("recover", ["--batch-size", "6", "--windows", "2", "--corpus", "nowhere.txt"], "multiple of 4"),
         ("recover", ["--rank", "0"], "--rank must be a whole number from 1 to 8192, not 0"),
         ("loraprune", ["--ratio", "1.2"], "--ratio must be a number in [0, 1), not 1.2"),
         ("loraprune", ["--ratio", "0.2", "--layout", "even"], "unknown layout"),
@@ -150,6 +151,12 @@ def test_bad_input_is_one_sentence(command, more, says, files, tmp_path, capsys)
     error = capsys.readouterr().err
     assert says in error and "Traceback" not in error and error.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_micro_batches_divide_the_batch_unless_their_size_is_given():
+    sizes = [TrainingOptions(batch_size=size).settings(None).micro_batch for size in (64, 6, 2, 1)]
+    assert sizes == [4, 2, 2, 1]
+    assert TrainingOptions(batch_size=6, micro_batch=3).settings(None).micro_batch == 3
 
 
 def test_a_cut_that_no_plain_config_holds_fails_before_training(files, tmp_path, capsys):

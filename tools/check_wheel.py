@@ -32,6 +32,8 @@ def main() -> None:
         print(f"{wheel.name}: {size / 1e6:.2f} MB; {sdist.name}: {sdist.stat().st_size / 1e6:.2f} MB")
         if size > LIMIT:
             raise SystemExit(f"the wheel has {size} bytes, more than {LIMIT}.")
+        version = wheel.name.split("-")[1]
+        _check_changelog(version)
         with zipfile.ZipFile(wheel) as files:
             names = files.namelist()
         for needed in ("probeprune/py.typed", "probeprune/experiment/preset_files/laptop.yaml"):
@@ -40,10 +42,20 @@ def main() -> None:
         place = work / "installed"
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place)]
         subprocess.run([*pip, str(wheel)], check=True)
-        _use(place, work)
+        _use(place, work, version)
 
 
-def _use(place: Path, work: Path) -> None:
+def _check_changelog(version: str) -> None:
+    """End with a sentence where a release has no section of its own, right behind an empty `Unreleased`."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## \[([^\]]+)\].*\n((?:(?!## \[).*\n)*)", text, re.MULTILINE)
+    if ".dev" in version:
+        return
+    if [name for name, _ in sections[:2]] != ["Unreleased", version] or sections[0][1].strip():
+        raise SystemExit(f"CHANGELOG.md has no section [{version}] behind an empty [Unreleased].")
+
+
+def _use(place: Path, work: Path, version: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(place), "HF_HUB_OFFLINE": "1"}
 
     def python(*words: str) -> str:
@@ -55,7 +67,10 @@ def _use(place: Path, work: Path) -> None:
     where = python("-c", READY).strip()
     if not Path(where).is_relative_to(place):
         raise SystemExit(f"{where} was imported in place of the wheel's.")
-    print(python("-m", "probeprune", "--version").strip())
+    said = python("-m", "probeprune", "--version").strip()
+    if said != f"probeprune {version}":
+        raise SystemExit(f"the wheel is version {version}, and the command line says: {said}.")
+    print(said)
     python("-m", "probeprune", "methods", "--json")
     python("-m", "probeprune", "table", "--preset", "laptop", "--show")
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from probeprune.strategies.refit_every_batch import RefitEveryBatch
 from probeprune.strategies.schedule import Distilled, DuringTraining, Never, Once
 from probeprune.surgery import Pruning, prune
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "METHODS",

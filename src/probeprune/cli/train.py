@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -38,10 +39,13 @@ class TrainingOptions:
         int, typer.Option(help="Sequences per optimiser step, over all processes."), RANGES["batch_size"]
     ] = Training.batch_size
     micro_batch: Annotated[
-        int,
-        typer.Option(help="Sequences per forward pass of one process; fewer take less memory."),
+        int | None,
+        typer.Option(
+            help="Sequences per forward pass of one process; fewer take less memory.",
+            show_default=f"{Training.micro_batch}, or the most that divides a smaller or odd batch",
+        ),
         RANGES["micro_batch"],
-    ] = Training.micro_batch
+    ] = None
     length: Annotated[int, typer.Option(help="Tokens per training sequence."), RANGES["length"]] = (
         Training.length
     )
@@ -97,10 +101,13 @@ class TrainingOptions:
 
         Raises `UsageError` for values that do not go together.
         """
+        from probeprune import processes
+
+        share = max(self.batch_size // processes.count(), 1)
         return Training(
             steps=self.steps,
             batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
+            micro_batch=self.micro_batch or gcd(share, Training.micro_batch),
             length=self.length,
             learning_rate=self.learning_rate,
             lora=lora,

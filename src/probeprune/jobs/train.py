@@ -34,6 +34,7 @@ from probeprune.training.recovery import (
     MEASURED,
     Trained,
     base_model,
+    check_batch,
     check_in_memory,
     check_loss,
     merged,
@@ -89,6 +90,7 @@ def recover_to(
     """
     check_pruning(pruning)
     check_in_memory(loaded.model)
+    check_batch(job.training)
     if teacher is not None:
         check_tokens(loaded, teacher)
     check_loss(loaded.model, job.training, None if teacher is None else teacher.model)
@@ -146,6 +148,7 @@ def loraprune_to(
     See `recover_to` for the other arguments, and `training.loraprune.loraprune` for the errors.
     """
     check_in_memory(loaded.model)
+    check_batch(job.training)
     with _held(out):
         return _loraprune_to(loaded, out, cut, job, save_dtype, progress)
 

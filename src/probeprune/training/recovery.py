@@ -271,14 +271,20 @@ def _add_own_callbacks(trainer: CheckedTrainer, training: Training, work: Path) 
         trainer.add_callback(Patience(training.patience))
 
 
-def _whole_steps(training: Training, windows: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
-    """The windows that fill whole optimiser steps. Raises `UsageError` for sizes that do not fit."""
+def check_batch(training: Training) -> None:
+    """Raise `UsageError` for a batch that the processes cannot share out in micro-batches."""
     unit = training.micro_batch * processes.count()
     if training.batch_size % unit:
         raise UsageError(
-            f"a batch of {training.batch_size} sequences cannot be cut into {processes.count()} processes of "
-            f"{training.micro_batch}; make batch_size a multiple of {unit}, or change micro_batch."
+            f"a batch of {training.batch_size} sequences cannot be shared out over {processes.count()} "
+            f"process(es) in micro-batches of {training.micro_batch}; make batch_size a multiple of {unit}, "
+            "or change micro_batch."
         )
+
+
+def _whole_steps(training: Training, windows: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
+    """The windows that fill whole optimiser steps. Raises `UsageError` for sizes that do not fit."""
+    check_batch(training)
     count = len(windows) // training.batch_size * training.batch_size
     if not count or not len(held_out):
         raise UsageError(
