@@ -1,6 +1,5 @@
-"""What `test_processes.py` has two processes do together, and one alone: a script, and a module."""
+"""What `test_processes.py` has two processes do together, and one alone."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,3 @@ def main(folder: Path) -> None:
         Preparation(FAMILIES["llama-gqa"](), WINDOWS, cache=cache)
         save_file(work(cache), folder / f"{processes.rank()}.safetensors")
         failing()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 import typer
+from forked import Forked
 from tiny import write_model_and_text
 
 import probeprune_command
+from probeprune import cli
 from probeprune.cli import app, run, values
 from probeprune.cli.facts import missed_in
 from probeprune.cli.terminal import lines_of_progress
@@ -216,40 +219,33 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, number_tokenizer):
     assert process.returncode == 130 and "the same command continues" in error and "Traceback" not in error
 
 
-SLOW = """
-import sys, time, typer
-from probeprune import cli
-app = typer.Typer()
-@app.command()
-def slow():
-    try:
-        print("ready", flush=True)
-        time.sleep(60)
-    finally:
-        time.sleep(0.5)
-        print("cleaned up", flush=True)
-cli.app = app
-sys.argv = ["probeprune"]
-cli.main()
-"""
+def slow() -> None:
+    """A command that takes its time, also to clean up."""
+    app = typer.Typer()
+
+    @app.command()
+    def wait() -> None:
+        try:
+            print("ready")
+            time.sleep(60)
+        finally:
+            time.sleep(0.5)
+            print("cleaned up")
+
+    cli.app = app
+    forked.command()
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_command_on_the_way_that_cleans_up(sent, code):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(sent)
+    process = Forked(slow)
+    process.until(lambda: process.output == "ready\n")
+    process.send(sent)
     if sent == signal.SIGTERM:
         time.sleep(0.2)
-        process.send_signal(sent)  # impatient: cleaning up goes on
-    shown, error = process.communicate(timeout=60)
-    assert process.returncode == code and shown == "cleaned up\n"
+        process.send(sent)  # impatient: cleaning up goes on
+    ended, shown, error = process.ended(60)
+    assert ended == code and shown == "ready\ncleaned up\n"
     assert error.startswith("probeprune: interrupted;") and error.count("\n") == 1
 
 

@@ -1,13 +1,12 @@
 """`recover` towards the dense model, as a command: whom it learns from, what it writes, what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
+from forked import in_two
 from test_training_commands import arguments, call
 from tiny import FAMILIES, opened, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -122,15 +121,10 @@ def test_bad_input_is_one_sentence(model, more, says, files, tmp_path, capsys):
 def test_two_processes_give_what_one_gives(files, tmp_path):
     more = ["--dropout", 0.0, "--merge", "--windows", 2]
     assert call(*short(files, "pruned", tmp_path / "one", *more)) == 0
-    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*launched, "-m", "probeprune", *short(files, "pruned", tmp_path / "two", *more, "--json")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads(done.stdout)
+    together = short(files, "pruned", tmp_path / "two", *more, "--json")
+    (first, output, errors), (second, *_) = in_two(forked.command, *together)
+    assert (first, second) == (0, 0), errors[-3000:]
+    record = json.loads(output)
     assert record["processes"] == 2 and record["loss"] == "distill"
     one, two = (opened(tmp_path / name).state_dict() for name in ("one", "two"))
     for name, value in one.items():

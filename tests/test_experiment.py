@@ -1,15 +1,13 @@
 """Cells and results: keyed by what matters, resumable, corrupt lines named; compare with LoRA."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
+from forked import Forked
 from tiny import SHAPE, write_model_and_text
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -239,14 +237,10 @@ def test_compare_killed_half_way_ends_in_the_same_table(tmp_path):
     costs = [row for row in rows if row["task"] == "cost"]
     assert [c["name"] for c in costs] == ["dense", "random", "probe"]
     assert all(len(c["prefill"]["speedup_range"]) == 2 and "decode" not in c for c in costs)
-    command = [sys.executable, "-m", "probeprune", *words(tmp_path, broken, *KILLED)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (broken / RESULTS).exists():
-        assert process.poll() is None and time.monotonic() < deadline, "nothing to kill"
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process = Forked(forked.command, *words(tmp_path, broken, *KILLED))
+    process.until((broken / RESULTS).exists)
+    process.send(signal.SIGKILL)
+    assert process.ended()[0] == -signal.SIGKILL
     first = (broken / RESULTS).read_bytes()
     assert first.count(b"\n") < len(rows) / 2, "killed too late to show anything"
     assert table(broken) == whole

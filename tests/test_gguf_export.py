@@ -1,8 +1,6 @@
 """GGUF files without an engine: what is refused, and that nothing is left of what did not end."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from forked import Forked
 from test_cli import call
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -126,32 +125,26 @@ def test_a_disk_that_fills_up(tokens, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def slow_export(file):
+    """Write a file, and wait behind the third tensor."""
+
+    def progress(what, done, total):
+        print("writing")
+        time.sleep(5 if done == 3 else 0)
+
+    gguf_write.tokenizer_keys = lambda tokenizer, vocabulary: {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    gguf_write.export_gguf(tiny.FAMILIES["llama"](), file, tokenizer=0, progress=progress)
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_interrupted(how, tmp_path):
     """No file appears; what a kill leaves is deleted by the next export to the same place."""
-    script = (
-        "import sys, time\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "import tiny\n"
-        "from probeprune.engines import gguf_write\n"
-        "gguf_write.tokenizer_keys = lambda tokenizer, vocabulary: {}\n"
-        "import signal\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
-        "def slow(what, done, total):\n"
-        "    print('writing', flush=True)\n"
-        "    time.sleep(5 if done == 3 else 0)\n"
-        "gguf_write.export_gguf(tiny.FAMILIES['llama'](), sys.argv[2], tokenizer=0, progress=slow)\n"
-    )
     file = tmp_path / "a.gguf"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, os.path.dirname(tiny.__file__), str(file)], stdout=subprocess.PIPE
-    )
-    for _ in range(4):
-        assert process.stdout.readline()
-    time.sleep(0.2)
-    process.send_signal(how)
-    process.wait()
-    process.stdout.close()
+    process = Forked(slow_export, file)
+    process.until(lambda: process.output.count("writing") == 4)
+    process.send(how)
+    assert process.ended()[0] == (1 if how == signal.SIGTERM else -how)
     assert not file.exists()
     gguf_write.check_file(file)
     assert list(tmp_path.iterdir()) == []

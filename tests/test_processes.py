@@ -6,25 +6,24 @@ import subprocess
 import sys
 import threading
 from itertools import chain
-from pathlib import Path
 
+import forked
 import pytest
 import shared_work
 import torch
+from forked import in_two
 from safetensors.torch import load_file
 from tiny import opened, write_model_and_text
-from two_processes import ended, start
 
 from probeprune import METHODS, processes
 from probeprune.algebra.least_squares import Gram
 from probeprune.algebra.moments import Moments, Tokens
+from probeprune.calibration import collecting, unfinished
 from probeprune.cli import app, run
 from probeprune.cli.compare import _check_untrained
 from probeprune.errors import UsageError
 from probeprune.experiment.results import Results
 from probeprune.processes import shares
-
-HERE = Path(__file__).parent
 
 
 def call(*parts):
@@ -123,7 +122,7 @@ def test_what_takes_one_process_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    for code, _, errors in ended(start(HERE / "shared_work.py", tmp_path)):
+    for code, _, errors in in_two(shared_work.main, tmp_path):
         assert code == 0, errors[-3000:]
     one = shared_work.work(tmp_path / "cache")
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
@@ -183,7 +182,7 @@ def test_two_processes_compare_as_one(files, tmp_path):
     more = ["--methods", "dense,wanda-sp,probe", "--ratios", 0.4, "--skip-layers", 1, "--dtype", "float32"]
     more += ["--speed-rounds", 0]
     assert call(*arguments(files, "compare", tmp_path / "one", *more)) == 0
-    both = ended(start("-m", "probeprune", *arguments(files, "compare", tmp_path / "two", *more)))
+    both = in_two(forked.command, *arguments(files, "compare", tmp_path / "two", *more))
     for code, _, errors in both:
         assert code == 0, errors[-3000:]
     assert both[0][1] and not both[1][1] and not both[1][2], "the second process prints nothing"
@@ -196,24 +195,19 @@ def test_two_processes_compare_as_one(files, tmp_path):
     assert written(tmp_path / "one") == written(tmp_path / "two")
 
 
-DIES = """
-import os, sys
-from probeprune import processes
-from probeprune.calibration import collecting, unfinished
-from probeprune.cli import main
+def watched(dies: bool, *words: str) -> None:
+    """A command whose second process dies at the third layer, or one that must not run what is finished."""
+    collect = collecting.collect
 
-collect, dies = collecting.collect, sys.argv.pop(1) == "dies"
+    def watching(runner, layer, *rest):
+        if dies and layer == 2 and processes.rank() == 1:
+            os._exit(9)
+        assert dies or layer >= 2, "a finished layer is not run again"
+        return collect(runner, layer, *rest)
 
-def watched(runner, layer, *rest):
-    if dies and layer == 2 and processes.rank() == 1:
-        os._exit(9)
-    assert dies or layer >= 2, "a finished layer is not run again"
-    return collect(runner, layer, *rest)
-
-collecting.collect = watched
-unfinished.EVERY = unfinished.COST = 0.0
-main()
-"""
+    collecting.collect = watching
+    unfinished.EVERY = unfinished.COST = 0.0
+    forked.command(*words)
 
 
 def test_a_process_that_dies_ends_the_others_with_a_sentence(files, tmp_path, monkeypatch):
@@ -221,13 +215,13 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(files, tmp_path, mo
     command = arguments(
         files, "prune", tmp_path / "out", "--method", "wanda-sp", "--ratio", 0.3, "--round-to", 4
     )
-    (code, _, errors), (died, *_) = ended(start("-c", DIES, "dies", *command))
+    (code, _, errors), (died, *_) = in_two(watched, True, *command)
     assert died == 9 and code == 2
     (sentence,) = (line for line in errors.splitlines() if line.strip())
     assert sentence.startswith("probeprune: the 2 processes have lost each other, one may have ended (")
     assert "onnection" in sentence and not (tmp_path / "out").exists()
     kept = (tmp_path / "cache/statistics").rglob("index.json")
     assert [json.loads(index.read_text())["done"] for index in kept] == [2, 2], "by each process"
-    for code, _, errors in ended(start("-c", DIES, "goes on", *command)):
+    for code, _, errors in in_two(watched, False, *command):
         assert code == 0, errors[-3000:]
     assert not [*(tmp_path / "cache/statistics").rglob("index.json")]

@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+import forked
 import pytest
+from forked import Forked
 from tiny import write_model_and_text
 
 from probeprune.cli import app, run
@@ -99,16 +99,12 @@ def test_the_grid_is_complete(whole, folder):
 def test_killed_twice_it_ends_in_the_same_table(folder, whole, tmp_path):
     """The second kill meets a run that goes on from the first."""
     call = ["table", *arguments(folder, tmp_path / "out")]
-    command, lines = [sys.executable, "-m", "probeprune", *call], 0
+    file, lines = tmp_path / "out" / RESULTS, 0
     for _ in range(2):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        file = tmp_path / "out" / RESULTS
-        while not file.exists() or file.read_bytes().count(b"\n") <= lines:
-            assert process.poll() is None and time.monotonic() < deadline, "nothing to kill"
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process = Forked(forked.command, *call)
+        process.until(lambda before=lines: file.exists() and file.read_bytes().count(b"\n") > before)
+        process.send(signal.SIGKILL)
+        assert process.ended()[0] == -signal.SIGKILL
         lines = file.read_bytes().count(b"\n")
     assert lines < len(whole), "killed too late to show anything"
     assert run(lambda: app(call)) == 0

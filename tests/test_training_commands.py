@@ -1,14 +1,12 @@
 """`recover` and `loraprune` as commands: files open again, a kill loses nothing, two processes agree."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
+import forked
 import pytest
 import torch
+from forked import Forked, in_two
 from peft import PeftModel
 from tiny import FAMILIES, opened, token_ids
 
@@ -92,15 +90,10 @@ def test_killed_for_real_and_started_again(files, tmp_path, capsys):
     more = ["--warmup-steps", 1, "--merge", "--steps", 12]
     assert call(*arguments(files, "recover", "pruned", tmp_path / "whole", *more)) == 0
     command = arguments(files, "recover", "pruned", tmp_path / "out", *more)
-    process = subprocess.Popen([sys.executable, "-m", "probeprune", *command], stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "out.training").glob("checkpoint-*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = Forked(forked.command, *command)
+    process.until(lambda: list((tmp_path / "out.training").glob("checkpoint-*")))
+    process.send(signal.SIGKILL)
+    assert process.ended()[0] == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert call(*command) == 0
     assert (tmp_path / "out/model.safetensors").read_bytes() == (
@@ -115,15 +108,10 @@ def test_two_processes_give_what_one_gives(command, files, tmp_path, capsys):
     if command == "loraprune":
         more += ["--dropout", 0.0, "--round-to", 1]
     assert call(*arguments(files, command, model, tmp_path / "one", *more)) == 0
-    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*launched, "-m", "probeprune", *arguments(files, command, model, tmp_path / "two", *more, "--json")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads(done.stdout)  # one line: one process prints
+    together = arguments(files, command, model, tmp_path / "two", *more, "--json")
+    (first, output, errors), (second, nothing, _) = in_two(forked.command, *together)
+    assert (first, second) == (0, 0) and not nothing, errors[-3000:]
+    record = json.loads(output)  # one line: one process prints
     assert record["processes"] == 2
     one = opened(tmp_path / "one").state_dict()
     two = opened(tmp_path / "two").state_dict()
