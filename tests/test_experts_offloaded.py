@@ -38,6 +38,8 @@ RATIO = {"even": 0.3, "whole": 0.3, "mixed": 0.2, "probe": 0.08}
 FUSED = ("aria_text", "gemma4_text", "gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid")
 FUSED += ("granitemoe_swa", "llama4_text")
 """Families whose published checkpoints hold all experts of a layer in one tensor."""
+JOINED = ("qwen2_moe", "mixtral", "deepseek_v3")
+"""Some of those whose checkpoints hold a tensor for each expert: beside shared experts, alone, in groups."""
 FIRST = ("experts.gate_up_proj", "experts.up_proj")
 
 pytestmark = [
@@ -143,8 +145,19 @@ def test_perplexity_of_the_model_and_under_methods_is_that_in_memory(folder):
         assert found[0][0] != dense
 
 
-@pytest.mark.parametrize("method", [EVEN, WHOLE, MIXED], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [EVEN, WHOLE], ids=lambda m: m.name)
 def test_pruned_and_saved_a_layer_at_a_time(folder, method, tmp_path, number_tokenizer):
+    check_pruned_and_saved(folder, method, tmp_path, number_tokenizer)
+
+
+@pytest.mark.parametrize("folder", (*FUSED, *JOINED), indirect=True)
+def test_widths_of_single_layers_saved_a_layer_at_a_time(folder, tmp_path, number_tokenizer):
+    """They do not depend on more of a family than how its files hold the experts."""
+    check_pruned_and_saved(folder, MIXED, tmp_path, number_tokenizer)
+
+
+def check_pruned_and_saved(folder, method, tmp_path, number_tokenizer):
+    """A model on disk is cut, saved and opened again as the one in memory is."""
     done = {}
     for name, model in (("here", folder.here()), ("there", folder.there())):
         done[name] = prune(model, method, RATIO[method.name], calibration=WINDOWS)

@@ -136,17 +136,13 @@ def run(folder: Path, script: str) -> str:
     return done.stdout
 
 
-def test_the_core_needs_no_extra(folder):
-    run(folder, CORE)
-
-
-def test_commands_work_without_extras_or_name_the_one_they_need(folder, monkeypatch):
+def test_the_core_and_commands_work_without_extras_or_name_the_one_they_need(folder, monkeypatch):
     commands = [words for words in (*WORKS, *SAYS, UPLOADS) if words not in PYTHON]
     (folder / "commands.json").write_text(json.dumps([words.split() for words in commands]))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", str(folder / "no-token"))
-    printed = run(folder, COMMANDS)
+    printed = run(folder, CORE + COMMANDS)
     said = json.loads(printed.splitlines()[-1])
     for words, leaves_out in WORKS.items():
         code, errors = said[words]

@@ -16,13 +16,13 @@ from probeprune.preparation import Preparation
 pytestmark = pytest.mark.real
 
 
-WINDOWS = 8
+WINDOWS = 4
 """Windows of 512 tokens. The dense figure is that of these very windows: more would test nothing else. In
 every one of them most of a nat lies between the methods, 15 standard errors of the mean difference."""
 
-INDEPENDENT = 30.6403
+INDEPENDENT = 30.9626
 """Measured without this package: the tokens of the file in order, and the loss that transformers gives for
-`labels`, window by window. Sixty windows gave 29.65 here and there."""
+`labels`, window by window. Eight windows gave 30.6406 and sixty 29.65, here and there."""
 
 
 @pytest.fixture(scope="module")
