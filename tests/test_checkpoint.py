@@ -1,14 +1,16 @@
 """Checkpoints: same logits and bytes after a round trip, with and without this package, or nothing at all."""
 
+import io
 import json
-import os
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from forked import Forked
 from safetensors.torch import load_file
 from tiny import FAMILIES, LLAMA3, SHAPE, opened, token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -23,10 +25,6 @@ IDS = token_ids(3, 20)
 
 OPENED = """
 import json, sys
-if sys.argv[1] == "without":
-    sys.modules["probeprune"] = None  # importing it fails
-else:
-    import probeprune
 import torch
 from transformers import AutoModelForCausalLM
 for line in sys.stdin:
@@ -89,6 +87,31 @@ def test_round_trip(family, layout, tmp_path):
     assert logits(opened(tmp_path / "four")).equal(logits(loaded))
 
 
+def open_without(lines: str, folder: Path) -> tuple[int, str, str]:
+    """Exit code, output and errors of `OPENED` where importing the package fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", f'import sys; sys.modules["probeprune"] = None\n{OPENED}'],
+        input=lines,
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PATH": "/usr/bin:/bin"},
+        cwd=folder,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def open_with(lines: str, folder: Path) -> tuple[int, str, str]:
+    """The same where it was imported."""
+    return Forked(opening, lines).ended()
+
+
+def opening(lines: str) -> None:
+    import probeprune  # noqa: F401
+
+    sys.stdin = io.StringIO(lines)
+    exec(OPENED, {})
+
+
 @pytest.mark.parametrize("package", ["with", "without"])
 def test_new_processes_open_it_with_and_without_the_package(package, tmp_path):
     cases = [
@@ -112,21 +135,9 @@ def test_new_processes_open_it_with_and_without_the_package(package, tmp_path):
         model_type = json.loads((folder / "model/config.json").read_text())["model_type"]
         trust = own and (package == "without" or model_type == family_of(family))
         lines.append(json.dumps([str(folder / "model"), trust]))
-    done = subprocess.run(
-        [sys.executable, "-c", OPENED, package],
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
-        env={
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "hf"),
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # the package under test
-        },
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    code, output, errors = (open_with if package == "with" else open_without)("\n".join(lines), tmp_path)
+    assert code == 0, errors
+    answers = [json.loads(line) for line in output.splitlines()]
     assert len(answers) == len(cases)
     for i, (_, module, cache_agrees) in enumerate(answers):
         got = torch.load(tmp_path / str(i) / "logits.pt", weights_only=True)
