@@ -1,5 +1,8 @@
 """FLOPs as counted on what runs equal those of the formulas, and the probe is as cheap as published."""
 
+import platform
+
+import psutil
 import pytest
 import torch
 from tiny import FAMILIES
@@ -9,6 +12,7 @@ import probeprune
 from probeprune.methods import compose
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import PeakMemory, blocks_flops, counting_flops
+from probeprune.model.machine import freed_memory_kept, release_freed
 from probeprune.model.passes import find_decoder
 from probeprune.strategies.probe import Probe, probe_flops
 from probeprune.strategies.probe_every_batch import ProbeEveryBatch
@@ -118,3 +122,19 @@ def test_peak_memory_sees_a_tensor_that_is_gone():
         del block
     # It lived for some ms at least: filling it takes longer than one sample.
     assert during.bytes - before.bytes > 150 * 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_memory_of_large_tensors_is_used_again_inside_and_given_back_behind():
+    process, size = psutil.Process(), 100 << 20
+
+    def held_after_use():
+        torch.ones(size // 4)  # pages are taken when they are written
+        return process.memory_info().rss
+
+    release_freed()  # holes that earlier tests left
+    before = held_after_use()
+    with freed_memory_kept():
+        assert held_after_use() > before + size // 2
+    assert process.memory_info().rss < before + size // 2
+    assert held_after_use() < before + size // 2

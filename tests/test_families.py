@@ -129,6 +129,17 @@ def test_blocks_are_the_layers_and_norms_are_in_front_of_them(row):
     assert ran == [b.name for b in blocks]
 
 
+def check_masked(model, before, batch, text):
+    """What was attached left no trace, and gave what the dense model gives with the same units masked: the
+    logits of a batch, and text behind its prompts with a cache. Each comes with the units that it kept."""
+    (got, choice), (cached, prompted) = batch, text
+    before.assert_untouched()
+    with masked(choice):
+        close(got, logits(model, IDS, MASK))
+    with masked(prompted):
+        assert cached.equal(model.generate(IDS, attention_mask=MASK, use_cache=False, **TOLD))
+
+
 def test_a_probed_batch_is_the_dense_model_masked_and_detaching_restores_all_bits(row):
     _, model, dense = row
     before = snapshot(model)
@@ -138,12 +149,7 @@ def test_a_probed_batch_is_the_dense_model_masked_and_detaching_restores_all_bit
         assert handle.removed_share == pytest.approx(RATIO, abs=0.02)
         cached = model.generate(IDS, attention_mask=MASK, **TOLD)
         prompted = kept(handle)
-    before.assert_untouched()
-    with masked(choice):
-        close(got, logits(model, IDS, MASK))
-    with masked(prompted):
-        plain = model.generate(IDS, attention_mask=MASK, use_cache=False, **TOLD)
-    assert cached.equal(plain)
+    check_masked(model, before, (got, choice), (cached, prompted))
     assert (got - dense).abs().max() > 0.01 * dense.abs().max(), "nothing was pruned"
     assert logits(model, IDS, MASK).equal(dense)
 

@@ -14,6 +14,7 @@ from test_families import (
     balanced,
     check_checkpoint,
     check_flops,
+    check_masked,
     even,
     noting,
     seen,
@@ -23,7 +24,7 @@ from test_families import (
     test_all_units_in_any_order_are_the_dense_block_and_restoring_puts_them_back as any_order,
 )
 from test_families import test_logits_by_parts_are_the_models_own as by_parts
-from tiny import PARALLEL, close, kept, logits, masked, snapshot
+from tiny import PARALLEL, close, kept, logits, snapshot
 
 from probeprune import attach, compose, find_blocks
 from probeprune.model.families import find_family
@@ -100,11 +101,7 @@ def test_a_batch_is_the_dense_model_masked_and_detaching_restores_all_bits(row, 
         assert handle.removed_share == pytest.approx(ratio, abs=0.03)
         cached = model.generate(IDS, attention_mask=MASK, **TOLD)
         prompted = kept(handle)
-    before.assert_untouched()
-    with masked(choice):
-        close(got, logits(model, IDS, MASK))
-    with masked(prompted):
-        assert cached.equal(model.generate(IDS, attention_mask=MASK, use_cache=False, **TOLD))
+    check_masked(model, before, (got, choice), (cached, prompted))
     assert (got - dense).abs().max() > 0.01 * dense.abs().max(), "nothing was pruned"
     assert logits(model, IDS, MASK).equal(dense)
 

@@ -110,6 +110,9 @@ def test_missing_tensors_are_not_filled_with_random_numbers(checkpoint):
 def test_directory_without_tokenizer(checkpoint):
     for path in checkpoint.glob("tokenizer*"):
         path.unlink()
+    with pytest.raises(UsageError, match=r"has no tokenizer; .* save\(\.\.\., tokenizer=\.\.\.\)"):
+        load_model(str(checkpoint), dtype="float32")
+    (checkpoint / "tokenizer.json").write_text("{}")
     with pytest.raises(UsageError, match="could not be loaded"):
         load_model(str(checkpoint), dtype="float32")
 

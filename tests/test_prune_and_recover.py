@@ -18,6 +18,7 @@ def arguments(files, out, *more):  # noqa: F811
     text = files / "text.jsonl"
     sizes = ["--length", 16, "--calibration-windows", 8, "--windows", 2, "--batch-size", 4, "--recover", 3]
     texts = ["--calibration", text, "--corpus", files / "test.txt", "--train-text", text]
+    texts.append("--no-train-packing")  # their tokenizer has no token for it
     method = [
         "--method",
         "wanda-sp",
@@ -40,10 +41,12 @@ def short(monkeypatch):
     monkeypatch.setattr(importlib.import_module("probeprune.cli.prune"), "SEQUENCE", 16)
 
 
-def test_the_result_is_trained_and_says_how_it_was_made(files, tmp_path, capsys):  # noqa: F811
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_result_is_trained_and_says_how_it_was_made(lora, files, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out"
-    assert call(*arguments(files, out, "--json")) == 0
+    assert call(*arguments(files, out, "--json", *["--train-lora"] * lora)) == 0
     record = json.loads(capsys.readouterr().out)
+    assert (record["training"]["lora"] is not None) == (out / "adapter").exists() == lora
     assert record["base_model"] == record["teacher"] == str(files / "dense") and record["loss"] == "distill"
     assert record["steps"] == 3 and record["held_out_loss"][1] < record["held_out_loss"][0]
     assert record["pruning"]["method"]["name"] == "wanda-sp"
@@ -87,6 +90,7 @@ def test_stopped_and_started_again(where, files, tmp_path, monkeypatch, capsys):
     ("more", "says"),
     [
         (["--recover", "-1"], "--recover must be a whole number of steps"),
+        (["--recover", "0", "--train-lora"], "give --recover STEPS too"),
         (
             ["--method", "probe", "--layout", "uniform"],
             "trains a smaller checkpoint, and method 'probe' cuts no weights",

@@ -1,13 +1,17 @@
 """On the real SmolLM2-135M: figures measured independently, and the paper's main claim."""
 
 import math
+from dataclasses import replace
 from statistics import mean, stdev
 
 import pytest
+from tiny import FAMILIES
 
 from probeprune import attach
+from probeprune.bench.targets import from_loaded
 from probeprune.data.corpora import load_corpus
 from probeprune.data.windows import calibration_windows, evaluation_windows
+from probeprune.errors import UsageError
 from probeprune.evaluation.perplexity import perplexity
 from probeprune.model.blocks import find_blocks
 from probeprune.model.machine import cache_dir
@@ -47,3 +51,9 @@ def test_probe_beats_wanda_sp_at_40_percent(smollm2, text):
     assert mean(lost) > 5 * stdev(lost) / math.sqrt(WINDOWS)
     assert all(p.equal(before[n]) for n, p in smollm2.model.named_parameters())
     assert len(find_blocks(smollm2.model)) == 60
+
+
+def test_a_bench_of_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(smollm2):
+    target = from_loaded(replace(smollm2, model=FAMILIES["llama-gqa"]()))
+    with pytest.raises(UsageError, match="is not in the model's vocabulary"):
+        target.windows(1, 16)

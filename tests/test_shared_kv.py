@@ -6,11 +6,11 @@ import json
 import pytest
 import tiny_families
 import torch
-from test_families import IDS, MASK, PROBE, TOLD
+from test_families import IDS, MASK, PROBE, TOLD, check_masked
 from test_offloaded import on_disk
 from test_plan import job, outline
 from test_unfinished import Watch
-from tiny import close, kept, logits, masked, snapshot, token_ids
+from tiny import kept, logits, snapshot, token_ids
 from torch.nn.functional import cross_entropy
 
 from probeprune import METHODS, Gradients, attach, compose, find_blocks, prune, save
@@ -127,11 +127,7 @@ def test_query_heads_go_from_every_layer_at_every_batch_and_keys_and_values_stay
         got, choice = logits(model, IDS, MASK), kept(handle)
         cached = model.generate(IDS, attention_mask=MASK, **TOLD)
         prompted = kept(handle)
-    before.assert_untouched()
-    with masked(choice):
-        close(got, logits(model, IDS, MASK))
-    with masked(prompted):
-        assert cached.equal(model.generate(IDS, attention_mask=MASK, use_cache=False, **TOLD))
+    check_masked(model, before, (got, choice), (cached, prompted))
 
 
 def test_mlps_of_two_widths_have_one_in_a_plain_config(tmp_path):

@@ -47,10 +47,10 @@ def main() -> None:
 
 def _check_changelog(version: str) -> None:
     """End with a sentence where a release has no section of its own, right behind an empty `Unreleased`."""
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    sections = re.findall(r"^## \[([^\]]+)\].*\n((?:(?!## \[).*\n)*)", text, re.MULTILINE)
     if ".dev" in version:
         return
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## \[([^\]]+)\].*\n((?:(?!## \[).*\n)*)", text, re.MULTILINE)
     if [name for name, _ in sections[:2]] != ["Unreleased", version] or sections[0][1].strip():
         raise SystemExit(f"CHANGELOG.md has no section [{version}] behind an empty [Unreleased].")
 

@@ -29,7 +29,7 @@ from probeprune.data.windows import BATCH_SIZE, WindowSource
 from probeprune.errors import UsageError
 from probeprune.methods import Method
 from probeprune.model.blocks import Block
-from probeprune.model.identity import content_key
+from probeprune.model.identity import content_file
 from probeprune.model.passes import token_windows
 from probeprune.model.wrappers import unwrapped
 from probeprune.places import check_writable
@@ -322,11 +322,8 @@ class Preparation:
         """Damages of all blocks. Curves are stored on disk; savings are counted, or timed, every time."""
         method, settings = piece.method, _curve_settings(piece.method)
         looked_at = settings["sensitivity_windows"]
-        path = None
-        if self.cache is not None:
-            used = self.windows[: max(DAMAGE_WINDOWS, looked_at)]
-            key = content_key(self.model, used, "damages", _FORMAT, *settings.values())
-            path = self.cache / f"{key}.safetensors"
+        used = self.windows[: max(DAMAGE_WINDOWS, looked_at)]
+        path = content_file(self.cache, self.model, used, "damages", _FORMAT, *settings.values())
 
         def measure(kept: Unfinished) -> dict[str, torch.Tensor]:
             return damages(
@@ -349,10 +346,7 @@ class Preparation:
         """Gates trained under the budget of a piece. A run that is stopped trains them anew."""
         method, how = piece.method, piece.method.gate_settings
         assert how is not None
-        path = None
-        if self.cache is not None:
-            key = content_key(self.model, self.windows, "gates", _FORMAT, dict(piece.settings))
-            path = self.cache / f"{key}.safetensors"
+        path = content_file(self.cache, self.model, self.windows, "gates", _FORMAT, dict(piece.settings))
 
         def learn(_: Unfinished) -> dict[str, torch.Tensor]:
             blocks, own = plan.parts_of(self.model, method), method.start
@@ -374,10 +368,8 @@ class Preparation:
         assert how is not None
         following = self.following or piece.following
         windows = self.windows[: how.windows]
-        path = None
-        if self.cache is not None:
-            key = content_key(self.model, windows, "consumers", _FORMAT, dict(piece.settings), following)
-            path = self.cache / f"{key}.safetensors"
+        settings = dict(piece.settings), following
+        path = content_file(self.cache, self.model, windows, "consumers", _FORMAT, *settings)
 
         def fit(kept: Unfinished) -> dict[str, Consumer]:
             blocks = plan.parts_of(self.model, method)

@@ -9,7 +9,7 @@ compiled once.
 import copy
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -93,25 +93,23 @@ def measure_point(
     windows = target.windows((rounds + 2) * point.batch_size, point.length + new_tokens)
     batches = [b.to(target.device) for b in windows.split(point.batch_size)]
     with ExitStack() as stack:
-        compiled: dict[str, Target] = {}
-        for done, (previous, batch) in enumerate(pairwise(batches)):
+
+        def ready(m: Method, previous: torch.Tensor) -> AbstractContextManager[Handle]:
+            return _warm(target, m, ratio, calibration, previous, point)
+
+        for m in everything:
+            with ready(m, batches[0]) as handle:
+                _first_round(target, handle, batches[1], point.length, runs[m.name])
+        progress(f"{point.batch_size} x {point.length}", 0, rounds)
+        kept: dict[str, Target] = {}
+        if compile:
             for m in everything:
-                run = runs[m.name]
-                if done and compile:
-                    if m.name not in compiled:
-                        own = _compiled(target, m, ratio, calibration, previous, point.length)
-                        compiled[m.name] = stack.enter_context(own)
-                    _round(compiled[m.name], batch, point.length, run)
-                    continue
-                with attach(target.model, m, ratio, calibration=calibration) as handle:
-                    # Warm up on the previous batch, so that the swaps measured here are those of steady use.
-                    _prefill(target, previous[: max(1, point.batch_size // 4), : point.length])
-                    if done:
-                        _round(target, batch, point.length, run)
-                    else:
-                        linear = [b for b in handle.blocks if isinstance(b, Block)]
-                        _first_round(target, linear, batch, point.length, run)
-                        run.weights = _weight_bytes(target, handle)
+                own = _compiled(target, m, ratio, calibration, batches[1], point.length)
+                kept[m.name] = stack.enter_context(own)
+        for done, (previous, batch) in enumerate(pairwise(batches[1:]), start=1):
+            for m in everything:
+                with nullcontext() if compile else ready(m, previous):
+                    _round(kept.get(m.name, target), batch, point.length, runs[m.name])
             progress(f"{point.batch_size} x {point.length}", done, rounds)
     phases: tuple[PhaseName, ...] = ("prefill", "decode") if new_tokens else ("prefill",)
     return [
@@ -133,6 +131,21 @@ def measure_point(
         for phase in phases
         for name, run in runs.items()
     ]
+
+
+@contextmanager
+def _warm(
+    target: Target,
+    method: Method,
+    ratio: float,
+    calibration: Calibration | None,
+    batch: torch.Tensor,
+    point: GridPoint,
+) -> Iterator[Handle]:
+    """The target under a method that has seen a batch, so that its next swaps are those of steady use."""
+    with attach(target.model, method, ratio, calibration=calibration) as handle:
+        _prefill(target, batch[: max(1, point.batch_size // 4), : point.length])
+        yield handle
 
 
 @contextmanager
@@ -183,11 +196,11 @@ def _round(target: Target, batch: torch.Tensor, length: int, run: _Run) -> None:
         run.seconds["decode"].append((times[2] - times[1]) / len(steps))
 
 
-def _first_round(
-    target: Target, blocks: Sequence[Block], batch: torch.Tensor, length: int, run: _Run
-) -> None:
+def _first_round(target: Target, handle: Handle, batch: torch.Tensor, length: int, run: _Run) -> None:
     """Count FLOPs, measure memory and profile. All slow a pass down, so they are off in the timed rounds."""
     prompt, token = batch[:, :length], batch[:, -1:]
+    blocks = [b for b in handle.blocks if isinstance(b, Block)]
+    run.weights = _weight_bytes(target, handle)
     with PeakMemory(target.device) as peak, counting_flops() as counted:
         _prefill(target, prompt)
     run.flops, run.memory = counted.flops, peak.bytes

@@ -16,6 +16,7 @@ from probeprune.data.windows import calibration_windows
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import find_blocks
 from probeprune.model.loading import LoadedModel
+from probeprune.model.passes import token_windows
 from probeprune.ranges import plain
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -72,7 +73,8 @@ def from_loaded(loaded: LoadedModel) -> Target:
     """A loaded model on windows of the embedded C4 text."""
 
     def windows(count: int, length: int) -> torch.Tensor:
-        return calibration_windows(load_corpus("c4"), loaded.tokenizer, count=count, length=length, seed=0)
+        drawn = calibration_windows(load_corpus("c4"), loaded.tokenizer, count=count, length=length, seed=0)
+        return token_windows(loaded.model, drawn)
 
     return Target(loaded.name, loaded.model, windows, loaded.dtype, loaded.device)
 

@@ -17,7 +17,7 @@ from probeprune.algebra.routed_moments import RoutedMoments
 from probeprune.calibration.unfinished import Unfinished, resumed, states_bytes
 from probeprune.data.windows import batches
 from probeprune.model.blocks import Block, find_blocks
-from probeprune.model.identity import content_key
+from probeprune.model.identity import content_file
 from probeprune.model.layers import LayerRunner, capture
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
@@ -60,8 +60,7 @@ def calibrate(
     windows = token_windows(model, windows)
     check_eval(model, "calibration needs")
     blocks = find_blocks(model)
-    key = None if cache is None else content_key(model, windows, "moments", _FORMAT, own_positions)
-    path = None if cache is None else cache / f"{key}.safetensors"
+    path = content_file(cache, model, windows, "moments", _FORMAT, own_positions)
 
     def of_layer(runner: LayerRunner, layer: int) -> dict[str, Moments]:
         here = [b for b in blocks if b.layer == layer]

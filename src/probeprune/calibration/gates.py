@@ -119,6 +119,7 @@ def learn_gates(
             torch.cat([_full(b.units, b.unit_parameters) for b in budget.blocks]).to(device)
             for budget in budgets
         ]
+        blocks = [b for budget in budgets for b in budget.blocks]
         adam = torch.optim.Adam(scores, lr=how.learning_rate, betas=(0.9, 0.99))
         generator = torch.Generator("cpu").manual_seed(seed)
         for step, batch in enumerate(_batches(pieces, how, generator)):
@@ -128,7 +129,6 @@ def learn_gates(
             for budget, own, cost in zip(budgets, scores, costs, strict=True):
                 kept = soft_keep(own, cost, share * budget.parameters, temperature)
                 gates |= _by_block(budget.blocks, kept)
-            blocks = [b for budget in budgets for b in budget.blocks]
             leaves = {name: g.detach().requires_grad_(True) for name, g in gates.items()}
             with shares.alike():
                 loss = _backward(model, blocks, leaves, shares.own_rows(batch).to(device), batch.numel())

@@ -21,7 +21,7 @@ from probeprune.calibration.unfinished import Unfinished, resumed
 from probeprune.errors import UsageError, unknown
 from probeprune.model.blocks import Member, find_blocks
 from probeprune.model.experts import ExpertMap, find_stacks
-from probeprune.model.identity import content_key
+from probeprune.model.identity import content_file
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
@@ -75,11 +75,9 @@ def saliences(
     check_eval(model, "gradients for pruning need")
     blocks = find_blocks(model)
     stacks = find_stacks(model) if experts else []
-    path = None
-    if cache is not None:
-        drawn = (settings.rank, settings.draws, seed) if rule.draws else ()
-        drawn = (*drawn, "experts") if stacks else drawn
-        path = cache / f"{content_key(model, windows, 'saliences', _FORMAT, criterion, *drawn)}.safetensors"
+    drawn = (settings.rank, settings.draws, seed) if rule.draws else ()
+    drawn = (*drawn, "experts") if stacks else drawn
+    path = content_file(cache, model, windows, "saliences", _FORMAT, criterion, *drawn)
 
     def take(kept: Unfinished) -> dict[str, torch.Tensor]:
         @contextmanager

@@ -22,7 +22,7 @@ from probeprune.calibration.routing import routed_tokens, uncalled_experts
 from probeprune.data.windows import BATCH_SIZE
 from probeprune.model.experts import Stack, find_stacks
 from probeprune.model.forwards import temporary_hooks
-from probeprune.model.identity import content_key
+from probeprune.model.identity import content_file
 from probeprune.model.layers import LayerRunner
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.model.wrappers import unwrapped
@@ -60,8 +60,7 @@ def routed_moments(
     windows = token_windows(model, windows)
     check_eval(model, "calibration needs")
     stacks = {s.layer: s for s in find_stacks(model)}
-    key = None if cache is None else content_key(model, windows, "routed", _FORMAT, exchange)
-    path = None if cache is None else cache / f"{key}.safetensors"
+    path = content_file(cache, model, windows, "routed", _FORMAT, exchange)
 
     def of_layer(runner: LayerRunner, layer: int) -> dict[str, RoutedMoments]:
         return _collect(runner, layer, stacks.get(layer), exchange, progress, layers)

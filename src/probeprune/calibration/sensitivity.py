@@ -22,7 +22,7 @@ from probeprune.model.blocks import Block, find_blocks, uncalled_consumer
 from probeprune.model.decoding import HEAD_TOKENS
 from probeprune.model.experts import Stack, find_stacks
 from probeprune.model.forwards import temporary_hooks
-from probeprune.model.identity import content_key
+from probeprune.model.identity import content_file
 from probeprune.model.passes import check_eval, token_windows
 from probeprune.processes import shares
 from probeprune.progress import Progress, silent
@@ -64,11 +64,8 @@ def sensitivities(
     """
     windows = token_windows(model, windows)
     check_eval(model, "sensitivities need")
-    path = None
-    if cache is not None:
-        of_experts = ["experts"] if find_stacks(model) else []
-        key = content_key(model, windows, "sensitivities", _FORMAT, seed, *of_experts)
-        path = cache / f"{key}.safetensors"
+    of_experts = ["experts"] if find_stacks(model) else []
+    path = content_file(cache, model, windows, "sensitivities", _FORMAT, seed, *of_experts)
     return resumed(
         path,
         TENSORS,

@@ -172,18 +172,16 @@ def evaluate(
         check_file(json_file)
     limit = None if memory is None else size("memory", memory)
     work = _work(wanted, method, pruning.ratio or 0.0, text)
-    with notices():
-        loaded = load.open(model, limit, device_map, work, attached=True)
     kept: Attachment | None = None
     removed = 0.0
-    if loaded.handle is not None:
-        refuse_beside_kept(model, {"method": pruning.method, "ratio": pruning.ratio})
-        kept, removed = loaded.handle.kept, loaded.handle.removed_share
-        loaded.handle.detach()  # it begins anew for every measurement
-    other: LoadedModel | None = None
-    if base is not None:
-        with notices():
-            other = load.open(base, limit, device_map, _work(wanted, None, 0.0, text))
+    with notices():
+        loaded = load.open(model, limit, device_map, work, attached=True)
+        if loaded.handle is not None:
+            refuse_beside_kept(model, {"method": pruning.method, "ratio": pruning.ratio})
+            kept, removed = loaded.handle.kept, loaded.handle.removed_share
+            loaded.handle.detach()  # it begins anew for every measurement
+        base_work = _work(wanted, None, 0.0, text)
+        other = None if base is None else load.open(base, limit, device_map, base_work)
     with progress_bar() as show, notices():
         if method is not None:
             assert pruning.ratio is not None
@@ -232,7 +230,7 @@ def _record(
         "method": None if kept is None else kept.method.record(),
         "ratio": None if kept is None else kept.ratio,
         "removed_share": removed,
-        "pruning": loaded.pruning and {k: loaded.pruning.get(k) for k in ("base_model", "removed_share")},
+        "pruning": loaded.cut and {k: loaded.cut.get(k) for k in ("base_model", "removed_share")},
         "base": None if base is None else base.name,
         "dtype": dtype_name(loaded.dtype),
         "device": str(loaded.device),

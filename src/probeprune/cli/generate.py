@@ -187,7 +187,7 @@ def generate(
     sampling, text = decoding.decoding(calibration.seed), calibration.text()
     _check_compared(method, compare)
     loaded = load.open(model, device_map=device_map, attached=True)
-    if _removed_for_good(loaded) is not None:
+    if loaded.cut is not None:
         method = pruning.composed(pruned=True)
         _check_compared(method, compare)
     kept, ratio = None, 0.2 if pruning.ratio is None else pruning.ratio
@@ -217,14 +217,6 @@ def generate(
     print_line(_summary(request, generated, removed, speed))
     if not is_dense(method):
         warn(filter(None, [missed(method.name, method.record(), request.ratio, removed)]))
-
-
-def _removed_for_good(loaded: LoadedModel) -> float | None:
-    """The share of the blocks' parameters that a checkpoint of ours has lost; None for a dense model."""
-    trained = loaded.training or {}
-    record = loaded.pruning or trained.get("pruning") or trained
-    share: float | None = record.get("removed_share")
-    return share
 
 
 def _check_compared(method: Method, compare: bool) -> None:
@@ -337,9 +329,9 @@ def _summary(request: Request, generated: Generated, removed: float, speed: dict
     """The method and its speed, beside the dense model's where that was measured."""
     name = request.method.name
     method = "dense" if is_dense(request.method) else f"{name}, {removed:.1%} of the blocks left out"
-    gone = _removed_for_good(request.loaded)
+    gone = request.loaded.cut
     if gone is not None:
-        cut = f"{gone:.1%} of the blocks cut for good"
+        cut = f"{gone['removed_share']:.1%} of the blocks cut for good"
         method = cut if is_dense(request.method) else f"{cut}, then {method}"
     if speed is None:
         rates = f"prefill {generated.prefill_rate:.1f} tokens/s, decode {generated.decode_rate:.1f} tokens/s"

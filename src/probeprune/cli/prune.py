@@ -39,14 +39,18 @@ from probeprune.model.loading import EMBEDDED_MODEL
 from probeprune.ranges import RANGES
 from probeprune.runtime.attached_folder import Weights
 from probeprune.strategies.expert_importance import EXPERT_IMPORTANCES
+from probeprune.training.settings import Training
 
 if TYPE_CHECKING:
     from probeprune.jobs.prune import GgufFile, Output
     from probeprune.model.described import Layout
     from probeprune.model.loading import LoadedModel
 
-BATCH, SEQUENCE, RATE = 4, 256, 5e-4
-"""Sequences of a training step, tokens of a sequence, and the learning rate: those of `compare`."""
+BATCH, SEQUENCE = 8, 256
+"""Sequences of a training step, and tokens of a sequence."""
+
+RATE, LORA_RATE = 3e-4, 5e-4
+"""Learning rates of all weights (docs/training.md) and of LoRA adapters (those of `compare`)."""
 
 
 @dataclass(frozen=True)
@@ -240,11 +244,28 @@ class TrainingOptions:
         ),
         RANGES["recover"],
     ] = 0
+    lora: Annotated[
+        bool,
+        typer.Option(
+            "--train-lora",
+            help="Train LoRA adapters, merged in the end, in place of all weights: takes less memory.",
+        ),
+    ] = False
     text: Annotated[str, typer.Option("--train-text", help=f"Training text: {TEXT}.")] = TrainingBudget.corpus
+
+    packing: Annotated[
+        bool,
+        typer.Option(
+            "--train-packing/--no-train-packing",
+            help="Join documents and cut the result into sequences, or cut one sequence from each document.",
+        ),
+    ] = True
 
     def check(self, other: str | None, device_map: str | None) -> None:
         """Raise `UsageError` where something `other` than a smaller checkpoint is made, and for several
         devices."""
+        if self.lora and not self.recover:
+            raise UsageError("--train-lora says how to train: give --recover STEPS too, or leave it out.")
         if self.recover and other is not None:
             raise UsageError(f"--recover trains a smaller checkpoint, and {other}; leave it out.")
         if self.recover and device_map is not None:
@@ -253,8 +274,14 @@ class TrainingOptions:
             )
 
     def budget(self) -> TrainingBudget:
-        """The training."""
-        return TrainingBudget(self.recover, BATCH, SEQUENCE, RATE, self.text)
+        """The size of the training."""
+        rate = LORA_RATE if self.lora else RATE
+        return TrainingBudget(self.recover, BATCH, SEQUENCE, rate, self.text, self.packing)
+
+    def settings(self, seed: int) -> Training:
+        """The settings of the training run."""
+        training = self.budget().training(seed)
+        return training if self.lora else replace(training, lora=None)
 
 
 @grouped
@@ -317,7 +344,7 @@ def prune(
                     pruning.ratio,
                     how,
                     texts,
-                    training.budget().training(calibration.seed),
+                    training.settings(calibration.seed),
                     training.budget().text,
                     lambda name: load.open(name, limit),
                     steps=pruning.steps,

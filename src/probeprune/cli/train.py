@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import gcd
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -26,7 +25,7 @@ from probeprune.experiment.cells import TrainingBudget
 from probeprune.model.loading import EMBEDDED_MODEL, LoadedModel
 from probeprune.processes import shares
 from probeprune.ranges import RANGES
-from probeprune.training.settings import Distillation, Lora, Training
+from probeprune.training.settings import Distillation, Lora, Training, micro_batch_for
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,10 @@ class TrainingOptions:
         """
         from probeprune import processes
 
-        share = max(self.batch_size // processes.count(), 1)
         return Training(
             steps=self.steps,
             batch_size=self.batch_size,
-            micro_batch=self.micro_batch or gcd(share, Training.micro_batch),
+            micro_batch=self.micro_batch or micro_batch_for(self.batch_size, processes.count()),
             length=self.length,
             learning_rate=self.learning_rate,
             lora=lora,

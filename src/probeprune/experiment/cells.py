@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from math import gcd
 from typing import Any, Literal
 
 from probeprune import records
@@ -20,7 +19,7 @@ from probeprune.methods import METHODS, Method
 from probeprune.plan import may_need
 from probeprune.ranges import check_fields, plain
 from probeprune.strategies.importance import IMPORTANCES
-from probeprune.training.settings import Training, TrainingText
+from probeprune.training.settings import Training, TrainingText, micro_batch_for
 
 _FORMAT = 1
 """Version of the key; raise it when the same settings come to give another result."""
@@ -49,18 +48,16 @@ class TrainingBudget:
     def training(self, seed: int) -> Training:
         """The settings of the training run.
 
-        The learning rate rises for a sixth of the steps. A twenty-fifth of the text is held out (16 to 800
-        sequences) and evaluated four times.
+        The learning rate rises for a sixth of the steps. Held-out text is evaluated four times.
         """
         return Training(
             steps=self.steps,
             batch_size=self.batch_size,
-            micro_batch=gcd(self.batch_size, Training.micro_batch),
+            micro_batch=micro_batch_for(self.batch_size),
             length=self.length,
             learning_rate=self.learning_rate,
             warmup_steps=self.steps // 6,
             evaluate_every=max(self.steps // 4, 1),
-            evaluate_windows=min(max(self.steps * self.batch_size // 25, 16), Training.evaluate_windows),
             seed=seed,
         )
 

@@ -168,7 +168,7 @@ class Workbench:
         record = loaded.training
         assert record is not None
         blocks = parts_of(loaded.model, subject.method)
-        removed = (record.get("pruning") or record).get("removed_share", 0.0)
+        removed = 0.0 if loaded.cut is None else loaded.cut["removed_share"]
         return Ready(loaded, blocks, [b.units for b in blocks], removed, training=record)
 
     def _train(self, subject: Subject, out: Path) -> None:

@@ -163,11 +163,10 @@ def _figures(model: Any, job: Job) -> Figures:
     parameters = sum(p.numel() for p in model.parameters())
     kv = cached * itemsize
     active = Rehearsal(model, job.dtype_to_save, job.device).layer_pass(Batch(1, length))
+    flops = blocks_flops(blocks, [b.units for b in blocks], 1, length) // length + Carried(model).given_flops
     return Figures(
         parameters=parameters,
-        # What layers are given by token comes of one map of the embeddings.
-        flops_per_token=blocks_flops(blocks, [b.units for b in blocks], 1, length) // length
-        + 2 * width * Carried(model).by_token,
+        flops_per_token=flops,
         head_flops_per_token=2 * width * vocabulary,
         kv_bytes_per_token=kv,
         disk_bytes=parameters * itemsize,

@@ -5,7 +5,7 @@ from typing import Any
 
 from probeprune.errors import UsageError
 from probeprune.model.loading import LoadedModel, load_model
-from probeprune.model.making_records import read_pruning, read_training
+from probeprune.model.making_records import cut_record, read_pruning, read_training
 from probeprune.provenance import dtype_name
 
 
@@ -27,9 +27,7 @@ def dense_name(loaded: LoadedModel) -> str | None:
 
 def _came_from(pruning: dict[str, Any] | None, training: dict[str, Any] | None) -> str | None:
     """The model that one with these records was made from; None unless it was pruned."""
-    pruned = pruning
-    if pruned is None and training is not None:
-        pruned = training if "removed_share" in training else training.get("pruning")
+    pruned = cut_record(pruning, training)
     if pruned is None:
         return None
     name = pruned.get("base_model") or (training or {}).get("base_model")

@@ -1,8 +1,9 @@
-"""A hash of a model's weights as they are, and keys for what is computed from them."""
+"""A hash of a model's weights as they are, and files for what is computed from them."""
 
 import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,13 +20,18 @@ _SAMPLE = 64
 """Values of a weight that are compared before its hash is used again."""
 
 
-def content_key(model: nn.Module, windows: torch.Tensor, *settings: object) -> str:
-    """A key for caching what is computed from a model and windows with these settings."""
+def content_file(
+    cache: Path | None, model: nn.Module, windows: torch.Tensor, *settings: object
+) -> Path | None:
+    """The file in a cache for what is computed from a model and windows with these settings; None without a
+    cache."""
+    if cache is None:
+        return None
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([*settings, list(windows.shape)]).encode())
     digest.update(windows.contiguous().numpy().tobytes())
     digest.update(model_fingerprint(model).encode())
-    return digest.hexdigest()
+    return cache / f"{digest.hexdigest()}.safetensors"
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -117,8 +117,8 @@ class LayerRunner:
 
     @property
     def given_flops(self) -> int:
-        """FLOPs a token of what layers are given by token: one map of the embeddings makes it."""
-        return 2 * self._carried.hidden_size * self._carried.by_token
+        """As `Carried.given_flops`."""
+        return self._carried.given_flops
 
     def _like(self, batch: int) -> object:
         """A key that batches share whose layers get the same arguments: without padding, of one shape."""

@@ -29,6 +29,7 @@ from probeprune.model.config_checks import FIELDS, GENERATION_FIELDS, check_fiel
 from probeprune.model.families import is_supported
 from probeprune.model.folder import (
     CONFIG,
+    TOKENIZER_FILES,
     Stored,
     check_files,
     read_object,
@@ -41,7 +42,7 @@ from probeprune.model.hub import snapshot
 from probeprune.model.joined import left_on_disk
 from probeprune.model.layer_records import attribute
 from probeprune.model.machine import choose_device, choose_dtype
-from probeprune.model.making_records import read_pruning, read_training, refuse_attached
+from probeprune.model.making_records import cut_record, read_pruning, read_training, refuse_attached
 from probeprune.model.modeling_pruned import distinct_layers
 from probeprune.model.multimodal import multimodal_of, text_config
 from probeprune.model.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
@@ -79,6 +80,11 @@ class LoadedModel:
     """The content of training.json beside the weights, if they were trained here."""
     handle: Any = None
     """The handle (`probeprune.Handle`) of the method that is attached, where the folder keeps one."""
+
+    @property
+    def cut(self) -> dict[str, Any] | None:
+        """The record of the pruning that the weights went through; see `cut_record`."""
+        return cut_record(self.pruning, self.training)
 
 
 def load_model(
@@ -180,6 +186,11 @@ def _open(
     options = {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     with quiet_libraries(bars=False):
         empty = _check_weights(name, folder, tensors, options)
+        if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+            raise UsageError(
+                f"'{folder}' has no tokenizer; write that of the dense model into it, with "
+                "tokenizer.save_pretrained, or give save(..., tokenizer=...) when the model is saved."
+            )
         with refusing(
             f"the tokenizer (tokenizer.json, tokenizer_config.json) of '{folder}' could not be loaded"
         ):

@@ -5,7 +5,8 @@ import logging
 import os
 import platform
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,17 +120,53 @@ def release_freed() -> None:
 
     Takes some milliseconds. Does nothing with another C library.
     """
-    trim = _malloc_trim()
+    trim = _from_libc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
-@cache
-def _malloc_trim() -> Any:
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let glibc keep freed memory for the next tensor inside the context; behind it all goes back.
+
+    By default every tensor of more than 32 MB gets pages from the system and gives them back: in a training
+    step, all that are as large as the logits. A step of distillation on SmolLM2-135M spent a third of its
+    time on this. Holes in the heap make the peak larger, by some per cent.
+
+    Does nothing with another C library.
+    """
+    option = _from_libc("mallopt")
+    if option is None:
+        yield
+        return
+    for name, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 256 << 20)):
+        option(name, value)
     try:
-        return ctypes.CDLL(None).malloc_trim
+        yield
+    finally:
+        # The values that glibc's own adjustment ends at, which the first call has switched off.
+        for name, value in (
+            (_MMAP_MAX, 1 << 16),
+            (_MMAP_THRESHOLD, 32 << 20),
+            (_TRIM_THRESHOLD, 64 << 20),
+            (_TOP_PAD, 128 << 10),
+        ):
+            option(name, value)
+        release_freed()
+
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+"""Options of `mallopt`, from malloc.h."""
+
+
+@cache
+def _from_libc(name: str) -> Any:
+    """A function of glibc; None with another C library, or where it has none of this name."""
+    try:
+        found = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError, TypeError):
         return None
+    return found if platform.libc_ver()[0] == "glibc" else None
 
 
 def cache_dir() -> Path:

@@ -51,6 +51,14 @@ def read_training(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def cut_record(pruning: dict[str, Any] | None, training: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the two records of a model say of its pruning, before a training or while it was trained; None for
+    a model that was not pruned."""
+    if pruning is not None or training is None:
+        return pruning
+    return training if "removed_share" in training else training.get("pruning")
+
+
 class HoldsAttached(UsageError):
     """A folder keeps a model with a method attached. Opened as any other, it would be another model than the
     one that was saved: the dense one.

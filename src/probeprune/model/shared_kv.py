@@ -67,6 +67,11 @@ class Carried:
             self.argument = record.shared_kv.argument
 
     @property
+    def given_flops(self) -> int:
+        """FLOPs a token of what layers are given by token: one map of the embeddings makes it."""
+        return 2 * self.hidden_size * self.by_token
+
+    @property
     def width(self) -> int:
         """The most numbers that one token has between two layers."""
         return self.hidden_size + sum(one.width for one in self._shared)

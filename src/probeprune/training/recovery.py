@@ -28,6 +28,7 @@ from probeprune.foreign.quiet import quiet_libraries
 from probeprune.model.blocks import find_blocks
 from probeprune.model.cost import PeakMemory
 from probeprune.model.identity import model_fingerprint
+from probeprune.model.machine import freed_memory_kept
 from probeprune.model.offloading import is_offloaded
 from probeprune.model.passes import token_windows
 from probeprune.places import clear
@@ -133,7 +134,7 @@ def recover(
     set_seed(training.seed)
     time = TrainingTime()
     events = [time, FinalEvaluation(), ReportProgress(progress, training.steps), *callbacks]
-    with quiet_libraries(), _trainable(model, training) as trained, training_loss(model, loss):
+    with quiet_libraries(bars=False), _trainable(model, training) as trained, training_loss(model, loss):
         trainer = CheckedTrainer(
             model=trained,
             args=trainer_arguments(training, work, device, dtype),
@@ -142,7 +143,7 @@ def recover(
             callbacks=events,
         )
         _add_own_callbacks(trainer, training, work)
-        with PeakMemory(device) as memory, explain_failures(work):
+        with PeakMemory(device) as memory, explain_failures(work), freed_memory_kept():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 before = _initial_loss(work, trained, held_out, training.micro_batch)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -1,6 +1,7 @@
 """Settings of training as frozen records: the run, its LoRA adapters, its text."""
 
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Literal, get_args
 
 from probeprune.algebra.divergence import Direction
@@ -57,6 +58,12 @@ class TrainingText:
     """Join documents and cut the result into sequences, instead of one sequence from each document."""
 
 
+def micro_batch_for(batch_size: int, shares: int = 1) -> int:
+    """The micro-batch where none is given: the default one, or the most that divides what each of `shares`
+    processes takes of a batch."""
+    return gcd(max(batch_size // shares, 1), Training.micro_batch)
+
+
 @dataclass(frozen=True)
 class Training:
     """Settings of a training run. Raises `UsageError` for impossible values.
@@ -86,8 +93,9 @@ class Training:
     """Train towards a teacher's predictions; None trains to predict the text."""
     evaluate_every: int = 100
     """Steps between evaluations on held-out text, each followed by a checkpoint."""
-    evaluate_windows: int = 800
-    """Largest number of held-out sequences in an evaluation (LLM-Pruner holds out 800)."""
+    evaluate_windows: int | None = None
+    """Largest number of held-out sequences in an evaluation; None for a twenty-fifth of those trained on, but
+    from 16 to 800 (LLM-Pruner's number)."""
     patience: int | None = None
     """Evaluations without improvement before training stops early; None never stops early."""
     keep_best: bool = True
@@ -103,6 +111,9 @@ class Training:
             raise UsageError(unknown("weights", self.weights, get_args(Weights)))
         if self.lora is not None and self.weights != "all":
             raise UsageError("consumers are trained themselves, without adapters: give lora=None.")
+        if self.evaluate_windows is None:
+            own = min(max(self.steps * self.batch_size // 25, 16), 800)
+            object.__setattr__(self, "evaluate_windows", own)
         if self.warmup_steps is None:
             object.__setattr__(self, "warmup_steps", self.steps // 6)
         elif self.warmup_steps > self.steps:
