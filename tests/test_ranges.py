@@ -146,6 +146,12 @@ def test_several_ratios_are_each_checked():
         probeprune.prepare(MODEL(), "ppsp", [0.2, math.nan], IDS)
 
 
+def test_evaluations_hold_out_a_twenty_fifth_of_the_sequences_between_two_bounds():
+    sizes = ((600, 64), (100, 64), (1, 4))
+    assert [Training(steps=n, batch_size=b).evaluate_windows for n, b in sizes] == [800, 256, 16]
+    assert Training(evaluate_windows=7).evaluate_windows == 7
+
+
 def test_a_warm_up_is_a_sixth_of_the_steps_and_never_longer_than_they_are():
     assert Training().warmup_steps == 100 and Training(steps=5).warmup_steps == 0
     with pytest.raises(UsageError, match="warmup_steps 6 is more than the 5 steps; lower it"):

@@ -31,10 +31,6 @@ OBJECTS = (
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 """Files that are read once, by the tokenizer: they are large."""
-
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-"""Patterns of names that any tokenizer has a file of."""
-
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

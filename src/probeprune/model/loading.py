@@ -15,7 +15,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -29,7 +28,6 @@ from probeprune.model.config_checks import FIELDS, GENERATION_FIELDS, check_fiel
 from probeprune.model.families import is_supported
 from probeprune.model.folder import (
     CONFIG,
-    TOKENIZER_FILES,
     Stored,
     check_files,
     read_object,
@@ -51,6 +49,7 @@ from probeprune.model.offloading import device_of, room_of, set_scratch
 from probeprune.model.placing import Work, place
 from probeprune.model.pruned_configs import read_config
 from probeprune.model.scratch import Scratch
+from probeprune.model.tokenizer_files import open_tokenizer
 
 EMBEDDED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0): LLaMA architecture, grouped-query attention, 30 layers."""
@@ -186,17 +185,7 @@ def _open(
     options = {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     with quiet_libraries(bars=False):
         empty = _check_weights(name, folder, tensors, options)
-        if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-            raise UsageError(
-                f"'{folder}' has no tokenizer; write that of the dense model into it, with "
-                "tokenizer.save_pretrained, or give save(..., tokenizer=...) when the model is saved."
-            )
-        with refusing(
-            f"the tokenizer (tokenizer.json, tokenizer_config.json) of '{folder}' could not be loaded"
-        ):
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, config=config, trust_remote_code=trust_remote_code
-            )
+        tokenizer = open_tokenizer(folder, config, trust_remote_code)
     shape = LoadedModel(
         name=name,
         model=empty.eval(),
