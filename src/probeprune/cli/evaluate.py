@@ -173,6 +173,7 @@ def evaluate(
     limit = None if memory is None else size("memory", memory)
     work = _work(wanted, method, pruning.ratio or 0.0, text)
     kept: Attachment | None = None
+    other: LoadedModel | None = None
     removed = 0.0
     with notices():
         loaded = load.open(model, limit, device_map, work, attached=True)
@@ -180,8 +181,8 @@ def evaluate(
             refuse_beside_kept(model, {"method": pruning.method, "ratio": pruning.ratio})
             kept, removed = loaded.handle.kept, loaded.handle.removed_share
             loaded.handle.detach()  # it begins anew for every measurement
-        base_work = _work(wanted, None, 0.0, text)
-        other = None if base is None else load.open(base, limit, device_map, base_work)
+        if base is not None:
+            other = load.open(base, limit, device_map, _work(wanted, None, 0.0, text))
     with progress_bar() as show, notices():
         if method is not None:
             assert pruning.ratio is not None

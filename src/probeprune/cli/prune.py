@@ -50,7 +50,7 @@ BATCH, SEQUENCE = 8, 256
 """Sequences of a training step, and tokens of a sequence."""
 
 RATE, LORA_RATE = 3e-4, 5e-4
-"""Learning rates of all weights (docs/training.md) and of LoRA adapters (those of `compare`)."""
+"""Learning rates of all weights (docs/howto/budget.md) and of LoRA adapters (those of `compare`)."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,6 @@ class TrainingOptions:
         ),
     ] = False
     text: Annotated[str, typer.Option("--train-text", help=f"Training text: {TEXT}.")] = TrainingBudget.corpus
-
     packing: Annotated[
         bool,
         typer.Option(
@@ -262,8 +261,8 @@ class TrainingOptions:
     ] = True
 
     def check(self, other: str | None, device_map: str | None) -> None:
-        """Raise `UsageError` where something `other` than a smaller checkpoint is made, and for several
-        devices."""
+        """Raise `UsageError` where something `other` than a smaller checkpoint is made, for several devices,
+        and for adapters without a training."""
         if self.lora and not self.recover:
             raise UsageError("--train-lora says how to train: give --recover STEPS too, or leave it out.")
         if self.recover and other is not None:

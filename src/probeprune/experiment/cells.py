@@ -48,7 +48,7 @@ class TrainingBudget:
     def training(self, seed: int) -> Training:
         """The settings of the training run.
 
-        The learning rate rises for a sixth of the steps. Held-out text is evaluated four times.
+        Held-out text is evaluated four times.
         """
         return Training(
             steps=self.steps,
@@ -56,7 +56,6 @@ class TrainingBudget:
             micro_batch=micro_batch_for(self.batch_size),
             length=self.length,
             learning_rate=self.learning_rate,
-            warmup_steps=self.steps // 6,
             evaluate_every=max(self.steps // 4, 1),
             seed=seed,
         )

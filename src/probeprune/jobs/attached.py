@@ -243,7 +243,7 @@ def load_model(
     except HoldsAttached as found:
         folder = found.folder
     if not Path(name).expanduser().is_dir():
-        with quiet_libraries(bars=False):
+        with quiet_libraries():
             folder = with_files(name, folder, [ATTACHED, STATISTICS])
     stored = read_record(folder)
     kept = read_attachment(stored)

@@ -31,6 +31,7 @@ OBJECTS = (
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 """Files that are read once, by the tokenizer: they are large."""
+
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

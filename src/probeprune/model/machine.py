@@ -125,6 +125,14 @@ def release_freed() -> None:
         trim(0)
 
 
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+"""Options of `mallopt`, from malloc.h."""
+
+_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 256 << 20}
+_USUAL = {_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10}
+"""What glibc's own adjustment ends at, which the first call of `mallopt` switches off."""
+
+
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Let glibc keep freed memory for the next tensor inside the context; behind it all goes back.
@@ -139,24 +147,14 @@ def freed_memory_kept() -> Iterator[None]:
     if option is None:
         yield
         return
-    for name, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 256 << 20)):
+    for name, value in _KEEPING.items():
         option(name, value)
     try:
         yield
     finally:
-        # The values that glibc's own adjustment ends at, which the first call has switched off.
-        for name, value in (
-            (_MMAP_MAX, 1 << 16),
-            (_MMAP_THRESHOLD, 32 << 20),
-            (_TRIM_THRESHOLD, 64 << 20),
-            (_TOP_PAD, 128 << 10),
-        ):
+        for name, value in _USUAL.items():
             option(name, value)
         release_freed()
-
-
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
-"""Options of `mallopt`, from malloc.h."""
 
 
 @cache
